@@ -1,0 +1,140 @@
+// The steps of the operation for CPUs, one table of functions per instruction set and operand type.
+// See layout.h for the memory layouts. Nothing here allocates, locks or throws.
+#pragma once
+
+#include <cstdint>
+
+#include "layout.h"
+
+namespace unicom::cpu {
+
+// Rows of a user's matrix: [*, dim] of any floating dtype, unit column stride.
+struct RowSource {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;        // in elements
+  const int64_t* columns;    // selected columns, ascending, or nullptr for all
+  int64_t dim;               // number of selected columns
+};
+
+// out[p][6 t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane]
+// a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u of
+// dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].
+template <class Unit>
+struct Product {
+  const Unit* a;
+  int64_t a_tile_stride;
+  int64_t group_units;
+  int64_t group_stride;
+  const Unit* b;
+  int64_t b_panel_stride;
+  RealOf<Unit>* out;
+  int64_t out_panel_stride;
+  int64_t tiles, panels, units;
+  bool accumulate;
+};
+
+// A block of batch rows against a run of class panels.
+template <class Unit>
+struct LogitBlock {
+  const Unit* rows;          // tile panels [tiles][units][6]
+  int64_t row_tile_stride;
+  const Unit* classes;       // vector panels [panels][panel_stride]
+  int64_t panel_stride;
+  int64_t units;
+  int64_t tiles, panels;
+  const int64_t* target;     // [6 tiles] position of the target class in the run, or out of range
+  int64_t num_classes;       // valid classes in the run; the last panel may be padded
+  RealOf<Unit> scale;
+  RealOf<Unit> filter;       // negative cosines above this count as 0; +inf: none
+  RealOf<Unit>* cosines = nullptr;  // kept cosines [panels][tiles][6][16] to write (forward) or read
+                             // (gradient) instead of multiplying; nullptr: none are kept
+};
+
+constexpr double kNoCosine = -1e30;  // below every cosine: exp gives 0 and max ignores it
+
+// sum over classes but the target of exp(scale * cosine), as sum * 2^exponent.
+struct RowSum {
+  double sum;
+  int64_t exponent;
+  double largest;  // largest cosine before the filter; kNoCosine when there was no class
+};
+
+// Most tiles a logit block may have: its operands stay in the second-level cache.
+constexpr int64_t kBlockTiles = 32;
+
+constexpr int64_t kRunningExponent = INT64_MIN;
+
+template <class Unit>
+struct SumExp : LogitBlock<Unit> {
+  int64_t exponent;  // the constant shift, in powers of two, or kRunningExponent
+  RowSum* result;    // [6 tiles]
+};
+
+// probability = factor * 2^-exponent * exp(scale * cosine)
+struct RowScale {
+  double factor;
+  int64_t exponent;
+};
+
+template <class Unit>
+struct Probabilities : LogitBlock<Unit> {
+  const RowScale* row;         // [6 tiles]
+  Unit* along_rows;            // vector panels over classes, summed over rows: [panels][row units][16]
+  int64_t along_rows_stride;   // units per panel
+  Unit* along_classes;         // vector panels over rows, summed over classes:
+  int64_t along_classes_stride;  // [ceil(6 tiles / 16)][class units][16]
+};
+
+template <class Unit>
+struct Kernels {
+  using Real = RealOf<Unit>;
+
+  // Gathers `count` <= 16 rows, divides each by its norm and packs them as one vector panel; lanes
+  // past count and values past dim are zero. A null ids means rows first, first + 1, ... A zero row
+  // packs as zeros and has inverse norm 0.
+  void (*pack_panel)(const RowSource&, const int64_t* ids, int64_t first, int64_t count, Rounding,
+                     Real* scratch /* [16][height] */, Unit* panel, double* inverse_norm);
+
+  // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to height.
+  // Returns the inverse norm; a zero row gives zeros and 0.
+  double (*unit_row)(const RowSource&, int64_t id, Real* row, int64_t height);
+
+  // Six unit rows [6][height] to one tile panel [units][6]: what the forward product broadcasts.
+  void (*pack_tile)(const Real* rows, int64_t height, int64_t units, Rounding, Unit* tile);
+
+  // Weighted unit rows to tile panels over dimensions, summed over rows: [tiles][row units][6].
+  // Handles rows [first, first + count); first is even, rows past the last are zero.
+  void (*pack_weighted)(const Real* rows, int64_t height, const double* weight, int64_t first,
+                        int64_t count, int64_t tile_stride, Unit* tiles);
+
+  // A class panel re-ordered so that a product can sum over its classes: [height][16 / values].
+  // Identity for unpaired operands (nullptr then: read the panel itself).
+  void (*lanes_to_units)(const Unit* panel, int64_t height, Unit* out);
+
+  void (*product)(const Product<Unit>&);
+  void (*sum_exp)(const SumExp<Unit>&);
+  void (*probabilities)(const Probabilities<Unit>&);
+
+  // Derivative of the normalisation for one gradient panel, in rows: for each lane
+  //   rows[lane][k] = scale[lane] * (g_k - (g . u) u_k),   u the packed unit vector.
+  void (*unit_backward)(const Real* gradient, const Unit* panel, int64_t dim, const double* scale,
+                        Real* rows /* [16][height] */);
+};
+
+struct KernelSet {
+  const char* name;
+  const Kernels<float>* fp32;
+  const Kernels<BfPair>* bf16;
+  const Kernels<double>* fp64;
+};
+
+// The kernels in use: the best this CPU can run, unless set_capability chose another.
+const KernelSet& kernels();
+
+// Names of the instruction sets this CPU can run, best last.
+int capabilities(const char** names /* [4] */);
+const char* capability();
+bool set_capability(const char* name);
+
+}  // namespace unicom::cpu

@@ -1,0 +1,10 @@
+#include "kernels_impl.h"
+
+namespace unicom::cpu {
+
+extern const Kernels<float> kernels_fp32_avx512_bf16;
+extern const Kernels<BfPair> kernels_bf16_avx512_bf16;
+const Kernels<float> kernels_fp32_avx512_bf16 = make_kernels<float>();
+const Kernels<BfPair> kernels_bf16_avx512_bf16 = make_kernels<BfPair>();
+
+}  // namespace unicom::cpu

@@ -1,0 +1,499 @@
+// The kernels of kernels.h, written once; each kernels_*.cpp includes this with its own flags and
+// names the result with UNICOM_ISA_NAME / UNICOM_ISA_TABLE.
+#pragma once
+
+#include <limits>
+
+#include "product.h"
+
+namespace unicom::cpu {
+namespace {
+
+// ---- reading and packing rows --------------------------------------------------------------------
+
+template <class T>
+UNICOM_INLINE float widen(T x) {
+  return static_cast<float>(x);
+}
+struct Bf16 {
+  uint16_t bits;
+};
+template <>
+UNICOM_INLINE float widen(Bf16 x) {
+  return bf16_to_float(x.bits);
+}
+
+template <class Real, class T>
+double read_row(const T* row, const int64_t* columns, int64_t dim, Real* out) {
+  if (columns != nullptr) {
+    for (int64_t k = 0; k < dim; ++k) {
+      if constexpr (sizeof(T) == 8) out[k] = static_cast<Real>(row[columns[k]]);
+      else out[k] = static_cast<Real>(widen(row[columns[k]]));
+    }
+  } else {
+    for (int64_t k = 0; k < dim; ++k) {
+      if constexpr (sizeof(T) == 8) out[k] = static_cast<Real>(row[k]);
+      else out[k] = static_cast<Real>(widen(row[k]));
+    }
+  }
+  // The sum of squares in double: no overflow or underflow for any fp32 row.
+  double partial[8] = {};
+  int64_t k = 0;
+  for (; k + 8 <= dim; k += 8)
+    for (int i = 0; i < 8; ++i) {
+      const double x = out[k + i];
+      partial[i] += x * x;
+    }
+  for (; k < dim; ++k) partial[0] += static_cast<double>(out[k]) * out[k];
+  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
+}
+
+// One unit row; returns the inverse norm (0 for a zero row, whose unit vector is 0).
+template <class Real>
+double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) {
+  const int64_t offset = id * source.row_stride;
+  double sum = 0;
+  switch (source.dtype) {
+    case DType::kFloat32:
+      sum = read_row(static_cast<const float*>(source.data) + offset, source.columns, source.dim,
+                     out);
+      break;
+    case DType::kFloat64:
+      sum = read_row(static_cast<const double*>(source.data) + offset, source.columns, source.dim,
+                     out);
+      break;
+    case DType::kBFloat16:
+      sum = read_row(static_cast<const Bf16*>(source.data) + offset, source.columns, source.dim,
+                     out);
+      break;
+    case DType::kFloat16:
+      sum = read_row(static_cast<const _Float16*>(source.data) + offset, source.columns,
+                     source.dim, out);
+      break;
+  }
+  const double inverse = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
+  if (inverse > 1e-30 && inverse < 1e30) {
+    const Real factor = static_cast<Real>(inverse);
+    for (int64_t k = 0; k < source.dim; ++k) out[k] *= factor;
+  } else {  // an inverse outside the range of fp32, or NaN
+    for (int64_t k = 0; k < source.dim; ++k) out[k] = static_cast<Real>(out[k] * inverse);
+  }
+  for (int64_t k = source.dim; k < height; ++k) out[k] = 0;
+  return inverse;
+}
+
+template <class Real>
+void round_values(Real* values, int64_t count, Rounding rounding) {
+  if (rounding == Rounding::kFloat16)
+    for (int64_t k = 0; k < count; ++k)
+      values[k] = static_cast<Real>(static_cast<float>(static_cast<_Float16>(values[k])));
+}
+
+template <class Unit>
+UNICOM_INLINE Unit make_unit(RealOf<Unit> even, RealOf<Unit> odd) {
+  if constexpr (UnitTraits<Unit>::kValues == 2)
+    return BfPair{float_to_bf16(even), float_to_bf16(odd)};
+  else
+    return even;
+}
+
+// out[j][i] = in[i][j] for a 4 x 4 block of 32-bit words.
+typedef uint32_t Words4 __attribute__((vector_size(16)));
+typedef uint32_t Words4Load __attribute__((vector_size(16), aligned(4), may_alias));
+UNICOM_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32_t* out,
+                                   int64_t out_stride) {
+  auto row = [&](int i) { return static_cast<Words4>(*reinterpret_cast<const Words4Load*>(in + i * in_stride)); };
+  const Words4 a = row(0), b = row(1), c = row(2), d = row(3);
+  const Words4 ab_low = __builtin_shuffle(a, b, Words4{0, 4, 1, 5});
+  const Words4 ab_high = __builtin_shuffle(a, b, Words4{2, 6, 3, 7});
+  const Words4 cd_low = __builtin_shuffle(c, d, Words4{0, 4, 1, 5});
+  const Words4 cd_high = __builtin_shuffle(c, d, Words4{2, 6, 3, 7});
+  auto put = [&](int i, Words4 v) { *reinterpret_cast<Words4Load*>(out + i * out_stride) = v; };
+  put(0, __builtin_shuffle(ab_low, cd_low, Words4{0, 1, 4, 5}));
+  put(1, __builtin_shuffle(ab_low, cd_low, Words4{2, 3, 6, 7}));
+  put(2, __builtin_shuffle(ab_high, cd_high, Words4{0, 1, 4, 5}));
+  put(3, __builtin_shuffle(ab_high, cd_high, Words4{2, 3, 6, 7}));
+}
+
+// out[c][r] = in[r][c]: rows x columns of elements that are copied as they are.
+template <class T>
+void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
+               int64_t out_stride) {
+  int64_t c = 0;
+  if constexpr (sizeof(T) == 4) {
+    if (rows % 4 == 0)
+      for (; c + 4 <= columns; c += 4)
+        for (int64_t r = 0; r < rows; r += 4)
+          transpose_words(reinterpret_cast<const uint32_t*>(in + r * in_stride + c), in_stride,
+                          reinterpret_cast<uint32_t*>(out + c * out_stride + r), out_stride);
+  }
+  for (; c < columns; ++c)
+    for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// Sixteen rows [16][height] of Real to a vector panel [height / values][16].
+template <class Unit>
+void rows_to_panel(RealOf<Unit>* rows, int64_t height, Unit* panel) {
+  if constexpr (UnitTraits<Unit>::kValues == 2) {
+    // Round in place, each row into its own front half, then move whole pairs.
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      float* row = rows + lane * height;
+      for (int64_t k = 0; k < height; k += 2) {
+        const BfPair pair = make_unit<BfPair>(row[k], row[k + 1]);
+        std::memcpy(row + k / 2, &pair, sizeof(pair));
+      }
+    }
+    transpose(reinterpret_cast<const uint32_t*>(rows), height, kLanes, height / 2,
+              reinterpret_cast<uint32_t*>(panel), kLanes);
+  } else {
+    transpose(rows, height, kLanes, height, panel, kLanes);
+  }
+}
+
+template <class Unit>
+void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t count,
+                Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
+  const int64_t height = panel_height(source.dim);
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    RealOf<Unit>* row = scratch + lane * height;
+    if (lane < count) {
+      const int64_t id = ids != nullptr ? ids[first + lane] : first + lane;
+      inverse_norm[lane] = unit_row(source, id, row, height);
+    } else {
+      inverse_norm[lane] = 0;
+      std::memset(row, 0, sizeof(*row) * height);
+    }
+  }
+  round_values(scratch, kLanes * height, rounding);
+  rows_to_panel(scratch, height, panel);
+}
+
+template <class Unit>
+void pack_tile(const RealOf<Unit>* rows, int64_t height, int64_t units, Rounding rounding,
+               Unit* tile) {
+  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t m = 0; m < kTile; ++m) {
+      RealOf<Unit> pair[2] = {rows[m * height + u * kValues],
+                              kValues == 2 ? rows[m * height + u * kValues + 1] : 0};
+      round_values(pair, 2, rounding);
+      tile[u * kTile + m] = make_unit<Unit>(pair[0], pair[1]);
+    }
+}
+
+template <class Unit>
+void pack_weighted(const RealOf<Unit>* rows, int64_t height, const double* weight, int64_t first,
+                   int64_t count, int64_t tile_stride, Unit* tiles) {
+  using Real = RealOf<Unit>;
+  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  for (int64_t r = 0; r < count; r += kValues) {
+    const Real* even = rows + (first + r) * height;
+    const bool paired = kValues == 2 && r + 1 < count;
+    const Real* odd = paired ? even + height : even;
+    const Real even_weight = static_cast<Real>(weight[first + r]);
+    const Real odd_weight = paired ? static_cast<Real>(weight[first + r + 1]) : 0;
+    for (int64_t k = 0; k < height; ++k)
+      tiles[k / kTile * tile_stride + (first + r) / kValues * kTile + k % kTile] =
+          make_unit<Unit>(even[k] * even_weight, odd[k] * odd_weight);
+  }
+}
+
+void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
+  // [height / 2][16 lanes] pairs along the dimension -> [height][8] pairs along the lanes
+  for (int64_t u = 0; u < height / 2; ++u)
+    for (int64_t j = 0; j < kLanes / 2; ++j) {
+      const BfPair a = panel[u * kLanes + 2 * j], b = panel[u * kLanes + 2 * j + 1];
+      out[2 * u * (kLanes / 2) + j] = {a.even, b.even};
+      out[(2 * u + 1) * (kLanes / 2) + j] = {a.odd, b.odd};
+    }
+}
+
+// ---- logits ----------------------------------------------------------------------------------------
+
+// Cosines of the tiles [t, t + 1) with the panels [panel, panel + P): [P][6][16], multiplied or kept.
+template <class Unit, int P>
+UNICOM_INLINE const RealOf<Unit>* tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
+                                               int64_t tile, bool read, RealOf<Unit>* scratch) {
+  using Real = RealOf<Unit>;
+  constexpr int64_t kSize = kTile * kLanes;
+  if (block.cosines != nullptr && read) {
+    if constexpr (P == 1) return block.cosines + (panel * block.tiles + tile) * kSize;
+    for (int p = 0; p < P; ++p)
+      std::memcpy(scratch + p * kSize, block.cosines + ((panel + p) * block.tiles + tile) * kSize,
+                  kSize * sizeof(Real));
+    return scratch;
+  }
+  multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
+                         block.classes + panel * block.panel_stride, block.panel_stride,
+                         block.units, scratch, kSize, false);
+  if (block.cosines != nullptr)
+    for (int p = 0; p < P; ++p)
+      std::memcpy(block.cosines + ((panel + p) * block.tiles + tile) * kSize, scratch + p * kSize,
+                  kSize * sizeof(Real));
+  return scratch;
+}
+
+// The sixteen cosines of one row and panel, with the target and the padding struck out.
+template <class Unit>
+struct Negatives {
+  using Real = RealOf<Unit>;
+  Vec<Real> value[kVectors<Real>];
+
+  UNICOM_INLINE Negatives(const Real* cosines, int64_t target, int64_t valid) {
+    for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(cosines + v * kWidth<Real>);
+    if (static_cast<uint64_t>(target) < kLanes || valid < kLanes) {
+      Real edited[kLanes];
+      for (int v = 0; v < kVectors<Real>; ++v) store(edited + v * kWidth<Real>, value[v]);
+      if (static_cast<uint64_t>(target) < kLanes) edited[target] = static_cast<Real>(kNoCosine);
+      for (int64_t lane = valid < 0 ? 0 : valid; lane < kLanes; ++lane)
+        edited[lane] = static_cast<Real>(kNoCosine);
+      for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(edited + v * kWidth<Real>);
+    }
+  }
+};
+
+template <class Unit>
+void sum_exp(const SumExp<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int P = kRegisterPanels<Real>;
+  constexpr int kV = kVectors<Real>;
+  constexpr int64_t kMaxRows = kBlockTiles * kTile;
+  // Lane sums in Real over a bounded number of panels, then in double.
+  constexpr int64_t kFlush = 64;
+  alignas(64) Real cosines[P * kTile * kLanes];
+  alignas(64) Real sums[kMaxRows][kLanes];
+  alignas(64) Real largest[kMaxRows][kLanes];
+  const int64_t rows = args.tiles * kTile;
+  const bool running = args.exponent == kRunningExponent;
+  const Vec<Real> fixed = broadcast(static_cast<Real>(running ? 0 : args.exponent));
+  const Vec<Real> filter = broadcast(args.filter);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    args.result[r] = {0.0, args.exponent, kNoCosine};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sums[r][i] = 0;
+      largest[r][i] = static_cast<Real>(kNoCosine);
+    }
+  }
+  auto flush = [&](int64_t r) {
+    double total = 0;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      total += static_cast<double>(sums[r][i]);
+      sums[r][i] = 0;
+    }
+    args.result[r].sum += total;
+  };
+  // Raises the row's exponent where a larger logit comes; the powers of two make it exact.
+  auto raise = [&](int64_t r, const Vec<Real>* c) {
+    Vec<Real> top = c[0];
+    for (int v = 1; v < kV; ++v) top = c[v] > top ? c[v] : top;
+    const double z = static_cast<double>(horizontal_max<Real>(top)) * args.scale;
+    if (!(z > kNoCosine)) return;
+    const int64_t power = static_cast<int64_t>(std::nearbyint(z * ExpConstants::kLog2e));
+    RowSum& row = args.result[r];
+    if (row.exponent != kRunningExponent && power <= row.exponent) return;
+    flush(r);
+    row.sum = row.exponent == kRunningExponent
+                  ? 0.0
+                  : std::ldexp(row.sum, static_cast<int>(row.exponent - power));
+    row.exponent = power;
+  };
+
+  auto panels_at = [&](auto count, int64_t panel) {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      const Real* tile = tile_cosines<Unit, kCount>(args, panel, t, false, cosines);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        Vec<Real> best[kV], sum[kV];
+        for (int v = 0; v < kV; ++v) {
+          best[v] = load(largest[r] + v * kWidth<Real>);
+          sum[v] = load(sums[r] + v * kWidth<Real>);
+        }
+        for (int p = 0; p < kCount; ++p) {
+          const int64_t first = (panel + p) * kLanes;
+          Negatives<Unit> c(tile + (p * kTile + m) * kLanes, args.target[r] - first,
+                            args.num_classes - first);
+          for (int v = 0; v < kV; ++v) {
+            best[v] = c.value[v] > best[v] ? c.value[v] : best[v];
+            c.value[v] = c.value[v] > filter ? Vec<Real>{} : c.value[v];
+          }
+          Vec<Real> exponent = fixed;
+          if (running) {
+            for (int v = 0; v < kV; ++v) store(sums[r] + v * kWidth<Real>, sum[v]);
+            raise(r, c.value);
+            for (int v = 0; v < kV; ++v) sum[v] = load(sums[r] + v * kWidth<Real>);
+            if (args.result[r].exponent != kRunningExponent)
+              exponent = broadcast(static_cast<Real>(args.result[r].exponent));
+          }
+          for (int v = 0; v < kV; ++v)
+            sum[v] += exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+        }
+        for (int v = 0; v < kV; ++v) {
+          store(largest[r] + v * kWidth<Real>, best[v]);
+          store(sums[r] + v * kWidth<Real>, sum[v]);
+        }
+      }
+    }
+  };
+  int64_t panel = 0, unflushed = 0;
+  auto advance = [&](int64_t count) {
+    panel += count;
+    unflushed += count;
+    if (unflushed >= kFlush || panel == args.panels) {
+      for (int64_t r = 0; r < rows; ++r) flush(r);
+      unflushed = 0;
+    }
+  };
+  while (panel + P <= args.panels) {
+    panels_at(std::integral_constant<int, P>{}, panel);
+    advance(P);
+  }
+  while (panel < args.panels) {
+    panels_at(std::integral_constant<int, 1>{}, panel);
+    advance(1);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < kLanes; ++i)
+      if (largest[r][i] > args.result[r].largest) args.result[r].largest = largest[r][i];
+}
+
+// Probabilities [rows][16] of one panel, in Real, to the two layouts the products read.
+template <class Unit>
+UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows,
+                        Unit* along_classes, int64_t along_classes_stride) {
+  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  constexpr int64_t kGroup = kLanes / kValues;
+  if constexpr (kValues == 1) {
+    std::memcpy(along_rows, p, rows * kLanes * sizeof(Unit));
+  } else {
+    constexpr int kV = kVectors<float>;
+    for (int64_t r = 0; r < rows; r += 2)
+      for (int v = 0; v < kV; ++v) {
+        const WordVec even = round_to_bf16(load(p + r * kLanes + v * kWidth<float>));
+        const WordVec odd = round_to_bf16(load(p + (r + 1) * kLanes + v * kWidth<float>));
+        store_words(along_rows + r / 2 * kLanes + v * kWidth<float>, even | (odd << 16));
+      }
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    Unit* out = along_classes + r / kLanes * along_classes_stride;
+    const int64_t count = rows - r < kLanes ? rows - r : kLanes;
+    Unit units[kLanes * kGroup];
+    if constexpr (kValues == 2) {
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < kGroup; ++j)
+          units[i * kGroup + j] = make_unit<Unit>(p[(r + i) * kLanes + 2 * j],
+                                                  p[(r + i) * kLanes + 2 * j + 1]);
+    } else {
+      std::memcpy(units, p + r * kLanes, count * kLanes * sizeof(Unit));
+    }
+    std::memset(units + count * kGroup, 0, (kLanes - count) * kGroup * sizeof(Unit));
+    if constexpr (sizeof(Unit) == 4)
+      transpose(reinterpret_cast<const uint32_t*>(units), kGroup, kLanes, kGroup,
+                reinterpret_cast<uint32_t*>(out), kLanes);
+    else
+      transpose(units, kGroup, kLanes, kGroup, out, kLanes);
+  }
+}
+
+template <class Unit>
+void probabilities(const Probabilities<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int P = kRegisterPanels<Real>;
+  constexpr int kV = kVectors<Real>;
+  constexpr int64_t kGroup = kLanes / UnitTraits<Unit>::kValues;
+  constexpr int64_t kMaxRows = kBlockTiles * kTile;
+  alignas(64) Real cosines[P * kTile * kLanes];
+  alignas(64) Real p[P][kMaxRows * kLanes];
+  const int64_t rows = args.tiles * kTile;
+  const Vec<Real> filter = broadcast(args.filter);
+
+  auto panels_at = [&](auto count, int64_t panel) {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      const Real* tile = tile_cosines<Unit, kCount>(args, panel, t, true, cosines);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
+        const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
+        for (int i = 0; i < kCount; ++i) {
+          const int64_t first = (panel + i) * kLanes;
+          const Negatives<Unit> c(tile + (i * kTile + m) * kLanes, args.target[r] - first,
+                                  args.num_classes - first);
+          for (int v = 0; v < kV; ++v) {
+            const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+            store(p[i] + r * kLanes + v * kWidth<Real>,
+                  c.value[v] > filter ? Vec<Real>{} : e * factor);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kCount; ++i)
+      emit<Unit>(p[i], rows, args.along_rows + (panel + i) * args.along_rows_stride,
+                 args.along_classes + (panel + i) * kGroup * kLanes, args.along_classes_stride);
+  };
+  int64_t panel = 0;
+  for (; panel + P <= args.panels; panel += P)
+    panels_at(std::integral_constant<int, P>{}, panel);
+  for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
+}
+
+// ---- normalisation backward ------------------------------------------------------------------------
+
+template <class Unit>
+void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
+                   const double* scale, RealOf<Unit>* rows) {
+  using Real = RealOf<Unit>;
+  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  const int64_t height = panel_height(dim);
+  Real dot[kLanes] = {}, square[kLanes] = {}, factor[kLanes];
+  auto unit = [&](int64_t k, int64_t lane) -> Real {
+    if constexpr (kValues == 2) {
+      const BfPair pair = panel[k / 2 * kLanes + lane];
+      return bf16_to_float(k % 2 ? pair.odd : pair.even);
+    } else {
+      return panel[k * kLanes + lane];
+    }
+  };
+  for (int64_t k = 0; k < dim; ++k)
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const Real u = unit(k, lane);
+      dot[lane] += gradient[k * kLanes + lane] * u;
+      square[lane] += u * u;
+    }
+  // A rounded unit vector is not quite of length 1: project along what was really multiplied.
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    dot[lane] = square[lane] > 0 ? dot[lane] / square[lane] : 0;
+    factor[lane] = static_cast<Real>(scale[lane]);
+  }
+  for (int64_t k = 0; k < height; k += 4) {
+    Real block[4][kLanes];
+    const int64_t count = height - k < 4 ? height - k : 4;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t lane = 0; lane < kLanes; ++lane)
+        block[i][lane] =
+            k + i < dim ? factor[lane] * (gradient[(k + i) * kLanes + lane] -
+                                          dot[lane] * unit(k + i, lane))
+                        : 0;
+    transpose(&block[0][0], kLanes, count, kLanes, rows + k, height);
+  }
+}
+
+template <class Unit>
+constexpr Kernels<Unit> make_kernels() {
+  Kernels<Unit> k{};
+  k.pack_panel = pack_panel<Unit>;
+  k.unit_row = unit_row<RealOf<Unit>>;
+  k.pack_tile = pack_tile<Unit>;
+  k.pack_weighted = pack_weighted<Unit>;
+  if constexpr (UnitTraits<Unit>::kValues == 2) k.lanes_to_units = lanes_to_units;
+  k.product = product<Unit>;
+  k.sum_exp = sum_exp<Unit>;
+  k.probabilities = probabilities<Unit>;
+  k.unit_backward = unit_backward<Unit>;
+  return k;
+}
+
+}  // namespace
+}  // namespace unicom::cpu

@@ -1,0 +1,164 @@
+// The register tile: up to six broadcast rows times one or several panels of sixteen lanes.
+// Every product of the operation (logits, both gradients) is this loop over other operands.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace unicom::cpu {
+namespace {
+
+// acc[m][.] += sum over u of a[u * kStepU + m * kStepM] * b[p * b_stride + u]
+template <class Unit>
+struct MultiplyAdd;
+
+template <class Real>
+struct MultiplyAddReal {
+  template <int M, int P, int kStepM, int kStepU>
+  static UNICOM_INLINE void run(Vec<Real> (&acc)[M][P * kVectors<Real>], const Real* a,
+                                const Real* b, int64_t b_stride, int64_t units) {
+    constexpr int kV = kVectors<Real>;
+#pragma GCC unroll 2
+    for (int64_t u = 0; u < units; ++u) {
+      Vec<Real> line[P * kV];
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v)
+        line[v] = load(b + (v / kV) * b_stride + u * kLanes + (v % kV) * kWidth<Real>);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec<Real> value = broadcast(a[u * kStepU + m * kStepM]);
+#pragma GCC unroll 8
+        for (int v = 0; v < P * kV; ++v) acc[m][v] = fma(value, line[v], acc[m][v]);
+      }
+    }
+  }
+};
+template <>
+struct MultiplyAdd<float> : MultiplyAddReal<float> {};
+template <>
+struct MultiplyAdd<double> : MultiplyAddReal<double> {};
+
+template <>
+struct MultiplyAdd<BfPair> {
+  template <int M, int P, int kStepM, int kStepU>
+  static UNICOM_INLINE void run(Vec<float> (&acc)[M][P * kVectors<float>], const BfPair* a,
+                                const BfPair* b, int64_t b_stride, int64_t units) {
+    constexpr int kV = kVectors<float>;
+    for (int64_t u = 0; u < units; ++u) {
+      WordVec line[P * kV];
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v)
+        line[v] = load_words(b + (v / kV) * b_stride + u * kLanes + (v % kV) * kWidth<float>);
+#if defined(__AVX512BF16__)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        uint32_t word;
+        std::memcpy(&word, a + u * kStepU + m * kStepM, 4);
+        const __m512bh value = (__m512bh)_mm512_set1_epi32(static_cast<int>(word));
+#pragma GCC unroll 8
+        for (int v = 0; v < P * kV; ++v)
+          acc[m][v] = (Vec<float>)_mm512_dpbf16_ps((__m512)acc[m][v], value, (__m512bh)line[v]);
+      }
+#else
+      // Without the instruction: the same sum as two fp32 multiply-adds, odd half first.
+      Vec<float> half[P * kV];
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v) half[v] = odd_half(line[v]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec<float> value = broadcast(bf16_to_float(a[u * kStepU + m * kStepM].odd));
+#pragma GCC unroll 8
+        for (int v = 0; v < P * kV; ++v) acc[m][v] = fma(value, half[v], acc[m][v]);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v) half[v] = even_half(line[v]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Vec<float> value = broadcast(bf16_to_float(a[u * kStepU + m * kStepM].even));
+#pragma GCC unroll 8
+        for (int v = 0; v < P * kV; ++v) acc[m][v] = fma(value, half[v], acc[m][v]);
+      }
+#endif
+    }
+  }
+};
+
+// Rows per register tile, and panels beside each other, so that the accumulators fill the registers.
+template <class Real>
+constexpr int kRegisterRows = UNICOM_VECTOR_BYTES >= 32 ? (sizeof(Real) == 4 ? 6 : 3)
+                                                        : (sizeof(Real) == 4 ? 2 : 1);
+template <class Real>
+constexpr int kRegisterPanels = UNICOM_VECTOR_BYTES == 64 && sizeof(Real) == 4 ? 4 : 1;
+
+// Where a tile of `a` lies; see Product in kernels.h.
+template <class Unit>
+struct TileOperand {
+  const Unit* a;
+  int64_t group_units;   // 0: tile panel
+  int64_t group_stride;
+};
+
+// out[p * out_panel + m * 16 + lane] (+)= the product of one tile with P panels.
+// Not inlined: alone, the loop gets all the registers.
+template <class Unit, int P>
+__attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit* b, int64_t b_stride,
+                                 int64_t units, RealOf<Unit>* out, int64_t out_panel,
+                                 bool accumulate) {
+  using Real = RealOf<Unit>;
+  constexpr int kV = kVectors<Real>;
+  constexpr int M = kRegisterRows<Real>;
+  constexpr int kGroup = kLanes / UnitTraits<Unit>::kValues;
+  for (int first = 0; first < kTile; first += M) {
+    Vec<Real> acc[M][P * kV];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v)
+        acc[m][v] = accumulate ? load(out + (v / kV) * out_panel + (first + m) * kLanes +
+                                      (v % kV) * kWidth<Real>)
+                               : Vec<Real>{};
+    if (tile.group_units == 0) {
+      MultiplyAdd<Unit>::template run<M, P, 1, kTile>(acc, tile.a + first, b, b_stride, units);
+    } else {
+      const Unit* a = tile.a + first * kGroup;
+      for (int64_t u = 0; u < units; u += kGroup, a += tile.group_stride)
+        MultiplyAdd<Unit>::template run<M, P, kGroup, 1>(acc, a, b + u * kLanes, b_stride,
+                                                         units - u < kGroup ? units - u : kGroup);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v)
+        store(out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>,
+              acc[m][v]);
+  }
+}
+
+template <class Unit>
+void product(const Product<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int P = kRegisterPanels<Real>;
+  constexpr int kGroup = kLanes / UnitTraits<Unit>::kValues;
+  // A block of the summed dimension whose lines of b stay in the first-level cache over all tiles.
+  constexpr int64_t kBlock = 16384 / (kLanes * sizeof(Unit) * P) / kGroup * kGroup;
+  for (int64_t begin = 0; begin < args.units; begin += kBlock) {
+    const int64_t units = args.units - begin < kBlock ? args.units - begin : kBlock;
+    const bool accumulate = args.accumulate || begin > 0;
+    const int64_t a_offset =
+        args.group_units ? begin / kGroup * args.group_stride : begin * kTile;
+    auto run = [&](auto panels, int64_t panel) {
+      for (int64_t t = 0; t < args.tiles; ++t)
+        multiply_tile<Unit, decltype(panels)::value>(
+            {args.a + t * args.a_tile_stride + a_offset, args.group_units, args.group_stride},
+            args.b + panel * args.b_panel_stride + begin * kLanes, args.b_panel_stride, units,
+            args.out + panel * args.out_panel_stride + t * kTile * kLanes, args.out_panel_stride,
+            accumulate);
+    };
+    int64_t panel = 0;
+    for (; panel + P <= args.panels; panel += P) run(std::integral_constant<int, P>{}, panel);
+    for (; panel < args.panels; ++panel) run(std::integral_constant<int, 1>{}, panel);
+  }
+}
+
+}  // namespace
+}  // namespace unicom::cpu

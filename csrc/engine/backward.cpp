@@ -1,0 +1,323 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "../core/softmax.h"
+#include "operands.h"
+
+namespace unicom {
+
+void fill_zero(void* data, int64_t bytes, const Parallel& parallel) {
+  constexpr int64_t kPiece = int64_t{1} << 20;
+  parallel.run(ceil_div(bytes, kPiece), [&](int64_t i) {
+    const int64_t begin = i * kPiece;
+    std::memset(static_cast<char*>(data) + begin, 0,
+                static_cast<size_t>(std::min(kPiece, bytes - begin)));
+  });
+}
+
+namespace {
+
+template <class To, class Real>
+void write_columns(To* row, const RowSink& sink, const Real* values) {
+  auto convert = [](Real value) -> To {
+    if constexpr (std::is_same_v<To, uint16_t>) return cpu::float_to_bf16(static_cast<float>(value));
+    else return static_cast<To>(value);
+  };
+  if (sink.columns == nullptr) {
+    for (int64_t k = 0; k < sink.dim; ++k) row[k] = convert(values[k]);
+  } else {
+    for (int64_t k = 0; k < sink.dim; ++k) row[sink.columns[k]] = convert(values[k]);
+  }
+}
+
+template <class Real>
+void write_row(const RowSink& sink, int64_t id, const Real* values) {
+  const int64_t offset = id * sink.row_stride;
+  switch (sink.dtype) {
+    case cpu::DType::kFloat32:
+      return write_columns(static_cast<float*>(sink.data) + offset, sink, values);
+    case cpu::DType::kFloat64:
+      return write_columns(static_cast<double*>(sink.data) + offset, sink, values);
+    case cpu::DType::kBFloat16:
+      return write_columns(static_cast<uint16_t*>(sink.data) + offset, sink, values);
+    case cpu::DType::kFloat16:
+      return write_columns(static_cast<_Float16*>(sink.data) + offset, sink, values);
+  }
+}
+
+// The target's part of the gradient, per sample, in double from the rows as they were given:
+// d loss / d cosine = -weight * scale * miss * slope, and d cosine / d x = (w^ - c x^) / |x|.
+class TargetGradient {
+ public:
+  TargetGradient(const Problem& p, const BackwardArgs& args)
+      : p_(p), args_(args), dim_(p.embeddings.dim), x_(dim_), w_(dim_) {}
+
+  template <class Real>
+  void add_to_embedding(int64_t i, Real* row) {
+    const Pair pair = unit_rows(i);
+    for (int64_t d = 0; d < dim_; ++d)
+      row[d] += static_cast<Real>(pair.factor * pair.x_inverse * (w_[d] - pair.cosine * x_[d]));
+  }
+  template <class Real>
+  void add_to_prototype(int64_t i, Real* row) {
+    const Pair pair = unit_rows(i);
+    for (int64_t d = 0; d < dim_; ++d)
+      row[d] += static_cast<Real>(pair.factor * pair.w_inverse * (x_[d] - pair.cosine * w_[d]));
+  }
+
+ private:
+  struct Pair {
+    double factor, cosine, x_inverse, w_inverse;
+  };
+  Pair unit_rows(int64_t i) {
+    const auto& k = kernels_for<double>();
+    const int64_t id = p_.class_index ? p_.class_index[p_.slot[i]] : p_.slot[i];
+    const SampleState& state = args_.state[i];
+    const double x_inverse = k.unit_row(p_.embeddings, i, x_.get(), dim_);
+    const double w_inverse = k.unit_row(p_.prototypes, id, w_.get(), dim_);
+    return {-args_.weight[i] * p_.scale * state.miss * state.slope, state.cosine, x_inverse,
+            w_inverse};
+  }
+  const Problem& p_;
+  const BackwardArgs& args_;
+  int64_t dim_;
+  Buffer<double> x_, w_;
+};
+
+// Works through the sampled classes in runs. For each run, over all rows of the batch:
+//   1. the tile of probabilities, in the two layouts the products want;
+//   2. the run's prototype gradients, complete, straight to their rows;
+//   3. its share of the embedding gradients.
+// Each number is summed by one thread in a fixed order, so nothing depends on their count.
+template <class Unit>
+class Backward {
+  using Real = RealOf<Unit>;
+  static constexpr int64_t kValues = Shape<Unit>::kValues;
+  static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
+  static constexpr int64_t kPanelsPerItem = 4;
+  // Probabilities of one run, per layout: bounded, so that they stay in cache.
+  static constexpr int64_t kRunElements = int64_t{1} << 20;
+
+ public:
+  Backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel)
+      : p_(p),
+        args_(args),
+        parallel_(parallel),
+        s_(p),
+        k_(kernels_for<Unit>()),
+        rows_(p, s_, parallel),
+        classes_(const_cast<void*>(args.packed), s_),
+        run_panels_(std::min(round_up(s_.panels, kPanelsPerItem),
+                             std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
+                                                 kPanelsPerItem, 64))),
+        row_units_(s_.tiles * kTile / kValues),
+        row_stride_(s_.padded_rows / kValues),
+        row_panels_(s_.padded_rows / kLanes),
+        along_rows_(run_panels_ * row_stride_ * kLanes),
+        along_classes_(row_panels_ * run_panels_ * kGroup * kLanes),
+        weighted_(want_prototypes() ? row_stride_ * s_.height : 0),
+        class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
+        embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0) {}
+
+  void run() {
+    prepare_rows();
+    for (int64_t first = 0; first < s_.panels; first += run_panels_) {
+      const int64_t panels = std::min(run_panels_, s_.panels - first);
+      const int64_t groups = ceil_div(panels, kPanelsPerItem);
+      const int64_t reorders = kValues > 1 && want_embeddings() ? panels : 0;
+      parallel_.run(s_.blocks * groups + reorders, [&](int64_t item) {
+        if (item < s_.blocks * groups) probabilities(first, panels, item % s_.blocks, item / s_.blocks);
+        else reorder(first, item - s_.blocks * groups);
+      });
+      const int64_t class_items = want_prototypes() ? groups : 0;
+      const int64_t row_items = want_embeddings() ? ceil_div(row_panels_, kPanelsPerItem) : 0;
+      parallel_.run(class_items + row_items, [&](int64_t item) {
+        if (item < class_items) prototype_gradients(first, panels, item);
+        else add_embedding_gradients(first, panels, item - class_items);
+      });
+    }
+    if (want_embeddings()) finish_embeddings();
+  }
+
+ private:
+  bool want_prototypes() const { return args_.prototypes.data != nullptr; }
+  bool want_embeddings() const { return args_.embeddings.data != nullptr; }
+
+  void prepare_rows() {
+    // Rows without gradient: factor 0, and an exponent that no exponential overflows.
+    const auto largest = static_cast<int64_t>(std::ceil(p_.scale / kLn2)) + 1;
+    row_scale_.resize(static_cast<size_t>(s_.padded_rows), cpu::RowScale{0.0, largest});
+    weight_.resize(static_cast<size_t>(s_.padded_rows), 0.0);
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      const SampleState& state = args_.state[i];
+      if (p_.slot[i] < 0 || state.factor == 0) continue;
+      row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
+      weight_[static_cast<size_t>(i)] = args_.weight[i] * p_.scale * state.miss;
+    }
+    if (want_prototypes()) {
+      constexpr int64_t kRows = Shape<Unit>::kRowGranule;
+      parallel_.run(s_.padded_rows / kRows, [&](int64_t granule) {
+        k_.pack_weighted(rows_.unit.get(), s_.height, weight_.data(), granule * kRows, kRows,
+                         row_stride_ * kTile, weighted_.get());
+      });
+      // Samples by slot, those of one class in batch order: the order of their sum.
+      by_slot_.resize(static_cast<size_t>(p_.batch));
+      std::iota(by_slot_.begin(), by_slot_.end(), int64_t{0});
+      std::stable_sort(by_slot_.begin(), by_slot_.end(),
+                       [&](int64_t a, int64_t b) { return p_.slot[a] < p_.slot[b]; });
+    }
+  }
+
+  void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
+    const int64_t first_tile = block * s_.block_tiles, first_row = first_tile * kTile;
+    const int64_t offset = group * kPanelsPerItem;  // within the run
+    const int64_t panel = first_panel + offset;
+    int64_t target[cpu::kBlockTiles * kTile];
+    cpu::Probabilities<Unit> a;
+    a.rows = rows_.tiles.get() + first_tile * kTile * s_.units;
+    a.row_tile_stride = kTile * s_.units;
+    a.classes = classes_.panels + panel * s_.panel_units;
+    a.panel_stride = s_.panel_units;
+    a.units = s_.units;
+    a.tiles = s_.tiles_in_block(block);
+    a.panels = std::min(kPanelsPerItem, panels - offset);
+    for (int64_t r = 0; r < a.tiles * kTile; ++r)
+      target[r] = first_row + r < p_.batch && p_.slot[first_row + r] >= 0
+                      ? p_.slot[first_row + r] - panel * kLanes
+                      : -1;
+    a.target = target;
+    a.num_classes = p_.sampled - panel * kLanes;
+    a.scale = static_cast<Real>(p_.scale);
+    a.filter = static_cast<Real>(p_.filter);
+    a.row = row_scale_.data() + first_row;
+    a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
+    a.along_rows_stride = row_stride_ * kLanes;
+    a.along_classes_stride = run_panels_ * kGroup * kLanes;
+    a.along_classes = along_classes_.get() + first_row / kLanes * a.along_classes_stride +
+                      offset * kGroup * kLanes;
+    k_.probabilities(a);
+  }
+
+  void reorder(int64_t first_panel, int64_t panel) {
+    k_.lanes_to_units(classes_.panels + (first_panel + panel) * s_.panel_units, s_.height,
+                      class_units_.get() + panel * s_.height * kGroup);
+  }
+
+  void prototype_gradients(int64_t first_panel, int64_t panels, int64_t group) {
+    const int64_t offset = group * kPanelsPerItem;
+    const int64_t count = std::min(kPanelsPerItem, panels - offset);
+    const int64_t size = s_.height * kLanes;
+    Buffer<Real> gradient(count * size), rows(size);
+    cpu::Product<Unit> a;
+    a.a = weighted_.get();
+    a.a_tile_stride = row_stride_ * kTile;
+    a.group_units = a.group_stride = 0;
+    a.b = along_rows_.get() + offset * row_stride_ * kLanes;
+    a.b_panel_stride = row_stride_ * kLanes;
+    a.out = gradient.get();
+    a.out_panel_stride = size;
+    a.tiles = s_.height / kTile;
+    a.panels = count;
+    a.units = row_units_;
+    a.accumulate = false;
+    k_.product(a);
+    TargetGradient target(p_, args_);
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t panel = first_panel + offset + j;
+      k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
+                       classes_.inverse_norm + panel * kLanes, rows.get());
+      const int64_t lanes = std::min(kLanes, p_.sampled - panel * kLanes);
+      auto sample = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
+                                     [&](int64_t i, int64_t slot) { return p_.slot[i] < slot; });
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t slot = panel * kLanes + lane;
+        for (; sample != by_slot_.end() && p_.slot[*sample] == slot; ++sample)
+          target.add_to_prototype(*sample, rows.get() + lane * s_.height);
+        const int64_t id = p_.class_index && !args_.compact ? p_.class_index[slot] : slot;
+        write_row(args_.prototypes, id, rows.get() + lane * s_.height);
+      }
+    }
+  }
+
+  void add_embedding_gradients(int64_t first_panel, int64_t panels, int64_t item) {
+    const int64_t row_panel = item * kPanelsPerItem;
+    cpu::Product<Unit> a;
+    a.group_units = kGroup;
+    if (kValues > 1) {
+      a.a = class_units_.get();
+      a.group_stride = s_.height * kGroup;
+    } else {
+      a.a = classes_.panels + first_panel * s_.panel_units;
+      a.group_stride = s_.panel_units;
+    }
+    a.a_tile_stride = kTile * kGroup;
+    a.b_panel_stride = run_panels_ * kGroup * kLanes;
+    a.b = along_classes_.get() + row_panel * a.b_panel_stride;
+    a.out_panel_stride = s_.height * kLanes;
+    a.out = embedding_gradient_.get() + row_panel * a.out_panel_stride;
+    a.tiles = s_.height / kTile;
+    // Panels past the last row block were never written.
+    a.panels = std::min(kPanelsPerItem, ceil_div(s_.tiles * kTile, kLanes) - row_panel);
+    a.units = panels * kGroup;
+    a.accumulate = first_panel > 0;
+    if (a.panels > 0) k_.product(a);
+  }
+
+  void finish_embeddings() {
+    parallel_.run(ceil_div(p_.batch, kLanes), [&](int64_t panel) {
+      Buffer<Real> row(s_.height);
+      TargetGradient target(p_, args_);
+      const Real* gradient = embedding_gradient_.get() + panel * s_.height * kLanes;
+      const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
+      for (int64_t i = panel * kLanes; i < end; ++i) {
+        if (p_.slot[i] < 0) continue;  // its row stays zero
+        const int64_t lane = i - panel * kLanes;
+        const Real* x = rows_.unit.get() + i * s_.height;
+        double dot = 0;
+        for (int64_t d = 0; d < s_.dim; ++d)
+          dot += static_cast<double>(gradient[d * kLanes + lane]) * x[d];
+        const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
+        for (int64_t d = 0; d < s_.dim; ++d)
+          row[d] = static_cast<Real>(factor * (gradient[d * kLanes + lane] - dot * x[d]));
+        target.add_to_embedding(i, row.get());
+        write_row(args_.embeddings, i, row.get());
+      }
+    });
+  }
+
+  const Problem& p_;
+  const BackwardArgs& args_;
+  const Parallel& parallel_;
+  const Shape<Unit> s_;
+  const cpu::Kernels<Unit>& k_;
+  const PackedRows<Unit> rows_;
+  const PackedClasses<Unit> classes_;
+  const int64_t run_panels_;   // panels in a run of classes
+  const int64_t row_units_;    // what a prototype gradient sums over
+  const int64_t row_stride_;   // units from one class panel to the next
+  const int64_t row_panels_;
+  Buffer<Unit> along_rows_;     // [run panel][row unit][16 classes]
+  Buffer<Unit> along_classes_;  // [row panel][class unit][16 rows]
+  Buffer<Unit> weighted_;       // tile panels over dimensions [height / 6][row unit][6]
+  Buffer<Unit> class_units_;    // pairs along classes [run panel][height][8]; bf16 only
+  Buffer<Real> embedding_gradient_;  // [row panel][height][16]
+  std::vector<cpu::RowScale> row_scale_;
+  std::vector<double> weight_;
+  std::vector<int64_t> by_slot_;
+};
+
+}  // namespace
+
+template <class Unit>
+void backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel) {
+  if (p.batch == 0) return;
+  Backward<Unit>(p, args, parallel).run();
+}
+
+template void backward<float>(const Problem&, const BackwardArgs&, const Parallel&);
+template void backward<cpu::BfPair>(const Problem&, const BackwardArgs&, const Parallel&);
+template void backward<double>(const Problem&, const BackwardArgs&, const Parallel&);
+
+}  // namespace unicom

@@ -1,0 +1,34 @@
+// Memory that is used again. First touch of fresh memory costs more than the arithmetic done on it,
+// so workspaces, saved operands and gradients come from a pool of warm blocks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace unicom {
+
+// Thread-safe. Blocks are aligned to 64 bytes and hold arbitrary bytes. The pool keeps what was
+// released until a request of another size needs the room, at most kPoolBlocks blocks.
+void* acquire_block(size_t bytes);
+void release_block(void* block);
+
+// Bytes held in free blocks; and a way to give them back to the system.
+size_t pooled_bytes();
+void trim_pool();
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(acquire_block(sizeof(T) * static_cast<size_t>(count)))) {}
+  ~Buffer() { release_block(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace unicom

@@ -1,0 +1,158 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../core/margin.h"
+#include "../core/softmax.h"
+#include "operands.h"
+
+namespace unicom {
+
+int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value) {
+  const int64_t lanes = round_up(sampled, kLanes);
+  return lanes * cpu::panel_height(dim) * bytes_per_value +
+         lanes * static_cast<int64_t>(sizeof(double));
+}
+
+namespace {
+
+constexpr int64_t kPanelsPerItem = 16;  // panels a thread takes at a time
+
+template <class Unit>
+void pack_classes(const Problem& p, const Shape<Unit>& s, PackedClasses<Unit> out,
+                  const Parallel& parallel) {
+  const auto& k = kernels_for<Unit>();
+  parallel.run(ceil_div(s.panels, kPanelsPerItem), [&](int64_t item) {
+    Buffer<RealOf<Unit>> scratch(kLanes * s.height);
+    const int64_t end = std::min(s.panels, (item + 1) * kPanelsPerItem);
+    for (int64_t j = item * kPanelsPerItem; j < end; ++j)
+      k.pack_panel(p.prototypes, p.class_index, j * kLanes,
+                   std::min(kLanes, p.sampled - j * kLanes), p.rounding, scratch.get(),
+                   out.panels + j * s.panel_units, out.inverse_norm + j * kLanes);
+  });
+}
+
+// Sums over the other classes, per row: runs of classes are summed apart, at most kRuns of them
+// whatever the number of threads, and merged in order.
+constexpr int64_t kRuns = 64;
+
+template <class Unit>
+void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
+                   const PackedClasses<Unit>& classes, cpu::RowSum* result,
+                   const Parallel& parallel) {
+  const auto& k = kernels_for<Unit>();
+  const int64_t run_panels = std::max<int64_t>(16, round_up(ceil_div(s.panels, kRuns), 4));
+  const int64_t runs = ceil_div(s.panels, run_panels);
+  int64_t exponent;
+  if (!constant_exponent(p.scale, static_cast<double>(p.sampled), &exponent))
+    exponent = cpu::kRunningExponent;
+
+  Buffer<cpu::RowSum> partial(std::max<int64_t>(1, runs) * s.padded_rows);
+  parallel.run(s.blocks * runs, [&](int64_t item) {
+    const int64_t block = item % s.blocks, run = item / s.blocks;
+    const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
+    const int64_t first_panel = run * run_panels;
+    int64_t target[cpu::kBlockTiles * kTile];
+    cpu::SumExp<Unit> args;
+    args.rows = rows.tiles.get() + first_tile * kTile * s.units;
+    args.row_tile_stride = kTile * s.units;
+    args.classes = classes.panels + first_panel * s.panel_units;
+    args.panel_stride = s.panel_units;
+    args.units = s.units;
+    args.tiles = s.tiles_in_block(block);
+    args.panels = std::min(run_panels, s.panels - first_panel);
+    for (int64_t r = 0; r < args.tiles * kTile; ++r)
+      target[r] = first_row + r < p.batch && p.slot[first_row + r] >= 0
+                      ? p.slot[first_row + r] - first_panel * kLanes
+                      : -1;
+    args.target = target;
+    args.num_classes = p.sampled - first_panel * kLanes;
+    args.scale = static_cast<RealOf<Unit>>(p.scale);
+    args.filter = static_cast<RealOf<Unit>>(p.filter);
+    args.exponent = exponent;
+    args.result = partial.get() + run * s.padded_rows + first_row;
+    k.sum_exp(args);
+  });
+
+  for (int64_t r = 0; r < p.batch; ++r) {
+    cpu::RowSum total{0.0, exponent, cpu::kNoCosine};
+    for (int64_t run = 0; run < runs; ++run) {
+      const cpu::RowSum& part = partial[run * s.padded_rows + r];
+      total.exponent = std::max(total.exponent, part.exponent);
+      total.largest = std::max(total.largest, part.largest);
+    }
+    for (int64_t run = 0; run < runs; ++run) {
+      const cpu::RowSum& part = partial[run * s.padded_rows + r];
+      if (part.exponent == total.exponent) {
+        total.sum += part.sum;
+      } else if (part.exponent != cpu::kRunningExponent) {
+        total.sum += std::ldexp(part.sum, static_cast<int>(part.exponent - total.exponent));
+      }
+    }
+    result[r] = total;
+  }
+}
+
+// Cosine of each sample with its own prototype, in double from the rows as they were given.
+void target_cosines(const Problem& p, double* cosine, const Parallel& parallel) {
+  const auto& k = kernels_for<double>();
+  constexpr int64_t kSamplesPerItem = 16;
+  parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
+    const int64_t dim = p.embeddings.dim;
+    Buffer<double> x(dim), w(dim);
+    const int64_t end = std::min(p.batch, (item + 1) * kSamplesPerItem);
+    for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
+      cosine[i] = 0;
+      if (p.slot[i] < 0) continue;
+      k.unit_row(p.embeddings, i, x.get(), dim);
+      k.unit_row(p.prototypes, p.class_index ? p.class_index[p.slot[i]] : p.slot[i], w.get(), dim);
+      for (int64_t d = 0; d < dim; ++d) cosine[i] += x[d] * w[d];
+    }
+  });
+}
+
+}  // namespace
+
+template <class Unit>
+void forward(const Problem& p, const ForwardResult& out, const Parallel& parallel) {
+  const Shape<Unit> s(p);
+  const PackedClasses<Unit> classes(out.packed, s);
+  pack_classes(p, s, classes, parallel);
+  if (p.batch == 0) return;
+  const PackedRows<Unit> rows(p, s, parallel);
+  Buffer<cpu::RowSum> sums(p.batch);
+  sum_negatives(p, s, rows, classes, sums.get(), parallel);
+  target_cosines(p, out.target_cosine, parallel);
+
+  for (int64_t i = 0; i < p.batch; ++i) {
+    const cpu::RowSum& sum = sums[i];
+    SampleState& state = out.state[i];
+    out.loss[i] = 0;
+    out.largest_negative[i] = -std::numeric_limits<double>::infinity();
+    state = {};
+    if (p.slot[i] < 0) continue;
+    if (sum.largest > cpu::kNoCosine) out.largest_negative[i] = sum.largest;
+    const double m2 = p.m2_per_sample ? p.m2_per_sample[i] : p.m2;
+    const double m3 = p.m3_per_sample ? p.m3_per_sample[i] : p.m3;
+    const auto margin = evaluate_margin(out.target_cosine[i], p.m1, m2, m3, p.exact_margin_grad,
+                                        p.linear_beyond_pi);
+    const double a = sum.sum == 0 ? -std::numeric_limits<double>::infinity()
+                                  : static_cast<double>(sum.exponent) * kLn2 + std::log(sum.sum);
+    const TargetLoss loss = target_loss(a, p.scale * margin.psi);
+    out.loss[i] = loss.loss;
+    state.inverse_norm = rows.inverse_norm[static_cast<size_t>(i)];
+    state.cosine = out.target_cosine[i];
+    state.slope = margin.slope;
+    state.miss = loss.miss;
+    int power = 0;
+    const double mantissa = std::frexp(sum.sum, &power);
+    state.factor = sum.sum == 0 ? 0.0 : 1.0 / mantissa;
+    state.exponent = static_cast<double>(sum.exponent + power);
+  }
+}
+
+template void forward<float>(const Problem&, const ForwardResult&, const Parallel&);
+template void forward<cpu::BfPair>(const Problem&, const ForwardResult&, const Parallel&);
+template void forward<double>(const Problem&, const ForwardResult&, const Parallel&);
+
+}  // namespace unicom

@@ -1,0 +1,99 @@
+// Packed operands of one call: prototypes as vector panels, embeddings as unit rows and tile panels.
+#pragma once
+
+#include <vector>
+
+#include "buffers.h"
+#include "engine.h"
+
+namespace unicom {
+
+using cpu::ceil_div;
+using cpu::kLanes;
+using cpu::kTile;
+using cpu::RealOf;
+using cpu::round_up;
+
+template <class Unit>
+const cpu::Kernels<Unit>& kernels_for() {
+  if constexpr (std::is_same_v<Unit, float>) return *cpu::kernels().fp32;
+  else if constexpr (std::is_same_v<Unit, double>) return *cpu::kernels().fp64;
+  else return *cpu::kernels().bf16;
+}
+
+// Sizes that follow from the problem and the operand type.
+template <class Unit>
+struct Shape {
+  static constexpr int64_t kValues = cpu::UnitTraits<Unit>::kValues;
+  static constexpr int64_t kRowGranule = 48;  // whole tiles and whole panels of rows
+
+  int64_t dim, height;       // selected dimensions; padded to whole tiles
+  int64_t units;             // along the dimensions, what a logit sums over
+  int64_t panel_units;       // units of a packed class panel
+  int64_t panels;            // of sampled classes
+  int64_t batch, tiles;      // rows, and tiles of six rows
+  int64_t padded_rows;       // whole granules
+  int64_t blocks, block_tiles;  // row blocks of the logit kernels
+
+  explicit Shape(const Problem& p)
+      : dim(p.embeddings.dim),
+        height(cpu::panel_height(dim)),
+        units(ceil_div(dim, kValues)),
+        panel_units(height / kValues * kLanes),
+        panels(ceil_div(p.sampled, kLanes)),
+        batch(p.batch),
+        tiles(ceil_div(p.batch, kTile)),
+        padded_rows(round_up(p.batch, kRowGranule)) {
+    const int64_t granule = kRowGranule / kTile;
+    blocks = std::max<int64_t>(1, ceil_div(tiles, cpu::kBlockTiles));
+    block_tiles = round_up(ceil_div(tiles, blocks), granule);
+    blocks = ceil_div(tiles, block_tiles > 0 ? block_tiles : 1);
+  }
+
+  int64_t tiles_in_block(int64_t block) const {
+    return std::min(block_tiles, tiles - block * block_tiles);
+  }
+};
+
+// Embeddings of the batch: unit rows [padded_rows][height], and as the tiles a logit broadcasts.
+template <class Unit>
+struct PackedRows {
+  Buffer<RealOf<Unit>> unit;
+  Buffer<Unit> tiles;
+  std::vector<double> inverse_norm;
+
+  PackedRows(const Problem& p, const Shape<Unit>& s, const Parallel& parallel)
+      : unit(s.padded_rows * s.height),
+        tiles(s.padded_rows * s.units),
+        inverse_norm(static_cast<size_t>(s.padded_rows), 0.0) {
+    const auto& k = kernels_for<Unit>();
+    constexpr int64_t kRows = Shape<Unit>::kRowGranule;
+    parallel.run(s.padded_rows / kRows, [&](int64_t granule) {
+      for (int64_t r = granule * kRows; r < (granule + 1) * kRows; ++r) {
+        RealOf<Unit>* row = unit.get() + r * s.height;
+        if (r < s.batch) {
+          inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embeddings, r, row, s.height);
+        } else {
+          std::fill(row, row + s.height, RealOf<Unit>(0));
+        }
+      }
+      for (int64_t t = granule * kRows / kTile; t < (granule + 1) * kRows / kTile; ++t)
+        k.pack_tile(unit.get() + t * kTile * s.height, s.height, s.units, p.rounding,
+                    tiles.get() + t * kTile * s.units);
+    });
+  }
+};
+
+// Views into the block that `forward` fills and `backward` reads.
+template <class Unit>
+struct PackedClasses {
+  Unit* panels;
+  double* inverse_norm;
+
+  PackedClasses(void* packed, const Shape<Unit>& s)
+      : panels(static_cast<Unit*>(packed)),
+        inverse_norm(reinterpret_cast<double*>(static_cast<char*>(packed) +
+                                               s.panels * s.panel_units * sizeof(Unit))) {}
+};
+
+}  // namespace unicom

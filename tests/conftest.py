@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+# Two test processes share two cores; tests that are about threads set their own number.
+torch.set_num_threads(1)
+
+# The same examples everywhere: a red test is about the code, not about luck.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
+
+def pytest_generate_tests(metafunc):
+    if "capability" in metafunc.fixturenames:
+        from unicom_ext import _core
+
+        metafunc.parametrize("capability", _core.cpu_capabilities(), indirect=True)
+
+
+@pytest.fixture
+def capability(request):
+    """Each instruction set that this CPU can run, in use for the length of the test."""
+    import unicom_ext
+
+    with unicom_ext.cpu_capability(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def set_threads():
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

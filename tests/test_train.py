@@ -1,0 +1,439 @@
+"""The training driver: settings, checkpoints, exact resumption, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.train import checkpoint, driver, report
+from unicom_ext.train.augment import distort
+from unicom_ext.train.checkpoint import CheckpointError
+from unicom_ext.train.config import Config, ConfigError, read_toml
+
+TINY = Config(
+    embedding_size=8, width=2, epochs=3, batch_size=16, dims=(4, 8), baselines=(),
+    evaluate_every=1, checkpoint_every=4, sample_rate=0.5, feature_rate=0.5, threads=1,
+)  # fmt: skip
+
+
+def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> Glyphs:
+    """Classes that are blurred random patterns, with noise that differs from image to image."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((num_classes, 8, 8))
+    patterns = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, None]
+    noise = rng.random((num_classes, images_per_class, 32, 32))
+    images = (255 * (0.7 * patterns + 0.3 * noise)).astype(np.uint8)
+    return Glyphs(
+        images=images.reshape(-1, 32, 32),
+        labels=np.arange(num_classes).repeat(images_per_class),
+        fonts=np.tile(np.arange(images_per_class), num_classes),
+        codepoints=np.arange(num_classes) + 0x4E00,
+        captions=[f"PATTERN {c}" for c in range(num_classes)],
+        font_names=[f"Face{f}" for f in range(images_per_class)],
+    )
+
+
+DATA = (synthetic(20, seed=1), synthetic(12, seed=2))
+STEPS = 3 * (120 // 16)  # of a run with TINY
+
+
+def run(output, *, config=TINY, data=DATA, text=None, **options):
+    console = Console(file=text or io.StringIO(), width=120)
+    return driver.train(config, output, data=data, console=console, **options)
+
+
+def apart_from_timing(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+def assert_same_bits(a, b, where="checkpoint"):
+    """Trees of dicts, lists, tensors and values are equal, tensors bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(output directory, metrics) of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("finished")
+    return output, run(output)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_learns_and_beats_an_untrained_model(tmp_path):
+    config = dataclasses.replace(TINY, width=4, epochs=12, sample_rate=1.0, evaluate_every=0)
+    untrained = driver.Trainer(config, DATA[0])
+    before = driver._evaluate(untrained.embed(DATA[1].images), DATA[1], [8])[0]["recall"]["1"]
+    metrics = run(tmp_path, config=config)
+    after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
+    assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
+    assert after > before + 0.1
+
+
+def test_metrics_file_is_complete(finished):
+    output, metrics = finished
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert metrics["config"] == TINY.to_dict()
+    assert metrics["step"] == metrics["steps"] == len(metrics["loss"]) == STEPS
+    assert [e["epoch"] for e in metrics["evaluations"]] == [1, 2, 3]
+    assert [[r["dim"] for r in e["results"]] for e in metrics["evaluations"]] == [[8], [8], [4, 8]]
+    for result in metrics["evaluations"][-1]["results"]:
+        assert 0 < result["recall"]["1"] <= result["recall"]["5"] <= result["recall"]["10"] <= 1
+        assert 0 < result["map_at_r"] <= 1
+    assert metrics["data"]["train_classes"] == 20
+    assert metrics["data"]["test_images"] == 72
+    assert set(metrics["versions"]) == {"python", "unicom_ext", "torch", "numpy"}
+    assert metrics["seconds"]["training"] > 0
+
+
+def test_config_file_reproduces_the_run(finished, tmp_path):
+    output, metrics = finished
+    config = Config.from_mapping(read_toml(output / "config.toml"))
+    assert config == TINY
+    again = run(tmp_path, config=config)
+    assert apart_from_timing(again) == apart_from_timing(metrics)
+
+
+def test_seed_decides_the_run(finished, tmp_path):
+    other = run(tmp_path, config=dataclasses.replace(TINY, seed=1))
+    assert other["loss"] != finished[1]["loss"]
+
+
+def test_does_not_touch_the_global_random_state(tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    run(tmp_path, config=dataclasses.replace(TINY, epochs=1))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+
+
+def test_one_epoch_visits_no_image_twice():
+    trainer = driver.Trainer(TINY, DATA[0])
+    trainer.labels = torch.arange(len(DATA[0]))  # which image it is
+    epochs = [
+        torch.cat([trainer._batch(epoch * 7 + i)[1] for i in range(7)]).tolist()
+        for epoch in range(2)
+    ]
+    assert all(len(set(rows)) == len(rows) == 112 for rows in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_schedule_rises_then_falls_to_zero():
+    factors = [driver.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[0] > 0
+    assert max(factors) == factors[10] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[99] < 1e-3
+    assert driver.schedule(0, 100, 0.0) == 1
+
+
+def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
+    images = torch.from_numpy(DATA[0].images[:9, None]).float() / 255
+    first, again, other = (
+        distort(images, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == images.shape
+    assert 0 <= first.min()
+    assert first.max() <= 1 + 1e-6
+    assert torch.equal(distort(images, 0.0, np.random.default_rng(3)), images)
+
+
+def test_more_batch_than_images(tmp_path):
+    metrics = run(tmp_path, config=dataclasses.replace(TINY, batch_size=1000, epochs=2))
+    assert metrics["steps"] == 2
+
+
+# ---- interruption and resumption -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, STEPS - 1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, number):
+    def stop(done):
+        if done == step:
+            signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    with pytest.raises(driver.Interrupted) as caught:
+        run(tmp_path, on_step=stop)
+    assert caught.value.step == step
+    assert signal.getsignal(number) is handler
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == step
+    metrics = run(tmp_path, resume=True)
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    ours, theirs = (checkpoint.load(d / "checkpoint.pt") for d in (tmp_path, finished[0]))
+    for state in (ours, theirs):
+        state["metrics"].pop("seconds")
+    assert_same_bits(ours, theirs)
+
+
+def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path):
+    """Steps after the last checkpoint are lost, and come again the same."""
+
+    def crash(done):
+        if done in crashes:
+            crashes.remove(done)
+            raise MemoryError
+
+    crashes = {6, 15}
+    with pytest.raises(MemoryError):
+        run(tmp_path, on_step=crash)
+    assert checkpoint.load(tmp_path / "checkpoint.pt")["metrics"]["step"] == 4
+    with pytest.raises(MemoryError):
+        run(tmp_path, resume=True, on_step=crash)
+    metrics = run(tmp_path, resume=True)
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    ours, theirs = (checkpoint.load(d / "checkpoint.pt") for d in (tmp_path, finished[0]))
+    assert_same_bits(ours["trainer"], theirs["trainer"])
+
+
+def test_second_signal_is_not_caught(tmp_path):
+    def stop(done):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_step=stop)
+
+
+def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
+    run(tmp_path)
+    (tmp_path / "report.html").unlink()
+    steps = []
+    metrics = run(tmp_path, resume=True, on_step=steps.append)
+    assert steps == []
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    assert (tmp_path / "report.html").exists()
+
+
+def test_resume_refuses_another_config(finished):
+    with pytest.raises(CheckpointError, match=r"epochs: 4 here, 3 there.*scale: 8\.0 here"):
+        run(finished[0], config=dataclasses.replace(TINY, epochs=4, scale=8.0), resume=True)
+
+
+def test_resume_refuses_other_data(finished):
+    with pytest.raises(CheckpointError, match="other data"):
+        run(finished[0], data=(DATA[0], synthetic(12, seed=3)), resume=True)
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run(tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_does_not_overwrite_unasked(finished, tmp_path):
+    with pytest.raises(CheckpointError, match="there already"):
+        run(finished[0])
+    one_epoch = dataclasses.replace(TINY, epochs=1)
+    run(tmp_path, config=one_epoch)
+    assert run(tmp_path, config=TINY, overwrite=True)["steps"] == STEPS
+
+
+def test_output_is_readable_where_there_is_no_terminal(tmp_path):
+    text = io.StringIO()
+    run(tmp_path, text=text)
+    lines = text.getvalue().splitlines()
+    assert "\x1b" not in text.getvalue()
+    assert "\r" not in text.getvalue()
+    assert len(lines) < 40
+    assert re.fullmatch(r"step 21/21  loss \d+\.\d+  [\d,]+ images/s.*", lines[-2].strip())
+    assert sum("Recall@1" in line for line in lines) == 3
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+WRITER = """
+import sys, torch
+from unicom_ext.train import checkpoint
+n = 0
+while True:
+    n += 1
+    checkpoint.save(sys.argv[1], {"n": n, "x": torch.full((200_000,), float(n))})
+    print(n, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+        )
+        written = int(writer.stdout.readline())  # it is at work
+        try:
+            writer.wait(timeout=rng.uniform(0, 0.1))
+        except subprocess.TimeoutExpired:
+            pass
+        writer.kill()
+        written = int((writer.communicate()[0].split() or [written])[-1])
+        state = checkpoint.load(path)
+        assert state["n"] in (written, written + 1)
+        assert torch.equal(state["x"], torch.full((200_000,), float(state["n"])))
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_failure_at_any_moment_keeps_the_old_checkpoint(tmp_path, monkeypatch, moment):
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"n": 1})
+
+    def fail(*arguments):
+        if moment == "write":
+            arguments[1].write(b"half a")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((torch, "save") if moment == "write" else (os, moment)), fail)
+        with pytest.raises(OSError, match="no space left"):
+            checkpoint.save(path, {"n": 2})
+    assert checkpoint.load(path) == {"n": 1}
+    checkpoint.save(path, {"n": 3})
+    assert checkpoint.load(path) == {"n": 3}
+    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+
+
+def test_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda *p: (calls.append("replace"), replace(*p)))
+    checkpoint.save(tmp_path / "checkpoint.pt", {})
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_unreadable_checkpoints_say_why(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path)
+    torch.save({"something": "else"}, path)
+    with pytest.raises(CheckpointError, match="is not a unicom_ext training checkpoint"):
+        checkpoint.load(path)
+    torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
+    with pytest.raises(CheckpointError, match="version 99 .* reads version 1"):
+        checkpoint.load(path)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def test_report_is_complete_and_self_contained(finished):
+    output, metrics = finished
+    page = (output / "report.html").read_text()
+    assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) >= 3
+    for source in sources:
+        prefix, data = source.split(",", 1)
+        assert prefix == "data:image/png;base64"
+        image = Image.open(io.BytesIO(__import__("base64").b64decode(data)))
+        image.load()
+        assert min(image.size) > 100
+    for result in metrics["evaluations"][-1]["results"]:
+        assert f"{result['recall']['1']:.3f}" in page
+        assert f"{result['map_at_r']:.4f}" in page
+    assert "<td>our model</td>" in page
+    assert "feature_rate" in page
+    assert "{{" not in page
+
+
+def test_neighbours_are_marked_right_and_wrong():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
+    found = report.Neighbours.search(embeddings, np.array([0, 1, 0, 1]))
+    assert found.index.tolist()[0] == [1, 2, 3]
+    assert found.right.tolist()[0] == [False, True, False]
+    figure = report.grid(DATA[0], found, np.array([0]))
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "query"
+    assert [title[0] for title in titles[1:4]] == ["✗", "✓", "✗"]
+    frames = [axes.spines["top"].get_edgecolor()[:3] for axes in figure.axes[1:4]]
+    assert frames[0] == frames[2] != frames[1]
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "whole number >= 1"),
+        ("epochs", 2.5, "whole number >= 1"),
+        ("epochs", "3", "whole number >= 1"),
+        ("epochs", True, "whole number >= 1"),
+        ("batch_size", 1, ">= 2"),
+        ("scale", 0.0, "> 0"),
+        ("scale", float("nan"), "finite number > 0"),
+        ("learning_rate", float("inf"), "finite"),
+        ("sample_rate", 1.5, r"\(0, 1\]"),
+        ("feature_rate", 0.0, r"\(0, 1\]"),
+        ("feature_rate", 0.001, "at least 0.0039"),
+        ("test_fraction", 1.0, r"\(0, 1\)"),
+        ("m2", -0.1, ">= 0"),
+        ("warmup", 1.0, r"\[0, 1\)"),
+        ("precision", "fp8", "auto or fp32"),
+        ("dims", [], "increasing"),
+        ("dims", [32, 16], "increasing"),
+        ("dims", [16, 256], "embedding_size, which is 128"),
+        ("baselines", ["pca"], "pixels, hog, lda"),
+        ("seed", -1, "2\\^32"),
+    ],
+)
+def test_bad_settings_name_the_field_the_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=allowed) as caught:
+        Config.from_mapping({name: value})
+    assert str(caught.value).startswith(f"{name}: got ")
+    assert repr(value) in str(caught.value)
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ConfigError, match="batchsize: no such setting; did you mean batch_size"):
+        Config.from_mapping({"batchsize": 3})
+
+
+def test_config_survives_toml():
+    assert Config.from_mapping(tomllib.loads(TINY.to_toml())) == TINY
+    assert Config.from_mapping(tomllib.loads(Config().to_toml())) == Config()
+    assert Config.from_mapping({"scale": 64, "dims": [8]}) == Config(scale=64.0, dims=(8,))
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.toml: cannot be read"):
+        read_toml(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        read_toml(tmp_path / "bad.toml")

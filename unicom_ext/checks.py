@@ -1,0 +1,108 @@
+"""Argument checks that the function, the module and the reference share.
+
+Nothing here looks at the values inside a tensor, but for `check_finite`: the operators do that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from unicom_ext.margins import CombinedMargin
+
+
+def check_options(
+    margin: object,
+    scale: object,
+    interclass_filter: object,
+    margin_grad: object,
+    beyond_pi: object,
+    precision: object,
+    reduction: object,
+) -> None:
+    if not isinstance(margin, CombinedMargin):
+        raise TypeError(f"margin must be a CombinedMargin such as ArcFace(0.3), got {margin!r}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number > 0, got {scale}")
+    if interclass_filter is not None and not -1 <= interclass_filter <= 1:
+        raise ValueError(
+            f"interclass_filter must be None or a cosine in [-1, 1], got {interclass_filter}"
+        )
+    for name, value, allowed in (
+        ("margin_grad", margin_grad, ("straight_through", "exact")),
+        ("beyond_pi", beyond_pi, ("keep", "linear")),
+        ("precision", precision, ("auto", "fp32", "fp16", "bf16")),
+        ("reduction", reduction, ("mean", "sum", "none")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_tensors(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    margin: CombinedMargin,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+) -> None:
+    for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {_kind(tensor)}"
+            )
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
+    batch, dim = embeddings.shape
+    num_classes = prototypes.shape[0]
+    if prototypes.shape[1] != dim:
+        raise ValueError(
+            f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
+            f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
+        )
+    if num_classes < 1 or dim < 1:
+        raise ValueError(
+            f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}"
+        )
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be an int32 or int64 tensor, got {_kind(labels)}")
+    for name, tensor in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
+        if isinstance(tensor, Tensor) and (tensor.dim() != 1 or tensor.shape[0] != batch):
+            raise ValueError(f"{name} must have shape [{batch}], got {list(tensor.shape)}")
+    for name, index in (("class_index", class_index), ("feature_index", feature_index)):
+        if index is None:
+            continue
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {_kind(index)}")
+        if index.dim() != 1:
+            raise ValueError(f"{name} must be a vector, got the shape {list(index.shape)}")
+    for name, tensor in (
+        ("labels", labels),
+        ("prototypes", prototypes),
+        ("margin.m2", margin.m2),
+        ("margin.m3", margin.m3),
+        ("class_index", class_index),
+        ("feature_index", feature_index),
+    ):
+        if isinstance(tensor, Tensor) and tensor.device != embeddings.device:
+            raise ValueError(
+                f"{name} must be on {embeddings.device} like the embeddings, got {tensor.device}"
+            )
+
+
+def check_finite(embeddings: Tensor) -> None:
+    finite = embeddings.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"embeddings must be finite when check_finite=True, got NaN or infinity in row {row}"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,251 @@
+"""The command line: `unicom-ext`, or `python -m unicom_ext.cli`.
+
+Everything heavy is imported inside the commands, so that --help is quick and `doctor` still works
+where the rest does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+
+from unicom_ext.train.config import Config, ConfigError, parse_list, read_toml, setting_types
+
+INTERRUPTED = 130  # the exit status of a program that SIGINT ended
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Partial margin softmax for PyTorch: train embeddings on very many classes."""
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def _setting_options(command: Callable) -> Callable:
+    """One option for each setting of `Config`, None where it is not given."""
+    types = setting_types()
+    for setting in reversed(dataclasses.fields(Config)):
+        wanted, default = types[setting.name], setting.default
+        is_list = isinstance(default, tuple)
+        shown = ",".join(map(str, default)) if is_list else default
+        command = click.option(
+            f"--{setting.name.replace('_', '-')}",
+            type=str if is_list else wanted,
+            metavar="LIST" if is_list else None,
+            help=f"{setting.metadata['help']}  [default: {shown}]",
+        )(command)
+    return command
+
+
+@main.command()
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), default="runs/demo",
+    show_default=True, help="Directory for checkpoint, metrics and report.",
+)  # fmt: skip
+@click.option(
+    "--config", "config_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with settings; the options below override it.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
+@click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint.")
+@_setting_options
+def train(
+    output: Path, config_file: Path | None, resume: bool, overwrite: bool, **given: Any
+) -> None:
+    """Train an image encoder on the bundled glyphs; evaluate it on unseen characters.
+
+    Without options this is the demo. The output directory gets config.toml, checkpoint.pt,
+    metrics.json and report.html. Ctrl-C saves first; --resume then goes on exactly there.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    try:
+        if config_file is None and resume and (output / "config.toml").exists():
+            config_file = output / "config.toml"
+        settings = read_toml(config_file) if config_file else {}
+        settings.update(_given_settings(given))
+        config = Config.from_mapping(settings)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+    from rich.console import Console
+
+    try:
+        from unicom_ext.train import driver, report
+        from unicom_ext.train.checkpoint import CheckpointError
+    except ModuleNotFoundError as error:
+        if error.name.startswith("unicom_ext"):
+            remedy = "`unicom-ext doctor` says more"
+        else:
+            remedy = "training needs: pip install matplotlib pillow jinja2 scikit-learn"
+        raise click.ClickException(f"{error.name} is not installed; {remedy}") from None
+
+    console = Console()
+    try:
+        metrics = driver.train(config, output, resume=resume, overwrite=overwrite, console=console)
+    except CheckpointError as error:
+        raise click.ClickException(
+            f"{error}\n(--resume goes on, --overwrite begins anew)"
+        ) from None
+    except driver.Interrupted as stop:
+        click.echo(f"\nS{str(stop)[1:]}. To go on:\n  unicom-ext train --output {output} --resume")
+        sys.exit(INTERRUPTED)
+    console.print(report.table(metrics))
+    console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
+
+
+def _given_settings(given: dict[str, Any]) -> dict[str, Any]:
+    types = setting_types()
+    settings = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if isinstance(getattr(Config, name), tuple):
+            try:
+                value = parse_list(types[name], value)
+            except ValueError:
+                raise ConfigError(
+                    f"{name}: got {value!r}, must be a comma-separated list such as "
+                    f"{','.join(map(str, getattr(Config, name)))}"
+                ) from None
+        settings[name] = value
+    return settings
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench(arguments: tuple[str, ...]) -> None:
+    """Time the loss against PartialFC v2 and bare matrix products (source checkout only)."""
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "head_step.py"
+    if not script.is_file():
+        raise click.ClickException(
+            f"{script} is not there: the benchmarks are not part of the installed package. Clone "
+            "the source repository, install from it with `pip install --no-build-isolation -e .`, "
+            "and run this again, or run benchmarks/head_step.py itself."
+        )
+    sys.exit(subprocess.call([sys.executable, str(script), *arguments]))
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, build, CPU and CUDA, and say what is wrong and how to mend it.
+
+    The exit status is 1 if something is wrong.
+    """
+    problems: list[str] = []
+    for section in (_show_versions, _show_build, _show_devices):
+        for line in section(problems):
+            click.echo(line)
+    click.echo()
+    for problem in problems:
+        click.echo(f"PROBLEM  {problem}")
+    if problems:
+        sys.exit(1)
+    click.echo("Everything works.")
+
+
+def _line(name: str, value: object) -> str:
+    return f"{name:<16}{value}"
+
+
+def _show_versions(problems: list[str]) -> Iterator[str]:
+    yield _line("python", f"{platform.python_version()}  {sys.executable}")
+    yield _line("platform", platform.platform())
+    for package in ("unicom_ext", "torch", "numpy"):
+        try:
+            yield _line(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            yield _line(package, "not installed")
+            # From a checkout that is merely on the path everything may work all the same.
+            if package != "unicom_ext":
+                problems.append(f"{package} is not installed.\n  To mend it: pip install {package}")
+
+
+def _show_build(problems: list[str]) -> Iterator[str]:
+    """Both extension modules; the tensor-free one loads without torch."""
+    package = Path(__file__).resolve().parent
+    try:
+        from unicom_ext import _core
+    except Exception as error:  # a broken binary may raise anything
+        yield _line("core", "does not load")
+        problems.append(_extension_problem("unicom_ext._core", package, "_core*.so", error))
+    else:
+        for name, value in _core.build_info().items():
+            yield _line(name.replace("_", " "), value)
+        yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
+    try:
+        import unicom_ext.functional  # noqa: F401
+    except Exception as error:
+        yield _line("operators", "do not load")
+        problems.append(_extension_problem("unicom_ext._C", package, "_C.so", error))
+    else:
+        yield _line("operators", "loaded")
+
+
+def _extension_problem(name: str, package: Path, pattern: str, error: Exception) -> str:
+    rebuild = "pip install --no-build-isolation -e .   (in the source checkout)"
+    if not list(package.glob(pattern)):
+        return (
+            f"{name} has not been built: there is no {package / pattern}.\n  To mend it: {rebuild}"
+        )
+    return (
+        f"{name} does not load: {type(error).__name__}: {error}\n"
+        f"  It may be of another Python, torch or machine. To mend it: {rebuild}"
+    )
+
+
+def _show_devices(problems: list[str]) -> Iterator[str]:
+    try:
+        import torch
+    except ImportError as error:
+        problems.append(f"torch does not load: {error}\n  To mend it: pip install torch")
+        return
+    yield _line("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs")
+    if torch.version.cuda is None:
+        yield _line("torch CUDA", "this torch is built without CUDA")
+    elif torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        yield _line("torch CUDA", f"{torch.version.cuda}, {names}")
+    else:
+        yield _line("torch CUDA", f"{torch.version.cuda}, but no usable GPU was found")
+    yield _line("nvcc", _nvcc() or "not found")
+
+
+def _nvcc() -> str | None:
+    """Path and release of the CUDA compiler."""
+    home = os.environ.get("CUDA_HOME")
+    path = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
+    if not path:
+        return None
+    try:
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"{path}, which does not run: {error}"
+    release = next((line for line in text.splitlines() if "release" in line), "").strip()
+    return f"{path}  {release}"
+
+
+if __name__ == "__main__":
+    main(prog_name="unicom-ext")

@@ -1,0 +1,29 @@
+"""Which CPU instructions the kernels use. Chosen at import; to be changed for tests and timing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unicom_ext import _core
+
+
+def set_cpu_capability(name: str) -> None:
+    """Use the kernels of instruction set `name` from now on, in the whole process.
+
+    name: one of ``unicom_ext._core.cpu_capabilities()``, which this CPU can run: "portable",
+    "avx2", "avx512", "avx512_bf16". Raises ValueError for any other.
+    """
+    if not _core.set_cpu_capability(name):
+        raise ValueError(f"name must be one of {_core.cpu_capabilities()}, got {name!r}")
+
+
+@contextmanager
+def cpu_capability(name: str) -> Iterator[None]:
+    """`set_cpu_capability` for the length of a ``with`` block."""
+    before = _core.cpu_capability()
+    set_cpu_capability(name)
+    try:
+        yield
+    finally:
+        set_cpu_capability(before)

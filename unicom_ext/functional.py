@@ -1,0 +1,302 @@
+"""The partial margin softmax as a function: one autograd operator on CPU tensors.
+
+Layers: argument checks here, the operators `torch.ops.unicom_ext.*` (csrc/bind/ops.cpp) below, and
+the engine (csrc/engine) below them. Gradients and the shapes that `torch.compile` needs are
+registered here.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unicom_ext import _core, checks
+from unicom_ext.margins import CombinedMargin
+from unicom_ext.reference import Metrics
+
+__all__ = ["Metrics", "partial_margin_softmax"]
+
+torch.ops.load_library(Path(__file__).with_name("_C.so"))
+_ops = torch.ops.unicom_ext
+
+_REDUCTION = {"none": 0, "mean": 1, "sum": 2}
+_PRECISION = {"fp32": 0, "fp16": 1, "bf16": 2}
+_FAST_BF16 = "avx512_bf16" in _core.cpu_capabilities()
+
+
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    interclass_filter: float | None = None,
+    margin_grad: str = "straight_through",
+    beyond_pi: str = "keep",
+    precision: str = "auto",
+    sparse_grad: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    process_group: object | None = None,
+    grad_average: bool = True,
+    check_finite: bool = False,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, Metrics]:
+    """Softmax cross entropy over margin cosines, on some of the classes and feature dimensions.
+
+    Let S be the classes of `class_index` and G the dimensions of `feature_index`, x_i and w_j the
+    unit vectors of embedding i and prototype j cut to G, c_ij = x_i . w_j and s the scale::
+
+        loss_i = log(sum over j in S of exp z_ij) - z_iy
+        z_ij = s * c_ij  for j != y_i,    z_iy = s * psi(c_iy)  with psi the margin
+
+    This is the loss of UNICOM (arXiv:2304.05884); with all dimensions that of PartialFC
+    (arXiv:2203.15565); with all classes too that of ArcFace (arXiv:1801.07698). The B x |S| logits
+    are never stored: memory is that of the packed prototypes (|S| * |G| values) and a bounded
+    workspace.
+
+    Args:
+        embeddings: [B, d], float32, bfloat16, float16 or float64; any strides. B may be 0.
+        labels: [B] int32 or int64, class ids in [0, C) or `ignore_index`.
+        prototypes: [C, d], floating point as above. If either matrix is float64 all arithmetic is
+            done in float64.
+        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B].
+        scale: s > 0, the inverse temperature.
+        class_index: int64, sorted unique class ids that contain every label, or None for all.
+        feature_index: int64, sorted unique dimensions, at least one, or None for all.
+        interclass_filter: a negative cosine above this counts as 0 and gets no gradient (UNICOM's
+            and PartialFC's filter for conflicting classes); None for no filter.
+        margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
+            ``"exact"`` is the true derivative, bounded near |c| = 1.
+        beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
+            continuation, so that psi stays monotone.
+        precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
+            ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
+            ``"auto"`` is fp32, and under autocast bf16 where the CPU has bf16 instructions.
+        sparse_grad: the gradient of `prototypes` becomes a sparse COO tensor holding the rows of S.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        ignore_index: the label of samples without loss and gradient.
+        process_group: None; sharded prototypes are not there yet.
+        grad_average: only matters with a process group.
+        check_finite: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
+        return_metrics: also return the `Metrics` of each sample, which cost nothing.
+
+    Returns:
+        The loss, float64 if an input is, else float32: a scalar, or [B] for ``reduction="none"``
+        (0 where ignored). With `return_metrics` a pair of it and `Metrics` (without gradient).
+        Gradients have the dtype of their input.
+
+    Corners: a zero row has unit vector 0 and gradient 0. Without another class in S, and when every
+    label is ignored, loss and gradients are 0. Results do not depend on the number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message names it, what was given and what
+            is allowed. For a label it names the first bad value and its position.
+        NotImplementedError: a process group was given.
+    """
+    if process_group is not None:
+        raise NotImplementedError("process_group must be None: sharded prototypes are not there yet")
+    checks.check_options(
+        margin, scale, interclass_filter, margin_grad, beyond_pi, precision, reduction
+    )
+    checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
+    if check_finite:
+        checks.check_finite(embeddings)
+    slot = _ops.label_slots(labels, class_index, prototypes.shape[0], ignore_index)
+    loss, metrics = call_loss(
+        embeddings,
+        slot,
+        prototypes,
+        class_index,
+        None,
+        feature_index,
+        margin=margin,
+        scale=scale,
+        interclass_filter=interclass_filter,
+        margin_grad=margin_grad,
+        beyond_pi=beyond_pi,
+        precision=precision,
+        sparse_grad=sparse_grad,
+        reduction=reduction,
+    )
+    return (loss, metrics) if return_metrics else loss
+
+
+def call_loss(
+    embeddings: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    count: Tensor | None,
+    feature_index: Tensor | None,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    interclass_filter: float | None,
+    margin_grad: str,
+    beyond_pi: str,
+    precision: str,
+    sparse_grad: bool,
+    reduction: str,
+) -> tuple[Tensor, Metrics]:
+    """The operator with the options of `partial_margin_softmax`, already checked.
+
+    slot: [B] int64, each label's position in class_index, -1 where ignored.
+    count: how many entries of class_index are valid, int64 scalar tensor; None for all.
+    """
+    m2, m3 = margin.m2, margin.m3
+    loss, sample_loss, target_cosine, largest_negative, _, _ = _ops.loss(
+        embeddings,
+        slot,
+        prototypes,
+        class_index,
+        count,
+        feature_index,
+        _per_sample(m2),
+        _per_sample(m3),
+        margin.m1,
+        0.0 if isinstance(m2, Tensor) else float(m2),
+        0.0 if isinstance(m3, Tensor) else float(m3),
+        float(scale),
+        math.inf if interclass_filter is None else float(interclass_filter),
+        margin_grad == "exact",
+        beyond_pi == "linear",
+        _PRECISION[_resolve_precision(precision, embeddings.device.type)],
+        _REDUCTION[reduction],
+        sparse_grad,
+    )
+    target_cosine, largest_negative = target_cosine.detach(), largest_negative.detach()
+    top1 = (slot >= 0) & (target_cosine >= largest_negative)
+    return loss, Metrics(sample_loss.detach(), target_cosine, largest_negative, top1)
+
+
+def _per_sample(m: float | Tensor) -> Tensor | None:
+    return m.detach().to(torch.float64).contiguous() if isinstance(m, Tensor) else None
+
+
+def _resolve_precision(precision: str, device_type: str) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if torch.is_autocast_enabled(device_type) and _FAST_BF16 else "fp32"
+
+
+# ---- autograd ----------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    (*tensors, m1, m2_value, m3_value, scale, filter_, exact, linear, precision, reduction,
+     sparse) = inputs  # fmt: skip
+    state, packed = output[4], output[5]
+    ctx.save_for_backward(*tensors, state, packed)
+    ctx.options = (m1, m2_value, m3_value, scale, filter_, exact, linear, precision, reduction)
+    ctx.sparse = sparse
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_loss, *_):
+    embeddings, _slot, prototypes, class_index, count, *_rest = ctx.saved_tensors
+    none = [None] * (len(ctx.saved_tensors) - 2 + len(ctx.options) + 1)
+    if grad_loss is None:
+        return tuple(none)
+    compact = ctx.sparse and class_index is not None
+    grad_embeddings, grad_prototypes = _ops.loss_backward(
+        grad_loss,
+        *ctx.saved_tensors,
+        *ctx.options,
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[2],
+        compact,
+    )
+    if ctx.needs_input_grad[0]:
+        none[0] = grad_embeddings
+    if ctx.needs_input_grad[2]:
+        none[2] = grad_prototypes
+        if ctx.sparse:
+            none[2] = _row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+    return tuple(none)
+
+
+def _row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape) -> Tensor:
+    """Rows [n, d] of a [C, d] gradient as a coalesced COO tensor; ids None: all rows are there."""
+    if ids is None:
+        ids = torch.arange(shape[0], device=rows.device)
+    n = len(ids) if count is None else int(count)
+    return torch.sparse_coo_tensor(
+        ids[:n].unsqueeze(0), rows[:n], shape, is_coalesced=True, check_invariants=False
+    )
+
+
+torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_setup_context)
+
+
+# ---- shapes, for torch.compile -----------------------------------------------------------------------
+
+_LANES, _TILE = 16, 6  # csrc/cpu/layout.h
+
+
+def _packed_bytes(num_sampled, dim, bytes_per_value):
+    lanes = (num_sampled + _LANES - 1) // _LANES * _LANES
+    height = (dim + _TILE - 1) // _TILE * _TILE
+    return lanes * height * bytes_per_value + lanes * 8
+
+
+@torch.library.register_fake("unicom_ext::select_classes")
+def _(labels, step, num_classes, num_sampled, seed, ignore_index, start, stop):
+    batch = labels.shape[0]
+    bound = torch.sym_min(num_classes, num_sampled + torch.sym_min(batch, num_classes))
+    bound = torch.sym_min(bound, stop - start)
+    new = labels.new_empty
+    return (
+        new((bound,), dtype=torch.int64),
+        new((), dtype=torch.int64),
+        new((batch,), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("unicom_ext::select_features")
+def _(step, dim, num_selected, seed):
+    return step.new_empty((num_selected,))
+
+
+@torch.library.register_fake("unicom_ext::label_slots")
+def _(labels, class_index, num_classes, ignore_index):
+    return labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("unicom_ext::loss")
+def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1, m2_value,
+      m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision, reduction,
+      sparse_grad):  # fmt: skip
+    batch, dim = embeddings.shape
+    double = torch.float64 in (embeddings.dtype, prototypes.dtype)
+    real = torch.float64 if double else torch.float32
+    value_bytes = 8 if double else 2 if precision == _PRECISION["bf16"] else 4
+    num_sampled = prototypes.shape[0] if class_index is None else class_index.shape[0]
+    num_features = dim if feature_index is None else feature_index.shape[0]
+    new = embeddings.new_empty
+    return (
+        new((batch,) if reduction == _REDUCTION["none"] else (), dtype=real),
+        new((batch,), dtype=real),
+        new((batch,), dtype=real),
+        new((batch,), dtype=real),
+        new((batch, 6), dtype=torch.float64),
+        new((_packed_bytes(num_sampled, num_features, value_bytes),), dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("unicom_ext::loss_backward")
+def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, state,
+      packed, m1, m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
+      precision, reduction, want_embeddings, want_prototypes, compact):  # fmt: skip
+    num_rows = class_index.shape[0] if compact else prototypes.shape[0]
+    dim = embeddings.shape[1]
+    return (
+        embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0)),
+        prototypes.new_empty((num_rows, dim) if want_prototypes else (0, 0)),
+    )

@@ -1,0 +1,377 @@
+"""The training loop: data, encoder, `PartialMarginSoftmax`, optimizer, schedule, evaluation.
+
+Everything random in a step is a function of (seed, step), and the learning rate one of the step
+alone. So a checkpoint is the step and the tensors that training changes, and a run that was
+interrupted and resumed is bit for bit the run that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import unicom_ext
+from unicom_ext import CombinedMargin, PartialMarginSoftmax
+from unicom_ext.data import glyphs
+from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.retrieval import Result, evaluate
+
+from . import checkpoint, report
+from .augment import distort
+from .checkpoint import CheckpointError
+from .config import Config
+from .model import Encoder
+from .progress import TrainingProgress
+
+RECALL_AT = (1, 5, 10)
+# What a random number is for; keeps the streams of one seed apart.
+ORDER, DISTORTION, EXAMPLES = range(3)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved itself after `step` of `steps` steps."""
+
+    def __init__(self, step: int, steps: int, path: Path) -> None:
+        super().__init__(f"stopped after step {step} of {steps}; saved in {path}")
+        self.step, self.steps, self.path = step, steps, path
+
+
+class Trainer:
+    """The state of a run and what moves it: `step_once`, `state_dict`, `load_state_dict`."""
+
+    def __init__(self, config: Config, train_set: Glyphs) -> None:
+        self.config = config
+        self.images = torch.from_numpy(train_set.images)
+        self.labels = torch.from_numpy(train_set.labels)
+        self.batch_size = min(config.batch_size, len(train_set))
+        # Each epoch leaves out another random rest that does not fill a batch.
+        self.steps_per_epoch = len(train_set) // self.batch_size
+        self.steps = config.epochs * self.steps_per_epoch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.encoder = Encoder(config.embedding_size, config.width)
+            self.loss = PartialMarginSoftmax(
+                config.embedding_size,
+                train_set.num_classes,
+                margin=CombinedMargin(config.m1, config.m2, config.m3),
+                scale=config.scale,
+                sample_rate=config.sample_rate,
+                feature_rate=config.feature_rate,
+                precision=config.precision,
+                seed=config.seed,
+            )
+        self.encoder.to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": list(self.encoder.parameters()), "weight_decay": config.weight_decay},
+                # Only the directions of prototypes count, so shrinking them would do nothing.
+                {"params": list(self.loss.parameters()), "weight_decay": 0.0},
+            ],
+            fused=True,
+        )
+        self.step = 0
+        self.losses: list[float] = []
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+
+    def step_once(self) -> float:
+        """One step of training; returns its loss."""
+        images, labels = self._batch(self.step)
+        self._set_learning_rates(self.step)
+        self.encoder.train()
+        self.optimizer.zero_grad()
+        loss = self.loss(self.encoder(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def embed(self, images: np.ndarray) -> Tensor:
+        """uint8 [n, 32, 32] -> fp32 [n, embedding_size]."""
+        self.encoder.eval()
+        blocks = torch.from_numpy(images).split(512)
+        return torch.cat([self.encoder(_as_input(block)) for block in blocks])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "losses": self.losses,
+            "encoder": self.encoder.state_dict(),
+            "loss": self.loss.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.losses = list(state["losses"])
+        self.encoder.load_state_dict(state["encoder"])
+        self.loss.load_state_dict(state["loss"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images float [B, 1, 32, 32] and labels int64 [B] of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            shuffled = _random(self.config.seed, ORDER, epoch).permutation(len(self.labels))
+            self._order = (epoch, torch.from_numpy(shuffled))
+        rows = self._order[1][position * self.batch_size :][: self.batch_size]
+        images = _as_input(self.images[rows])
+        images = distort(images, self.config.augment, _random(self.config.seed, DISTORTION, step))
+        return images.contiguous(memory_format=torch.channels_last), self.labels[rows]
+
+    def _set_learning_rates(self, step: int) -> None:
+        factor = schedule(step, self.steps, self.config.warmup)
+        encoder, prototypes = self.optimizer.param_groups
+        encoder["lr"] = factor * self.config.learning_rate
+        prototypes["lr"] = factor * self.config.prototype_learning_rate
+
+
+def _random(seed: int, purpose: int, number: int) -> np.random.Generator:
+    return np.random.default_rng([seed, purpose, number])
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rates: a linear rise in warmup * steps steps, then half a cosine."""
+    rise = warmup * steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def train(
+    config: Config,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    data: tuple[Glyphs, Glyphs] | None = None,
+    console: Console | None = None,
+    on_step: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Train, evaluate, and write config.toml, checkpoint.pt, metrics.json and report.html.
+
+    output     directory for the files, made if need be
+    resume     go on from the checkpoint there, which must be of the same config and data
+    overwrite  begin anew although there is one
+    data       (training classes, test classes); None: the bundled glyphs, split by the config
+    on_step    called after each step with the number of steps done
+
+    Returns what metrics.json holds. The last model counts: nothing is chosen by looking at the test
+    classes. Raises CheckpointError if the output directory does not fit `resume`, and Interrupted
+    after SIGINT or SIGTERM, when everything needed to resume has been saved.
+    """
+    output = Path(output)
+    console = console or Console()
+    saved = _saved_state(output, config, resume, overwrite)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    began = time.perf_counter()
+    if data is None:
+        data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
+    train_set, test_set = data
+    facts = _facts(train_set, test_set)
+    console.print(
+        f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
+        f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
+    )
+    trainer = Trainer(config, train_set)
+    metrics: dict[str, Any] = {
+        "config": config.to_dict(),
+        "data": facts,
+        "versions": versions(),
+        "step": 0,
+        "steps": trainer.steps,
+        "loss": trainer.losses,
+        "baselines": {},
+        "evaluations": [],
+        "seconds": {"data": time.perf_counter() - began, "baselines": 0.0, "training": 0.0,
+                    "evaluation": 0.0},
+    }  # fmt: skip
+
+    if saved is None:
+        output.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_atomically(
+            output / "config.toml", lambda file: file.write(config.to_toml().encode())
+        )
+        began = time.perf_counter()
+        metrics["baselines"] = _baselines(config, train_set, test_set, console)
+        metrics["seconds"]["baselines"] = time.perf_counter() - began
+    else:
+        if saved["data"] != facts:
+            raise CheckpointError(
+                f"{output}: the checkpoint is of other data: {saved['data']} there, {facts} here"
+            )
+        trainer.load_state_dict(saved["trainer"])
+        metrics.update(saved["metrics"], loss=trainer.losses)
+        console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
+
+    _run(trainer, metrics, test_set, output, console, on_step)
+    embeddings = trainer.embed(test_set.images)
+    report.write(output, metrics, test_set, embeddings, _random(config.seed, EXAMPLES, 0))
+    return metrics
+
+
+def _run(
+    trainer: Trainer,
+    metrics: dict[str, Any],
+    test_set: Glyphs,
+    output: Path,
+    console: Console,
+    on_step: Callable[[int], object] | None,
+) -> None:
+    """Train up to the last step, with evaluations and checkpoints on the way."""
+    config, seconds = trainer.config, metrics["seconds"]
+    every = config.evaluate_every * trainer.steps_per_epoch
+    start, trained = trainer.step, 0.0
+    path = output / "checkpoint.pt"
+    with TrainingProgress(console, start, trainer.steps) as progress, _StopRequest() as stop:
+        while trainer.step < trainer.steps:
+            began = time.perf_counter()
+            loss = trainer.step_once()
+            took = time.perf_counter() - began
+            trained += took
+            seconds["training"] += took
+            images = (trainer.step - start) * trainer.batch_size
+            progress.advance(trainer.step, loss, images, trained)
+            if on_step is not None:
+                on_step(trainer.step)
+
+            last = trainer.step == trainer.steps
+            if last or (every and trainer.step % every == 0):
+                began = time.perf_counter()
+                # On the way the longest embedding is enough.
+                dims = config.dims if last else config.dims[-1:]
+                results = _evaluate(trainer.embed(test_set.images), test_set, dims)
+                metrics["evaluations"].append(
+                    {
+                        "step": trainer.step,
+                        "epoch": trainer.step / trainer.steps_per_epoch,
+                        "results": results,
+                    }
+                )
+                seconds["evaluation"] += time.perf_counter() - began
+                console.print(
+                    f"epoch {trainer.step / trainer.steps_per_epoch:g}: Recall@1 "
+                    f"{results[-1]['recall']['1']:.3f} on the test characters "
+                    f"({results[-1]['dim']} dimensions)"
+                )
+            if last or stop.requested or trainer.step % config.checkpoint_every == 0:
+                _save(path, trainer, metrics)
+            if stop.requested and not last:
+                raise Interrupted(trainer.step, trainer.steps, path)
+
+
+def _save(path: Path, trainer: Trainer, metrics: dict[str, Any]) -> None:
+    metrics["step"] = trainer.step
+    kept = {name: metrics[name] for name in ("baselines", "evaluations", "seconds", "step")}
+    checkpoint.save(
+        path,
+        {
+            "config": metrics["config"],
+            "data": metrics["data"],
+            "trainer": trainer.state_dict(),
+            "metrics": kept,
+        },
+    )
+    text = json.dumps(metrics, indent=1).encode()
+    checkpoint.write_atomically(path.with_name("metrics.json"), lambda file: file.write(text))
+
+
+def _saved_state(
+    output: Path, config: Config, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """The checkpoint to go on from, None to begin; CheckpointError where neither is right."""
+    path = output / "checkpoint.pt"
+    if not resume:
+        if path.exists() and not overwrite:
+            raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
+        # A run that is killed before its first checkpoint must not seem to have this one.
+        path.unlink(missing_ok=True)
+        return None
+    saved = checkpoint.load(path)
+    differences = config.differences(Config.from_mapping(saved["config"]))
+    if differences:
+        raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
+    return saved
+
+
+class _StopRequest:
+    """Within the block the first SIGINT or SIGTERM sets `requested`; a second one does as usual."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> _StopRequest:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self._before = {s: signal.signal(s, self._request) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+
+def _as_input(images: Tensor) -> Tensor:
+    """uint8 [B, 32, 32] -> float [B, 1, 32, 32] in [0, 1]."""
+    scaled = images[:, None].float() / 255
+    return scaled.contiguous(memory_format=torch.channels_last)
+
+
+def _evaluate(embeddings: Tensor, test_set: Glyphs, dims: Sequence[int]) -> list[dict[str, Any]]:
+    labels = torch.from_numpy(test_set.labels)
+    return [_plain(r) for r in evaluate(embeddings, labels, dims=list(dims), ks=RECALL_AT)]
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    """For JSON, whose keys are strings."""
+    recall = {str(k): value for k, value in result.recall.items()}
+    return {"dim": result.dim, "recall": recall, "map_at_r": result.map_at_r}
+
+
+def _facts(train_set: Glyphs, test_set: Glyphs) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for part in (train_set, test_set):
+        digest.update(np.ascontiguousarray(part.images))
+        digest.update(np.ascontiguousarray(part.labels))
+    return {
+        "train_images": len(train_set),
+        "train_classes": train_set.num_classes,
+        "test_images": len(test_set),
+        "test_classes": test_set.num_classes,
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _baselines(
+    config: Config, train_set: Glyphs, test_set: Glyphs, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    return {}
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "unicom_ext": unicom_ext.__version__,
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+    }

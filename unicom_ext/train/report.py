@@ -1,0 +1,192 @@
+"""What a run found: a table for the terminal and one HTML file with everything inside."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.retrieval import topk
+
+from .checkpoint import write_atomically
+
+NAMES = {
+    "pixels": "raw pixels",
+    "hog": "HOG",
+    "lda": "LDA",
+    "model": "our model",
+}
+TOP = 5
+EXAMPLES = 12  # queries in each picture
+RIGHT, WRONG, OURS = "#1a7f37", "#cf222e", "#0969da"
+
+
+def methods(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The results to compare: the baselines, then the model at its last evaluation."""
+    found = dict(metrics["baselines"])
+    found["model"] = metrics["evaluations"][-1]["results"]
+    return {NAMES[name]: results for name, results in found.items()}
+
+
+def table(metrics: dict[str, Any]) -> Table:
+    """Recall@1 of every method at every dimension, for the terminal."""
+    dims = metrics["config"]["dims"]
+    data = metrics["data"]
+    grid = Table(
+        title="Recall@1 on characters that were never trained on",
+        caption=f"{data['test_images']:,} images of {data['test_classes']:,} characters, each "
+        "searched among all the others",
+    )
+    grid.add_column("dimensions")
+    for dim in dims:
+        grid.add_column(str(dim), justify="right")
+    rows = methods(metrics)
+    best = {d: max(_at(results, d, "1") or 0 for results in rows.values()) for d in dims}
+    for name, results in rows.items():
+        cells = []
+        for dim in dims:
+            recall = _at(results, dim, "1")
+            text = "-" if recall is None else f"{recall:.3f}"
+            cells.append(f"[bold green]{text}[/]" if recall == best[dim] else text)
+        grid.add_row(name, *cells)
+    return grid
+
+
+def write(
+    output: Path,
+    metrics: dict[str, Any],
+    test_set: Glyphs,
+    embeddings: Tensor,
+    rng: np.random.Generator,
+) -> None:
+    """Write report.html to `output`; embeddings [n, d] of the images of `test_set`."""
+    found = Neighbours.search(embeddings, test_set.labels)
+    failures = np.flatnonzero(~found.right[:, 0])
+    pictures = {
+        "loss": loss_curve(metrics),
+        "recall": recall_against_dimension(metrics),
+        "examples": grid(test_set, found, _draw(rng, np.arange(len(test_set)))),
+        "failures": grid(test_set, found, _draw(rng, failures)) if len(failures) else None,
+    }
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = importlib.resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
+    rows = methods(metrics)
+    page = environment.from_string(template).render(
+        metrics=metrics,
+        dims=metrics["config"]["dims"],
+        methods=rows,
+        at=_at,
+        top=TOP,
+        pictures={name: _embedded(figure) for name, figure in pictures.items() if figure},
+    )
+    write_atomically(output / "report.html", lambda file: file.write(page.encode()))
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest other images of each image, best first."""
+
+    index: np.ndarray  # [n, k] int64
+    cosine: np.ndarray  # [n, k] fp32
+    right: np.ndarray  # [n, k] bool: of the same character
+
+    @classmethod
+    def search(cls, embeddings: Tensor, labels: np.ndarray) -> Neighbours:
+        """embeddings [n, d], labels int64 [n]."""
+        cosine, index = (found.numpy() for found in topk(embeddings, k=min(TOP, len(labels) - 1)))
+        return cls(index, cosine, labels[index] == labels[:, None])
+
+
+def loss_curve(metrics: dict[str, Any]) -> Figure:
+    loss = np.array(metrics["loss"])
+    window = min(25, len(loss))
+    smooth = np.convolve(loss, np.full(window, 1 / window), mode="valid")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(np.arange(1, len(loss) + 1), loss, color=OURS, alpha=0.25, linewidth=0.8)
+    axes.plot(np.arange(window, len(loss) + 1), smooth, color=OURS)
+    axes.set(xlabel="step", ylabel="loss (faint: each step)", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    rows = methods(metrics)
+    for name, results in rows.items():
+        ours = name == NAMES["model"]
+        axes.plot(
+            [r["dim"] for r in results],
+            [r["recall"]["1"] for r in results],
+            marker="o",
+            label=name,
+            linewidth=2.5 if ours else 1.2,
+            color=OURS if ours else None,
+            zorder=3 if ours else 2,
+        )
+    dims = metrics["config"]["dims"]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(dims, [str(d) for d in dims])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel="dimensions", ylabel="Recall@1")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
+    """A row for each query: its image, then its nearest images, framed by right and wrong."""
+    columns = 1 + found.index.shape[1]
+    across = 2 if len(queries) > 1 else 1  # two queries side by side
+    down = -(-len(queries) // across)
+    figure = Figure(figsize=(across * (columns + 0.5) * 0.72, down * 0.95), layout="constrained")
+    widths = ([1] * columns + [0.4]) * across
+    cells = figure.subplots(down, len(widths), squeeze=False, width_ratios=widths)
+    for axes in cells.flat:
+        axes.axis("off")
+    for place, query in enumerate(queries):
+        row, left = place % down, place // down * (columns + 1)
+        _picture(cells[row, left], images.images[query], "query", "black")
+        for rank, neighbour in enumerate(found.index[query]):
+            right = found.right[query, rank]
+            caption = f"{'✓' if right else '✗'} {found.cosine[query, rank]:.2f}"
+            colour = RIGHT if right else WRONG
+            _picture(cells[row, left + 1 + rank], images.images[neighbour], caption, colour)
+    return figure
+
+
+def _picture(axes: Any, image: np.ndarray, caption: str, colour: str) -> None:
+    axes.axis("on")
+    axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(caption, fontsize=7, color=colour, pad=2)
+    for spine in axes.spines.values():
+        spine.set(color=colour, linewidth=2)
+
+
+def _draw(rng: np.random.Generator, among: np.ndarray) -> np.ndarray:
+    return np.sort(rng.choice(among, size=min(EXAMPLES, len(among)), replace=False))
+
+
+def _at(results: list[dict[str, Any]], dim: int, k: str) -> float | None:
+    """Recall@k at a dimension; None if the method was not evaluated there."""
+    return next((r["recall"][k] for r in results if r["dim"] == dim), None)
+
+
+def _embedded(figure: Figure) -> str:
+    """The figure as a data URL."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
