@@ -91,6 +91,15 @@ def test_prototype_gradients_are_right_however_converged(capability):
             assert relative_error(got, right) < 3e-5, (i, float(right_loss[i]))
 
 
+def test_converged_samples_with_bf16_operands(capability):
+    # At 24 dimensions a logit may be off by some tenths, and a small loss by as much relatively;
+    # what must not happen is that 1 - p is computed from a rounded p.
+    problem = from_converged_to_hopeless(precision="bf16")
+    got, right = solve(op, problem), truth(problem)
+    for name in ("loss", "grad_embeddings"):
+        assert row_errors(getattr(got, name), getattr(right, name)).max() < 0.3
+
+
 @pytest.mark.parametrize("scale", [80.0, 200.0, 1000.0])
 def test_converged_samples_at_large_scales(scale, capability):
     problem = from_converged_to_hopeless().having(scale=scale)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +38,7 @@ def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> Glyphs:
     coarse = rng.random((num_classes, 8, 8))
     patterns = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, None]
     noise = rng.random((num_classes, images_per_class, 32, 32))
-    images = (255 * (0.7 * patterns + 0.3 * noise)).astype(np.uint8)
+    images = (255 * (0.3 * patterns + 0.7 * noise)).astype(np.uint8)
     return Glyphs(
         images=images.reshape(-1, 32, 32),
         labels=np.arange(num_classes).repeat(images_per_class),
@@ -85,17 +87,24 @@ def finished(tmp_path_factory):
     return output, run(output)
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 
-def test_learns_and_beats_an_untrained_model(tmp_path):
-    config = dataclasses.replace(TINY, width=4, epochs=12, sample_rate=1.0, evaluate_every=0)
-    untrained = driver.Trainer(config, DATA[0])
-    before = driver._evaluate(untrained.embed(DATA[1].images), DATA[1], [8])[0]["recall"]["1"]
-    metrics = run(tmp_path, config=config)
+def test_learns(tmp_path, no_report):
+    """On classes that it trains on; the demo is about classes that it does not."""
+    config = dataclasses.replace(TINY, width=4, epochs=12, evaluate_every=0)
+    untrained = driver.Trainer(config, DATA[0]).embed(DATA[0].images)
+    before = driver._evaluate(untrained, DATA[0], [8])[0]["recall"]["1"]
+    metrics = run(tmp_path, config=config, data=(DATA[0], DATA[0]))
     after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
     assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
-    assert after > before + 0.1
+    assert after > before + 0.3
 
 
 def test_metrics_file_is_complete(finished):
@@ -114,7 +123,7 @@ def test_metrics_file_is_complete(finished):
     assert metrics["seconds"]["training"] > 0
 
 
-def test_config_file_reproduces_the_run(finished, tmp_path):
+def test_config_file_reproduces_the_run(finished, tmp_path, no_report):
     output, metrics = finished
     config = Config.from_mapping(read_toml(output / "config.toml"))
     assert config == TINY
@@ -122,12 +131,12 @@ def test_config_file_reproduces_the_run(finished, tmp_path):
     assert apart_from_timing(again) == apart_from_timing(metrics)
 
 
-def test_seed_decides_the_run(finished, tmp_path):
+def test_seed_decides_the_run(finished, tmp_path, no_report):
     other = run(tmp_path, config=dataclasses.replace(TINY, seed=1))
     assert other["loss"] != finished[1]["loss"]
 
 
-def test_does_not_touch_the_global_random_state(tmp_path):
+def test_does_not_touch_the_global_random_state(tmp_path, no_report):
     torch.manual_seed(5)
     np.random.seed(5)
     expected = torch.rand(3), np.random.rand(3)
@@ -161,18 +170,16 @@ def test_schedule_rises_then_falls_to_zero():
 
 def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
     images = torch.from_numpy(DATA[0].images[:9, None]).float() / 255
-    first, again, other = (
-        distort(images, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4)
-    )
+    first, again, other = (distort(images, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert first.shape == images.shape
-    assert 0 <= first.min()
+    assert first.min() >= 0
     assert first.max() <= 1 + 1e-6
     assert torch.equal(distort(images, 0.0, np.random.default_rng(3)), images)
 
 
-def test_more_batch_than_images(tmp_path):
+def test_more_batch_than_images(tmp_path, no_report):
     metrics = run(tmp_path, config=dataclasses.replace(TINY, batch_size=1000, epochs=2))
     assert metrics["steps"] == 2
 
@@ -180,9 +187,11 @@ def test_more_batch_than_images(tmp_path):
 # ---- interruption and resumption -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [1, 7, 10, STEPS - 1])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, number):
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGINT), (7, signal.SIGTERM), (10, signal.SIGINT), (STEPS - 1, signal.SIGTERM)],
+)
+def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, number, no_report):
     def stop(done):
         if done == step:
             signal.raise_signal(number)
@@ -201,7 +210,7 @@ def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, numbe
     assert_same_bits(ours, theirs)
 
 
-def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path):
+def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path, no_report):
     """Steps after the last checkpoint are lost, and come again the same."""
 
     def crash(done):
@@ -231,8 +240,8 @@ def test_second_signal_is_not_caught(tmp_path):
 
 
 def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
-    run(tmp_path)
-    (tmp_path / "report.html").unlink()
+    for name in ("config.toml", "checkpoint.pt"):
+        shutil.copy(finished[0] / name, tmp_path)
     steps = []
     metrics = run(tmp_path, resume=True, on_step=steps.append)
     assert steps == []
@@ -241,7 +250,7 @@ def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
 
 
 def test_resume_refuses_another_config(finished):
-    with pytest.raises(CheckpointError, match=r"epochs: 4 here, 3 there.*scale: 8\.0 here"):
+    with pytest.raises(CheckpointError, match=r"scale: 8\.0 here, 32\.0 there; epochs: 4"):
         run(finished[0], config=dataclasses.replace(TINY, epochs=4, scale=8.0), resume=True)
 
 
@@ -256,7 +265,7 @@ def test_resume_without_a_checkpoint(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_does_not_overwrite_unasked(finished, tmp_path):
+def test_does_not_overwrite_unasked(finished, tmp_path, no_report):
     with pytest.raises(CheckpointError, match="there already"):
         run(finished[0])
     one_epoch = dataclasses.replace(TINY, epochs=1)
@@ -264,7 +273,7 @@ def test_does_not_overwrite_unasked(finished, tmp_path):
     assert run(tmp_path, config=TINY, overwrite=True)["steps"] == STEPS
 
 
-def test_output_is_readable_where_there_is_no_terminal(tmp_path):
+def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     text = io.StringIO()
     run(tmp_path, text=text)
     lines = text.getvalue().splitlines()
@@ -278,33 +287,38 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 WRITER = """
-import sys, torch
+import os, random, signal, sys, time, torch
 from unicom_ext.train import checkpoint
-n = 0
-while True:
-    n += 1
-    checkpoint.save(sys.argv[1], {"n": n, "x": torch.full((200_000,), float(n))})
-    print(n, flush=True)
+
+path = sys.argv[1]
+random.seed(0)
+states = [{"n": n, "x": torch.full((300_000,), float(n))} for n in range(4)]
+checkpoint.save(path, states[0])
+found = set()
+for _ in range(30):
+    child = os.fork()
+    if child == 0:
+        while True:
+            for state in states:
+                checkpoint.save(path, state)
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = checkpoint.load(path)
+    assert torch.equal(state["x"], states[state["n"]]["x"])
+    found.add(state["n"])
+print(len(found))
 """
 
 
-def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    rng = np.random.default_rng(0)
-    for _ in range(4):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
-        )
-        written = int(writer.stdout.readline())  # it is at work
-        try:
-            writer.wait(timeout=rng.uniform(0, 0.1))
-        except subprocess.TimeoutExpired:
-            pass
-        writer.kill()
-        written = int((writer.communicate()[0].split() or [written])[-1])
-        state = checkpoint.load(path)
-        assert state["n"] in (written, written + 1)
-        assert torch.equal(state["x"], torch.full((200_000,), float(state["n"])))
+def test_killed_writers_leave_a_whole_checkpoint(tmp_path):
+    killed = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path / "checkpoint.pt")],
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == 0, killed.stderr
+    assert int(killed.stdout) > 1, "every writer was killed before it had written anything"
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
@@ -345,7 +359,7 @@ def test_unreadable_checkpoints_say_why(tmp_path):
     with pytest.raises(CheckpointError, match="is not a unicom_ext training checkpoint"):
         checkpoint.load(path)
     torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
-    with pytest.raises(CheckpointError, match="version 99 .* reads version 1"):
+    with pytest.raises(CheckpointError, match=r"version 99 .* reads version 1"):
         checkpoint.load(path)
 
 
@@ -361,7 +375,7 @@ def test_report_is_complete_and_self_contained(finished):
     for source in sources:
         prefix, data = source.split(",", 1)
         assert prefix == "data:image/png;base64"
-        image = Image.open(io.BytesIO(__import__("base64").b64decode(data)))
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
         image.load()
         assert min(image.size) > 100
     for result in metrics["evaluations"][-1]["results"]:
@@ -378,11 +392,13 @@ def test_neighbours_are_marked_right_and_wrong():
     assert found.index.tolist()[0] == [1, 2, 3]
     assert found.right.tolist()[0] == [False, True, False]
     figure = report.grid(DATA[0], found, np.array([0]))
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "query"
-    assert [title[0] for title in titles[1:4]] == ["✗", "✓", "✗"]
-    frames = [axes.spines["top"].get_edgecolor()[:3] for axes in figure.axes[1:4]]
-    assert frames[0] == frames[2] != frames[1]
+    (axes,) = figure.axes
+    assert [text.get_text()[0] for text in axes.texts] == ["q", "✗", "✓", "✗"]
+    colours = [patch.get_edgecolor()[:3] for patch in axes.patches]
+    assert colours[1] == colours[3] != colours[2]
+    shown = [255 - image.get_array() for image in axes.images]
+    for image, row in zip(shown, [0, 1, 2, 3], strict=True):
+        assert np.array_equal(image, DATA[0].images[row])
 
 
 # ---- settings ------------------------------------------------------------------------------------

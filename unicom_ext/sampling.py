@@ -109,12 +109,10 @@ def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_ra
 
 
 def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") -> int:
-    """How many of `dim` dimensions a step draws: rate * d rounded half up, ValueError if that is 0."""
+    """How many of `dim` dimensions a step draws: rate * d rounded half up; 0 is a ValueError."""
     count = _core.sample_size(_rate(name, rate), dim)
     if count == 0:
-        raise ValueError(
-            f"{name} must give at least one dimension: {rate} of {dim} rounds to zero"
-        )
+        raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count
 
 

@@ -49,8 +49,10 @@ struct TorchParallel final : Parallel {
         if (!failed.exchange(true)) failure = std::current_exception();
       }
     };
-    if (workers <= 1) work(0, 1);
-    else torch::stable::parallel_for(0, workers, 1, work);
+    if (workers <= 1)
+      work(0, 1);
+    else
+      torch::stable::parallel_for(0, workers, 1, work);
     if (failure) std::rethrow_exception(failure);
   }
 };
@@ -81,10 +83,9 @@ Tensor pooled(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarTy
   for (int64_t size : sizes) count *= size;
   if (sizes.size() == 2) strides[0] = *(sizes.begin() + 1);
   void* block = acquire_block(static_cast<size_t>(count * bytes_per_value));
-  return torch::stable::from_blob(
-      block, torch::headeronly::IntHeaderOnlyArrayRef(sizes),
-      torch::headeronly::IntHeaderOnlyArrayRef(strides, sizes.size()), like.device(), dtype,
-      [](void* data) { release_block(data); });
+  return torch::stable::from_blob(block, torch::headeronly::IntHeaderOnlyArrayRef(sizes),
+                                  torch::headeronly::IntHeaderOnlyArrayRef(strides, sizes.size()),
+                                  like.device(), dtype, [](void* data) { release_block(data); });
 }
 
 int64_t value_bytes(cpu::DType dtype) {
@@ -102,7 +103,8 @@ void check_vector(const Tensor& tensor, const char* name, int64_t size, ScalarTy
 
 const int64_t* index_data(const Tensor& index) { return index.const_data_ptr<int64_t>(); }
 
-// ---- selection -------------------------------------------------------------------------------------
+// ---- selection
+// -------------------------------------------------------------------------------------
 
 template <class F>
 auto with_labels(const Tensor& labels, const F& f) {
@@ -142,9 +144,8 @@ std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
     Tensor slot = empty_like_device(labels, {batch}, ScalarType::Long);
     int64_t* ids = class_index.mutable_data_ptr<int64_t>();
     const int64_t selected =
-        select_classes(data, batch, num_classes, num_sampled, seed, *index_data(step),
-                       ignore_index, start, stop, ids, slot.mutable_data_ptr<int64_t>(),
-                       TorchParallel());
+        select_classes(data, batch, num_classes, num_sampled, seed, *index_data(step), ignore_index,
+                       start, stop, ids, slot.mutable_data_ptr<int64_t>(), TorchParallel());
     std::fill(ids + selected, ids + bound, selected > 0 ? ids[selected - 1] : 0);
     *count.mutable_data_ptr<int64_t>() = selected;
     return std::make_tuple(class_index, count, slot);
@@ -202,7 +203,8 @@ Tensor label_slots_op(Tensor labels, std::optional<Tensor> class_index, int64_t 
   });
 }
 
-// ---- the loss ---------------------------------------------------------------------------------------
+// ---- the loss
+// ---------------------------------------------------------------------------------------
 
 enum class Precision : int64_t { kFp32, kFp16, kBf16 };
 enum class Reduction : int64_t { kNone, kMean, kSum };
@@ -231,8 +233,8 @@ struct Call {
         precision(static_cast<Precision>(precision_in)) {
     const int64_t batch = embeddings.size(0), dim = embeddings.size(1);
     const int64_t num_classes = prototypes.size(0);
-    check(prototypes.size(1) == dim, "prototypes must be [C, ", dim,
-          "] like the embeddings, got [", num_classes, ", ", prototypes.size(1), "]");
+    check(prototypes.size(1) == dim, "prototypes must be [C, ", dim, "] like the embeddings, got [",
+          num_classes, ", ", prototypes.size(1), "]");
     check_vector(slot, "slot", batch, ScalarType::Long);
     check(precision_in >= 0 && precision_in <= 2, "precision must be 0, 1 or 2, got ",
           precision_in);
@@ -301,9 +303,7 @@ struct Call {
     if (is_double) problem.rounding = cpu::Rounding::kNone;
   }
 
-  int64_t bytes_per_value() const {
-    return is_double ? 8 : precision == Precision::kBf16 ? 2 : 4;
-  }
+  int64_t bytes_per_value() const { return is_double ? 8 : precision == Precision::kBf16 ? 2 : 4; }
   // Size of the packed prototypes for the bound of the selection, so that shapes are static.
   int64_t packed_size() const {
     const int64_t bound = class_index ? class_index->numel() : problem.sampled;
@@ -311,9 +311,12 @@ struct Call {
   }
   template <class F>
   void with_unit(const F& f) const {
-    if (is_double) f(double{});
-    else if (precision == Precision::kBf16) f(cpu::BfPair{});
-    else f(float{});
+    if (is_double)
+      f(double{});
+    else if (precision == Precision::kBf16)
+      f(cpu::BfPair{});
+    else
+      f(float{});
   }
 
  private:
@@ -337,14 +340,17 @@ int64_t count_kept(const Problem& p) {
 }
 
 double mean_factor(const Problem& p, Reduction reduction) {
-  return reduction == Reduction::kMean ? 1.0 / static_cast<double>(std::max<int64_t>(1, count_kept(p)))
-                                       : 1.0;
+  return reduction == Reduction::kMean
+             ? 1.0 / static_cast<double>(std::max<int64_t>(1, count_kept(p)))
+             : 1.0;
 }
 
 template <class F>
 void with_real(const Tensor& tensor, const F& f) {
-  if (tensor.scalar_type() == ScalarType::Double) f(tensor.mutable_data_ptr<double>());
-  else f(tensor.mutable_data_ptr<float>());
+  if (tensor.scalar_type() == ScalarType::Double)
+    f(tensor.mutable_data_ptr<double>());
+  else
+    f(tensor.mutable_data_ptr<float>());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
@@ -365,14 +371,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
   const ForwardResult result{sample.get(), sample.get() + batch, sample.get() + 2 * batch,
                              static_cast<SampleState*>(state.mutable_data_ptr()),
                              packed.mutable_data_ptr()};
-  call.with_unit([&](auto unit) {
-    forward<decltype(unit)>(call.problem, result, TorchParallel());
-  });
+  call.with_unit(
+      [&](auto unit) { forward<decltype(unit)>(call.problem, result, TorchParallel()); });
 
   auto vector_of = [&](const double* values) {
     Tensor out = empty_like_device(embeddings, {batch}, real);
     with_real(out, [&](auto* data) {
-      for (int64_t i = 0; i < batch; ++i) data[i] = static_cast<std::decay_t<decltype(*data)>>(values[i]);
+      for (int64_t i = 0; i < batch; ++i)
+        data[i] = static_cast<std::decay_t<decltype(*data)>>(values[i]);
     });
     return out;
   };
@@ -386,8 +392,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
     loss = empty_like_device(embeddings, {}, real);
     with_real(loss, [&](auto* data) { *data = static_cast<std::decay_t<decltype(*data)>>(total); });
   }
-  return {loss, vector_of(result.loss), vector_of(result.target_cosine),
-          vector_of(result.largest_negative), state, packed};
+  return {loss,
+          vector_of(result.loss),
+          vector_of(result.target_cosine),
+          vector_of(result.largest_negative),
+          state,
+          packed};
 }
 
 std::tuple<Tensor, Tensor> loss_backward_op(
@@ -412,9 +422,10 @@ std::tuple<Tensor, Tensor> loss_backward_op(
   const double factor = mean_factor(p, reduction);
   with_real(grad_loss, [&](const auto* grad) {
     for (int64_t i = 0; i < p.batch; ++i)
-      weight[i] = p.slot[i] < 0 ? 0.0
-                                : factor * static_cast<double>(
-                                               reduction == Reduction::kNone ? grad[i] : grad[0]);
+      weight[i] =
+          p.slot[i] < 0
+              ? 0.0
+              : factor * static_cast<double>(reduction == Reduction::kNone ? grad[i] : grad[0]);
   });
 
   const TorchParallel parallel;
@@ -452,7 +463,9 @@ STABLE_TORCH_LIBRARY(unicom_ext, m) {
       "select_classes(Tensor labels, Tensor step, int num_classes, int num_sampled, int seed, "
       "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)");
   m.def("select_features(Tensor step, int dim, int num_selected, int seed) -> Tensor");
-  m.def("label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index) -> Tensor");
+  m.def(
+      "label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index) -> "
+      "Tensor");
   m.def(
       "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
       "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "

@@ -7,7 +7,7 @@
 namespace unicom::cpu {
 
 extern const Kernels<double> kernels_fp64_portable;
-#define UNICOM_DECLARE(isa)                     \
+#define UNICOM_DECLARE(isa)                       \
   extern const Kernels<float> kernels_fp32_##isa; \
   extern const Kernels<BfPair> kernels_bf16_##isa;
 UNICOM_DECLARE(portable)
@@ -20,8 +20,7 @@ UNICOM_DECLARE(avx512_bf16)
 
 namespace {
 
-#define UNICOM_SET(isa) \
-  {#isa, &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable}
+#define UNICOM_SET(isa) {#isa, &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable}
 const KernelSet kSets[] = {
     UNICOM_SET(portable),
 #if defined(UNICOM_X86)

@@ -12,14 +12,14 @@ namespace unicom::cpu {
 struct RowSource {
   const void* data;
   DType dtype;
-  int64_t row_stride;        // in elements
-  const int64_t* columns;    // selected columns, ascending, or nullptr for all
-  int64_t dim;               // number of selected columns
+  int64_t row_stride;      // in elements
+  const int64_t* columns;  // selected columns, ascending, or nullptr for all
+  int64_t dim;             // number of selected columns
 };
 
 // out[p][6 t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane]
-// a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u of
-// dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].
+// a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u
+// of dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].
 template <class Unit>
 struct Product {
   const Unit* a;
@@ -37,18 +37,19 @@ struct Product {
 // A block of batch rows against a run of class panels.
 template <class Unit>
 struct LogitBlock {
-  const Unit* rows;          // tile panels [tiles][units][6]
+  const Unit* rows;  // tile panels [tiles][units][6]
   int64_t row_tile_stride;
-  const Unit* classes;       // vector panels [panels][panel_stride]
+  const Unit* classes;  // vector panels [panels][panel_stride]
   int64_t panel_stride;
   int64_t units;
   int64_t tiles, panels;
-  const int64_t* target;     // [6 tiles] position of the target class in the run, or out of range
-  int64_t num_classes;       // valid classes in the run; the last panel may be padded
+  const int64_t* target;  // [6 tiles] position of the target class in the run, or out of range
+  int64_t num_classes;    // valid classes in the run; the last panel may be padded
   RealOf<Unit> scale;
-  RealOf<Unit> filter;       // negative cosines above this count as 0; +inf: none
-  RealOf<Unit>* cosines = nullptr;  // kept cosines [panels][tiles][6][16] to write (forward) or read
-                             // (gradient) instead of multiplying; nullptr: none are kept
+  RealOf<Unit> filter;  // negative cosines above this count as 0; +inf: none
+  RealOf<Unit>* cosines =
+      nullptr;  // kept cosines [panels][tiles][6][16] to write (forward) or read
+                // (gradient) instead of multiplying; nullptr: none are kept
 };
 
 constexpr double kNoCosine = -1e30;  // below every cosine: exp gives 0 and max ignores it
@@ -79,10 +80,10 @@ struct RowScale {
 
 template <class Unit>
 struct Probabilities : LogitBlock<Unit> {
-  const RowScale* row;         // [6 tiles]
-  Unit* along_rows;            // vector panels over classes, summed over rows: [panels][row units][16]
-  int64_t along_rows_stride;   // units per panel
-  Unit* along_classes;         // vector panels over rows, summed over classes:
+  const RowScale* row;  // [6 tiles]
+  Unit* along_rows;     // vector panels over classes, summed over rows: [panels][row units][16]
+  int64_t along_rows_stride;     // units per panel
+  Unit* along_classes;           // vector panels over rows, summed over classes:
   int64_t along_classes_stride;  // [ceil(6 tiles / 16)][class units][16]
 };
 
@@ -96,8 +97,8 @@ struct Kernels {
   void (*pack_panel)(const RowSource&, const int64_t* ids, int64_t first, int64_t count, Rounding,
                      Real* scratch /* [16][height] */, Unit* panel, double* inverse_norm);
 
-  // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to height.
-  // Returns the inverse norm; a zero row gives zeros and 0.
+  // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to
+  // height. Returns the inverse norm; a zero row gives zeros and 0.
   double (*unit_row)(const RowSource&, int64_t id, Real* row, int64_t height);
 
   // Six unit rows [6][height] to one tile panel [units][6]: what the forward product broadcasts.

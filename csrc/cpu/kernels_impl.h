@@ -9,7 +9,8 @@
 namespace unicom::cpu {
 namespace {
 
-// ---- reading and packing rows --------------------------------------------------------------------
+// ---- reading and packing rows
+// --------------------------------------------------------------------
 
 template <class T>
 UNICOM_INLINE float widen(T x) {
@@ -24,54 +25,32 @@ UNICOM_INLINE float widen(Bf16 x) {
 }
 
 template <class Real, class T>
-double read_row(const T* row, const int64_t* columns, int64_t dim, Real* out) {
+void read_row(const T* row, const int64_t* columns, int64_t dim, Real* out) {
+  auto value = [&](int64_t k) -> Real {
+    if constexpr (sizeof(T) == 8)
+      return static_cast<Real>(row[k]);
+    else
+      return static_cast<Real>(widen(row[k]));
+  };
   if (columns != nullptr) {
-    for (int64_t k = 0; k < dim; ++k) {
-      if constexpr (sizeof(T) == 8) out[k] = static_cast<Real>(row[columns[k]]);
-      else out[k] = static_cast<Real>(widen(row[columns[k]]));
-    }
+    for (int64_t k = 0; k < dim; ++k) out[k] = value(columns[k]);
   } else {
-    for (int64_t k = 0; k < dim; ++k) {
-      if constexpr (sizeof(T) == 8) out[k] = static_cast<Real>(row[k]);
-      else out[k] = static_cast<Real>(widen(row[k]));
-    }
+    for (int64_t k = 0; k < dim; ++k) out[k] = value(k);
   }
-  // The sum of squares in double: no overflow or underflow for any fp32 row.
-  double partial[8] = {};
-  int64_t k = 0;
-  for (; k + 8 <= dim; k += 8)
-    for (int i = 0; i < 8; ++i) {
-      const double x = out[k + i];
-      partial[i] += x * x;
-    }
-  for (; k < dim; ++k) partial[0] += static_cast<double>(out[k]) * out[k];
-  return ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
-         ((partial[4] + partial[5]) + (partial[6] + partial[7]));
 }
 
 // One unit row; returns the inverse norm (0 for a zero row, whose unit vector is 0).
 template <class Real>
 double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) {
   const int64_t offset = id * source.row_stride;
-  double sum = 0;
+  auto read = [&](auto* data) { read_row(data + offset, source.columns, source.dim, out); };
   switch (source.dtype) {
-    case DType::kFloat32:
-      sum = read_row(static_cast<const float*>(source.data) + offset, source.columns, source.dim,
-                     out);
-      break;
-    case DType::kFloat64:
-      sum = read_row(static_cast<const double*>(source.data) + offset, source.columns, source.dim,
-                     out);
-      break;
-    case DType::kBFloat16:
-      sum = read_row(static_cast<const Bf16*>(source.data) + offset, source.columns, source.dim,
-                     out);
-      break;
-    case DType::kFloat16:
-      sum = read_row(static_cast<const _Float16*>(source.data) + offset, source.columns,
-                     source.dim, out);
-      break;
+    case DType::kFloat32: read(static_cast<const float*>(source.data)); break;
+    case DType::kFloat64: read(static_cast<const double*>(source.data)); break;
+    case DType::kBFloat16: read(static_cast<const Bf16*>(source.data)); break;
+    case DType::kFloat16: read(static_cast<const _Float16*>(source.data)); break;
   }
+  const double sum = sum_of_squares(out, source.dim);
   const double inverse = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
   if (inverse > 1e-30 && inverse < 1e30) {
     const Real factor = static_cast<Real>(inverse);
@@ -81,6 +60,19 @@ double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) 
   }
   for (int64_t k = source.dim; k < height; ++k) out[k] = 0;
   return inverse;
+}
+
+constexpr int64_t kPrefetchRows = 3;
+constexpr int64_t kPrefetchBytes = 4096;
+
+UNICOM_INLINE void prefetch_row(const RowSource& source, int64_t id) {
+  const int64_t width = source.dtype == DType::kFloat64   ? 8
+                        : source.dtype == DType::kFloat32 ? 4
+                                                          : 2;
+  const int64_t last = source.columns != nullptr ? source.columns[source.dim - 1] : source.dim - 1;
+  const int64_t bytes = (last + 1) * width < kPrefetchBytes ? (last + 1) * width : kPrefetchBytes;
+  const char* row = static_cast<const char*>(source.data) + id * source.row_stride * width;
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
 }
 
 template <class Real>
@@ -103,7 +95,9 @@ typedef uint32_t Words4 __attribute__((vector_size(16)));
 typedef uint32_t Words4Load __attribute__((vector_size(16), aligned(4), may_alias));
 UNICOM_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32_t* out,
                                    int64_t out_stride) {
-  auto row = [&](int i) { return static_cast<Words4>(*reinterpret_cast<const Words4Load*>(in + i * in_stride)); };
+  auto row = [&](int i) {
+    return static_cast<Words4>(*reinterpret_cast<const Words4Load*>(in + i * in_stride));
+  };
   const Words4 a = row(0), b = row(1), c = row(2), d = row(3);
   const Words4 ab_low = __builtin_shuffle(a, b, Words4{0, 4, 1, 5});
   const Words4 ab_high = __builtin_shuffle(a, b, Words4{2, 6, 3, 7});
@@ -120,30 +114,35 @@ UNICOM_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32
 template <class T>
 void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
                int64_t out_stride) {
-  int64_t c = 0;
-  if constexpr (sizeof(T) == 4) {
-    if (rows % 4 == 0)
-      for (; c + 4 <= columns; c += 4)
-        for (int64_t r = 0; r < rows; r += 4)
-          transpose_words(reinterpret_cast<const uint32_t*>(in + r * in_stride + c), in_stride,
-                          reinterpret_cast<uint32_t*>(out + c * out_stride + r), out_stride);
-  }
-  for (; c < columns; ++c)
+  const bool by_four = sizeof(T) == 4 && rows % 4 == 0;
+  const int64_t tail = by_four ? columns - columns % 4 : 0;
+  if (by_four)
+    for (int64_t c = 0; c < tail; c += 4)
+      for (int64_t r = 0; r < rows; r += 4)
+        transpose_words(reinterpret_cast<const uint32_t*>(in + r * in_stride + c), in_stride,
+                        reinterpret_cast<uint32_t*>(out + c * out_stride + r), out_stride);
+  for (int64_t c = tail; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] = in[r * in_stride + c];
 }
 
-// Sixteen rows [16][height] of Real to a vector panel [height / values][16].
+// fp32 values to bf16 pairs along memory; count is even. `out` may be `in`.
+UNICOM_INLINE void round_to_pairs(const float* in, int64_t count, BfPair* out) {
+  int64_t k = 0;
+  for (; k + kWidth<float> <= count; k += kWidth<float>)
+    store_pairs<0>(out + k / 2, round_to_bf16(load(in + k)));
+  for (; k < count; k += 2) {
+    const BfPair pair = make_unit<BfPair>(in[k], in[k + 1]);
+    std::memcpy(out + k / 2, &pair, sizeof(pair));
+  }
+}
+
+// Sixteen rows [16][height] of Real to a vector panel [height / values][16]; overwrites the rows.
 template <class Unit>
 void rows_to_panel(RealOf<Unit>* rows, int64_t height, Unit* panel) {
   if constexpr (UnitTraits<Unit>::kValues == 2) {
     // Round in place, each row into its own front half, then move whole pairs.
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      float* row = rows + lane * height;
-      for (int64_t k = 0; k < height; k += 2) {
-        const BfPair pair = make_unit<BfPair>(row[k], row[k + 1]);
-        std::memcpy(row + k / 2, &pair, sizeof(pair));
-      }
-    }
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      round_to_pairs(rows + lane * height, height, reinterpret_cast<BfPair*>(rows + lane * height));
     transpose(reinterpret_cast<const uint32_t*>(rows), height, kLanes, height / 2,
               reinterpret_cast<uint32_t*>(panel), kLanes);
   } else {
@@ -155,11 +154,15 @@ template <class Unit>
 void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t count,
                 Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
   const int64_t height = panel_height(source.dim);
+  const auto id_of = [&](int64_t lane) {
+    return ids != nullptr ? ids[first + lane] : first + lane;
+  };
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
-      const int64_t id = ids != nullptr ? ids[first + lane] : first + lane;
-      inverse_norm[lane] = unit_row(source, id, row, height);
+      // Sampled rows lie scattered in memory: ask for those to come while this one is worked on.
+      if (lane + kPrefetchRows < count) prefetch_row(source, id_of(lane + kPrefetchRows));
+      inverse_norm[lane] = unit_row(source, id_of(lane), row, height);
     } else {
       inverse_norm[lane] = 0;
       std::memset(row, 0, sizeof(*row) * height);
@@ -201,17 +204,20 @@ void pack_weighted(const RealOf<Unit>* rows, int64_t height, const double* weigh
 
 void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
   // [height / 2][16 lanes] pairs along the dimension -> [height][8] pairs along the lanes
+  constexpr int kW = kWidth<float>;
   for (int64_t u = 0; u < height / 2; ++u)
-    for (int64_t j = 0; j < kLanes / 2; ++j) {
-      const BfPair a = panel[u * kLanes + 2 * j], b = panel[u * kLanes + 2 * j + 1];
-      out[2 * u * (kLanes / 2) + j] = {a.even, b.even};
-      out[(2 * u + 1) * (kLanes / 2) + j] = {a.odd, b.odd};
+    for (int v = 0; v < kVectors<float>; ++v) {
+      const WordVec line = load_words(panel + u * kLanes + v * kW);
+      store_pairs<0>(out + 2 * u * (kLanes / 2) + v * kW / 2, line);
+      store_pairs<16>(out + (2 * u + 1) * (kLanes / 2) + v * kW / 2, line);
     }
 }
 
-// ---- logits ----------------------------------------------------------------------------------------
+// ---- logits
+// ----------------------------------------------------------------------------------------
 
-// Cosines of the tiles [t, t + 1) with the panels [panel, panel + P): [P][6][16], multiplied or kept.
+// Cosines of the tiles [t, t + 1) with the panels [panel, panel + P): [P][6][16], multiplied or
+// kept.
 template <class Unit, int P>
 UNICOM_INLINE const RealOf<Unit>* tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
                                                int64_t tile, bool read, RealOf<Unit>* scratch) {
@@ -361,8 +367,8 @@ void sum_exp(const SumExp<Unit>& args) {
 
 // Probabilities [rows][16] of one panel, in Real, to the two layouts the products read.
 template <class Unit>
-UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows,
-                        Unit* along_classes, int64_t along_classes_stride) {
+UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows, Unit* along_classes,
+                        int64_t along_classes_stride) {
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
   constexpr int64_t kGroup = kLanes / kValues;
   if constexpr (kValues == 1) {
@@ -381,10 +387,7 @@ UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows,
     const int64_t count = rows - r < kLanes ? rows - r : kLanes;
     Unit units[kLanes * kGroup];
     if constexpr (kValues == 2) {
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < kGroup; ++j)
-          units[i * kGroup + j] = make_unit<Unit>(p[(r + i) * kLanes + 2 * j],
-                                                  p[(r + i) * kLanes + 2 * j + 1]);
+      round_to_pairs(p + r * kLanes, count * kLanes, units);
     } else {
       std::memcpy(units, p + r * kLanes, count * kLanes * sizeof(Unit));
     }
@@ -434,49 +437,54 @@ void probabilities(const Probabilities<Unit>& args) {
                  args.along_classes + (panel + i) * kGroup * kLanes, args.along_classes_stride);
   };
   int64_t panel = 0;
-  for (; panel + P <= args.panels; panel += P)
-    panels_at(std::integral_constant<int, P>{}, panel);
+  for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
   for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
 }
 
-// ---- normalisation backward ------------------------------------------------------------------------
+// ---- normalisation backward
+// ------------------------------------------------------------------------
 
 template <class Unit>
 void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
                    const double* scale, RealOf<Unit>* rows) {
   using Real = RealOf<Unit>;
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  constexpr int kV = kVectors<Real>;
   const int64_t height = panel_height(dim);
-  Real dot[kLanes] = {}, square[kLanes] = {}, factor[kLanes];
-  auto unit = [&](int64_t k, int64_t lane) -> Real {
+  auto unit = [&](int64_t k, int v) -> Vec<Real> {
     if constexpr (kValues == 2) {
-      const BfPair pair = panel[k / 2 * kLanes + lane];
-      return bf16_to_float(k % 2 ? pair.odd : pair.even);
+      const WordVec line = load_words(panel + k / 2 * kLanes + v * kWidth<float>);
+      return k % 2 ? odd_half(line) : even_half(line);
     } else {
-      return panel[k * kLanes + lane];
+      return load(panel + k * kLanes + v * kWidth<Real>);
     }
   };
+  Vec<Real> dot[kV] = {}, square[kV] = {}, factor[kV];
   for (int64_t k = 0; k < dim; ++k)
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const Real u = unit(k, lane);
-      dot[lane] += gradient[k * kLanes + lane] * u;
-      square[lane] += u * u;
+    for (int v = 0; v < kV; ++v) {
+      const Vec<Real> u = unit(k, v);
+      dot[v] = fma(load(gradient + k * kLanes + v * kWidth<Real>), u, dot[v]);
+      square[v] = fma(u, u, square[v]);
     }
   // A rounded unit vector is not quite of length 1: project along what was really multiplied.
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    dot[lane] = square[lane] > 0 ? dot[lane] / square[lane] : 0;
-    factor[lane] = static_cast<Real>(scale[lane]);
+  for (int v = 0; v < kV; ++v) {
+    const Vec<Real> zero{};
+    dot[v] = square[v] > zero ? dot[v] / square[v] : zero;
+    for (int i = 0; i < kWidth<Real>; ++i)
+      factor[v][i] = static_cast<Real>(scale[v * kWidth<Real> + i]);
   }
-  for (int64_t k = 0; k < height; k += 4) {
-    Real block[4][kLanes];
-    const int64_t count = height - k < 4 ? height - k : 4;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t lane = 0; lane < kLanes; ++lane)
-        block[i][lane] =
-            k + i < dim ? factor[lane] * (gradient[(k + i) * kLanes + lane] -
-                                          dot[lane] * unit(k + i, lane))
-                        : 0;
-    transpose(&block[0][0], kLanes, count, kLanes, rows + k, height);
+  for (int64_t k = 0; k < height; k += 2) {
+    Real block[2][kLanes];
+    for (int i = 0; i < 2; ++i)
+      for (int v = 0; v < kV; ++v) {
+        const Vec<Real> g = load(gradient + (k + i) * kLanes + v * kWidth<Real>);
+        store(block[i] + v * kWidth<Real>,
+              k + i < dim ? factor[v] * fma(-dot[v], unit(k + i, v), g) : Vec<Real>{});
+      }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      rows[lane * height + k] = block[0][lane];
+      rows[lane * height + k + 1] = block[1][lane];
+    }
   }
 }
 

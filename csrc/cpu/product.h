@@ -83,10 +83,11 @@ struct MultiplyAdd<BfPair> {
   }
 };
 
-// Rows per register tile, and panels beside each other, so that the accumulators fill the registers.
+// Rows per register tile, and panels beside each other, so that the accumulators fill the
+// registers.
 template <class Real>
-constexpr int kRegisterRows = UNICOM_VECTOR_BYTES >= 32 ? (sizeof(Real) == 4 ? 6 : 3)
-                                                        : (sizeof(Real) == 4 ? 2 : 1);
+constexpr int kRegisterRows =
+    UNICOM_VECTOR_BYTES >= 32 ? (sizeof(Real) == 4 ? 6 : 3) : (sizeof(Real) == 4 ? 2 : 1);
 template <class Real>
 constexpr int kRegisterPanels = UNICOM_VECTOR_BYTES == 64 && sizeof(Real) == 4 ? 4 : 1;
 
@@ -94,16 +95,16 @@ constexpr int kRegisterPanels = UNICOM_VECTOR_BYTES == 64 && sizeof(Real) == 4 ?
 template <class Unit>
 struct TileOperand {
   const Unit* a;
-  int64_t group_units;   // 0: tile panel
+  int64_t group_units;  // 0: tile panel
   int64_t group_stride;
 };
 
 // out[p * out_panel + m * 16 + lane] (+)= the product of one tile with P panels.
 // Not inlined: alone, the loop gets all the registers.
 template <class Unit, int P>
-__attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit* b, int64_t b_stride,
-                                 int64_t units, RealOf<Unit>* out, int64_t out_panel,
-                                 bool accumulate) {
+__attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit* b,
+                                             int64_t b_stride, int64_t units, RealOf<Unit>* out,
+                                             int64_t out_panel, bool accumulate) {
   using Real = RealOf<Unit>;
   constexpr int kV = kVectors<Real>;
   constexpr int M = kRegisterRows<Real>;
@@ -114,9 +115,10 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < P * kV; ++v)
-        acc[m][v] = accumulate ? load(out + (v / kV) * out_panel + (first + m) * kLanes +
-                                      (v % kV) * kWidth<Real>)
-                               : Vec<Real>{};
+        acc[m][v] =
+            accumulate
+                ? load(out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>)
+                : Vec<Real>{};
     if (tile.group_units == 0) {
       MultiplyAdd<Unit>::template run<M, P, 1, kTile>(acc, tile.a + first, b, b_stride, units);
     } else {
@@ -144,8 +146,7 @@ void product(const Product<Unit>& args) {
   for (int64_t begin = 0; begin < args.units; begin += kBlock) {
     const int64_t units = args.units - begin < kBlock ? args.units - begin : kBlock;
     const bool accumulate = args.accumulate || begin > 0;
-    const int64_t a_offset =
-        args.group_units ? begin / kGroup * args.group_stride : begin * kTile;
+    const int64_t a_offset = args.group_units ? begin / kGroup * args.group_stride : begin * kTile;
     auto run = [&](auto panels, int64_t panel) {
       for (int64_t t = 0; t < args.tiles; ++t)
         multiply_tile<Unit, decltype(panels)::value>(

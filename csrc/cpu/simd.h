@@ -1,9 +1,9 @@
 // Vectors of one instruction set, and the few operations the kernels need on them.
 //
 // Included only by the kernels_*.cpp sources, each compiled with its own flags; everything is in an
-// unnamed namespace so that no function compiled for one instruction set can be linked into another.
-// GCC's vector extensions carry most of it: the very same source is tested on every CPU, and only
-// fused multiply-add and the bf16 dot product are intrinsics.
+// unnamed namespace so that no function compiled for one instruction set can be linked into
+// another. GCC's vector extensions carry most of it: the very same source is tested on every CPU,
+// and only fused multiply-add and the bf16 dot product are intrinsics.
 #pragma once
 
 #include <cmath>
@@ -65,7 +65,8 @@ UNICOM_INLINE void store(Real* p, Vec<Real> v) {
 }
 template <class Real>
 UNICOM_INLINE Vec<Real> broadcast(Real x) {
-  return x - Vec<Real>{};  // x - 0 is x for every x (x + 0 is not: -0), so this is the bare broadcast
+  return x -
+         Vec<Real>{};  // x - 0 is x for every x (x + 0 is not: -0), so this is the bare broadcast
 }
 template <class Real>
 UNICOM_INLINE IntVec<Real> broadcast_int(typename VectorOf<Real>::IntScalar x) {
@@ -189,6 +190,49 @@ UNICOM_INLINE WordVec round_to_bf16(Vec<float> v) {
   const WordVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const WordVec quiet = (bits >> 16) | 0x40u;
   return (bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+}
+
+// Pairs of neighbouring words, each holding a 16-bit value, to one word a pair. `even` and `odd`
+// say which half of each word is meant (0: low, 16: high).
+typedef uint64_t LongVec __attribute__((vector_size(UNICOM_VECTOR_BYTES)));
+typedef uint32_t HalfWordVec __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2)));
+typedef uint32_t HalfWordStore
+    __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2), aligned(4), may_alias));
+template <int kHalf>
+UNICOM_INLINE void store_pairs(void* out, WordVec words) {
+  LongVec both;
+  std::memcpy(&both, &words, sizeof(both));
+  both >>= kHalf;
+  const LongVec pairs = (both & 0xffffu) | ((both >> 16) & 0xffff0000u);
+  *static_cast<HalfWordStore*>(out) = __builtin_convertvector(pairs, HalfWordVec);
+}
+
+// Sum of squares: lanes in fp32 over short runs, the rest in double. Rows so long or so short that
+// squares would leave the range of fp32 are summed in double altogether.
+UNICOM_INLINE double sum_of_squares(const float* row, int64_t count) {
+  constexpr int kW = kWidth<float>;
+  constexpr int64_t kRun = 8 * kW;
+  double total = 0;
+  int64_t k = 0;
+  for (; k + kRun <= count; k += kRun) {
+    Vec<float> sum[2] = {};
+    for (int64_t i = 0; i < kRun; i += 2 * kW)
+      for (int j = 0; j < 2; ++j) {
+        const Vec<float> x = load(row + k + i + j * kW);
+        sum[j] = fma(x, x, sum[j]);
+      }
+    total += horizontal_sum<float>(sum[0] + sum[1]);
+  }
+  for (int64_t i = k; i < count; ++i) total += static_cast<double>(row[i]) * row[i];
+  if (total > 1e-20 && total < 1e30) return total;
+  total = 0;
+  for (int64_t i = 0; i < count; ++i) total += static_cast<double>(row[i]) * row[i];
+  return total;
+}
+UNICOM_INLINE double sum_of_squares(const double* row, int64_t count) {
+  double total = 0;
+  for (int64_t k = 0; k < count; ++k) total += row[k] * row[k];
+  return total;
 }
 
 }  // namespace

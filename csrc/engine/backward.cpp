@@ -22,8 +22,10 @@ namespace {
 template <class To, class Real>
 void write_columns(To* row, const RowSink& sink, const Real* values) {
   auto convert = [](Real value) -> To {
-    if constexpr (std::is_same_v<To, uint16_t>) return cpu::float_to_bf16(static_cast<float>(value));
-    else return static_cast<To>(value);
+    if constexpr (std::is_same_v<To, uint16_t>)
+      return cpu::float_to_bf16(static_cast<float>(value));
+    else
+      return static_cast<To>(value);
   };
   if (sink.columns == nullptr) {
     for (int64_t k = 0; k < sink.dim; ++k) row[k] = convert(values[k]);
@@ -109,9 +111,10 @@ class Backward {
         k_(kernels_for<Unit>()),
         rows_(p, s_, parallel),
         classes_(const_cast<void*>(args.packed), s_),
-        run_panels_(std::min(round_up(s_.panels, kPanelsPerItem),
-                             std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
-                                                 kPanelsPerItem, 64))),
+        run_panels_(
+            std::min(round_up(s_.panels, kPanelsPerItem),
+                     std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
+                                         kPanelsPerItem, 64))),
         row_units_(s_.tiles * kTile / kValues),
         row_stride_(s_.padded_rows / kValues),
         row_panels_(s_.padded_rows / kLanes),
@@ -128,14 +131,18 @@ class Backward {
       const int64_t groups = ceil_div(panels, kPanelsPerItem);
       const int64_t reorders = kValues > 1 && want_embeddings() ? panels : 0;
       parallel_.run(s_.blocks * groups + reorders, [&](int64_t item) {
-        if (item < s_.blocks * groups) probabilities(first, panels, item % s_.blocks, item / s_.blocks);
-        else reorder(first, item - s_.blocks * groups);
+        if (item < s_.blocks * groups)
+          probabilities(first, panels, item % s_.blocks, item / s_.blocks);
+        else
+          reorder(first, item - s_.blocks * groups);
       });
       const int64_t class_items = want_prototypes() ? groups : 0;
       const int64_t row_items = want_embeddings() ? ceil_div(row_panels_, kPanelsPerItem) : 0;
       parallel_.run(class_items + row_items, [&](int64_t item) {
-        if (item < class_items) prototype_gradients(first, panels, item);
-        else add_embedding_gradients(first, panels, item - class_items);
+        if (item < class_items)
+          prototype_gradients(first, panels, item);
+        else
+          add_embedding_gradients(first, panels, item - class_items);
       });
     }
     if (want_embeddings()) finish_embeddings();
@@ -294,14 +301,14 @@ class Backward {
   const cpu::Kernels<Unit>& k_;
   const PackedRows<Unit> rows_;
   const PackedClasses<Unit> classes_;
-  const int64_t run_panels_;   // panels in a run of classes
-  const int64_t row_units_;    // what a prototype gradient sums over
-  const int64_t row_stride_;   // units from one class panel to the next
+  const int64_t run_panels_;  // panels in a run of classes
+  const int64_t row_units_;   // what a prototype gradient sums over
+  const int64_t row_stride_;  // units from one class panel to the next
   const int64_t row_panels_;
-  Buffer<Unit> along_rows_;     // [run panel][row unit][16 classes]
-  Buffer<Unit> along_classes_;  // [row panel][class unit][16 rows]
-  Buffer<Unit> weighted_;       // tile panels over dimensions [height / 6][row unit][6]
-  Buffer<Unit> class_units_;    // pairs along classes [run panel][height][8]; bf16 only
+  Buffer<Unit> along_rows_;          // [run panel][row unit][16 classes]
+  Buffer<Unit> along_classes_;       // [row panel][class unit][16 rows]
+  Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
+  Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
   std::vector<cpu::RowScale> row_scale_;
   std::vector<double> weight_;

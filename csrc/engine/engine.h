@@ -11,17 +11,17 @@ namespace unicom {
 
 // One call of the operation. All pointers stay the caller's.
 struct Problem {
-  cpu::RowSource embeddings;      // [batch, d] with the selected columns
+  cpu::RowSource embeddings;  // [batch, d] with the selected columns
   int64_t batch;
-  cpu::RowSource prototypes;      // [C, d] with the selected columns
-  const int64_t* class_index;     // [sampled] ascending class ids, or nullptr: class j is row j
-  int64_t sampled;                // |S|
-  const int64_t* slot;            // [batch] position of the label in class_index, -1: ignored
+  cpu::RowSource prototypes;   // [C, d] with the selected columns
+  const int64_t* class_index;  // [sampled] ascending class ids, or nullptr: class j is row j
+  int64_t sampled;             // |S|
+  const int64_t* slot;         // [batch] position of the label in class_index, -1: ignored
   double scale;
-  double filter;                  // +inf: none
+  double filter;  // +inf: none
   double m1;
-  double m2, m3;                  // radians; used where the per-sample arrays are null
-  const double* m2_per_sample;    // [batch] or nullptr
+  double m2, m3;                // radians; used where the per-sample arrays are null
+  const double* m2_per_sample;  // [batch] or nullptr
   const double* m3_per_sample;
   bool exact_margin_grad;
   bool linear_beyond_pi;
@@ -63,9 +63,9 @@ struct RowSink {
 struct BackwardArgs {
   const SampleState* state;
   const void* packed;
-  const double* weight;   // [batch] upstream gradient of each sample's loss
-  RowSink embeddings;     // [batch, d]
-  RowSink prototypes;     // row class_index[j], or row j when compact
+  const double* weight;  // [batch] upstream gradient of each sample's loss
+  RowSink embeddings;    // [batch, d]
+  RowSink prototypes;    // row class_index[j], or row j when compact
   bool compact;
 };
 

@@ -1,4 +1,5 @@
-// Packed operands of one call: prototypes as vector panels, embeddings as unit rows and tile panels.
+// Packed operands of one call: prototypes as vector panels, embeddings as unit rows and tile
+// panels.
 #pragma once
 
 #include <vector>
@@ -16,9 +17,12 @@ using cpu::round_up;
 
 template <class Unit>
 const cpu::Kernels<Unit>& kernels_for() {
-  if constexpr (std::is_same_v<Unit, float>) return *cpu::kernels().fp32;
-  else if constexpr (std::is_same_v<Unit, double>) return *cpu::kernels().fp64;
-  else return *cpu::kernels().bf16;
+  if constexpr (std::is_same_v<Unit, float>)
+    return *cpu::kernels().fp32;
+  else if constexpr (std::is_same_v<Unit, double>)
+    return *cpu::kernels().fp64;
+  else
+    return *cpu::kernels().bf16;
 }
 
 // Sizes that follow from the problem and the operand type.
@@ -27,12 +31,12 @@ struct Shape {
   static constexpr int64_t kValues = cpu::UnitTraits<Unit>::kValues;
   static constexpr int64_t kRowGranule = 48;  // whole tiles and whole panels of rows
 
-  int64_t dim, height;       // selected dimensions; padded to whole tiles
-  int64_t units;             // along the dimensions, what a logit sums over
-  int64_t panel_units;       // units of a packed class panel
-  int64_t panels;            // of sampled classes
-  int64_t batch, tiles;      // rows, and tiles of six rows
-  int64_t padded_rows;       // whole granules
+  int64_t dim, height;          // selected dimensions; padded to whole tiles
+  int64_t units;                // along the dimensions, what a logit sums over
+  int64_t panel_units;          // units of a packed class panel
+  int64_t panels;               // of sampled classes
+  int64_t batch, tiles;         // rows, and tiles of six rows
+  int64_t padded_rows;          // whole granules
   int64_t blocks, block_tiles;  // row blocks of the logit kernels
 
   explicit Shape(const Problem& p)

@@ -146,6 +146,7 @@ def _draw() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     import matplotlib
     from fontTools.ttLib import TTFont
     from PIL import ImageFont
+    from rich.console import Console
     from rich.progress import track
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -157,7 +158,8 @@ def _draw() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     characters = sorted(c for c, count in faces_of.items() if count >= MIN_FACES)
 
     images, codepoints, fonts = [], [], []
-    for f, face in enumerate(track(FACES, description="Drawing glyphs", transient=True)):
+    screen = Console(stderr=True)
+    for f, face in enumerate(track(FACES, "Drawing glyphs", console=screen, transient=True)):
         # Basic layout: one character is one glyph, with no substitution by a shaping library.
         font = ImageFont.truetype(
             str(folder / f"{face}.ttf"), DRAWN, layout_engine=ImageFont.Layout.BASIC
@@ -178,13 +180,15 @@ def _is_visible(codepoint: int) -> bool:
 
 def _draw_one(font, character: str) -> np.ndarray | None:
     """One glyph, uint8 [32, 32]; None if it has no ink."""
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
-    mask = font.getmask(character, mode="L")
-    box = mask.getbbox()
+    left, top, right, bottom = font.getbbox(character)
+    canvas = Image.new("L", (max(1, right - left), max(1, bottom - top)))
+    ImageDraw.Draw(canvas).text((-left, -top), character, fill=255, font=font)
+    box = canvas.getbbox()  # of the ink; the font's own box can be a pixel larger
     if box is None:
         return None
-    ink = Image.frombytes("L", mask.size, bytes(mask)).crop(box)
+    ink = canvas.crop(box)
     scale = INK / max(ink.size)
     width, height = (max(1, round(side * scale)) for side in ink.size)
     ink = ink.resize((width, height), Image.Resampling.LANCZOS)

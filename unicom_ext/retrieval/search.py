@@ -204,7 +204,7 @@ def unit_rows(name: str, x: Tensor, ids: Tensor | int) -> Tensor:
 
 @contextmanager
 def _full_precision(device: torch.device):
-    """fp32 products, even under autocast or where the caller lets fp32 products use TF32 or bf16."""
+    """fp32 products, even under autocast or where the caller allows TF32 or bf16 inside them."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:

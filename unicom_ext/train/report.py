@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.table import Table
 from torch import Tensor
 
@@ -28,6 +29,7 @@ NAMES = {
 }
 TOP = 5
 EXAMPLES = 12  # queries in each picture
+CELL = 40  # from one image of a picture to the next, in pixels of the images
 RIGHT, WRONG, OURS = "#1a7f37", "#cf222e", "#0969da"
 
 
@@ -146,34 +148,38 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
 
 
 def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
-    """A row for each query: its image, then its nearest images, framed by right and wrong."""
-    columns = 1 + found.index.shape[1]
-    across = 2 if len(queries) > 1 else 1  # two queries side by side
+    """Each query, two to a line: its image, then its nearest images, framed by right and wrong."""
+    across = min(2, len(queries))
     down = -(-len(queries) // across)
-    figure = Figure(figsize=(across * (columns + 0.5) * 0.72, down * 0.95), layout="constrained")
-    widths = ([1] * columns + [0.4]) * across
-    cells = figure.subplots(down, len(widths), squeeze=False, width_ratios=widths)
-    for axes in cells.flat:
-        axes.axis("off")
+    width = (1 + found.index.shape[1]) * CELL + CELL // 2  # of a query with its neighbours
+    height = CELL + 12  # with the line of text above
+    figure = Figure(figsize=(across * width / 60, down * height / 60))
+    # One coordinate system of pixels for everything; a hundred axes would take seconds to lay out.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across * width), ylim=(down * height, 0))
+    axes.axis("off")
+
+    def picture(image: np.ndarray, left: int, top: int, caption: str, colour: str) -> None:
+        size = image.shape[0]
+        axes.imshow(
+            255 - image, cmap="gray", vmin=0, vmax=255, aspect="auto",
+            extent=(left, left + size, top + size, top),
+        )  # fmt: skip
+        axes.add_patch(
+            Rectangle((left - 1, top - 1), size + 2, size + 2, fill=False, ec=colour, lw=2)
+        )
+        axes.text(left + size / 2, top - 4, caption, color=colour, ha="center", fontsize=8)
+
     for place, query in enumerate(queries):
-        row, left = place % down, place // down * (columns + 1)
-        _picture(cells[row, left], images.images[query], "query", "black")
+        left = place // down * width + CELL // 4
+        top = place % down * height + 12
+        picture(images.images[query], left, top, "query", "black")
         for rank, neighbour in enumerate(found.index[query]):
+            left += CELL
             right = found.right[query, rank]
             caption = f"{'✓' if right else '✗'} {found.cosine[query, rank]:.2f}"
-            colour = RIGHT if right else WRONG
-            _picture(cells[row, left + 1 + rank], images.images[neighbour], caption, colour)
+            picture(images.images[neighbour], left, top, caption, RIGHT if right else WRONG)
+    axes.set(xlim=(0, across * width), ylim=(down * height, 0))  # imshow has changed them
     return figure
-
-
-def _picture(axes: Any, image: np.ndarray, caption: str, colour: str) -> None:
-    axes.axis("on")
-    axes.imshow(255 - image, cmap="gray", vmin=0, vmax=255)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_title(caption, fontsize=7, color=colour, pad=2)
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=2)
 
 
 def _draw(rng: np.random.Generator, among: np.ndarray) -> np.ndarray:

@@ -1,0 +1,56 @@
+# Everything on a fresh machine: `make demo` trains and evaluates on real images, `make test` tests.
+# Both make their own virtual environment and build the extension first; the second time is quick.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Where no GPU is used, a CPU build of torch saves gigabytes: install it into $(VENV) yourself, or
+# name another requirement here.
+TORCH  ?= torch==2.13.0
+DEMO   ?= demo
+
+BIN     = $(VENV)/bin
+RUN     = $(BIN)/python
+NATIVE  = $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint format bench build doctor clean
+
+demo: build
+	$(BIN)/unicom-ext train --config unicom_ext/train/demo.toml --output $(DEMO)
+	@echo "Open $(DEMO)/report.html"
+
+test: build
+	$(RUN) -m pytest -n 2 --dist worksteal
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: build
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: build
+	$(BIN)/unicom-ext bench --quick
+
+doctor: build
+	$(BIN)/unicom-ext doctor
+
+build: $(VENV)/.built
+
+$(VENV)/.built: $(VENV)/.environment CMakeLists.txt setup.py pyproject.toml $(NATIVE)
+	$(RUN) -m pip install --quiet --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# What the build needs comes first: with --no-build-isolation pip uses what is installed.
+$(VENV)/.environment: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed; set PYTHON=python3.11 or newer"; exit 1; }
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install --quiet '$(TORCH)' numpy
+	$(RUN) -m pip install --quiet 'setuptools>=77' 'cmake>=3.26' ninja 'pybind11>=2.13'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)/.built unicom_ext/*.so unicom_ext.egg-info

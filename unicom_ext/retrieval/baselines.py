@@ -1,0 +1,122 @@
+"""What images can be retrieved by without a neural network: the rows to beat in a table.
+
+    raw_pixels  grey values, centred, PCA
+    hog         histograms of oriented gradients (Dalal, Triggs, CVPR 2005), PCA
+    lda         linear discriminant analysis of the grey values: supervised, but linear
+    hog_lda     linear discriminant analysis of the HOG features: the strongest of the four
+
+Each is a function of
+
+    train_images  uint8 [m, h, w], to fit on: its classes should not occur in `images`
+    train_labels  integers [m]; only the two discriminant analyses look at them
+    images        uint8 [n, h, w]
+    dim           number of features; needs m > dim, and for the discriminant analyses more than
+                  dim train classes
+
+and returns fp32 [n, dim], the most important features first, so that any number of leading ones is
+the best that the method has for that size. NumPy arrays and CPU tensors are accepted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PCA_BEFORE_LDA = 256  # keeps the within-class scatter well conditioned
+
+
+def raw_pixels(train_images, train_labels, images, dim: int = 128) -> Tensor:
+    train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
+    return _pca(train.flatten(1), test.flatten(1), dim)[1]
+
+
+def hog(train_images, train_labels, images, dim: int = 128) -> Tensor:
+    train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
+    return _pca(_gradient_histograms(train), _gradient_histograms(test), dim)[1]
+
+
+def lda(train_images, train_labels, images, dim: int = 128) -> Tensor:
+    train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
+    return _discriminants(train.flatten(1), train_labels, test.flatten(1), dim)
+
+
+def hog_lda(train_images, train_labels, images, dim: int = 128) -> Tensor:
+    train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
+    return _discriminants(
+        _gradient_histograms(train), train_labels, _gradient_histograms(test), dim
+    )
+
+
+BASELINES = {"raw pixels": raw_pixels, "HOG": hog, "LDA": lda, "HOG + LDA": hog_lda}
+
+
+def _as_pixels(name: str, images) -> Tensor:
+    """fp32 [n, h, w] in [0, 1]."""
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8 or images.ndim != 3 or len(images) == 0:
+        raise ValueError(
+            f"{name}: got {images.dtype} {list(images.shape)}, must be uint8 [n, h, w], n >= 1"
+        )
+    return images.float() / 255
+
+
+def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Both projected on the `dim` leading principal axes of train [m, f], centred at its mean."""
+    if not 1 <= dim <= min(len(train) - 1, train.shape[1]):
+        raise ValueError(
+            f"dim: got {dim}, must be from 1 to {min(len(train) - 1, train.shape[1])} with "
+            f"{len(train)} train images of {train.shape[1]} features"
+        )
+    mean = train.mean(0)
+    train, test = train - mean, test - mean
+    _, axes = torch.linalg.eigh((train.T @ train).double())  # smallest first
+    axes = axes[:, -dim:].flip(1).float()
+    return train @ axes, test @ axes
+
+
+def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
+    """Fisher's discriminants [n, dim], scaled by the root of their share of between-class variance.
+
+    Unscaled, a direction that hardly separates classes weighs as much in a cosine as the best one,
+    and every further dimension makes retrieval worse.
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    train, test = _pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
+    labels = torch.as_tensor(labels).numpy()
+    if len(set(labels.tolist())) <= dim:
+        raise ValueError(f"train_labels: needs more than dim = {dim} classes")
+    model = LinearDiscriminantAnalysis(n_components=dim).fit(train.numpy(), labels)
+    scale = torch.from_numpy(model.explained_variance_ratio_).sqrt().float()
+    return torch.from_numpy(model.transform(test.numpy())).float() * scale
+
+
+def _gradient_histograms(images: Tensor, bins: int = 9, cell: int = 4) -> Tensor:
+    """HOG features [n, f] of images [n, h, w], h and w multiples of `cell`.
+
+    Unsigned gradient angles, linear interpolation between neighbouring bins; histograms over
+    windows of 2 x 2 cells, a cell apart; blocks of 2 x 2 histograms normalised, clipped at 0.2 and
+    normalised again.
+    """
+    return torch.cat([_histograms_of(part[:, None], bins, cell) for part in images.split(1024)])
+
+
+def _histograms_of(x: Tensor, bins: int, cell: int) -> Tensor:
+    padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    dx = padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]
+    dy = padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]
+    position = torch.atan2(dy, dx) / math.pi * bins  # in bins; an angle and its opposite agree
+    lower = position.floor()
+    upper_share = position - lower
+    lower = lower.long() % bins
+    strength = torch.hypot(dx, dy)
+    votes = x.new_zeros(len(x), bins, *x.shape[2:])
+    votes.scatter_add_(1, lower, strength * (1 - upper_share))
+    votes.scatter_add_(1, (lower + 1) % bins, strength * upper_share)
+    histograms = F.avg_pool2d(votes, 2 * cell, stride=cell, padding=cell // 2)
+    blocks = F.unfold(histograms, 2)  # [n, 4 bins, number of blocks]
+    blocks = blocks / (blocks.norm(dim=1, keepdim=True) + 0.02)  # flat areas stay small
+    return F.normalize(blocks.clamp(max=0.2), dim=1).flatten(1)
