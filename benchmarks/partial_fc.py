@@ -26,6 +26,8 @@ What differs, all of it in the peer's favour or without effect on its time:
   B x |S| matrix: ``whole_matrix=True`` does so too;
 - the caller's labels are not overwritten, and any batch size goes;
 - both selections can be given, for tests.
+
+`CompiledPartialFC` is the same loss in the form that suits `torch.compile` best.
 """
 
 from __future__ import annotations
@@ -65,8 +67,8 @@ class PartialFC(nn.Module):
         super().__init__()
         self.margin = margin
         self.scale = scale
-        self.num_sampled = round(sample_rate * num_classes)
-        self.num_features = round(feature_rate * embedding_size)
+        self.num_sampled = max(1, int(sample_rate * num_classes + 0.5))
+        self.num_features = int(feature_rate * embedding_size + 0.5)
         self.whole_matrix = whole_matrix
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
 
@@ -82,20 +84,14 @@ class PartialFC(nn.Module):
         class_index, feature_index: sorted unique int64, instead of random ones; class_index must
             hold every label.
         """
-        weight, labels = self.weight, labels.view(-1, 1)
-        if class_index is None and self.num_sampled < len(weight):
+        labels = labels.view(-1, 1)
+        if class_index is None and self.num_sampled < len(self.weight):
             class_index = self.sample_classes(labels)
         if class_index is not None:
             labels = torch.searchsorted(class_index, labels)
-            weight = weight[class_index]
-        if feature_index is None and self.num_features < weight.shape[1]:
+        if feature_index is None and self.num_features < self.weight.shape[1]:
             feature_index = self.sample_features()
-        if feature_index is not None:
-            weight = weight.index_select(1, feature_index)
-            embeddings = embeddings.index_select(1, feature_index)
-
-        logits = F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
-        return _CrossEntropy.apply(self._add_margin(logits, labels), labels)
+        return self._loss(embeddings, labels, class_index, feature_index)
 
     @torch.no_grad()
     def sample_classes(self, labels: Tensor) -> Tensor:
@@ -112,6 +108,16 @@ class PartialFC(nn.Module):
         """Sorted dimensions of one step, [d'] int64."""
         return torch.rand(self.weight.shape[1]).argsort()[: self.num_features].sort().values
 
+    def _loss(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        class_index: Tensor | None,
+        feature_index: Tensor | None,
+    ) -> Tensor:
+        cosines = _cosines(embeddings, self.weight, class_index, feature_index)
+        return _CrossEntropy.apply(self._add_margin(cosines, labels), labels)
+
     def _add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, |S|] from cosines, which are overwritten; labels [B, 1] of columns."""
         with torch.no_grad():
@@ -125,6 +131,41 @@ class PartialFC(nn.Module):
             else:
                 logits[rows, columns] = target.cos_()
         return logits * self.scale
+
+
+class CompiledPartialFC(PartialFC):
+    """`PartialFC` with everything after the selections compiled as one graph.
+
+    `torch.compile` of `PartialFC` itself breaks the graph seven times (sizes that depend on data)
+    and then fails inside the compiler of torch 2.13. So the selections stay eager, and what could
+    not be compiled is written differently: no index of the rows with a label (on one process all
+    have one), nothing in place.
+    """
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        self._loss_of_rows = torch.compile(self._loss_of_rows, fullgraph=True)
+
+    def _loss(self, embeddings, labels, class_index, feature_index):
+        return self._loss_of_rows(embeddings, self.weight, labels, class_index, feature_index)
+
+    def _loss_of_rows(self, embeddings, weight, labels, class_index, feature_index):
+        cosines = _cosines(embeddings, weight, class_index, feature_index)
+        target = cosines.detach().gather(1, labels)
+        change = torch.cos(torch.arccos(target) + self.margin) - target
+        return _PureCrossEntropy.apply(self.scale * cosines.scatter_add(1, labels, change), labels)
+
+
+def _cosines(
+    embeddings: Tensor, weight: Tensor, class_index: Tensor | None, feature_index: Tensor | None
+) -> Tensor:
+    """Cosines [B, |S|] of the embeddings [B, d] and the sampled rows, on the sampled columns."""
+    if class_index is not None:
+        weight = weight[class_index]
+    if feature_index is not None:
+        weight = weight.index_select(1, feature_index)
+        embeddings = embeddings.index_select(1, feature_index)
+    return F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -150,3 +191,20 @@ class _CrossEntropy(torch.autograd.Function):
         probabilities[rows] -= one_hot
         probabilities.div_(len(probabilities))
         return probabilities * grad_loss, None
+
+
+class _PureCrossEntropy(torch.autograd.Function):
+    """`_CrossEntropy` without writing in place, every row having a label."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        unnormalised = (logits - logits.amax(dim=1, keepdim=True)).exp()
+        probabilities = unnormalised / unnormalised.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(probabilities, labels)
+        return -probabilities.gather(1, labels).clamp_min(1e-30).log().mean()
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None]:
+        probabilities, labels = ctx.saved_tensors
+        one_hot = torch.zeros_like(probabilities).scatter(1, labels, 1.0)
+        return (probabilities - one_hot) / len(probabilities) * grad_loss, None

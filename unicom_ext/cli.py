@@ -63,9 +63,9 @@ def _setting_options(command: Callable) -> Callable:
 def train(
     output: Path, config_file: Path | None, resume: bool, overwrite: bool, **given: Any
 ) -> None:
-    """Train an image encoder on the bundled glyphs; evaluate it on unseen characters.
+    """Train an encoder on characters, test it on unseen ones.
 
-    Without options this is the demo. The output directory gets config.toml, checkpoint.pt,
+    The pictures are drawn from the fonts in matplotlib; without options this is the demo. The output directory gets config.toml, checkpoint.pt,
     metrics.json and report.html. Ctrl-C saves first; --resume then goes on exactly there.
     """
     if resume and overwrite:
@@ -94,15 +94,24 @@ def train(
     console = Console()
     try:
         metrics = driver.train(config, output, resume=resume, overwrite=overwrite, console=console)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
     except CheckpointError as error:
         raise click.ClickException(
             f"{error}\n(--resume goes on, --overwrite begins anew)"
         ) from None
     except driver.Interrupted as stop:
-        click.echo(f"\nS{str(stop)[1:]}. To go on:\n  unicom-ext train --output {output} --resume")
+        click.echo(
+            f"\nS{str(stop)[1:]}. To go on:\n  {_program()} train --output {output} --resume"
+        )
         sys.exit(INTERRUPTED)
     console.print(report.table(metrics))
     console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
+
+
+def _program() -> str:
+    """How the user can call this again; the command need not be on the path."""
+    return "unicom-ext" if shutil.which("unicom-ext") else f"{sys.executable} -m unicom_ext.cli"
 
 
 def _given_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def _given_settings(given: dict[str, Any]) -> dict[str, Any]:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Time the loss against PartialFC v2 and bare matrix products (source checkout only)."""
+    """Time the loss against PartialFC v2; --help lists options."""
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "head_step.py"
     if not script.is_file():
         raise click.ClickException(
@@ -148,7 +157,7 @@ def bench(arguments: tuple[str, ...]) -> None:
 
 @main.command()
 def doctor() -> None:
-    """Show versions, build, CPU and CUDA, and say what is wrong and how to mend it.
+    """Show versions, build and devices, and how to mend faults.
 
     The exit status is 1 if something is wrong.
     """

@@ -24,6 +24,8 @@ _ops = torch.ops.unicom_ext
 
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}
 _PRECISION = {"fp32": 0, "fp16": 1, "bf16": 2}
+# Enough for the cosines of 4096 samples with 16,000 classes.
+DEFAULT_WORKSPACE_BYTES = 256 << 20
 _FAST_BF16 = "avx512_bf16" in _core.cpu_capabilities()
 
 
@@ -46,6 +48,7 @@ def partial_margin_softmax(
     process_group: object | None = None,
     grad_average: bool = True,
     check_finite: bool = False,
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """Softmax cross entropy over margin cosines, on some of the classes and feature dimensions.
@@ -85,6 +88,9 @@ def partial_margin_softmax(
         process_group: None; sharded prototypes are not there yet.
         grad_average: only matters with a process group.
         check_finite: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
+        workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
+            multiplies three times instead of four; the rest it computes again. The result is the
+            same bit for bit. Nothing is kept where no gradient is wanted.
         return_metrics: also return the `Metrics` of each sample, which cost nothing.
 
     Returns:
@@ -124,6 +130,7 @@ def partial_margin_softmax(
         precision=precision,
         sparse_grad=sparse_grad,
         reduction=reduction,
+        workspace_bytes=workspace_bytes,
     )
     return (loss, metrics) if return_metrics else loss
 
@@ -144,6 +151,7 @@ def call_loss(
     precision: str,
     sparse_grad: bool,
     reduction: str,
+    workspace_bytes: int,
 ) -> tuple[Tensor, Metrics]:
     """The operator with the options of `partial_margin_softmax`, already checked.
 
@@ -151,7 +159,8 @@ def call_loss(
     count: how many entries of class_index are valid, int64 scalar tensor; None for all.
     """
     m2, m3 = margin.m2, margin.m3
-    loss, sample_loss, target_cosine, largest_negative, _, _ = _ops.loss(
+    wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
+    loss, sample_loss, target_cosine, largest_negative, *_ = _ops.loss(
         embeddings,
         slot,
         prototypes,
@@ -169,6 +178,7 @@ def call_loss(
         beyond_pi == "linear",
         _PRECISION[_resolve_precision(precision, embeddings.device.type)],
         _REDUCTION[reduction],
+        workspace_bytes if wants_grad else 0,
         sparse_grad,
     )
     target_cosine, largest_negative = target_cosine.detach(), largest_negative.detach()
@@ -190,20 +200,18 @@ def _resolve_precision(precision: str, device_type: str) -> str:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    (*tensors, m1, m2_value, m3_value, scale, filter_, exact, linear, precision, reduction,
-     sparse) = inputs  # fmt: skip
-    state, packed = output[4], output[5]
-    ctx.save_for_backward(*tensors, state, packed)
-    ctx.options = (m1, m2_value, m3_value, scale, filter_, exact, linear, precision, reduction)
+    tensors, options, sparse = inputs[:8], inputs[8:-1], inputs[-1]
+    ctx.save_for_backward(*tensors, *output[4:])  # and state, packed, kept
+    ctx.options = options
     ctx.sparse = sparse
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):
     embeddings, _slot, prototypes, class_index, count, *_rest = ctx.saved_tensors
-    none = [None] * (len(ctx.saved_tensors) - 2 + len(ctx.options) + 1)
+    grads: list[Tensor | None] = [None] * (8 + len(ctx.options) + 1)
     if grad_loss is None:
-        return tuple(none)
+        return tuple(grads)
     compact = ctx.sparse and class_index is not None
     grad_embeddings, grad_prototypes = _ops.loss_backward(
         grad_loss,
@@ -214,12 +222,12 @@ def _backward(ctx, grad_loss, *_):
         compact,
     )
     if ctx.needs_input_grad[0]:
-        none[0] = grad_embeddings
+        grads[0] = grad_embeddings
     if ctx.needs_input_grad[2]:
-        none[2] = grad_prototypes
+        grads[2] = grad_prototypes
         if ctx.sparse:
-            none[2] = _row_sparse(grad_prototypes, class_index, count, prototypes.shape)
-    return tuple(none)
+            grads[2] = _row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+    return tuple(grads)
 
 
 def _row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape) -> Tensor:
@@ -244,6 +252,15 @@ def _packed_bytes(num_sampled, dim, bytes_per_value):
     lanes = (num_sampled + _LANES - 1) // _LANES * _LANES
     height = (dim + _TILE - 1) // _TILE * _TILE
     return lanes * height * bytes_per_value + lanes * 8
+
+
+def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes):
+    panels = (num_sampled + _LANES - 1) // _LANES
+    panel_bytes = (batch + _TILE - 1) // _TILE * _TILE * _LANES * real_bytes
+    if workspace_bytes == 0 or panel_bytes == 0:
+        return 0
+    fit = workspace_bytes // panel_bytes
+    return (panels if fit >= panels else fit // 4 * 4) * panel_bytes
 
 
 @torch.library.register_fake("unicom_ext::select_classes")
@@ -272,7 +289,7 @@ def _(labels, class_index, num_classes, ignore_index):
 @torch.library.register_fake("unicom_ext::loss")
 def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1, m2_value,
       m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision, reduction,
-      sparse_grad):  # fmt: skip
+      workspace_bytes, sparse_grad):  # fmt: skip
     batch, dim = embeddings.shape
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
     real = torch.float64 if double else torch.float32
@@ -287,13 +304,15 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m
         new((batch,), dtype=real),
         new((batch, 6), dtype=torch.float64),
         new((_packed_bytes(num_sampled, num_features, value_bytes),), dtype=torch.uint8),
-    )
+        new((_kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes),),
+            dtype=torch.uint8),
+    )  # fmt: skip
 
 
 @torch.library.register_fake("unicom_ext::loss_backward")
 def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, state,
-      packed, m1, m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
-      precision, reduction, want_embeddings, want_prototypes, compact):  # fmt: skip
+      packed, kept, m1, m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
+      precision, reduction, workspace_bytes, want_embeddings, want_prototypes, compact):  # fmt: skip
     num_rows = class_index.shape[0] if compact else prototypes.shape[0]
     dim = embeddings.shape[1]
     return (

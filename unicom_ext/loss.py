@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unicom_ext import checks
-from unicom_ext.functional import Metrics, call_loss
+from unicom_ext.functional import DEFAULT_WORKSPACE_BYTES, Metrics, call_loss
 from unicom_ext.margins import ArcFace, CombinedMargin
 from unicom_ext.sampling import num_sampled_classes, num_selected_features
 
@@ -46,6 +46,7 @@ class PartialMarginSoftmax(nn.Module):
             dense optimizer moves the other rows too, by momentum and weight decay; a sparse one
             does not.
         process_group: None; sharded prototypes are not there yet.
+        workspace_bytes: memory that may keep cosines for backward, 0 for none.
         seed: of the selections, any int64.
         device, dtype: of `weight`.
 
@@ -78,6 +79,7 @@ class PartialMarginSoftmax(nn.Module):
         process_group: object | None = None,
         grad_average: bool = True,
         check_finite: bool = False,
+        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,6 +115,7 @@ class PartialMarginSoftmax(nn.Module):
         self.ignore_index = ignore_index
         self.grad_average = grad_average
         self.check_finite = check_finite
+        self.workspace_bytes = workspace_bytes
         self.seed = seed
         self.weight = nn.Parameter(
             torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
@@ -197,6 +200,7 @@ class PartialMarginSoftmax(nn.Module):
             precision=self.precision,
             sparse_grad=self.sparse_grad,
             reduction=self.reduction,
+            workspace_bytes=self.workspace_bytes,
         )
         self._drawn = (class_index, count, feature_index)
         self._metrics = metrics

@@ -222,7 +222,7 @@ struct Call {
        const std::optional<Tensor>& feature_index_in, const std::optional<Tensor>& m2_in,
        const std::optional<Tensor>& m3_in, double m1, double m2_value, double m3_value,
        double scale, double filter, bool exact_margin_grad, bool linear_beyond_pi,
-       int64_t precision_in)
+       int64_t precision_in, int64_t workspace_bytes)
       : embeddings(rows(embeddings_in, "embeddings")),
         prototypes(rows(prototypes_in, "prototypes")),
         slot(torch::stable::contiguous(slot_in)),
@@ -301,13 +301,19 @@ struct Call {
     problem.rounding =
         precision == Precision::kFp16 ? cpu::Rounding::kFloat16 : cpu::Rounding::kNone;
     if (is_double) problem.rounding = cpu::Rounding::kNone;
+    check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
+    problem.kept_panels = kept_panels(bound(), batch, real_bytes(), workspace_bytes);
   }
 
   int64_t bytes_per_value() const { return is_double ? 8 : precision == Precision::kBf16 ? 2 : 4; }
-  // Size of the packed prototypes for the bound of the selection, so that shapes are static.
+  int64_t real_bytes() const { return is_double ? 8 : 4; }
+  // Sizes follow from the bound of the selection, not from its count, so that shapes are static.
+  int64_t bound() const { return class_index ? class_index->numel() : prototypes.size(0); }
   int64_t packed_size() const {
-    const int64_t bound = class_index ? class_index->numel() : problem.sampled;
-    return packed_bytes(bound, problem.embeddings.dim, bytes_per_value());
+    return packed_bytes(bound(), problem.embeddings.dim, bytes_per_value());
+  }
+  int64_t kept_size() const {
+    return problem.kept_panels * kept_panel_bytes(problem.batch, real_bytes());
   }
   template <class F>
   void with_unit(const F& f) const {
@@ -353,24 +359,29 @@ void with_real(const Tensor& tensor, const F& f) {
     f(tensor.mutable_data_ptr<float>());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
     Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
     std::optional<Tensor> count, std::optional<Tensor> feature_index, std::optional<Tensor> m2,
     std::optional<Tensor> m3, double m1, double m2_value, double m3_value, double scale,
     double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
-    int64_t reduction_in, bool /* sparse_grad, which only backward heeds */) {
+    int64_t reduction_in, int64_t workspace_bytes,
+    bool /* sparse_grad, which only backward heeds */) {
   const Call call(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1,
-                  m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
-                  precision);
+                  m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision,
+                  workspace_bytes);
   const auto reduction = static_cast<Reduction>(reduction_in);
   const int64_t batch = call.problem.batch;
   const ScalarType real = call.is_double ? ScalarType::Double : ScalarType::Float;
   Buffer<double> sample(3 * batch);
   Tensor state = empty_like_device(embeddings, {batch, kSampleStateSize}, ScalarType::Double);
   Tensor packed = pooled(embeddings, {call.packed_size()}, ScalarType::Byte, 1);
-  const ForwardResult result{sample.get(), sample.get() + batch, sample.get() + 2 * batch,
+  Tensor kept = pooled(embeddings, {call.kept_size()}, ScalarType::Byte, 1);
+  const ForwardResult result{sample.get(),
+                             sample.get() + batch,
+                             sample.get() + 2 * batch,
                              static_cast<SampleState*>(state.mutable_data_ptr()),
-                             packed.mutable_data_ptr()};
+                             packed.mutable_data_ptr(),
+                             kept.mutable_data_ptr()};
   call.with_unit(
       [&](auto unit) { forward<decltype(unit)>(call.problem, result, TorchParallel()); });
 
@@ -397,23 +408,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
           vector_of(result.target_cosine),
           vector_of(result.largest_negative),
           state,
-          packed};
+          packed,
+          kept};
 }
 
 std::tuple<Tensor, Tensor> loss_backward_op(
     Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
     std::optional<Tensor> class_index, std::optional<Tensor> count,
     std::optional<Tensor> feature_index, std::optional<Tensor> m2, std::optional<Tensor> m3,
-    Tensor state, Tensor packed, double m1, double m2_value, double m3_value, double scale,
-    double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
-    int64_t reduction_in, bool want_embeddings, bool want_prototypes, bool compact) {
+    Tensor state, Tensor packed, Tensor kept, double m1, double m2_value, double m3_value,
+    double scale, double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
+    int64_t reduction_in, int64_t workspace_bytes, bool want_embeddings, bool want_prototypes,
+    bool compact) {
   const Call call(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1,
-                  m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
-                  precision);
+                  m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision,
+                  workspace_bytes);
   const Problem& p = call.problem;
   const auto reduction = static_cast<Reduction>(reduction_in);
-  check(packed.numel() == call.packed_size() && state.numel() == p.batch * kSampleStateSize,
-        "state and packed must come from the forward call with the same arguments");
+  check(packed.numel() == call.packed_size() && kept.numel() == call.kept_size() &&
+            state.numel() == p.batch * kSampleStateSize,
+        "state, packed and kept must come from the forward call with the same arguments");
   grad_loss = torch::stable::contiguous(grad_loss);
   check(grad_loss.numel() == (reduction == Reduction::kNone ? p.batch : 1),
         "grad_loss must match the loss, got ", grad_loss.numel(), " values");
@@ -447,6 +461,7 @@ std::tuple<Tensor, Tensor> loss_backward_op(
                compact ? class_index->numel() : call.prototypes.size(0), want_prototypes);
   const BackwardArgs args{static_cast<const SampleState*>(state.const_data_ptr()),
                           packed.const_data_ptr(),
+                          kept.const_data_ptr(),
                           weight.get(),
                           embedding_sink,
                           prototype_sink,
@@ -470,14 +485,16 @@ STABLE_TORCH_LIBRARY(unicom_ext, m) {
       "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
       "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "
       "float scale, float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, "
-      "int reduction, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, Tensor target_cosine, "
-      "Tensor largest_negative, Tensor state, Tensor packed)");
+      "int reduction, int workspace_bytes, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, "
+      "Tensor target_cosine, "
+      "Tensor largest_negative, Tensor state, Tensor packed, Tensor kept)");
   m.def(
       "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, "
       "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor? m2, Tensor? m3, "
-      "Tensor state, Tensor packed, float m1, float m2_value, float m3_value, float scale, "
+      "Tensor state, Tensor packed, Tensor kept, float m1, float m2_value, float m3_value, float "
+      "scale, "
       "float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, int reduction, "
-      "bool want_embeddings, bool want_prototypes, bool compact) "
+      "int workspace_bytes, bool want_embeddings, bool want_prototypes, bool compact) "
       "-> (Tensor grad_embeddings, Tensor grad_prototypes)");
 }
 

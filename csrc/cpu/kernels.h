@@ -47,9 +47,11 @@ struct LogitBlock {
   int64_t num_classes;    // valid classes in the run; the last panel may be padded
   RealOf<Unit> scale;
   RealOf<Unit> filter;  // negative cosines above this count as 0; +inf: none
-  RealOf<Unit>* cosines =
-      nullptr;  // kept cosines [panels][tiles][6][16] to write (forward) or read
-                // (gradient) instead of multiplying; nullptr: none are kept
+  // Cosines that the forward pass writes and the backward pass reads instead of multiplying again,
+  // for the first `kept` panels of the run: [kept][...][6][16], tiles of one panel side by side.
+  RealOf<Unit>* cosines = nullptr;
+  int64_t kept = 0;
+  int64_t cosines_panel_stride = 0;
 };
 
 constexpr double kNoCosine = -1e30;  // below every cosine: exp gives 0 and max ignores it

@@ -216,28 +216,26 @@ void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
 // ---- logits
 // ----------------------------------------------------------------------------------------
 
-// Cosines of the tiles [t, t + 1) with the panels [panel, panel + P): [P][6][16], multiplied or
-// kept.
-template <class Unit, int P>
-UNICOM_INLINE const RealOf<Unit>* tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
-                                               int64_t tile, bool read, RealOf<Unit>* scratch) {
-  using Real = RealOf<Unit>;
+// Cosines of one tile with the panels [panel, panel + P): [P][6][16], multiplied or kept ones. The
+// engine sees to it that P panels beside each other are all kept or none.
+enum class Kept { kWrite, kRead };
+template <class Unit, int P, Kept kKept>
+UNICOM_INLINE void tile_cosines(const LogitBlock<Unit>& block, int64_t panel, int64_t tile,
+                                RealOf<Unit>* out) {
   constexpr int64_t kSize = kTile * kLanes;
-  if (block.cosines != nullptr && read) {
-    if constexpr (P == 1) return block.cosines + (panel * block.tiles + tile) * kSize;
-    for (int p = 0; p < P; ++p)
-      std::memcpy(scratch + p * kSize, block.cosines + ((panel + p) * block.tiles + tile) * kSize,
-                  kSize * sizeof(Real));
-    return scratch;
+  const bool kept = panel + P <= block.kept;
+  auto place = [&](int p) {
+    return block.cosines + (panel + p) * block.cosines_panel_stride + tile * kSize;
+  };
+  if (kept && kKept == Kept::kRead) {
+    for (int p = 0; p < P; ++p) std::memcpy(out + p * kSize, place(p), kSize * sizeof(*out));
+    return;
   }
   multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
                          block.classes + panel * block.panel_stride, block.panel_stride,
-                         block.units, scratch, kSize, false);
-  if (block.cosines != nullptr)
-    for (int p = 0; p < P; ++p)
-      std::memcpy(block.cosines + ((panel + p) * block.tiles + tile) * kSize, scratch + p * kSize,
-                  kSize * sizeof(Real));
-  return scratch;
+                         block.units, out, kSize, false);
+  if (kept)
+    for (int p = 0; p < P; ++p) std::memcpy(place(p), out + p * kSize, kSize * sizeof(*out));
 }
 
 // The sixteen cosines of one row and panel, with the target and the padding struck out.
@@ -309,7 +307,7 @@ void sum_exp(const SumExp<Unit>& args) {
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      const Real* tile = tile_cosines<Unit, kCount>(args, panel, t, false, cosines);
+      tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, cosines);
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
         Vec<Real> best[kV], sum[kV];
@@ -319,7 +317,7 @@ void sum_exp(const SumExp<Unit>& args) {
         }
         for (int p = 0; p < kCount; ++p) {
           const int64_t first = (panel + p) * kLanes;
-          Negatives<Unit> c(tile + (p * kTile + m) * kLanes, args.target[r] - first,
+          Negatives<Unit> c(cosines + (p * kTile + m) * kLanes, args.target[r] - first,
                             args.num_classes - first);
           for (int v = 0; v < kV; ++v) {
             best[v] = c.value[v] > best[v] ? c.value[v] : best[v];
@@ -415,14 +413,14 @@ void probabilities(const Probabilities<Unit>& args) {
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      const Real* tile = tile_cosines<Unit, kCount>(args, panel, t, true, cosines);
+      tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, cosines);
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
         const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
         const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
         for (int i = 0; i < kCount; ++i) {
           const int64_t first = (panel + i) * kLanes;
-          const Negatives<Unit> c(tile + (i * kTile + m) * kLanes, args.target[r] - first,
+          const Negatives<Unit> c(cosines + (i * kTile + m) * kLanes, args.target[r] - first,
                                   args.num_classes - first);
           for (int v = 0; v < kV; ++v) {
             const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);

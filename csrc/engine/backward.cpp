@@ -198,6 +198,7 @@ class Backward {
     a.num_classes = p_.sampled - panel * kLanes;
     a.scale = static_cast<Real>(p_.scale);
     a.filter = static_cast<Real>(p_.filter);
+    keep_cosines(p_, s_, const_cast<void*>(args_.kept), panel, first_tile, &a);
     a.row = row_scale_.data() + first_row;
     a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
     a.along_rows_stride = row_stride_ * kLanes;

@@ -26,6 +26,7 @@ struct Problem {
   bool exact_margin_grad;
   bool linear_beyond_pi;
   cpu::Rounding rounding;
+  int64_t kept_panels;  // class panels whose cosines are kept for backward, see kept_panels()
 };
 
 // What the backward pass needs of each sample.
@@ -43,12 +44,18 @@ static_assert(sizeof(SampleState) == kSampleStateSize * sizeof(double));
 // The packed unit prototypes: vector panels, then one inverse norm per lane.
 int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value);
 
+// How many class panels' cosines fit in `workspace_bytes`, and the bytes of one panel. A multiple
+// of four, or all of them: what the widest kernels work on together.
+int64_t kept_panel_bytes(int64_t batch, int64_t real_bytes);
+int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t workspace_bytes);
+
 struct ForwardResult {
   double* loss;              // [batch]
   double* target_cosine;     // [batch], 0 where ignored
   double* largest_negative;  // [batch], -inf where there is none
   SampleState* state;        // [batch]
   void* packed;              // packed_bytes
+  void* kept;                // kept_panels * kept_panel_bytes
 };
 
 // A gradient matrix: zero except where rows are written.
@@ -63,6 +70,7 @@ struct RowSink {
 struct BackwardArgs {
   const SampleState* state;
   const void* packed;
+  const void* kept;
   const double* weight;  // [batch] upstream gradient of each sample's loss
   RowSink embeddings;    // [batch, d]
   RowSink prototypes;    // row class_index[j], or row j when compact

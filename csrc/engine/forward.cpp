@@ -14,6 +14,18 @@ int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value) {
          lanes * static_cast<int64_t>(sizeof(double));
 }
 
+int64_t kept_panel_bytes(int64_t batch, int64_t real_bytes) {
+  return round_up(batch, kTile) * kLanes * real_bytes;
+}
+
+int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t workspace_bytes) {
+  const int64_t panels = ceil_div(sampled, kLanes);
+  const int64_t bytes = kept_panel_bytes(batch, real_bytes);
+  if (workspace_bytes == 0 || bytes == 0) return 0;
+  const int64_t fit = workspace_bytes / bytes;
+  return fit >= panels ? panels : fit / 4 * 4;
+}
+
 namespace {
 
 constexpr int64_t kPanelsPerItem = 16;  // panels a thread takes at a time
@@ -38,7 +50,7 @@ constexpr int64_t kRuns = 64;
 
 template <class Unit>
 void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
-                   const PackedClasses<Unit>& classes, cpu::RowSum* result,
+                   const PackedClasses<Unit>& classes, void* kept, cpu::RowSum* result,
                    const Parallel& parallel) {
   const auto& k = kernels_for<Unit>();
   const int64_t run_panels = std::max<int64_t>(16, round_up(ceil_div(s.panels, kRuns), 4));
@@ -69,6 +81,7 @@ void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit
     args.num_classes = p.sampled - first_panel * kLanes;
     args.scale = static_cast<RealOf<Unit>>(p.scale);
     args.filter = static_cast<RealOf<Unit>>(p.filter);
+    keep_cosines(p, s, kept, first_panel, first_tile, &args);
     args.exponent = exponent;
     args.result = partial.get() + run * s.padded_rows + first_row;
     k.sum_exp(args);
@@ -121,7 +134,7 @@ void forward(const Problem& p, const ForwardResult& out, const Parallel& paralle
   if (p.batch == 0) return;
   const PackedRows<Unit> rows(p, s, parallel);
   Buffer<cpu::RowSum> sums(p.batch);
-  sum_negatives(p, s, rows, classes, sums.get(), parallel);
+  sum_negatives(p, s, rows, classes, out.kept, sums.get(), parallel);
   target_cosines(p, out.target_cosine, parallel);
 
   for (int64_t i = 0; i < p.batch; ++i) {

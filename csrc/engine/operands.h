@@ -2,6 +2,7 @@
 // panels.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "buffers.h"
@@ -99,5 +100,15 @@ struct PackedClasses {
         inverse_norm(reinterpret_cast<double*>(static_cast<char*>(packed) +
                                                s.panels * s.panel_units * sizeof(Unit))) {}
 };
+
+// Points a block of logits at its kept cosines [kept panel][tile][6][16].
+template <class Unit>
+void keep_cosines(const Problem& p, const Shape<Unit>& s, void* kept, int64_t first_panel,
+                  int64_t first_tile, cpu::LogitBlock<Unit>* block) {
+  block->kept = std::clamp<int64_t>(p.kept_panels - first_panel, 0, block->panels);
+  block->cosines_panel_stride = s.tiles * kTile * kLanes;
+  block->cosines = static_cast<RealOf<Unit>*>(kept) + first_panel * block->cosines_panel_stride +
+                   first_tile * kTile * kLanes;
+}
 
 }  // namespace unicom

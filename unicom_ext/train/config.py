@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-BASELINES = ("pixels", "hog", "lda")
+BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.retrieval.baselines has them
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 

@@ -28,12 +28,12 @@ import unicom_ext
 from unicom_ext import CombinedMargin, PartialMarginSoftmax
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
-from unicom_ext.retrieval import Result, evaluate
+from unicom_ext.retrieval import Result, baselines, evaluate
 
 from . import checkpoint, report
 from .augment import distort
 from .checkpoint import CheckpointError
-from .config import Config
+from .config import Config, ConfigError
 from .model import Encoder
 from .progress import TrainingProgress
 
@@ -365,7 +365,19 @@ def _facts(train_set: Glyphs, test_set: Glyphs) -> dict[str, Any]:
 def _baselines(
     config: Config, train_set: Glyphs, test_set: Glyphs, console: Console
 ) -> dict[str, list[dict[str, Any]]]:
-    return {}
+    """What the images can be retrieved by without our model: results by name."""
+    found = {}
+    for name in config.baselines:
+        try:
+            embeddings = baselines.BASELINES[name](
+                train_set.images, train_set.labels, test_set.images, config.dims[-1]
+            )
+        except ValueError as error:
+            raise ConfigError(f"baselines: {name} is not possible here: {error}") from error
+        found[name] = _evaluate(embeddings, test_set, config.dims)
+        best = max(result["recall"]["1"] for result in found[name])
+        console.print(f"To beat: {name}, Recall@1 {best:.3f} at its best dimension")
+    return found
 
 
 def versions() -> dict[str, str]:

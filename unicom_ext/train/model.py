@@ -22,7 +22,8 @@ class Encoder(nn.Module):
             nn.MaxPool2d(2),  # 4 x 4
             *_convolution(4 * width, 8 * width),
             nn.Flatten(),
-            nn.Linear(8 * width * 16, embedding_size),
+            nn.Linear(8 * width * 16, embedding_size, bias=False),
+            nn.BatchNorm1d(embedding_size),  # no direction outweighs the others in a cosine
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -21,12 +21,7 @@ from unicom_ext.retrieval import topk
 
 from .checkpoint import write_atomically
 
-NAMES = {
-    "pixels": "raw pixels",
-    "hog": "HOG",
-    "lda": "LDA",
-    "model": "our model",
-}
+MODEL = "our model"
 TOP = 5
 EXAMPLES = 12  # queries in each picture
 CELL = 40  # from one image of a picture to the next, in pixels of the images
@@ -35,9 +30,7 @@ RIGHT, WRONG, OURS = "#1a7f37", "#cf222e", "#0969da"
 
 def methods(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """The results to compare: the baselines, then the model at its last evaluation."""
-    found = dict(metrics["baselines"])
-    found["model"] = metrics["evaluations"][-1]["results"]
-    return {NAMES[name]: results for name, results in found.items()}
+    return {**metrics["baselines"], MODEL: metrics["evaluations"][-1]["results"]}
 
 
 def table(metrics: dict[str, Any]) -> Table:
@@ -127,7 +120,7 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     rows = methods(metrics)
     for name, results in rows.items():
-        ours = name == NAMES["model"]
+        ours = name == MODEL
         axes.plot(
             [r["dim"] for r in results],
             [r["recall"]["1"] for r in results],

@@ -1,0 +1,214 @@
+"""What is timed: heads that all work on the same prototypes, moments, embeddings and labels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from partial_fc import CompiledPartialFC, PartialFC
+from torch import Tensor, nn
+
+from unicom_ext import ArcFace, PartialMarginSoftmax, _core
+from unicom_ext.sampling import num_sampled_classes, num_selected_features
+
+MARGIN, SCALE = 0.3, 64.0  # UNICOM's recipe
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one comparison. Raises ValueError where the rates leave nothing to compute."""
+
+    classes: int
+    batch: int
+    dim: int
+    sample_rate: float
+    feature_rate: float
+
+    def __post_init__(self) -> None:
+        num_selected_features(self.dim, self.feature_rate)
+
+    @property
+    def num_sampled(self) -> int:
+        return num_sampled_classes(self.classes, self.sample_rate)
+
+    @property
+    def num_features(self) -> int:
+        return num_selected_features(self.dim, self.feature_rate)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the prototypes, and of their dense gradient."""
+        return self.classes * self.dim * 4
+
+
+class Problem:
+    """The tensors that the heads share, so that a million classes fit in memory once.
+
+    The learning rate is tiny: the prototypes hardly move, and every round is the same work.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.empty(shape.classes, shape.dim).normal_(0, 0.01, generator=generator)
+        self.weight = nn.Parameter(weight)
+        embeddings = torch.empty(shape.batch, shape.dim).normal_(generator=generator)
+        self.embeddings = embeddings.requires_grad_()
+        self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator)
+        self.optimizers = {
+            "fused": torch.optim.AdamW([self.weight], lr=1e-6, fused=True),
+            "plain": torch.optim.AdamW([self.weight], lr=1e-6),
+        }
+        self.weight.grad = torch.zeros_like(self.weight)
+        self.optimizers["fused"].step()
+        self.zero_grad()
+        self.optimizers["plain"].state = self.optimizers["fused"].state
+
+    def zero_grad(self) -> None:
+        self.weight.grad = self.embeddings.grad = None
+
+
+class Head:
+    """Forward, backward and update of a loss module whose `weight` are the prototypes."""
+
+    def __init__(self, problem: Problem, module: nn.Module, optimizer: str) -> None:
+        self.problem = problem
+        self.module = module
+        self.module.weight = problem.weight
+        self.optimizer = problem.optimizers[optimizer]
+
+    def forward(self) -> None:
+        self.loss = self.module(self.problem.embeddings, self.problem.labels)
+
+    def backward(self) -> None:
+        self.loss.backward()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.problem.zero_grad()
+        self.loss = None
+
+
+class BareProducts:
+    """The three matrix products of a head, fp32, into memory that is already there."""
+
+    def __init__(self, problem: Problem) -> None:
+        shape = problem.shape
+        size = (shape.num_sampled, shape.num_features)
+        self.x: Tensor = F.normalize(problem.embeddings.detach()[:, : size[1]])
+        self.w: Tensor = F.normalize(problem.weight.detach()[: size[0], : size[1]])
+        self.logits = torch.empty(len(self.x), len(self.w))
+        self.grad_x, self.grad_w = torch.empty_like(self.x), torch.empty_like(self.w)
+
+    def forward(self) -> None:
+        torch.mm(self.x, self.w.T, out=self.logits)
+
+    def backward(self) -> None:
+        # The logits stand for their gradient: the arithmetic is the same.
+        torch.mm(self.logits, self.w, out=self.grad_x)
+        torch.mm(self.logits.T, self.x, out=self.grad_w)
+
+    def update(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A head to time.
+
+    name: its name on the command line and in the JSON.
+    label: its name in the tables.
+    description: what it is and at which settings.
+    build: makes it. It may raise `Unavailable`, and so may the first steps of a `fragile` one.
+    """
+
+    name: str
+    label: str
+    description: str
+    build: Callable[[Problem], Head | BareProducts]
+    ours: bool = False
+    fragile: bool = False
+
+
+class Unavailable(Exception):
+    """A candidate cannot run here; the message is the reason."""
+
+
+def _ours(precision: str) -> Callable[[Problem], Head]:
+    def build(problem: Problem) -> Head:
+        shape = problem.shape
+        module = PartialMarginSoftmax(
+            shape.dim,
+            shape.classes,
+            margin=ArcFace(MARGIN),
+            scale=SCALE,
+            sample_rate=shape.sample_rate,
+            feature_rate=shape.feature_rate,
+            precision=precision,
+        )
+        return Head(problem, module, "fused")
+
+    return build
+
+
+def _partial_fc(
+    optimizer: str, kind: type[PartialFC] = PartialFC, **options
+) -> Callable[[Problem], Head]:
+    def build(problem: Problem) -> Head:
+        shape = problem.shape
+        module = kind(
+            shape.dim,
+            shape.classes,
+            margin=MARGIN,
+            scale=SCALE,
+            sample_rate=shape.sample_rate,
+            feature_rate=shape.feature_rate,
+            **options,
+        )
+        return Head(problem, module, optimizer)
+
+    return build
+
+
+def _compiled(problem: Problem) -> Head:
+    compiler = os.environ.get("CXX")
+    if not any(map(shutil.which, [compiler] if compiler else ["g++", "clang++"])):
+        raise Unavailable(f"torch.compile needs a C++ compiler: {compiler or 'g++'} not found")
+    return _partial_fc("fused", CompiledPartialFC)(problem)
+
+
+_BF16 = (
+    "bf16 against fp32: unit vectors in bf16, AdamW(fused=True)"
+    if "avx512_bf16" in _core.cpu_capabilities()
+    else "bf16 against fp32: unit vectors in bf16, AdamW(fused=True). This CPU has no bf16 "
+    "instructions, so that bf16 can save memory but no time"
+)
+CANDIDATES = [
+    Candidate("ours-fp32", "unicom_ext fp32", "fp32, AdamW(fused=True)", _ours("fp32"), ours=True),
+    Candidate("ours-bf16", "unicom_ext bf16", _BF16, _ours("bf16"), ours=True),
+    Candidate("partialfc", "PartialFC v2", "fp32, eager, AdamW(fused=True)", _partial_fc("fused")),
+    Candidate(
+        "published",
+        "PartialFC v2 as published",
+        "fp32, eager, arccos and cos of all logits, plain AdamW",
+        _partial_fc("plain", whole_matrix=True),
+    ),
+    Candidate(
+        "compile",
+        "PartialFC v2 compiled",
+        "fp32, torch.compile, AdamW(fused=True)",
+        _compiled,
+        fragile=True,
+    ),
+    Candidate(
+        "gemm",
+        "bare GEMMs",
+        "fp32 torch.mm into given memory: one forward, two backward, no update; the floor",
+        BareProducts,
+    ),
+]
+PEERS = [candidate.name for candidate in CANDIDATES if not candidate.ours]

@@ -1,0 +1,205 @@
+"""The peer that the benchmarks time computes the same loss, and the benchmark writes its figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from helpers import random_problem, relative_error, truth
+
+from unicom_ext.margins import ArcFace
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import head_step  # noqa: E402
+import measure  # noqa: E402
+import tables  # noqa: E402
+from candidates import CANDIDATES, Problem, Shape  # noqa: E402
+from partial_fc import CompiledPartialFC, PartialFC  # noqa: E402
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`CompiledPartialFC` with its arithmetic run eagerly: what it computes, without waiting."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+PEER_MODULES = pytest.mark.parametrize(
+    ("kind", "options"),
+    [(PartialFC, {}), (PartialFC, {"whole_matrix": True}), (CompiledPartialFC, {})],
+    ids=["eager", "whole-matrix", "compiled"],
+)
+
+
+def check_against_reference(kind, options, *, dtype, closeness, bound):
+    for sampled, features, margin in [(40, 12, 0.3), (None, None, 0.5), (40, None, 0.0)]:
+        problem = random_problem(
+            24, 90, 17, seed=3, sampled=sampled, features=features, closeness=closeness,
+            dtype=dtype, margin=ArcFace(margin), scale=20.0,
+        )  # fmt: skip
+        right = truth(problem)  # straight-through, as the peer
+        module = kind(17, 90, margin=margin, scale=20.0, **options)
+        module.weight = torch.nn.Parameter(problem.prototypes.clone())
+        x, labels = problem.embeddings.clone().requires_grad_(), problem.labels.clone()
+        given = [problem.options.get(key) for key in ("class_index", "feature_index")]
+        loss = module(x, labels, *given)
+        loss.backward()
+        assert torch.equal(labels, problem.labels)
+        for theirs, truly in zip((loss, x.grad, module.weight.grad), right, strict=True):
+            assert theirs.shape == truly.shape
+            assert relative_error(theirs.detach(), truly) < bound
+
+
+@PEER_MODULES
+@pytest.mark.parametrize("closeness", [0.0, 1.0, 3.0])
+def test_partial_fc_is_the_reference(kind, options, closeness, uncompiled):
+    check_against_reference(kind, options, dtype=torch.float64, closeness=closeness, bound=1e-12)
+
+
+@PEER_MODULES
+def test_partial_fc_in_float32(kind, options, uncompiled):
+    # Not close to convergence: there the logarithm of a probability near 1 loses digits.
+    check_against_reference(kind, options, dtype=torch.float32, closeness=0.0, bound=1e-5)
+
+
+def test_partial_fc_samples_what_it_says():
+    torch.manual_seed(0)
+    module = PartialFC(20, 300, sample_rate=0.1, feature_rate=0.5)
+    labels = torch.tensor([7, 299, 7, 0, 150])
+    drawn = [module.sample_classes(labels.view(-1, 1)) for _ in range(20)]
+    for index in drawn:
+        assert len(index) == 30
+        assert torch.equal(index, index.unique())
+        assert torch.isin(labels, index).all()
+    assert len(torch.cat(drawn).unique()) > 150  # random, and from the whole range
+    features = module.sample_features()
+    assert len(features) == 10
+    assert torch.equal(features, features.unique())
+
+    many = torch.arange(0, 300, 5)  # more positives than places
+    assert torch.equal(module.sample_classes(many.view(-1, 1)), many)
+
+    x = torch.randn(5, 20, requires_grad=True)
+    module(x, labels).backward()
+    assert ((x.grad != 0).sum(dim=1) == 10).all()
+    assert (module.weight.grad != 0).any(dim=1).sum() == 30
+    assert ((module.weight.grad != 0).any(dim=0)).sum() == 10
+
+
+@pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda candidate: candidate.name)
+def test_candidates_do_the_work_that_is_timed(candidate, uncompiled):
+    shape = Shape(500, 16, 24, sample_rate=0.2, feature_rate=0.5)
+    problem = Problem(shape)
+    before = problem.weight.detach().clone()
+    head = candidate.build(problem)
+    head.forward()
+    head.backward()
+    if candidate.name == "gemm":
+        logits = F.normalize(problem.embeddings[:, :12]) @ F.normalize(before[:100, :12]).T
+        torch.testing.assert_close(head.logits, logits.detach())
+        torch.testing.assert_close(head.grad_x, head.logits @ head.w)
+        torch.testing.assert_close(head.grad_w, head.logits.T @ head.x)
+        return
+    rows = problem.weight.grad.abs().sum(dim=1) != 0
+    assert 100 <= rows.sum() <= 116
+    assert rows[problem.labels].all()
+    assert (problem.weight.grad.abs().sum(dim=0) != 0).sum() == 12
+    assert problem.embeddings.grad.abs().sum() > 0
+    head.update()
+    assert not torch.equal(problem.weight.detach(), before)
+    assert problem.weight.grad is None
+    assert problem.embeddings.grad is None
+
+
+def test_ratios_are_formed_within_a_round():
+    ours = {"forward": [1.0, 10.0], "backward": [1.0, 10.0], "optimizer": [2.0, 20.0]}
+    peer = {"forward": [2.0, 20.0], "backward": [4.0, 40.0], "optimizer": [2.0, 20.0]}
+    result = measure.ratios(ours, peer)
+    assert {span: r["pairs"] for span, r in result.items()} == {
+        "forward": [2.0, 2.0],
+        "backward": [4.0, 4.0],
+        "forward+backward": [3.0, 3.0],
+        "step": [2.0, 2.0],
+    }
+
+
+def test_a_run_writes_json_and_markdown(tmp_path, set_threads):
+    set_threads(1)
+    arguments = ["--classes", "2000", "--batch", "16", "--dim", "32", "--feature-rate", "0.5"]
+    arguments += ["--sample-rate", "0.1", "--rounds", "3", "--threads", "1", "--no-memory"]
+    arguments += ["--peers", "partialfc,published,gemm", "--output", str(tmp_path)]
+    run = CliRunner().invoke(head_step.main, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    assert "PartialFC v2" in run.output
+
+    name = "c2000-b16-d32-r0.1-f0.5"
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert result["shape"]["num_sampled"] == 200
+    assert result["shape"]["num_features"] == 16
+    assert result["machine"]["torch"] == torch.__version__
+    assert [c["name"] for c in result["candidates"]] == [
+        "ours-fp32", "ours-bf16", "partialfc", "published", "gemm",
+    ]  # fmt: skip
+    for candidate in result["candidates"]:
+        assert candidate["skipped"] is None
+        for phase in measure.PHASES:
+            assert len(candidate["seconds"][phase]) == 3
+            assert min(candidate["seconds"][phase]) >= 0
+        step = candidate["summary"]["step"]
+        assert 0 < step["min"] <= step["median"] <= step["max"]
+    assert set(result["ratios"]) == {"ours-fp32", "ours-bf16"}
+    assert set(result["ratios"]["ours-fp32"]) == {"partialfc", "published", "gemm"}
+    assert len(result["ratios"]["ours-fp32"]["gemm"]["forward"]["pairs"]) == 3
+
+    text = (tmp_path / f"{name}.md").read_text()
+    assert text == tables.markdown(result)
+    for line in text.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") in (6, 7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_peak_memory_counts_the_gradient_and_the_logits():
+    shape = Shape(20_000, 256, 64, sample_rate=0.5, feature_rate=1.0)
+    logits = 256 * shape.num_sampled * 4
+    memory = measure.peak_memory(shape, "partialfc", 1)
+    assert isinstance(memory, dict), memory
+    assert memory["forward+backward"] > shape.weight_bytes + 2 * logits
+    assert memory["forward+backward"] <= memory["step"] < shape.weight_bytes + 20 * logits
+
+
+def test_a_skipped_candidate_is_visible(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    arguments = ["--classes", "200", "--batch", "4", "--dim", "8", "--rounds", "1", "--no-memory"]
+    arguments += ["--peers", "compile,partialfc", "--threads", "1", "--output", str(tmp_path)]
+    run = CliRunner().invoke(head_step.main, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    assert "SKIPPED PartialFC v2 compiled" in run.output
+    (written,) = tmp_path.glob("*.json")
+    result = json.loads(written.read_text())
+    skipped = next(c for c in result["candidates"] if c["name"] == "compile")
+    assert "no-such-compiler" in skipped["skipped"]
+    assert "SKIPPED" in written.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--peers", "partialfc,cublas"], "'cublas' is not one of"),
+        (["--dim", "1", "--feature-rate", "0.1"], "feature_rate must give at least one dimension"),
+        (["--sample-rate", "0"], "0<x<=1"),
+        (["--rounds", "0"], "x>=1"),
+    ],
+)
+def test_bad_options(arguments, message, tmp_path):
+    output = tmp_path / "results"
+    run = CliRunner().invoke(head_step.main, [*arguments, "--output", str(output)])
+    assert run.exit_code == 2
+    assert message in run.output
+    assert not output.exists()

@@ -1,0 +1,227 @@
+"""The command line `unicom-ext`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from test_train import DATA
+
+import unicom_ext
+from unicom_ext import cli
+from unicom_ext.data import glyphs
+
+TINY = [
+    "--embedding-size=8", "--width=2", "--epochs=2", "--batch-size=32", "--dims=4,8",
+    "--baselines=raw pixels,HOG + LDA", "--evaluate-every=0", "--threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny_glyphs(monkeypatch):
+    """Some of the real pipeline's data, without drawing it."""
+    monkeypatch.setattr(glyphs, "load", lambda: None)
+    monkeypatch.setattr(glyphs, "split", lambda *arguments: DATA)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+
+
+def run(*arguments, **options):
+    """`python -m unicom_ext.cli` in a process of its own."""
+    command = [sys.executable, "-m", "unicom_ext.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_help_names_the_commands_and_is_not_heavy():
+    result = run("--help")
+    assert result.returncode == 0, result.stderr
+    for command in ("train", "bench", "doctor"):
+        assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
+    heavy = "import sys, unicom_ext.cli; print([m for m in %r if m in sys.modules])"
+    modules = ["torch", "numpy", "matplotlib", "sklearn", "rich"]
+    loaded = subprocess.run([sys.executable, "-c", heavy % modules], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "[]"
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def test_train_prints_a_table_and_writes_its_files(tmp_path, tiny_glyphs):
+    output = tmp_path / "deep" / "run"
+    result = invoke("train", "--output", output, *TINY)
+    assert result.exit_code == 0, result.output
+    names = {"config.toml", "checkpoint.pt", "metrics.json", "report.html"}
+    assert {path.name for path in output.iterdir()} == names
+    metrics = json.loads((output / "metrics.json").read_text())
+    rows = {**metrics["baselines"], "our model": metrics["evaluations"][-1]["results"]}
+    assert list(rows) == ["raw pixels", "HOG + LDA", "our model"]
+    for name, results in rows.items():
+        figures = " *│ *".join(f"{r['recall']['1']:.3f}" for r in results)
+        assert re.search(rf"{re.escape(name)} *│ *{figures}", result.output), result.output
+    assert "report.html" in result.output
+
+
+def test_settings_come_from_the_file_and_then_the_options(tmp_path, tiny_glyphs):
+    (tmp_path / "my.toml").write_text('scale = 16\nseed = 7\nbaselines = []\nprecision = "fp32"')
+    arguments = ["train", "--output", tmp_path / "run", "--config", tmp_path / "my.toml"]
+    options = [option for option in TINY if "baselines" not in option]
+    result = invoke(*arguments, *options, "--seed=8")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "run" / "metrics.json").read_text())["config"]
+    assert (config["scale"], config["seed"], config["dims"]) == (16.0, 8, [4, 8])
+    assert config["baselines"] == []
+
+
+def test_ctrl_c_says_how_to_resume_and_resuming_finishes(tmp_path, tiny_glyphs, monkeypatch):
+    from unicom_ext.train import driver
+
+    step_once = driver.Trainer.step_once
+
+    def interrupted_step(trainer):
+        loss = step_once(trainer)
+        if trainer.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.Trainer, "step_once", interrupted_step)
+        stopped = invoke("train", "--output", tmp_path, *TINY)
+    assert stopped.exit_code == 130
+    assert "Stopped after step 4 of 6" in stopped.output
+    assert f" train --output {tmp_path} --resume" in stopped.output
+    resumed = invoke("train", "--output", tmp_path, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert "Resuming after step 4 of 6" in resumed.output
+    uninterrupted = invoke("train", "--output", tmp_path / "other", *TINY)
+    assert uninterrupted.exit_code == 0
+    ours, theirs = (
+        json.loads((d / "metrics.json").read_text()) for d in (tmp_path, tmp_path / "other")
+    )
+    assert ours["loss"] == theirs["loss"]
+    assert ours["evaluations"] == theirs["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs=0"], "epochs: got 0, must be a whole number >= 1"),
+        (["--dims=16,x"], "dims: got '16,x', must be a comma-separated list"),
+        (["--dims=16,256"], "dims: got [16, 256], must not go beyond embedding_size"),
+        (["--baselines=SIFT"], "baselines: got ['SIFT'], must be some of raw pixels"),
+        (["--config=nowhere.toml"], "nowhere.toml: cannot be read"),
+        (["--resume"], "there is no checkpoint"),
+        (["--resume", "--overwrite"], "exclude each other"),
+    ],
+)
+def test_bad_input_is_one_clear_message(tmp_path, arguments, message):
+    result = invoke("train", "--output", tmp_path / "run", *arguments)
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_runs_the_script_of_the_checkout(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "benchmarks" / "head_step.py"
+    script.parent.mkdir()
+    script.write_text("import sys; print('ran with', sys.argv[1:]); sys.exit(3)")
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "unicom_ext" / "cli.py"))
+    result = invoke("bench", "--classes", "100", "--help")
+    assert result.exit_code == 3
+    assert "ran with ['--classes', '100', '--help']" in capfd.readouterr().out
+
+
+def test_bench_without_a_checkout_says_where_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "unicom_ext" / "cli.py"))
+    result = invoke("bench")
+    assert result.exit_code == 1
+    assert "Clone the source repository" in " ".join(result.output.split())
+
+
+# ---- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_when_all_is_well():
+    import torch
+
+    from unicom_ext import _core
+
+    result = run("doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = {line[:16].strip(): line[16:] for line in result.stdout.splitlines()}
+    assert lines["torch"] == torch.__version__
+    assert lines["compiler"] == _core.build_info()["compiler"]
+    chosen, available = lines["cpu"].split("  of ")
+    assert available.split(", ") == _core.cpu_capabilities()
+    assert chosen in _core.cpu_capabilities()
+    assert re.match(r"\d+ of \d+ CPUs", lines["threads"])
+    assert "torch CUDA" in lines
+    assert "nvcc" in lines
+    assert lines["operators"] == "loaded"
+
+
+@pytest.fixture
+def copy_of_the_package(tmp_path):
+    """The Python files alone, as they are before the C++ parts are built."""
+    source = Path(unicom_ext.__file__).parent
+    shutil.copytree(source, tmp_path / "unicom_ext", ignore=shutil.ignore_patterns("*.so", "__py*"))
+    return tmp_path
+
+
+def run_copy(directory, *arguments):
+    return run(*arguments, cwd=directory, env={**os.environ, "PYTHONPATH": str(directory)})
+
+
+def test_doctor_without_the_compiled_modules(copy_of_the_package):
+    result = run_copy(copy_of_the_package, "doctor")
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "PROBLEM  unicom_ext._core has not been built" in result.stdout
+    assert "PROBLEM  unicom_ext._C has not been built" in result.stdout
+    assert "pip install --no-build-isolation" in result.stdout
+    assert "threads" in result.stdout
+
+
+def test_doctor_with_modules_that_do_not_load(copy_of_the_package):
+    for built in Path(unicom_ext.__file__).parent.glob("_c*.so"):
+        (copy_of_the_package / "unicom_ext" / built.name).write_bytes(b"not a library")
+    for built in Path(unicom_ext.__file__).parent.glob("_C.so"):
+        (copy_of_the_package / "unicom_ext" / built.name).write_bytes(b"not a library")
+    result = run_copy(copy_of_the_package, "doctor")
+    assert result.returncode == 1, result.stderr
+    assert "PROBLEM  unicom_ext._core does not load: ImportError" in result.stdout
+    assert "To mend it: pip install --no-build-isolation" in result.stdout
+
+
+def test_train_without_the_compiled_modules_points_to_the_doctor(copy_of_the_package):
+    result = run_copy(copy_of_the_package, "train", "--output", "run")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "unicom-ext doctor" in result.stderr
+
+
+def test_doctor_tells_of_a_cuda_compiler_that_does_not_run(tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert cli._nvcc() == f"{nvcc}  Cuda compilation tools, release 13.0, V13.0.1"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert "does not run" in cli._nvcc()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cli._nvcc() is None
