@@ -138,6 +138,7 @@ def peak_memory(shape: Shape, name: str, threads: int) -> dict[str, int] | str:
 
 
 def _peak_memory_here(shape: Shape, name: str, threads: int) -> dict[str, int]:
+    _map_large_blocks()
     torch.set_num_threads(threads)
     candidate = next(c for c in CANDIDATES if c.name == name)
     problem = Problem(shape)
@@ -149,7 +150,6 @@ def _peak_memory_here(shape: Shape, name: str, threads: int) -> dict[str, int]:
         # Whatever a peer keeps from step to step is not counted against it.
         head = prepare(candidate, problem)
     gc.collect()
-    _return_free_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
     before = _status_bytes("VmRSS")
     head.forward()
@@ -161,10 +161,15 @@ def _peak_memory_here(shape: Shape, name: str, threads: int) -> dict[str, int]:
     return {"forward+backward": forward_backward, "step": step}
 
 
-def _return_free_memory() -> None:
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # glibc
-        trim(0)
+def _map_large_blocks() -> None:
+    """Give glibc's large blocks back as soon as they are free: the peak is what is alive then.
+
+    Otherwise its threshold rises with use, and the peak depends on holes in the heap (+-15 %).
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        m_mmap_threshold = -3  # malloc.h
+        set_option(m_mmap_threshold, 1 << 18)
 
 
 def _status_bytes(key: str) -> int:

@@ -71,6 +71,7 @@ def eager_partial_fc(
     beyond_pi: str = "keep",
     reduction: str = "mean",
     ignore_index: int = -100,
+    **_of_the_engine,
 ) -> Tensor:
     """The loss as trainers write it: normalise, multiply, arccos, cross entropy, autograd.
 

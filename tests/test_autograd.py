@@ -257,36 +257,40 @@ def test_samples_do_not_depend_on_their_neighbours(capability):
 # --- torch.library and torch.compile
 
 
-def loss_arguments(problem: Problem, reduction: int = 1, sparse: bool = False) -> tuple:
+def loss_arguments(
+    problem: Problem, reduction: int = 1, workspace_bytes: int = 1 << 20, sparse: bool = False
+) -> tuple:
     x, w = leaves(problem)
     classes = problem.options.get("class_index")
     slot = ops.label_slots(problem.labels, classes, len(w), -100)
     features = problem.options.get("feature_index")
     return (
         *(x, slot, w, classes, None, features, None, None, 1.0, 0.3, 0.1, 64.0, float("inf")),
-        *(False, False, 0, reduction, sparse),
+        *(False, False, 0, reduction, workspace_bytes, sparse),
     )
 
 
 @pytest.mark.parametrize("selected", [False, True])
-@pytest.mark.parametrize("reduction", [0, 1])
+@pytest.mark.parametrize(("reduction", "workspace_bytes"), [(0, 0), (1, 1 << 20), (2, 3000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_opcheck_of_the_loss(selected, reduction, dtype):
-    selection = {"sampled": 9, "features": 5} if selected else {}
-    problem = random_problem(7, 11, 6, ignored=1, dtype=dtype, **selection)
-    opcheck(ops.loss, loss_arguments(problem, reduction))
+def test_opcheck_of_the_loss(selected, reduction, workspace_bytes, dtype):
+    selection = {"sampled": 80, "features": 5} if selected else {}
+    problem = random_problem(7, 120, 6, ignored=1, dtype=dtype, **selection)
+    opcheck(ops.loss, loss_arguments(problem, reduction, workspace_bytes))
 
 
 def test_opcheck_of_the_backward_operator():
     problem = random_problem(7, 11, 6, sampled=9, features=5)
     arguments = loss_arguments(problem)
-    *_, state, packed = ops.loss(*(a.detach() if torch.is_tensor(a) else a for a in arguments))
+    *_, state, packed, kept = ops.loss(
+        *(a.detach() if torch.is_tensor(a) else a for a in arguments)
+    )
     tensors, options = arguments[:8], arguments[8:-1]
     tensors = tuple(a.detach() if torch.is_tensor(a) else a for a in tensors)
     for compact in (False, True):
         opcheck(
             ops.loss_backward,
-            (torch.ones(()), *tensors, state, packed, *options, True, True, compact),
+            (torch.ones(()), *tensors, state, packed, kept, *options, True, True, compact),
         )
 
 

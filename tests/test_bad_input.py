@@ -276,6 +276,17 @@ def test_the_step_is_an_integer(step):
         module(good["embeddings"], good["labels"], step=step)
 
 
+@pytest.mark.parametrize("size", [-1, 0.5, "1M", None])
+def test_the_workspace_is_a_number_of_bytes(size):
+    for make in (
+        lambda: PartialMarginSoftmax(D, C, workspace_bytes=size),
+        lambda: call(functional.partial_margin_softmax, arguments(workspace_bytes=size)),
+    ):
+        with pytest.raises((ValueError, TypeError), match="workspace_bytes") as caught:
+            make()
+        assert_says(str(caught.value), [">= 0", repr(size)])
+
+
 def test_a_process_group_is_not_there_yet():
     for make in (
         lambda: PartialMarginSoftmax(D, C, process_group=object()),

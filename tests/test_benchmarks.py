@@ -1,4 +1,4 @@
-"""The peer that the benchmarks time computes the same loss, and the benchmark writes its figures."""
+"""The peers of the benchmarks compute the same loss; a benchmark writes its figures."""
 
 from __future__ import annotations
 

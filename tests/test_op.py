@@ -64,6 +64,23 @@ def test_shapes_of_selections(shape, capability):
     check_fp32(solve(partial_margin_softmax, problem), problem)
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 5), (65, 151, 33), (9, 1000, 40), (700, 300, 20)], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16"}, {"precision": "fp16"}, {"dtype": torch.float64}, {"scale": 1000.0}],
+    ids=str,
+)
+def test_what_is_kept_for_backward_changes_nothing(shape, options, capability):
+    problem = random_problem(*shape, closeness=0.5, interclass_filter=0.3, ignored=1, **options)
+    kept = solve(partial_margin_softmax, problem)
+    for workspace_bytes in (0, 1, 10_000, 100_000, 1_000_000):
+        again = solve(partial_margin_softmax, problem.having(workspace_bytes=workspace_bytes))
+        for a, b in zip(again, kept, strict=True):
+            assert torch.equal(a, b), workspace_bytes
+
+
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
 @pytest.mark.parametrize("margin_grad", ["straight_through", "exact"])
 @pytest.mark.parametrize("beyond_pi", ["keep", "linear"])
@@ -103,6 +120,7 @@ def test_the_interclass_filter_works_below_zero_too(capability):
     margin=st.sampled_from([CombinedMargin(), ArcFace(0.5), CosFace(0.4), "per sample"]),
     beyond_pi=st.sampled_from(["keep", "linear"]),
     interclass_filter=st.sampled_from([None, 0.2]),
+    workspace_bytes=st.sampled_from([0, 20_000, 256 << 20]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )

@@ -65,8 +65,9 @@ def train(
 ) -> None:
     """Train an encoder on characters, test it on unseen ones.
 
-    The pictures are drawn from the fonts in matplotlib; without options this is the demo. The output directory gets config.toml, checkpoint.pt,
-    metrics.json and report.html. Ctrl-C saves first; --resume then goes on exactly there.
+    The pictures are drawn from the fonts inside matplotlib; without options this is the demo. The
+    output directory gets config.toml, checkpoint.pt, metrics.json and report.html. Ctrl-C saves
+    first; --resume then goes on exactly there.
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
@@ -86,10 +87,13 @@ def train(
         from unicom_ext.train.checkpoint import CheckpointError
     except ModuleNotFoundError as error:
         if error.name.startswith("unicom_ext"):
-            remedy = "`unicom-ext doctor` says more"
-        else:
-            remedy = "training needs: pip install matplotlib pillow jinja2 scikit-learn"
-        raise click.ClickException(f"{error.name} is not installed; {remedy}") from None
+            raise click.ClickException(_broken(error)) from None
+        raise click.ClickException(
+            f"{error.name} is not installed; training needs: "
+            "pip install matplotlib pillow jinja2 scikit-learn"
+        ) from None
+    except (ImportError, OSError) as error:
+        raise click.ClickException(_broken(error)) from None
 
     console = Console()
     try:
@@ -107,6 +111,10 @@ def train(
         sys.exit(INTERRUPTED)
     console.print(report.table(metrics))
     console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
+
+
+def _broken(error: Exception) -> str:
+    return f"unicom_ext does not load: {error}\n`unicom-ext doctor` says how to mend it"
 
 
 def _program() -> str:
@@ -203,7 +211,9 @@ def _show_build(problems: list[str]) -> Iterator[str]:
             yield _line(name.replace("_", " "), value)
         yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
     try:
-        import unicom_ext.functional  # noqa: F401
+        import torch
+
+        torch.ops.load_library(package / "_C.so")
     except Exception as error:
         yield _line("operators", "do not load")
         problems.append(_extension_problem("unicom_ext._C", package, "_C.so", error))
@@ -218,7 +228,7 @@ def _extension_problem(name: str, package: Path, pattern: str, error: Exception)
             f"{name} has not been built: there is no {package / pattern}.\n  To mend it: {rebuild}"
         )
     return (
-        f"{name} does not load: {type(error).__name__}: {error}\n"
+        f"{name} does not load: {type(error).__name__}: {error.__cause__ or error}\n"
         f"  It may be of another Python, torch or machine. To mend it: {rebuild}"
     )
 

@@ -46,6 +46,7 @@ def partial_margin_softmax(
     grad_average: bool = True,
     check_finite: bool = False,
     return_metrics: bool = False,
+    workspace_bytes: int = 0,
 ) -> Tensor | tuple[Tensor, Metrics]:
     """Softmax cross entropy over margin cosines, on some of the classes and feature dimensions.
 
@@ -61,8 +62,8 @@ def partial_margin_softmax(
     `unicom_ext.functional.partial_margin_softmax`.
 
     The arithmetic is done in the promoted dtype of embeddings and prototypes, float32 at least
-    (float64 makes an oracle), and the loss has that dtype. ``precision``, ``grad_average`` and
-    autocast change nothing here.
+    (float64 makes an oracle), and the loss has that dtype. ``precision``, ``grad_average``,
+    ``workspace_bytes`` and autocast change nothing here.
 
     Corners: a zero row has unit vector 0 and gradient 0. Without another class in S, loss and
     gradient are 0. Ignored samples have loss 0 and gradient 0, whatever their rows hold, and

@@ -11,6 +11,7 @@ extern const Kernels<double> kernels_fp64_portable;
   extern const Kernels<float> kernels_fp32_##isa; \
   extern const Kernels<BfPair> kernels_bf16_##isa;
 UNICOM_DECLARE(portable)
+UNICOM_DECLARE(emulated_avx512)
 #if defined(UNICOM_X86)
 UNICOM_DECLARE(avx2)
 UNICOM_DECLARE(avx512)
@@ -29,8 +30,12 @@ const KernelSet kSets[] = {
     UNICOM_SET(avx512_bf16),
 #endif
 };
-#undef UNICOM_SET
 constexpr int kSetCount = sizeof(kSets) / sizeof(kSets[0]);
+
+// The code of the 512-bit kernels lowered to what any CPU has. Never chosen by itself: it lets the
+// tests run their register tiles, panel groups and remainders on machines without AVX-512.
+const KernelSet kEmulated = UNICOM_SET(emulated_avx512);
+#undef UNICOM_SET
 
 bool supported(int set) {
 #if defined(UNICOM_X86)
@@ -54,14 +59,14 @@ int best() {
   return chosen;
 }
 
-std::atomic<int>& current() {
-  static std::atomic<int> chosen{best()};
+std::atomic<const KernelSet*>& current() {
+  static std::atomic<const KernelSet*> chosen{&kSets[best()]};
   return chosen;
 }
 
 }  // namespace
 
-const KernelSet& kernels() { return kSets[current().load(std::memory_order_relaxed)]; }
+const KernelSet& kernels() { return *current().load(std::memory_order_relaxed); }
 
 int capabilities(const char** names) {
   int count = 0;
@@ -75,9 +80,13 @@ const char* capability() { return kernels().name; }
 bool set_capability(const char* name) {
   for (int i = 0; i < kSetCount; ++i)
     if (supported(i) && std::strcmp(kSets[i].name, name) == 0) {
-      current().store(i);
+      current().store(&kSets[i]);
       return true;
     }
+  if (std::strcmp(kEmulated.name, name) == 0) {
+    current().store(&kEmulated);
+    return true;
+  }
   return false;
 }
 

@@ -138,6 +138,6 @@ const KernelSet& kernels();
 // Names of the instruction sets this CPU can run, best last.
 int capabilities(const char** names /* [4] */);
 const char* capability();
-bool set_capability(const char* name);
+bool set_capability(const char* name);  // also "emulated_avx512", for tests
 
 }  // namespace unicom::cpu

@@ -36,12 +36,12 @@ struct UnitTraits<BfPair> {
 template <class Unit>
 using RealOf = typename UnitTraits<Unit>::Real;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Height of a panel that holds `dim` values per lane: a whole number of tiles, so that products can
 // write full tiles, and even, so that pairs fit.
-constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
+static constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 

@@ -18,7 +18,8 @@
 
 #define UNICOM_INLINE inline __attribute__((always_inline))
 
-#if defined(__AVX512F__)
+#if defined(UNICOM_VECTOR_BYTES)  // set from outside: vectors wider than the instruction set's
+#elif defined(__AVX512F__)
 #define UNICOM_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define UNICOM_VECTOR_BYTES 32
@@ -75,10 +76,10 @@ UNICOM_INLINE IntVec<Real> broadcast_int(typename VectorOf<Real>::IntScalar x) {
 
 // a * b + c, in one rounding where the instruction set has it.
 UNICOM_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
   return reinterpret_cast<Vec<float>>(_mm512_fmadd_ps(
       reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
-#elif defined(__FMA__)
+#elif defined(__FMA__) && UNICOM_VECTOR_BYTES == 32
   return reinterpret_cast<Vec<float>>(_mm256_fmadd_ps(
       reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else

@@ -21,8 +21,8 @@ from torch import Tensor
 
 DEFAULT_BLOCK_BYTES = 64 << 20
 # Bytes in flight at most, temporaries included; tests/test_retrieval.py counts them.
-PAIR_BYTES = 96  # per (query, gallery row) of a block of scores
-BEST_BYTES = 96  # per entry of the running lists
+PAIR_BYTES = 64  # per (query, gallery row) of a block of scores
+BEST_BYTES = 64  # per entry of the running lists
 VALUE_BYTES = 16  # per number of a block of rows, while it is normalised
 
 LOW_HALF = 0xFFFFFFFF

@@ -1,0 +1,352 @@
+"""Retrieval against a brute-force oracle in float64, its tie rule, its memory, its errors."""
+
+from __future__ import annotations
+
+import math
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from unicom_ext.retrieval import Result, evaluate, search, topk
+
+BLOCK_BYTES = st.sampled_from([1, 3000, 20_000, search.DEFAULT_BLOCK_BYTES])
+
+
+def unit(x):
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(norm == 0, 1, norm)
+
+
+def cosines(queries, gallery, dim):
+    """float64 [Nq, Ng]; -inf where a query meets itself (gallery None)."""
+    q = unit(queries[:, :dim].double().numpy())
+    if gallery is None:
+        c = q @ q.T
+        np.fill_diagonal(c, -np.inf)
+        return c
+    return q @ unit(gallery[:, :dim].double().numpy()).T
+
+
+def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
+    """Recall@K, mAP@R by full sorting; `bonus` is added to the cosine of every relevant item."""
+    recall, precision = dict.fromkeys(ks, 0), []
+    for c, label in zip(cosine, query_labels, strict=True):
+        item = np.isfinite(c)
+        wrong = gallery_labels[item] != label
+        r = int((~wrong).sum())
+        if r == 0:
+            continue
+        order = np.lexsort((~wrong, -(c[item] + bonus * ~wrong)))  # ties: the wrong one first
+        right = ~wrong[order]
+        for k in ks:
+            recall[k] += right[:k].any()
+        precision.append(sum(right[: i + 1].mean() for i in range(r) if right[i]) / r)
+    n = len(precision)
+    return {k: v / n for k, v in recall.items()}, math.fsum(precision) / n, n
+
+
+@st.composite
+def tied_rows(draw, min_rows=2, max_rows=14):
+    """[n, 16] whose cosines are exact in fp32 at 1, 4 and 16 dimensions, so ties are real ties."""
+    signs = st.lists(st.sampled_from([-1.0, 1.0]), min_size=16, max_size=16)
+    axis = st.tuples(st.integers(0, 5), st.sampled_from([-8.0, 0.0, 0.25])).map(
+        lambda a: [a[1] * (i == a[0]) for i in range(16)]
+    )
+    rows = draw(st.lists(signs | axis, min_size=min_rows, max_size=max_rows))
+    copies = draw(st.lists(st.integers(0, len(rows) - 1), max_size=6))  # exact duplicates
+    return torch.tensor(rows + [rows[i] for i in copies])
+
+
+def labels_for(draw, rows):
+    """Ragged: label 0 is common, others are rare."""
+    label = st.sampled_from([0, 0, 0, 1, 1, 2, 7])
+    return torch.tensor(draw(st.lists(label, min_size=len(rows), max_size=len(rows))))
+
+
+@st.composite
+def retrieval_problem(draw, rows):
+    queries = draw(rows)
+    gallery = draw(st.none() | rows)
+    query_labels = labels_for(draw, queries)
+    return queries, query_labels, gallery, None if gallery is None else labels_for(draw, gallery)
+
+
+@st.composite
+def random_rows(draw):
+    """Gaussian rows of any scale, with exact copies among them."""
+    n, d = draw(st.integers(2, 40)), draw(st.sampled_from([6, 9]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(n, 9, generator=generator)[:, :9]
+    x[:, d:] = 0.5
+    x *= draw(st.sampled_from([1.0, 1e-30, 1e30]))
+    return x[torch.randint(n, (n + 3,), generator=generator)]
+
+
+def counted(query_labels, gallery_labels, exclude_self):
+    return ((query_labels[:, None] == gallery_labels).sum(1) - exclude_self > 0).sum().item()
+
+
+@settings(max_examples=60, deadline=None)
+@given(retrieval_problem(tied_rows()), BLOCK_BYTES)
+def test_metrics_are_exact_with_ties(problem, block_bytes):
+    queries, query_labels, gallery, gallery_labels = problem
+    among = query_labels if gallery is None else gallery_labels
+    n = counted(query_labels, among, gallery is None)
+    if n == 0:
+        with pytest.raises(ValueError, match="no query"):
+            evaluate(queries, query_labels, gallery, gallery_labels)
+        return
+    dims, ks = [16, 1, 4], (1, 3, 100)
+    results = evaluate(
+        queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
+    )
+    assert [r.dim for r in results] == dims
+    for result in results:
+        c = cosines(queries, gallery, result.dim)
+        recall, map_at_r, num = oracle(c, query_labels.numpy(), among.numpy(), ks)
+        assert (result.num_queries, result.num_excluded) == (num, len(queries) - num)
+        assert result.recall == pytest.approx(recall, abs=1e-9)
+        assert result.map_at_r == pytest.approx(map_at_r, abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(retrieval_problem(random_rows()), BLOCK_BYTES)
+def test_metrics_on_any_rows(problem, block_bytes):
+    """Rounding may swap neighbours, so the truth lies between two shifts of the relevant items."""
+    queries, query_labels, gallery, gallery_labels = problem
+    among = query_labels if gallery is None else gallery_labels
+    if counted(query_labels, among, gallery is None) == 0:
+        return
+    dims, ks = [2, 9, 5], [1, 2, 10]
+    for result in evaluate(
+        queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
+    ):
+        c = cosines(queries, gallery, result.dim)
+        low, high = (
+            oracle(c, query_labels.numpy(), among.numpy(), ks, bonus) for bonus in (-2e-6, 2e-6)
+        )
+        for k in ks:
+            assert low[0][k] - 1e-9 <= result.recall[k] <= high[0][k] + 1e-9
+        assert low[1] - 1e-6 <= result.map_at_r <= high[1] + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(tied_rows(), st.none() | tied_rows(), st.data(), BLOCK_BYTES)
+def test_topk_breaks_ties_by_index(queries, gallery, data, block_bytes):
+    available = len(queries) - 1 if gallery is None else len(gallery)
+    k = data.draw(st.integers(1, available))
+    cosine, index = topk(queries, gallery, k, block_bytes=block_bytes)
+    c = cosines(queries, gallery, 16)
+    expected = np.stack([np.lexsort((np.arange(c.shape[1]), -row))[:k] for row in c])
+    assert np.array_equal(index.numpy(), expected)
+    assert np.array_equal(cosine.numpy(), np.take_along_axis(c, expected, 1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(random_rows(), st.none() | random_rows(), st.data(), BLOCK_BYTES)
+def test_topk_on_any_rows(queries, gallery, data, block_bytes):
+    k = data.draw(st.integers(1, len(queries) - 1 if gallery is None else len(gallery)))
+    cosine, index = topk(queries, gallery, k, block_bytes=block_bytes)
+    c = cosines(queries, gallery, 9)
+    assert np.allclose(cosine, np.take_along_axis(c, index.numpy(), 1), atol=1e-6)
+    assert np.allclose(cosine, -np.sort(-c, axis=1)[:, :k], atol=1e-6)
+    assert (cosine.abs() <= 1).all()
+    assert all(len(set(row)) == k for row in index.tolist())
+    if gallery is None:
+        assert (index != torch.arange(len(queries))[:, None]).all()
+
+
+def test_a_copy_of_the_query_is_an_ordinary_item():
+    x = torch.tensor([[3.0, 4.0], [3.0, 4.0], [-4.0, 3.0], [-4.0, 3.0]])
+    assert topk(x, k=1)[1].flatten().tolist() == [1, 0, 3, 2]
+    assert evaluate(x, torch.tensor([0, 0, 1, 1]))[0].recall[1] == 1
+    # Copies with other labels: the only perfect match is wrong.
+    assert evaluate(x, torch.tensor([0, 1, 0, 1]))[0].recall == {1: 0, 5: 1, 10: 1}
+    # A gallery that happens to be the queries is a gallery: nothing is left out.
+    assert evaluate(x, torch.tensor([0, 1, 2, 3]), x, torch.tensor([0, 4, 2, 5]))[0][1:] == (
+        {1: 0.0, 5: 1.0, 10: 1.0}, 0.0, 2, 2,
+    )  # fmt: skip
+
+
+def test_known_map_at_r():
+    """One query, R = 3, relevant at positions 1, 3 and 5: (1/1 + 2/3) / 3; the fifth is too late."""
+    angle = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
+    gallery = torch.stack([angle.cos(), angle.sin()], 1)
+    (result,) = evaluate(
+        torch.tensor([[2.0, 0.0]]), torch.tensor([1]), gallery, torch.tensor([1, 0, 1, 0, 1])
+    )
+    assert result.map_at_r == pytest.approx((1 + 2 / 3) / 3)
+    assert result == Result(2, {1: 1.0, 5: 1.0, 10: 1.0}, result.map_at_r, 1, 0)
+
+
+def test_a_collapsed_model_scores_zero_in_any_order():
+    labels = torch.arange(40) // 8
+    for row in (torch.zeros(1, 4), torch.ones(1, 4)):
+        assert evaluate(row.expand(40, 4), labels, ks=[1, 32])[0].recall == {1: 0.0, 32: 0.0}
+        assert evaluate(row.expand(40, 4), labels, ks=[33])[0].recall == {33: 1.0}
+
+
+def test_rows_are_normalised_again_after_truncation():
+    # At two dimensions the first gallery row has the larger cosine, but by far the smaller product
+    # once the rows have been normalised over all three.
+    query, labels = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([0])
+    gallery = torch.tensor([[0.01, 0.0, 5.0], [1.0, 1.0, 0.0]])
+    full, cut = evaluate(query, labels, gallery, torch.tensor([0, 1]), dims=[3, 2], ks=[1])
+    assert (full.recall[1], cut.recall[1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes_are_computed_in_fp32(dtype):
+    torch.manual_seed(0)
+    x, labels = torch.randn(50, 12).to(dtype), torch.arange(50) % 7
+    assert evaluate(x, labels.int()) == evaluate(x.float(), labels)
+    assert topk(x, k=3)[0].dtype == torch.float32
+    assert torch.equal(topk(x, k=3)[0], topk(x.float(), k=3)[0])
+
+
+def test_precision_does_not_depend_on_the_callers_settings():
+    torch.manual_seed(0)
+    x = torch.randn(64, 128)
+    expected = topk(x, k=5)
+    precision = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = topk(x, k=5)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+def test_inputs_may_be_strided_and_need_gradients():
+    torch.manual_seed(0)
+    wide = torch.randn(30, 16, requires_grad=True)
+    labels = torch.stack([torch.arange(30) % 4, torch.zeros(30, dtype=torch.int64)], 1)[:, 0]
+    before = wide.detach().clone()
+    assert evaluate(wide[:, ::2], labels) == evaluate(before[:, ::2].contiguous(), labels.clone())
+    assert not topk(wide, k=2)[0].requires_grad
+    assert torch.equal(wide, before)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes in tensors that were made inside and are still alive: their largest sum."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {t.untyped_storage()._cdata for t in inputs}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        return out
+
+    def _free(self, key, nbytes):
+        self.known.discard(key)
+        self.live -= nbytes
+
+
+def rows_of_kind(kind, n, d):
+    torch.manual_seed(0)
+    if kind == "all equal":
+        return torch.ones(n, d)
+    if kind == "getting closer":  # every block of the gallery beats the one before
+        angle = torch.linspace(3.0, 0.0, n)
+        return torch.stack([angle.cos(), angle.sin()], 1).repeat(1, d // 2)
+    return torch.randn(n, d, dtype=torch.float64 if kind == "float64" else torch.float32)
+
+
+@pytest.mark.parametrize("classes", [2, 100])  # lists of R = N/2 candidates, and of 10
+@pytest.mark.parametrize("kind", ["random", "float64", "all equal", "getting closer"])
+def test_memory_does_not_grow_with_gallery_times_queries(kind, classes):
+    block_bytes, d = 1 << 19, 8
+    for n in (300, 900):
+        x, labels = rows_of_kind(kind, n, d), torch.arange(n) % classes
+        if n == 900:
+            assert n * n * 4 > 6 * block_bytes  # a full matrix of scores would be seen at once
+        with LiveBytes(x, labels) as memory:
+            evaluate(x, labels, block_bytes=block_bytes)
+        per_row = 8 * 8 * n  # labels sorted, R, order: a few integers per row
+        assert block_bytes / 8 < memory.peak < block_bytes + per_row
+        with LiveBytes(x) as memory:
+            topk(x, k=5, block_bytes=block_bytes)
+        assert memory.peak < block_bytes + (5 * 12 + 8) * n  # the outputs and the order
+
+
+@given(
+    st.integers(1, 10**7), st.integers(1, 10**8), st.integers(1, 10**6), st.integers(1, 10**5),
+    st.integers(1, 1 << 32),
+)  # fmt: skip
+def test_blocks_fit(num_queries, num_items, k, dim, block_bytes):
+    q, g = search.block_shape(num_queries, num_items, k, dim, block_bytes)
+    assert 1 <= q <= num_queries
+    assert 1 <= g <= num_items
+    used = (
+        q * g * search.PAIR_BYTES + q * k * search.BEST_BYTES + (q + g) * dim * search.VALUE_BYTES
+    )
+    assert q == 1 or used <= block_bytes
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "call"),
+    [
+        (TypeError, "queries: got list", lambda: evaluate([[1.0]], Y)),
+        (TypeError, "queries: got dtype torch.int64", lambda: topk(Y[:, None])),
+        (ValueError, r"queries: got shape \[6\]", lambda: topk(X[:, 0])),
+        (ValueError, r"queries: got shape \[6, 0\]", lambda: topk(X[:, :0])),
+        (TypeError, "query_labels: got dtype torch.float32", lambda: evaluate(X, Y.float())),
+        (TypeError, "query_labels: got list", lambda: evaluate(X, Y.tolist())),
+        (ValueError, r"query_labels: got shape \[5\]", lambda: evaluate(X, Y[:5])),
+        (ValueError, r"gallery_labels: got shape \[6\]", lambda: evaluate(X, Y, X[:2], Y)),
+        (ValueError, "gallery and gallery_labels", lambda: evaluate(X, Y, X)),
+        (ValueError, "gallery: got 3 dimensions, .* 4", lambda: evaluate(X, Y, X[:, :3], Y)),
+        (ValueError, "gallery: is on meta", lambda: topk(X, X.to("meta"))),
+        (ValueError, r"dims: got \[4, 5\].* from 1 to 4", lambda: evaluate(X, Y, dims=[4, 5])),
+        (ValueError, r"dims: got \[\]", lambda: evaluate(X, Y, dims=[])),
+        (ValueError, r"ks: got \[0\]", lambda: evaluate(X, Y, ks=[0])),
+        (TypeError, "float", lambda: evaluate(X, Y, ks=[1.5])),
+        (ValueError, "block_bytes: got 0", lambda: evaluate(X, Y, block_bytes=0)),
+        (ValueError, "k: got 6, must be 1 to 5", lambda: topk(X, k=6)),
+        (ValueError, "k: got 7, must be 1 to 6", lambda: topk(X, X, k=7)),
+        (ValueError, "k: got 0", lambda: topk(X, k=0)),
+        (ValueError, "no query", lambda: evaluate(X, torch.arange(6))),
+        (ValueError, "no query", lambda: evaluate(X[:0], Y[:0])),
+    ],
+)
+def test_errors(error, message, call):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_values_without_a_cosine_are_named(value, block_bytes):
+    bad = X.clone()
+    bad[4, 2] = value
+    with pytest.raises(ValueError, match="queries: row 4"):
+        topk(bad, X, k=1, block_bytes=block_bytes)
+    with pytest.raises(ValueError, match="gallery: row 4"):
+        evaluate(X, Y, bad, Y, block_bytes=block_bytes)
