@@ -160,15 +160,16 @@ def _partial_fc(
 ) -> Callable[[Problem], Head]:
     def build(problem: Problem) -> Head:
         shape = problem.shape
-        module = kind(
-            shape.dim,
-            shape.classes,
-            margin=MARGIN,
-            scale=SCALE,
-            sample_rate=shape.sample_rate,
-            feature_rate=shape.feature_rate,
-            **options,
-        )
+        with torch.device("meta"):  # its own prototypes are not needed
+            module = kind(
+                shape.dim,
+                shape.classes,
+                margin=MARGIN,
+                scale=SCALE,
+                sample_rate=shape.sample_rate,
+                feature_rate=shape.feature_rate,
+                **options,
+            )
         return Head(problem, module, optimizer)
 
     return build

@@ -21,7 +21,7 @@ from unicom_ext.data import glyphs
 
 TINY = [
     "--embedding-size=8", "--width=2", "--epochs=2", "--batch-size=32", "--dims=4,8",
-    "--baselines=raw pixels,HOG", "--evaluate-every=0", "--threads=1",
+    "--baselines=raw pixels,LDA", "--evaluate-every=0", "--threads=1",
 ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_train_prints_a_table_and_writes_its_files(tmp_path, tiny_glyphs):
     assert {path.name for path in output.iterdir()} == names
     metrics = json.loads((output / "metrics.json").read_text())
     rows = {**metrics["baselines"], "our model": metrics["evaluations"][-1]["results"]}
-    assert list(rows) == ["raw pixels", "HOG", "our model"]
+    assert list(rows) == ["raw pixels", "LDA", "our model"]
     for name, results in rows.items():
         figures = " *│ *".join(f"{r['recall']['1']:.3f}" for r in results)
         assert re.search(rf"{re.escape(name)} *│ *{figures}", result.output), result.output

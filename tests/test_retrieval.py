@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from unicom_ext.retrieval import Result, evaluate, search, topk
 
-BLOCK_BYTES = st.sampled_from([1, 3000, 20_000, search.DEFAULT_BLOCK_BYTES])
+BLOCK_BYTES = st.sampled_from([1500, 4000, 20_000, search.DEFAULT_BLOCK_BYTES])
 
 
 def unit(x):
@@ -46,7 +46,8 @@ def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
         right = ~wrong[order]
         for k in ks:
             recall[k] += right[:k].any()
-        precision.append(sum(right[: i + 1].mean() for i in range(r) if right[i]) / r)
+        precision_at = np.cumsum(right) / np.arange(1, len(right) + 1)
+        precision.append((precision_at * right)[:r].sum() / r)
     n = len(precision)
     return {k: v / n for k, v in recall.items()}, math.fsum(precision) / n, n
 
@@ -80,19 +81,19 @@ def retrieval_problem(draw, rows):
 @st.composite
 def random_rows(draw):
     """Gaussian rows of any scale, with exact copies among them."""
-    n, d = draw(st.integers(2, 40)), draw(st.sampled_from([6, 9]))
+    n, d = draw(st.integers(2, 25)), draw(st.sampled_from([6, 9]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    x = torch.randn(n, 9, generator=generator)[:, :9]
+    x = torch.randn(n, 9, generator=generator)
     x[:, d:] = 0.5
     x *= draw(st.sampled_from([1.0, 1e-30, 1e30]))
     return x[torch.randint(n, (n + 3,), generator=generator)]
 
 
 def counted(query_labels, gallery_labels, exclude_self):
-    return ((query_labels[:, None] == gallery_labels).sum(1) - exclude_self > 0).sum().item()
+    return ((query_labels[:, None] == gallery_labels).sum(1) > int(exclude_self)).sum().item()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(retrieval_problem(tied_rows()), BLOCK_BYTES)
 def test_metrics_are_exact_with_ties(problem, block_bytes):
     queries, query_labels, gallery, gallery_labels = problem
@@ -115,7 +116,7 @@ def test_metrics_are_exact_with_ties(problem, block_bytes):
         assert result.map_at_r == pytest.approx(map_at_r, abs=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(retrieval_problem(random_rows()), BLOCK_BYTES)
 def test_metrics_on_any_rows(problem, block_bytes):
     """Rounding may swap neighbours, so the truth lies between two shifts of the relevant items."""
@@ -123,7 +124,7 @@ def test_metrics_on_any_rows(problem, block_bytes):
     among = query_labels if gallery is None else gallery_labels
     if counted(query_labels, among, gallery is None) == 0:
         return
-    dims, ks = [2, 9, 5], [1, 2, 10]
+    dims, ks = [9, 5], [1, 2, 10]
     for result in evaluate(
         queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
     ):
@@ -136,7 +137,7 @@ def test_metrics_on_any_rows(problem, block_bytes):
         assert low[1] - 1e-6 <= result.map_at_r <= high[1] + 1e-6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tied_rows(), st.none() | tied_rows(), st.data(), BLOCK_BYTES)
 def test_topk_breaks_ties_by_index(queries, gallery, data, block_bytes):
     available = len(queries) - 1 if gallery is None else len(gallery)
@@ -175,7 +176,7 @@ def test_a_copy_of_the_query_is_an_ordinary_item():
 
 
 def test_known_map_at_r():
-    """One query, R = 3, relevant at positions 1, 3 and 5: (1/1 + 2/3) / 3; the fifth is too late."""
+    """R = 3, relevant items at positions 1, 3 and 5: (1/1 + 2/3) / 3, as 5 is beyond R."""
     angle = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
     gallery = torch.stack([angle.cos(), angle.sin()], 1)
     (result,) = evaluate(
@@ -274,21 +275,19 @@ def rows_of_kind(kind, n, d):
     return torch.randn(n, d, dtype=torch.float64 if kind == "float64" else torch.float32)
 
 
-@pytest.mark.parametrize("classes", [2, 100])  # lists of R = N/2 candidates, and of 10
+@pytest.mark.parametrize("classes", [5, 80])  # lists of R = 159 candidates, and of 10
 @pytest.mark.parametrize("kind", ["random", "float64", "all equal", "getting closer"])
 def test_memory_does_not_grow_with_gallery_times_queries(kind, classes):
-    block_bytes, d = 1 << 19, 8
-    for n in (300, 900):
-        x, labels = rows_of_kind(kind, n, d), torch.arange(n) % classes
-        if n == 900:
-            assert n * n * 4 > 6 * block_bytes  # a full matrix of scores would be seen at once
-        with LiveBytes(x, labels) as memory:
-            evaluate(x, labels, block_bytes=block_bytes)
-        per_row = 8 * 8 * n  # labels sorted, R, order: a few integers per row
-        assert block_bytes / 8 < memory.peak < block_bytes + per_row
-        with LiveBytes(x) as memory:
-            topk(x, k=5, block_bytes=block_bytes)
-        assert memory.peak < block_bytes + (5 * 12 + 8) * n  # the outputs and the order
+    n, d, block_bytes = 800, 8, 1 << 19
+    assert n * n * 4 > 4 * block_bytes  # a full matrix of scores would be seen at once
+    x, labels = rows_of_kind(kind, n, d), torch.arange(n) % classes
+    with LiveBytes(x, labels) as memory:
+        evaluate(x, labels, block_bytes=block_bytes)
+    per_row = 8 * 8  # labels sorted, R, order: a few integers per row
+    assert block_bytes / 8 < memory.peak < block_bytes + n * per_row
+    with LiveBytes(x) as memory:
+        topk(x, k=5, block_bytes=block_bytes)
+    assert block_bytes / 8 < memory.peak < block_bytes + n * (5 * 12 + 8)  # outputs and order
 
 
 @given(

@@ -54,7 +54,8 @@ def check_tensors(
     for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
             raise TypeError(
-                f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {_kind(tensor)}"
+                f"{name} must be a float32, float64, bfloat16 or float16 tensor, "
+                f"got {_kind(tensor)}"
             )
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
@@ -66,9 +67,7 @@ def check_tensors(
             f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
         )
     if num_classes < 1 or dim < 1:
-        raise ValueError(
-            f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}"
-        )
+        raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels must be an int32 or int64 tensor, got {_kind(labels)}")
     for name, tensor in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):

@@ -107,7 +107,9 @@ def partial_margin_softmax(
         NotImplementedError: a process group was given.
     """
     if process_group is not None:
-        raise NotImplementedError("process_group must be None: sharded prototypes are not there yet")
+        raise NotImplementedError(
+            "process_group must be None: sharded prototypes are not there yet"
+        )
     checks.check_options(
         margin, scale, interclass_filter, margin_grad, beyond_pi, precision, reduction
     )
@@ -196,7 +198,7 @@ def _resolve_precision(precision: str, device_type: str) -> str:
     return "bf16" if torch.is_autocast_enabled(device_type) and _FAST_BF16 else "fp32"
 
 
-# ---- autograd ----------------------------------------------------------------------------------------
+# ---- autograd ----
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -208,7 +210,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    embeddings, _slot, prototypes, class_index, count, *_rest = ctx.saved_tensors
+    _embeddings, _slot, prototypes, class_index, count, *_rest = ctx.saved_tensors
     grads: list[Tensor | None] = [None] * (8 + len(ctx.options) + 1)
     if grad_loss is None:
         return tuple(grads)
@@ -243,7 +245,7 @@ def _row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape) -
 torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_setup_context)
 
 
-# ---- shapes, for torch.compile -----------------------------------------------------------------------
+# ---- shapes, for torch.compile ----
 
 _LANES, _TILE = 16, 6  # csrc/cpu/layout.h
 
@@ -312,7 +314,8 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m
 @torch.library.register_fake("unicom_ext::loss_backward")
 def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, state,
       packed, kept, m1, m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
-      precision, reduction, workspace_bytes, want_embeddings, want_prototypes, compact):  # fmt: skip
+      precision, reduction, workspace_bytes, want_embeddings, want_prototypes,
+      compact):  # fmt: skip
     num_rows = class_index.shape[0] if compact else prototypes.shape[0]
     dim = embeddings.shape[1]
     return (

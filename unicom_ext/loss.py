@@ -1,4 +1,4 @@
-"""`PartialMarginSoftmax`: the loss as a module that owns the prototypes and draws the selections."""
+"""`PartialMarginSoftmax`: the loss as a module that owns the prototypes and draws selections."""
 
 from __future__ import annotations
 

@@ -443,22 +443,25 @@ std::tuple<Tensor, Tensor> loss_backward_op(
   });
 
   const TorchParallel parallel;
-  auto gradient = [&](const Tensor& like, const cpu::RowSource& source, int64_t rows, bool wanted) {
+  // Gradients start at zero, unless each of their values will be written.
+  auto gradient = [&](const Tensor& like, const cpu::RowSource& source, int64_t rows, bool wanted,
+                      bool all_rows) {
     const int64_t dim = wanted ? like.size(1) : 0;
     const int64_t bytes = value_bytes(source.dtype);
     rows = wanted ? rows : 0;
     Tensor out = pooled(like, {rows, dim}, like.scalar_type(), bytes);
-    fill_zero(out.mutable_data_ptr(), rows * dim * bytes, parallel);
+    if (!all_rows || source.columns != nullptr || p.batch == 0)
+      fill_zero(out.mutable_data_ptr(), rows * dim * bytes, parallel);
     const RowSink sink{wanted ? out.mutable_data_ptr() : nullptr, source.dtype, dim, source.columns,
                        source.dim};
     return std::make_pair(out, sink);
   };
   check(!compact || class_index, "compact needs class_index");
   const auto [grad_embeddings, embedding_sink] =
-      gradient(call.embeddings, p.embeddings, p.batch, want_embeddings);
-  const auto [grad_prototypes, prototype_sink] =
-      gradient(call.prototypes, p.prototypes,
-               compact ? class_index->numel() : call.prototypes.size(0), want_prototypes);
+      gradient(call.embeddings, p.embeddings, p.batch, want_embeddings, count_kept(p) == p.batch);
+  const auto [grad_prototypes, prototype_sink] = gradient(
+      call.prototypes, p.prototypes, compact ? class_index->numel() : call.prototypes.size(0),
+      want_prototypes, compact ? p.sampled == class_index->numel() : !class_index.has_value());
   const BackwardArgs args{static_cast<const SampleState*>(state.const_data_ptr()),
                           packed.const_data_ptr(),
                           kept.const_data_ptr(),
