@@ -16,12 +16,15 @@ def pytest_generate_tests(metafunc):
     if "capability" in metafunc.fixturenames:
         from unicom_ext import _core
 
-        metafunc.parametrize("capability", _core.cpu_capabilities(), indirect=True)
+        names = _core.cpu_capabilities()
+        if "avx512" not in names:  # the same kernels in instructions that every CPU has
+            names = [*names, "emulated_avx512"]
+        metafunc.parametrize("capability", names, indirect=True)
 
 
 @pytest.fixture
 def capability(request):
-    """Each instruction set that this CPU can run, in use for the length of the test."""
+    """Each set of kernels that this CPU can run, in use for the length of the test."""
     import unicom_ext
 
     with unicom_ext.cpu_capability(request.param):

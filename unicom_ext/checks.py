@@ -6,6 +6,7 @@ Nothing here looks at the values inside a tensor, but for `check_finite`: the op
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,10 +22,21 @@ def check_options(
     beyond_pi: object,
     precision: object,
     reduction: object,
+    ignore_index: object,
+    workspace_bytes: object,
 ) -> None:
     if not isinstance(margin, CombinedMargin):
         raise TypeError(f"margin must be a CombinedMargin such as ArcFace(0.3), got {margin!r}")
-    if not 0 < scale < math.inf:
+    for name, value in (("scale", scale), ("interclass_filter", interclass_filter)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number, got {_kind(value)}: {value!r}")
+    for name, value in (("ignore_index", ignore_index), ("workspace_bytes", workspace_bytes)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            lowest = " >= 0" if name == "workspace_bytes" else ""
+            raise TypeError(f"{name} must be an int{lowest}, got {_kind(value)}: {value!r}")
+    if workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be an int >= 0, got {workspace_bytes}")
+    if scale is None or not 0 < scale < math.inf:
         raise ValueError(f"scale must be a finite number > 0, got {scale}")
     if interclass_filter is not None and not -1 <= interclass_filter <= 1:
         raise ValueError(

@@ -111,7 +111,15 @@ def partial_margin_softmax(
             "process_group must be None: sharded prototypes are not there yet"
         )
     checks.check_options(
-        margin, scale, interclass_filter, margin_grad, beyond_pi, precision, reduction
+        margin,
+        scale,
+        interclass_filter,
+        margin_grad,
+        beyond_pi,
+        precision,
+        reduction,
+        ignore_index,
+        workspace_bytes,
     )
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
     if check_finite:
@@ -210,14 +218,15 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    _embeddings, _slot, prototypes, class_index, count, *_rest = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
+    _embeddings, _slot, prototypes, class_index, count, *_rest = saved
     grads: list[Tensor | None] = [None] * (8 + len(ctx.options) + 1)
     if grad_loss is None:
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
     grad_embeddings, grad_prototypes = _ops.loss_backward(
         grad_loss,
-        *ctx.saved_tensors,
+        *saved,
         *ctx.options,
         ctx.needs_input_grad[0],
         ctx.needs_input_grad[2],

@@ -96,7 +96,15 @@ class PartialMarginSoftmax(nn.Module):
         if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must be an integer that fits in int64, got {seed!r}")
         checks.check_options(
-            margin, scale, interclass_filter, margin_grad, beyond_pi, precision, reduction
+            margin,
+            scale,
+            interclass_filter,
+            margin_grad,
+            beyond_pi,
+            precision,
+            reduction,
+            ignore_index,
+            workspace_bytes,
         )
         self.embedding_size = embedding_size
         self.num_classes = num_classes
@@ -161,6 +169,8 @@ class PartialMarginSoftmax(nn.Module):
             self.beyond_pi,
             self.precision,
             self.reduction,
+            self.ignore_index,
+            self.workspace_bytes,
         )
         checks.check_tensors(embeddings, labels, self.weight, margin)
         if self.check_finite:

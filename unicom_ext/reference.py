@@ -74,7 +74,15 @@ def partial_margin_softmax(
     if process_group is not None:
         raise NotImplementedError("process_group must be None: the reference runs in one process")
     checks.check_options(
-        margin, scale, interclass_filter, margin_grad, beyond_pi, precision, reduction
+        margin,
+        scale,
+        interclass_filter,
+        margin_grad,
+        beyond_pi,
+        precision,
+        reduction,
+        ignore_index,
+        workspace_bytes,
     )
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
     if check_finite:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -127,10 +128,9 @@ def _integer(name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1) 
 
 
 def _rate(name: str, value: float) -> float:
-    try:
-        rate = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}") from None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+    rate = float(value)
     if not 0 < rate <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
     return rate

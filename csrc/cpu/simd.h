@@ -157,8 +157,10 @@ UNICOM_INLINE Vec<float> exp2_whole(Vec<float> power) {
 }
 UNICOM_INLINE Vec<double> exp2_whole(Vec<double> power) {
   Vec<double> out;
-  for (int i = 0; i < kWidth<double>; ++i)
-    out[i] = power[i] < -1022.0 ? 0.0 : std::ldexp(1.0, static_cast<int>(power[i]));
+  for (int i = 0; i < kWidth<double>; ++i) {
+    const bool whole = power[i] >= -1022.0 && power[i] <= 1024.0;
+    out[i] = whole ? std::ldexp(1.0, static_cast<int>(power[i])) : power[i] < 0 ? 0.0 : power[i];
+  }
   return out;
 }
 

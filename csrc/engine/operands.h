@@ -76,7 +76,8 @@ struct PackedRows {
     parallel.run(s.padded_rows / kRows, [&](int64_t granule) {
       for (int64_t r = granule * kRows; r < (granule + 1) * kRows; ++r) {
         RealOf<Unit>* row = unit.get() + r * s.height;
-        if (r < s.batch) {
+        // An ignored row counts as zeros: what it holds, NaN included, must not reach the others.
+        if (r < s.batch && p.slot[r] >= 0) {
           inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embeddings, r, row, s.height);
         } else {
           std::fill(row, row + s.height, RealOf<Unit>(0));

@@ -85,10 +85,14 @@ def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    train, test = _pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
     labels = torch.as_tensor(labels).numpy()
-    if len(set(labels.tolist())) <= dim:
-        raise ValueError(f"train_labels: needs more than dim = {dim} classes")
+    num_classes = len(set(labels.tolist()))
+    if not 1 <= dim < num_classes:
+        raise ValueError(
+            f"dim: got {dim}, must be from 1 to {num_classes - 1}, one less than the "
+            "number of train classes"
+        )
+    train, test = _pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
     model = LinearDiscriminantAnalysis(n_components=dim).fit(train.numpy(), labels)
     scale = torch.from_numpy(model.explained_variance_ratio_).sqrt().float()
     return torch.from_numpy(model.transform(test.numpy())).float() * scale
