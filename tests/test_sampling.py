@@ -357,7 +357,7 @@ def test_bad_values_are_named(change, message):
     [
         ({"num_classes": 10.0}, "num_classes must be an integer, got float"),
         ({"step": "1"}, "step must be an integer, got str"),
-        ({"rate": "half"}, "rate must be a number, got str"),
+        ({"rate": "half"}, r"rate must be a number in \(0, 1\], got str"),
         ({"positives": [0.5]}, "positives must hold integers"),
         ({"positives": torch.tensor([True])}, "positives must hold integers"),
     ],

@@ -129,7 +129,7 @@ def _integer(name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1) 
 
 def _rate(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+        raise TypeError(f"{name} must be a number in (0, 1], got {type(value).__name__}: {value!r}")
     rate = float(value)
     if not 0 < rate <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value}")

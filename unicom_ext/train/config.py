@@ -67,16 +67,16 @@ class Config:
     m2: float = _not_negative(0.3, "margin: added to the angle, in radians (ArcFace)")
     m3: float = _not_negative(0.0, "margin: subtracted from the cosine (CosFace)")
     scale: float = _positive(32.0, "s, which multiplies the cosines")
-    sample_rate: float = _rate(1.0, "share of the classes in each step's softmax")
-    feature_rate: float = _rate(0.5, "share of the dimensions in each step's softmax")
+    sample_rate: float = _rate(0.5, "share of the classes in each step's softmax")
+    feature_rate: float = _rate(0.75, "share of the dimensions in each step's softmax")
     precision: str = _setting(
         "auto", "operands of the loss", " or ".join(PRECISIONS), PRECISIONS.__contains__
     )
 
-    epochs: int = _whole(12, "passes over the training images", 1)
+    epochs: int = _whole(14, "passes over the training images", 1)
     batch_size: int = _whole(128, "images per step", 2)
-    learning_rate: float = _positive(2e-3, "of the encoder, at its highest")
-    prototype_learning_rate: float = _positive(2e-2, "of the class prototypes, at its highest")
+    learning_rate: float = _positive(8e-3, "of the encoder, at its highest")
+    prototype_learning_rate: float = _positive(5e-2, "of the class prototypes, at its highest")
     weight_decay: float = _not_negative(0.05, "of the encoder (AdamW)")
     warmup: float = _setting(
         0.05, "share of the steps in which learning rates rise", "a number in [0, 1)",
