@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_limits
 
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
@@ -31,6 +32,13 @@ def collection(tmp_path_factory) -> Glyphs:
     """Drawn afresh for this run; the workers of a parallel run share it."""
     folder = tmp_path_factory.getbasetemp()
     return glyphs.load((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "data")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """SciPy's BLAS spins when it has more threads than free cores."""
+    with threadpool_limits(1):
+        yield
 
 
 # ---- the collection ------------------------------------------------------------------------------

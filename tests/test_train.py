@@ -308,7 +308,9 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     assert "\x1b" not in text.getvalue()
     assert "\r" not in text.getvalue()
     assert len(lines) < 40
-    assert re.fullmatch(r"step 21/21  loss \d+\.\d+  [\d,]+ images/s.*", lines[-2].strip())
+    assert re.fullmatch(
+        r"step 21/21  loss \d+\.\d+  [\d,]+ images/s  0:00:00 left", lines[-2].strip()
+    )
     assert sum("Recall@1" in line for line in lines) == 3
 
 

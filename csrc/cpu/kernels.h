@@ -93,10 +93,10 @@ template <class Unit>
 struct Kernels {
   using Real = RealOf<Unit>;
 
-  // Gathers `count` <= 16 rows, divides each by its norm and packs them as one vector panel; lanes
-  // past count and values past dim are zero. A null ids means rows first, first + 1, ... A zero row
-  // packs as zeros and has inverse norm 0.
-  void (*pack_panel)(const RowSource&, const int64_t* ids, int64_t first, int64_t count, Rounding,
+  // Gathers rows ids[first], ... up to sixteen of a list of `total`, divides each by its norm and
+  // packs them as one vector panel; lanes past the list and values past dim are zero. A null ids
+  // means rows first, first + 1, ... A zero row packs as zeros and has inverse norm 0.
+  void (*pack_panel)(const RowSource&, const int64_t* ids, int64_t first, int64_t total, Rounding,
                      Real* scratch /* [16][height] */, Unit* panel, double* inverse_norm);
 
   // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to

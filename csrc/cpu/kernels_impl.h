@@ -62,7 +62,7 @@ double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) 
   return inverse;
 }
 
-constexpr int64_t kPrefetchRows = 3;
+constexpr int64_t kPrefetchRows = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 UNICOM_INLINE void prefetch_row(const RowSource& source, int64_t id) {
@@ -151,9 +151,10 @@ void rows_to_panel(RealOf<Unit>* rows, int64_t height, Unit* panel) {
 }
 
 template <class Unit>
-void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t count,
+void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
                 Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
   const int64_t height = panel_height(source.dim);
+  const int64_t count = total - first < kLanes ? total - first : kLanes;
   const auto id_of = [&](int64_t lane) {
     return ids != nullptr ? ids[first + lane] : first + lane;
   };
@@ -161,7 +162,7 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
       // Sampled rows lie scattered in memory: ask for those to come while this one is worked on.
-      if (lane + kPrefetchRows < count) prefetch_row(source, id_of(lane + kPrefetchRows));
+      if (first + lane + kPrefetchRows < total) prefetch_row(source, id_of(lane + kPrefetchRows));
       inverse_norm[lane] = unit_row(source, id_of(lane), row, height);
     } else {
       inverse_norm[lane] = 0;

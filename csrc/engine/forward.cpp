@@ -38,8 +38,7 @@ void pack_classes(const Problem& p, const Shape<Unit>& s, PackedClasses<Unit> ou
     Buffer<RealOf<Unit>> scratch(kLanes * s.height);
     const int64_t end = std::min(s.panels, (item + 1) * kPanelsPerItem);
     for (int64_t j = item * kPanelsPerItem; j < end; ++j)
-      k.pack_panel(p.prototypes, p.class_index, j * kLanes,
-                   std::min(kLanes, p.sampled - j * kLanes), p.rounding, scratch.get(),
+      k.pack_panel(p.prototypes, p.class_index, j * kLanes, p.sampled, p.rounding, scratch.get(),
                    out.panels + j * s.panel_units, out.inverse_norm + j * kLanes);
   });
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,6 +17,7 @@ class TrainingProgress:
     def __init__(self, console: Console, start: int, total: int) -> None:
         self.console = console
         self.total = total
+        self._start = start
         self._every = math.ceil(total / LINES)
         self._loss: float | None = None
         self._bar = Progress(
@@ -45,6 +47,8 @@ class TrainingProgress:
         rate = images / max(seconds, 1e-9)
         self._bar.update(self._task, completed=step, loss=f"{self._loss:.3f}", rate=f"{rate:,.0f}")
         if not self.console.is_terminal and (step % self._every == 0 or step == self.total):
+            left = (self.total - step) * seconds / (step - self._start)
             self.console.print(
-                f"step {step}/{self.total}  loss {self._loss:.3f}  {rate:,.0f} images/s"
+                f"step {step}/{self.total}  loss {self._loss:.3f}  {rate:,.0f} images/s  "
+                f"{timedelta(seconds=round(left))} left"
             )
