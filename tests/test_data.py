@@ -11,12 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from threadpoolctl import threadpool_limits
 
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.retrieval import evaluate
-from unicom_ext.retrieval.baselines import BASELINES, hog, hog_lda, lda, raw_pixels
+from unicom_ext.retrieval.baselines import (
+    BASELINES,
+    _discriminants,
+    _histograms_of,
+    hog,
+    hog_lda,
+    lda,
+    raw_pixels,
+)
 
 
 def assert_same(a: Glyphs, b: Glyphs):
@@ -32,13 +39,6 @@ def collection(tmp_path_factory) -> Glyphs:
     """Drawn afresh for this run; the workers of a parallel run share it."""
     folder = tmp_path_factory.getbasetemp()
     return glyphs.load((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "data")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """SciPy's BLAS spins when it has more threads than free cores."""
-    with threadpool_limits(1):
-        yield
 
 
 # ---- the collection ------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_glyphs_are_cropped_centred_and_white(collection):
 
 
 def test_no_bitmap_occurs_twice(collection):
-    assert len(np.unique(collection.images.reshape(len(collection), -1), axis=0)) == len(collection)
+    assert len({image.tobytes() for image in collection.images}) == len(collection)
 
 
 def test_lookalikes_are_one_class_and_others_are_not(collection):
@@ -327,6 +327,33 @@ def test_labels_matter_to_the_discriminants_alone(halves, features):
         assert torch.equal(x, features[name]) == (function in (raw_pixels, hog))
 
 
+def test_discriminants_solve_fishers_problem():
+    """Scatters within and between classes become diagonal, W and W^2, W decreasing; and the sum of
+    all W is the trace of (within^-1 between), which no choice of coordinates changes."""
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(300) % 8)
+    x = rng.normal(size=(8, 6))[labels] * [1, 2, 0.1, 3, 1, 1] + rng.normal(size=(300, 6)) @ (
+        rng.normal(size=(6, 6))
+    )
+
+    def scatters(x):
+        means = np.stack([x[labels == c].mean(0) for c in range(8)])
+        inner = x - means[labels]
+        outer = means[labels] - x.mean(0)
+        return inner.T @ inner / (300 - 8), outer.T @ outer
+
+    data = torch.from_numpy(x).float()
+    y = _discriminants(data, labels, data, 6).double().numpy()
+    within, between = scatters(y)
+    weight = np.diag(within)
+    assert (np.diff(weight) < 0).all()
+    assert np.allclose(within, np.diag(weight), atol=1e-3 * weight[0])
+    assert np.allclose(between, np.diag(weight**2), atol=1e-3 * weight[0] ** 2)
+    within, between = scatters(x)
+    assert weight.sum() == pytest.approx(np.trace(np.linalg.solve(within, between)), rel=1e-3)
+    assert np.allclose(_discriminants(data, labels, data, 3), y[:, :3], atol=1e-3)
+
+
 def test_gradient_histograms_ignore_the_sign_and_the_level(halves):
     train, test = halves
     images = test.images[:50] // 2 + 40
@@ -336,8 +363,6 @@ def test_gradient_histograms_ignore_the_sign_and_the_level(halves):
 
 
 def test_gradient_histograms_tell_the_angle():
-    from unicom_ext.retrieval.baselines import _histograms_of
-
     y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     for degrees, bins in ((0, [0]), (40, [2]), (90, [4, 5]), (135, [6, 7]), (220, [2])):
         angle = torch.tensor(degrees).deg2rad()
@@ -366,3 +391,5 @@ def test_discriminants_need_enough_classes(halves, function):
     train, test = halves
     with pytest.raises(ValueError, match="dim: got 128, must be from 1 to 99"):
         function(train.images, train.labels % 100, test.images)
+    with pytest.raises(ValueError, match=r"train_labels: got shape \[3\]"):
+        function(train.images, train.labels[:3], test.images)

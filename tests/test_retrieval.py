@@ -94,8 +94,12 @@ def counted(query_labels, gallery_labels, exclude_self):
 
 
 @settings(max_examples=50, deadline=None)
-@given(retrieval_problem(tied_rows()), BLOCK_BYTES)
-def test_metrics_are_exact_with_ties(problem, block_bytes):
+@given(
+    retrieval_problem(tied_rows()),
+    st.lists(st.sampled_from([1, 2, 3, 100]), min_size=1, unique=True),
+    BLOCK_BYTES,
+)
+def test_metrics_are_exact_with_ties(problem, ks, block_bytes):
     queries, query_labels, gallery, gallery_labels = problem
     among = query_labels if gallery is None else gallery_labels
     n = counted(query_labels, among, gallery is None)
@@ -103,7 +107,7 @@ def test_metrics_are_exact_with_ties(problem, block_bytes):
         with pytest.raises(ValueError, match="no query"):
             evaluate(queries, query_labels, gallery, gallery_labels)
         return
-    dims, ks = [16, 1, 4], (1, 3, 100)
+    dims = [16, 1, 4]
     results = evaluate(
         queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
     )
@@ -212,17 +216,31 @@ def test_other_dtypes_are_computed_in_fp32(dtype):
 
 
 def test_precision_does_not_depend_on_the_callers_settings():
+    class Settings(TorchDispatchMode):
+        """(dtype, allowed precisions) of every matrix product; many CPUs ignore the latter."""
+
+        seen = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten.mm.default:
+                self.seen += ((args[0].dtype, *(b.fp32_precision for b in backends)),)
+            return op(*args, **(kwargs or {}))
+
     torch.manual_seed(0)
     x = torch.randn(64, 128)
     expected = topk(x, k=5)
-    precision = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
+    before = [b.fp32_precision for b in backends]
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        for backend, precision in zip(backends, ("bf16", "tf32"), strict=True):
+            backend.fp32_precision = precision
+        with torch.autocast("cpu", dtype=torch.bfloat16), Settings() as settings:
             actual = topk(x, k=5)
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        assert [b.fp32_precision for b in backends] == ["bf16", "tf32"]
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+    assert settings.seen == ((torch.float32, "ieee", "ieee"),)
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
 
@@ -302,6 +320,7 @@ def test_blocks_fit(num_queries, num_items, k, dim, block_bytes):
         q * g * search.PAIR_BYTES + q * k * search.BEST_BYTES + (q + g) * dim * search.VALUE_BYTES
     )
     assert q == 1 or used <= block_bytes
+    assert g == 1 or g * (search.PAIR_BYTES + dim * search.VALUE_BYTES) <= block_bytes
 
 
 # ---- errors --------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.resources
 import io
 import json
 import os
@@ -418,17 +419,19 @@ def test_report_is_complete_and_self_contained(finished):
 
 def test_neighbours_are_marked_right_and_wrong():
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
-    found = report.Neighbours.search(embeddings, np.array([0, 1, 0, 1]))
+    glyphs = dataclasses.replace(DATA[0], labels=np.array([0, 1, 0, 1]))
+    found = report.Neighbours.search(embeddings, glyphs.labels)
     assert found.index.tolist()[0] == [1, 2, 3]
     assert found.right.tolist()[0] == [False, True, False]
-    figure = report.grid(DATA[0], found, np.array([0]))
+    figure = report.grid(glyphs, found, np.array([0]))
     (axes,) = figure.axes
-    assert [text.get_text()[0] for text in axes.texts] == ["q", "✗", "✓", "✗"]
+    assert [text.get_text()[0] for text in axes.texts] == ["q", "P", "✗", "✓", "✗"]
+    assert axes.texts[1].get_text() == "PATTERN 0\nnearest: PATTERN 1"
     colours = [patch.get_edgecolor()[:3] for patch in axes.patches]
     assert colours[1] == colours[3] != colours[2]
     shown = [255 - image.get_array() for image in axes.images]
-    for image, row in zip(shown, [0, 1, 2, 3], strict=True):
-        assert np.array_equal(image, DATA[0].images[row])
+    for row, image in enumerate(shown):
+        assert np.array_equal(image, glyphs.images[row])
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -475,6 +478,11 @@ def test_config_survives_toml():
     assert Config.from_mapping(tomllib.loads(TINY.to_toml())) == TINY
     assert Config.from_mapping(tomllib.loads(Config().to_toml())) == Config()
     assert Config.from_mapping({"scale": 64, "dims": [8]}) == Config(scale=64.0, dims=(8,))
+
+
+def test_demo_file_is_the_default():
+    demo = importlib.resources.files("unicom_ext.train") / "demo.toml"
+    assert Config.from_mapping(tomllib.loads(demo.read_text())) == Config()
 
 
 def test_bad_files(tmp_path):

@@ -7,8 +7,8 @@ character in up to 16 faces (`FACES`), white on black:
    faces can draw. Combining marks are left out: they are told apart by where they sit above or
    below a letter, and a tight crop removes exactly that.
 2. It is drawn 128 pixels high, cropped to its ink, scaled (keeping its shape) so that its longer
-   side is 28 pixels, and centred in 32 x 32. Blank glyphs and the font's "missing character" box
-   are dropped.
+   side is 28 pixels, and centred in 32 x 32. Blank glyphs are dropped; a face that has no glyph of
+   its own for a character is not asked, so its "missing character" box is never drawn.
 3. Every bitmap is kept once. Characters that share a bitmap in any face (Latin A, Greek Alpha and
    Cyrillic A; the dashes, once their length is scaled away) cannot be told apart by looking, so
    they are one class, named after the lowest code point. No bitmap is left in two classes.
@@ -90,6 +90,7 @@ def load(cache_dir: str | os.PathLike | None = None) -> Glyphs:
     The file's name holds a hash of the versions that decide the pixels, and the file a checksum
     that is verified here. A damaged file is drawn again; a directory that cannot be written to
     costs a warning and the next call draws again.
+    Raises ModuleNotFoundError where matplotlib or Pillow, which are optional, are not installed.
     """
     path = _cache_root(cache_dir) / f"glyphs-{_version_key()}.npz"
     glyphs = _read(path)
@@ -164,10 +165,9 @@ def _draw() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         font = ImageFont.truetype(
             str(folder / f"{face}.ttf"), DRAWN, layout_engine=ImageFont.Layout.BASIC
         )
-        missing = _draw_one(font, "\U0010ffff")  # a noncharacter, so always the missing glyph
-        for c in characters:
-            image = _draw_one(font, chr(c)) if c in drawable[f] else None
-            if image is not None and not (missing is not None and np.array_equal(image, missing)):
+        for c in (c for c in characters if c in drawable[f]):
+            image = _draw_one(font, chr(c))
+            if image is not None:
                 images.append(image)
                 codepoints.append(c)
                 fonts.append(f)
@@ -245,9 +245,13 @@ def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
 
 def _version_key() -> str:
     """Hash of everything that decides the pixels, the classes or the captions."""
-    import matplotlib
-    import PIL
-    from PIL import features
+    try:
+        import matplotlib
+        import PIL
+        from PIL import features
+    except ModuleNotFoundError as error:
+        message = f"the glyph images need {error.name}: pip install 'unicom_ext[demo]'"
+        raise ModuleNotFoundError(message, name=error.name) from None
 
     versions = (
         f"format {FORMAT}",

@@ -86,22 +86,29 @@ def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
     make retrieval worse.
     """
     train, test = _pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
-    _, labels, count = torch.as_tensor(labels).unique(return_inverse=True, return_counts=True)
+    labels = torch.as_tensor(labels)
+    if labels.shape != train.shape[:1]:
+        raise ValueError(f"train_labels: got shape {list(labels.shape)}, must be [{len(train)}]")
+    _, labels, count = labels.unique(return_inverse=True, return_counts=True)
     if not 1 <= dim < len(count) < len(train):
         raise ValueError(
-            f"dim: got {dim}, must be from 1 to {len(count) - 1}, one less than the number of train "
-            f"classes, and these fewer than the {len(train)} train images"
+            f"dim: got {dim}, must be from 1 to {len(count) - 1}, one less than the number of "
+            f"train classes, and these fewer than the {len(train)} train images"
         )
     train, count = train.double(), count[:, None].double()
     means = torch.zeros(len(count), train.shape[1], dtype=torch.float64)
     means.index_add_(0, labels, train).div_(count)
     within = train - means[labels]
-    root = torch.linalg.cholesky(within.T @ within / (len(train) - len(count)))
+    within = within.T @ within / (len(train) - len(count))
+    within.diagonal().add_(1e-6 * within.diagonal().mean())  # a feature may be constant
+    root = torch.linalg.cholesky(within)
     # In coordinates root^-1 x the classes have unit variance. The mean of train is zero already.
     whitened = torch.linalg.solve_triangular(root, means.T * count.T.sqrt(), upper=False)
     between, axes = torch.linalg.eigh(whitened @ whitened.T)  # smallest first
     between, axes = between[-dim:].flip(0), axes[:, -dim:].flip(1)
-    projection = torch.linalg.solve_triangular(root.T, axes, upper=True) * between.sqrt()
+    projection = (
+        torch.linalg.solve_triangular(root.T, axes, upper=True) * between.clamp_min(0).sqrt()
+    )
     return test @ projection.float()
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .search import (
     DEFAULT_BLOCK_BYTES,
-    NOTHING,
     TieRank,
     best_keys,
     check_block_bytes,
@@ -104,7 +103,8 @@ def evaluate(
             block_bytes=block_bytes,
             dim=dim,
         ):
-            right = (keys & 1 == 0) & (keys != NOTHING)  # [q, k], best first
+            # Best first. Entries that stayed free come last, after all R relevant items.
+            right = keys & 1 == 0  # [q, k]
             found = right.cumsum(1)
             width = right.shape[1]
             hits += (found[:, [min(k, width) - 1 for k in ks]] > 0).sum(0).cpu()

@@ -38,7 +38,7 @@ def table(metrics: dict[str, Any]) -> Table:
     dims = metrics["config"]["dims"]
     data = metrics["data"]
     grid = Table(
-        title="Recall@1 on characters that were never trained on",
+        title="Recall@1 on unseen characters",
         caption=f"{data['test_images']:,} images of {data['test_classes']:,} characters, each "
         "searched among all the others",
     )
@@ -141,11 +141,14 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
 
 
 def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
-    """Each query, two to a line: its image, then its nearest images, framed by right and wrong."""
+    """Each query, two to a line: its image, then its nearest images, framed by right and wrong.
+
+    Below stand the name of its character and, if the nearest is another one, the name of that.
+    """
     across = min(2, len(queries))
     down = -(-len(queries) // across)
     width = (1 + found.index.shape[1]) * CELL + CELL // 2  # of a query with its neighbours
-    height = CELL + 12  # with the line of text above
+    height = CELL + 28  # with a line of text above and two below
     figure = Figure(figsize=(across * width / 60, down * height / 60))
     # One coordinate system of pixels for everything; a hundred axes would take seconds to lay out.
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, across * width), ylim=(down * height, 0))
@@ -166,6 +169,10 @@ def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
         left = place // down * width + CELL // 4
         top = place % down * height + 12
         picture(images.images[query], left, top, "query", "black")
+        name = images.captions[images.labels[query]]
+        if not found.right[query, 0]:
+            name += "\nnearest: " + images.captions[images.labels[found.index[query, 0]]]
+        axes.text(left, top + CELL - 4, name, color="#59636e", va="top", fontsize=7)
         for rank, neighbour in enumerate(found.index[query]):
             left += CELL
             right = found.right[query, rank]
