@@ -5,10 +5,16 @@ computes margin softmax cross entropy on them in one operator that never stores 
 UNICOM (arXiv:2304.05884) and PartialFC (arXiv:2203.15565).
 """
 
-from unicom_ext.cpu import cpu_capability, set_cpu_capability
-from unicom_ext.functional import Metrics, partial_margin_softmax
-from unicom_ext.loss import PartialMarginSoftmax, Selection
-from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unicom_ext.cpu import cpu_capability, set_cpu_capability
+    from unicom_ext.functional import Metrics, partial_margin_softmax
+    from unicom_ext.loss import PartialMarginSoftmax, Selection
+    from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
 __version__ = "0.1.0"
 
@@ -24,3 +30,29 @@ __all__ = [
     "partial_margin_softmax",
     "set_cpu_capability",
 ]
+
+# Loaded at first use: the command line then starts without torch, and `unicom-ext doctor` can say
+# what is wrong with compiled modules that do not load.
+_HOME = {
+    "ArcFace": "margins",
+    "CombinedMargin": "margins",
+    "CosFace": "margins",
+    "Metrics": "functional",
+    "PartialMarginSoftmax": "loss",
+    "Selection": "loss",
+    "SphereFace": "margins",
+    "cpu_capability": "cpu",
+    "partial_margin_softmax": "functional",
+    "set_cpu_capability": "cpu",
+}
+_SUBMODULES = ("cpu", "data", "functional", "loss", "margins", "reference", "retrieval", "sampling")
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
