@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "product.h"
 
@@ -90,20 +91,18 @@ UNICOM_INLINE Unit make_unit(RealOf<Unit> even, RealOf<Unit> odd) {
     return even;
 }
 
-// out[j][i] = in[i][j] for a 4 x 4 block of 32-bit words.
+// A 4 x 4 block of 32-bit words: load(i) gives row i, put(j, v) takes column j.
 typedef uint32_t Words4 __attribute__((vector_size(16)));
 typedef uint32_t Words4Load __attribute__((vector_size(16), aligned(4), may_alias));
-UNICOM_INLINE void transpose_words(const uint32_t* in, int64_t in_stride, uint32_t* out,
-                                   int64_t out_stride) {
-  auto row = [&](int i) {
-    return static_cast<Words4>(*reinterpret_cast<const Words4Load*>(in + i * in_stride));
-  };
-  const Words4 a = row(0), b = row(1), c = row(2), d = row(3);
+UNICOM_INLINE Words4 load_words4(const void* p) { return *static_cast<const Words4Load*>(p); }
+UNICOM_INLINE void store_words4(void* p, Words4 v) { *static_cast<Words4Load*>(p) = v; }
+template <class Load, class Put>
+UNICOM_INLINE void transpose_words(const Load& load, const Put& put) {
+  const Words4 a = load(0), b = load(1), c = load(2), d = load(3);
   const Words4 ab_low = __builtin_shuffle(a, b, Words4{0, 4, 1, 5});
   const Words4 ab_high = __builtin_shuffle(a, b, Words4{2, 6, 3, 7});
   const Words4 cd_low = __builtin_shuffle(c, d, Words4{0, 4, 1, 5});
   const Words4 cd_high = __builtin_shuffle(c, d, Words4{2, 6, 3, 7});
-  auto put = [&](int i, Words4 v) { *reinterpret_cast<Words4Load*>(out + i * out_stride) = v; };
   put(0, __builtin_shuffle(ab_low, cd_low, Words4{0, 1, 4, 5}));
   put(1, __builtin_shuffle(ab_low, cd_low, Words4{2, 3, 6, 7}));
   put(2, __builtin_shuffle(ab_high, cd_high, Words4{0, 1, 4, 5}));
@@ -119,8 +118,8 @@ void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T*
   if (by_four)
     for (int64_t c = 0; c < tail; c += 4)
       for (int64_t r = 0; r < rows; r += 4)
-        transpose_words(reinterpret_cast<const uint32_t*>(in + r * in_stride + c), in_stride,
-                        reinterpret_cast<uint32_t*>(out + c * out_stride + r), out_stride);
+        transpose_words([&](int i) -> Words4 { return load_words4(in + (r + i) * in_stride + c); },
+                        [&](int i, Words4 v) { store_words4(out + (c + i) * out_stride + r, v); });
   for (int64_t c = tail; c < columns; ++c)
     for (int64_t r = 0; r < rows; ++r) out[c * out_stride + r] = in[r * in_stride + c];
 }
@@ -150,11 +149,49 @@ void rows_to_panel(RealOf<Unit>* rows, int64_t height, Unit* panel) {
   }
 }
 
+// Sixteen whole fp32 rows go straight to their panel: norms first, which brings the rows into the
+// cache, then transposed and scaled in one pass. False, and nothing done, where a row is zero or
+// its norm lies outside the range of fp32.
+bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
+                     float* panel, double* inverse_norm) {
+  typedef float Floats4 __attribute__((vector_size(16)));
+  const float* rows[kLanes];
+  Floats4 scale[kLanes / 4];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const int64_t position = first + lane, ahead = position + kPrefetchRows;
+    if (ahead < total) prefetch_row(source, ids != nullptr ? ids[ahead] : ahead);
+    const int64_t id = ids != nullptr ? ids[position] : position;
+    rows[lane] = static_cast<const float*>(source.data) + id * source.row_stride;
+    const double inverse = 1.0 / std::sqrt(sum_of_squares(rows[lane], source.dim));
+    if (!(inverse > 1e-30 && inverse < 1e30)) return false;
+    inverse_norm[lane] = inverse;
+    scale[lane / 4][lane % 4] = static_cast<float>(inverse);
+  }
+  const int64_t fours = source.dim - source.dim % 4;
+  for (int64_t k = 0; k < fours; k += 4)
+    for (int64_t r = 0; r < kLanes; r += 4)
+      transpose_words([&](int i) -> Words4 { return load_words4(rows[r + i] + k); },
+                      [&](int i, Words4 v) {
+                        const Floats4 scaled = reinterpret_cast<Floats4>(v) * scale[r / 4];
+                        store_words4(panel + (k + i) * kLanes + r,
+                                     reinterpret_cast<Words4>(scaled));
+                      });
+  for (int64_t k = fours; k < panel_height(source.dim); ++k)
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      panel[k * kLanes + lane] = k < source.dim ? rows[lane][k] * scale[lane / 4][lane % 4] : 0.0f;
+  return true;
+}
+
 template <class Unit>
 void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
                 Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
   const int64_t height = panel_height(source.dim);
   const int64_t count = total - first < kLanes ? total - first : kLanes;
+  if constexpr (std::is_same_v<Unit, float>)
+    if (source.dtype == DType::kFloat32 && source.columns == nullptr && count == kLanes &&
+        rounding == Rounding::kNone &&
+        pack_whole_rows(source, ids, first, total, panel, inverse_norm))
+      return;
   const auto id_of = [&](int64_t lane) {
     return ids != nullptr ? ids[first + lane] : first + lane;
   };
