@@ -264,8 +264,13 @@ def test_second_signal_is_not_caught(tmp_path):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_step=stop)
+    # What a terminal gives; a process started in the background may have inherited "ignore".
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, on_step=stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
