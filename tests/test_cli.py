@@ -28,6 +28,7 @@ TINY = [
 @pytest.fixture
 def tiny_glyphs(monkeypatch):
     """Some of the real pipeline's data, without drawing it."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # which `train` sets, undone after the test
     monkeypatch.setattr(glyphs, "load", lambda: None)
     monkeypatch.setattr(glyphs, "split", lambda *arguments: DATA)
 
@@ -137,6 +138,20 @@ def test_bad_input_is_one_clear_message(tmp_path, arguments, message):
     assert isinstance(result.exception, SystemExit)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_wait_as_the_user_says(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "environ", dict(given))
+    cli._spin_briefly()
+    assert os.environ == expected
 
 
 # ---- bench ---------------------------------------------------------------------------------------

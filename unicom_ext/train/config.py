@@ -96,7 +96,7 @@ class Config:
         BASELINES, "what to compare with", f"some of {', '.join(BASELINES)}, or nothing",
         lambda v: set(v) <= set(BASELINES) and len(set(v)) == len(v),
     )  # fmt: skip
-    evaluate_every: int = _whole(4, "epochs between evaluations, 0 for the end only", 0)
+    evaluate_every: int = _whole(7, "epochs between evaluations, 0 for the end only", 0)
     checkpoint_every: int = _whole(200, "steps between checkpoints", 1)
     threads: int = _whole(0, "threads of torch, 0 for its own choice", 0)
 
