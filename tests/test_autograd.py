@@ -262,7 +262,7 @@ def loss_arguments(
 ) -> tuple:
     x, w = leaves(problem)
     classes = problem.options.get("class_index")
-    slot = ops.label_slots(problem.labels, classes, len(w), -100)
+    slot = ops.label_slots(problem.labels, classes, len(w), -100, 0, len(w))
     features = problem.options.get("feature_index")
     return (
         *(x, slot, w, classes, None, features, None, None, 1.0, 0.3, 0.1, 64.0, float("inf")),
@@ -285,21 +285,39 @@ def test_opcheck_of_the_backward_operator():
     *_, state, packed, kept = ops.loss(
         *(a.detach() if torch.is_tensor(a) else a for a in arguments)
     )
-    tensors, options = arguments[:8], arguments[8:-1]
-    tensors = tuple(a.detach() if torch.is_tensor(a) else a for a in tensors)
+    x, slot, w, classes, count, features = (
+        a.detach() if torch.is_tensor(a) else a for a in arguments[:6]
+    )
+    scale, filter, _exact, _linear, *options = arguments[11:-1]
     for compact in (False, True):
         opcheck(
             ops.loss_backward,
-            (torch.ones(()), *tensors, state, packed, kept, *options, True, True, compact),
+            (
+                *(torch.ones(()), x, slot, w, classes, count, features, state, packed, kept),
+                *(scale, filter, *options, True, True, compact),
+            ),
         )
+
+
+def test_opcheck_of_the_operators_between_collectives():
+    problem = random_problem(7, 11, 6, sampled=9, features=5)
+    x, slot, w, classes, count, features, *_ = loss_arguments(problem)
+    tensors = (x.detach(), slot, w.detach(), classes, count, features)
+    arguments = (*tensors, 64.0, float("inf"), 20, 0, 1 << 20)
+    opcheck(ops.loss_sums, arguments)
+    sums, exponent, _largest, inverse_norm, *_ = ops.loss_sums(*arguments)
+    opcheck(
+        ops.loss_merge,
+        (sums, exponent, inverse_norm, slot, None, None, 1.0, 0.3, 0.1, 64.0, False, True),
+    )
 
 
 def test_opcheck_of_the_selections():
     labels, step = torch.tensor([3, 700, -100, 3]), torch.tensor(5)
     opcheck(ops.select_classes, (labels, step, 1000, 100, 0, -100, 0, 1000))
     opcheck(ops.select_features, (step, 64, 16, 0))
-    opcheck(ops.label_slots, (labels, torch.arange(0, 1000), 1000, -100))
-    opcheck(ops.label_slots, (labels.int(), None, 1000, -100))
+    opcheck(ops.label_slots, (labels, torch.arange(0, 1000), 1000, -100, 0, 1000))
+    opcheck(ops.label_slots, (labels.int(), None, 1000, -100, 0, 1000))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The partial margin softmax as a function: one autograd operator on CPU tensors.
 
-Layers: argument checks here, the operators `torch.ops.unicom_ext.*` (csrc/bind/ops.cpp) below, and
+Layers: argument checks here, the operators `torch.ops.unicom_ext.*` (csrc/bind) below, and
 the engine (csrc/engine) below them. Gradients and the shapes that `torch.compile` needs are
 registered here.
 """
@@ -124,7 +124,8 @@ def partial_margin_softmax(
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
     if check_finite:
         checks.check_finite(embeddings)
-    slot = _ops.label_slots(labels, class_index, prototypes.shape[0], ignore_index)
+    num_classes = prototypes.shape[0]
+    slot = _ops.label_slots(labels, class_index, num_classes, ignore_index, 0, num_classes)
     loss, metrics = call_loss(
         embeddings,
         slot,
@@ -210,17 +211,19 @@ def _resolve_precision(precision: str, device_type: str) -> str:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    tensors, options, sparse = inputs[:8], inputs[8:-1], inputs[-1]
-    ctx.save_for_backward(*tensors, *output[4:])  # and state, packed, kept
-    ctx.options = options
+    # The margin is in the state: backward needs neither m1, m2, m3 nor how their gradient is taken.
+    scale, filter, _exact, _linear, precision, reduction, workspace_bytes, sparse = inputs[11:]
+    ctx.save_for_backward(*inputs[:6], *output[4:])  # and state, packed, kept
+    ctx.options = scale, filter, precision, reduction, workspace_bytes
     ctx.sparse = sparse
+    ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
     _embeddings, _slot, prototypes, class_index, count, *_rest = saved
-    grads: list[Tensor | None] = [None] * (8 + len(ctx.options) + 1)
+    grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
@@ -293,20 +296,31 @@ def _(step, dim, num_selected, seed):
 
 
 @torch.library.register_fake("unicom_ext::label_slots")
-def _(labels, class_index, num_classes, ignore_index):
+def _(labels, class_index, num_classes, ignore_index, start, stop):
     return labels.new_empty(labels.shape, dtype=torch.int64)
+
+
+def _saved_sizes(embeddings, prototypes, class_index, feature_index, precision, workspace_bytes):
+    """Bytes of `packed` and `kept`."""
+    batch, dim = embeddings.shape
+    double = torch.float64 in (embeddings.dtype, prototypes.dtype)
+    value_bytes = 8 if double else 2 if precision == _PRECISION["bf16"] else 4
+    num_sampled = prototypes.shape[0] if class_index is None else class_index.shape[0]
+    num_features = dim if feature_index is None else feature_index.shape[0]
+    packed = _packed_bytes(num_sampled, num_features, value_bytes)
+    return packed, _kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes)
 
 
 @torch.library.register_fake("unicom_ext::loss")
 def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1, m2_value,
       m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision, reduction,
       workspace_bytes, sparse_grad):  # fmt: skip
-    batch, dim = embeddings.shape
+    batch = embeddings.shape[0]
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
     real = torch.float64 if double else torch.float32
-    value_bytes = 8 if double else 2 if precision == _PRECISION["bf16"] else 4
-    num_sampled = prototypes.shape[0] if class_index is None else class_index.shape[0]
-    num_features = dim if feature_index is None else feature_index.shape[0]
+    packed, kept = _saved_sizes(
+        embeddings, prototypes, class_index, feature_index, precision, workspace_bytes
+    )
     new = embeddings.new_empty
     return (
         new((batch,) if reduction == _REDUCTION["none"] else (), dtype=real),
@@ -314,17 +328,38 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m
         new((batch,), dtype=real),
         new((batch,), dtype=real),
         new((batch, 6), dtype=torch.float64),
-        new((_packed_bytes(num_sampled, num_features, value_bytes),), dtype=torch.uint8),
-        new((_kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes),),
-            dtype=torch.uint8),
-    )  # fmt: skip
+        new((packed,), dtype=torch.uint8),
+        new((kept,), dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("unicom_ext::loss_sums")
+def _(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+      total_sampled, precision, workspace_bytes):  # fmt: skip
+    batch = embeddings.shape[0]
+    packed, kept = _saved_sizes(
+        embeddings, prototypes, class_index, feature_index, precision, workspace_bytes
+    )
+    new = embeddings.new_empty
+    return (
+        new((batch, 2), dtype=torch.float64),
+        *(new((batch,), dtype=torch.float64) for _ in range(3)),
+        new((packed,), dtype=torch.uint8),
+        new((kept,), dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("unicom_ext::loss_merge")
+def _(sums, exponent, inverse_norm, slot, m2, m3, m1, m2_value, m3_value, scale, exact_margin_grad,
+      linear_beyond_pi):  # fmt: skip
+    batch = slot.shape[0]
+    return sums.new_empty((batch,)), sums.new_empty((batch, 6))
 
 
 @torch.library.register_fake("unicom_ext::loss_backward")
-def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, state,
-      packed, kept, m1, m2_value, m3_value, scale, filter, exact_margin_grad, linear_beyond_pi,
-      precision, reduction, workspace_bytes, want_embeddings, want_prototypes,
-      compact):  # fmt: skip
+def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, state, packed,
+      kept, scale, filter, precision, reduction, workspace_bytes, want_embeddings,
+      want_prototypes, compact):  # fmt: skip
     num_rows = class_index.shape[0] if compact else prototypes.shape[0]
     dim = embeddings.shape[1]
     return (

@@ -190,7 +190,9 @@ class PartialMarginSoftmax(nn.Module):
                 self.num_classes,
             )
         else:
-            slot = _ops.label_slots(labels, None, self.num_classes, self.ignore_index)
+            slot = _ops.label_slots(
+                labels, None, self.num_classes, self.ignore_index, 0, self.num_classes
+            )
         if self.training and self.num_features < self.embedding_size:
             feature_index = _ops.select_features(
                 this_step, self.embedding_size, self.num_features, self.seed

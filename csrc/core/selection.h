@@ -15,6 +15,10 @@ namespace unicom {
 constexpr int64_t kBlockSize = 256;
 constexpr int kBlockWords = 4;
 
+// A label's slot is its position among the selected classes, or one of these.
+constexpr int64_t kIgnoredSlot = -1;
+constexpr int64_t kElsewhereSlot = -2;  // the class belongs to another shard
+
 // Quotas multiply two class counts in 64 bits.
 constexpr int64_t kMaxClasses = (int64_t{1} << 32) - 1;
 

@@ -154,6 +154,8 @@ class Backward {
 
   void run() {
     prepare_rows();
+    if (s_.panels == 0 && want_embeddings())  // a shard without classes
+      std::fill_n(embedding_gradient_.get(), row_panels_ * s_.height * kLanes, Real(0));
     for (int64_t first = 0; first < s_.panels; first += run_panels_) {
       const int64_t panels = std::min(run_panels_, s_.panels - first);
       const int64_t groups = ceil_div(panels, kPanelsPerItem);
@@ -187,7 +189,7 @@ class Backward {
     weight_.resize(static_cast<size_t>(s_.padded_rows), 0.0);
     for (int64_t i = 0; i < p_.batch; ++i) {
       const SampleState& state = args_.state[i];
-      if (p_.slot[i] < 0 || state.factor == 0) continue;
+      if (p_.slot[i] == kIgnoredSlot || state.factor == 0) continue;
       row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
       weight_[static_cast<size_t>(i)] = args_.weight[i] * p_.scale * state.miss;
     }
@@ -308,7 +310,7 @@ class Backward {
       const Real* gradient = embedding_gradient_.get() + panel * s_.height * kLanes;
       const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
       for (int64_t i = panel * kLanes; i < end; ++i) {
-        if (p_.slot[i] < 0) continue;  // its row stays zero
+        if (p_.slot[i] == kIgnoredSlot) continue;  // its row stays zero
         const int64_t lane = i - panel * kLanes;
         const Real* x = rows_.unit.get() + i * s_.height;
         double dot = 0;
@@ -317,7 +319,7 @@ class Backward {
         const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
         for (int64_t d = 0; d < s_.dim; ++d)
           row[d] = static_cast<Real>(factor * (gradient[d * kLanes + lane] - dot * x[d]));
-        target.add_to_embedding(i, row.get());
+        if (p_.slot[i] >= 0) target.add_to_embedding(i, row.get());
         write_row(args_.embeddings, i, row.get());
       }
     });

@@ -4,42 +4,28 @@
 
 #include <cstdint>
 
+#include "../core/selection.h"
+#include "../core/target.h"
 #include "../cpu/kernels.h"
 #include "parallel.h"
 
 namespace unicom {
 
-// One call of the operation. All pointers stay the caller's.
+// One call of the operation on one shard of the classes. All pointers stay the caller's.
 struct Problem {
   cpu::RowSource embeddings;  // [batch, d] with the selected columns
   int64_t batch;
   cpu::RowSource prototypes;   // [C, d] with the selected columns
   const int64_t* class_index;  // [sampled] ascending class ids, or nullptr: class j is row j
   int64_t sampled;             // |S|
-  const int64_t* slot;         // [batch] position of the label in class_index, -1: ignored
+  const int64_t* slot;         // [batch] position of the label in class_index, kIgnoredSlot: the
+                               // row does not count, kElsewhereSlot: its target is not here
   double scale;
-  double filter;  // +inf: none
-  double m1;
-  double m2, m3;                // radians; used where the per-sample arrays are null
-  const double* m2_per_sample;  // [batch] or nullptr
-  const double* m3_per_sample;
-  bool exact_margin_grad;
-  bool linear_beyond_pi;
+  double filter;          // +inf: none
+  int64_t total_sampled;  // at least |S| of all shards together: fixes the constant exponent
   cpu::Rounding rounding;
   int64_t kept_panels;  // class panels whose cosines are kept for backward, see kept_panels()
 };
-
-// What the backward pass needs of each sample.
-struct SampleState {
-  double inverse_norm;  // of the embedding's selected part
-  double cosine;        // with its prototype
-  double slope;         // psi'(cosine)
-  double miss;          // 1 - p_target
-  double factor;        // a negative's softmax among negatives is
-  double exponent;      //   factor * 2^-exponent * exp(scale * cosine)
-};
-constexpr int64_t kSampleStateSize = 6;
-static_assert(sizeof(SampleState) == kSampleStateSize * sizeof(double));
 
 // The packed unit prototypes: vector panels, then one inverse norm per lane.
 int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value);
@@ -49,11 +35,15 @@ int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value);
 int64_t kept_panel_bytes(int64_t batch, int64_t real_bytes);
 int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t workspace_bytes);
 
-struct ForwardResult {
-  double* loss;              // [batch]
-  double* target_cosine;     // [batch], 0 where ignored
-  double* largest_negative;  // [batch], -inf where there is none
-  SampleState* state;        // [batch]
+// What a shard knows of each sample. Shards merge by adding `sum` (after bringing it to a common
+// exponent, where exponents are not the constant one) and `target_cosine`.
+struct ShardSums {
+  double* sum;               // over this shard's other classes of exp(scale * cosine), as
+  double* exponent;          //   sum * 2^exponent; -inf without classes above the constant range
+  double* target_cosine;     // 0 where ignored or elsewhere
+  double* largest_negative;  // cosine; -inf where there is none
+  double* inverse_norm;      // of the embedding's selected part
+  int64_t stride;            // between the samples of sum and target_cosine; the others are dense
   void* packed;              // packed_bytes
   void* kept;                // kept_panels * kept_panel_bytes
 };
@@ -78,7 +68,13 @@ struct BackwardArgs {
 };
 
 template <class Unit>
-void forward(const Problem&, const ForwardResult&, const Parallel&);
+void forward(const Problem&, const ShardSums&, const Parallel&);
+
+// The loss of each sample and what backward needs of it, from the sums of all shards. Ignored
+// samples have loss 0.
+void merge(const MarginOptions&, double scale, int64_t batch, const int64_t* slot, const ShardSums&,
+           double* loss, SampleState* state);
+
 template <class Unit>
 void backward(const Problem&, const BackwardArgs&, const Parallel&);
 

@@ -2,7 +2,6 @@
 #include <cmath>
 #include <limits>
 
-#include "../core/margin.h"
 #include "../core/softmax.h"
 #include "operands.h"
 
@@ -55,7 +54,7 @@ void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit
   const int64_t run_panels = std::max<int64_t>(16, round_up(ceil_div(s.panels, kRuns), 4));
   const int64_t runs = ceil_div(s.panels, run_panels);
   int64_t exponent;
-  if (!constant_exponent(p.scale, static_cast<double>(p.sampled), &exponent))
+  if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent))
     exponent = cpu::kRunningExponent;
 
   Buffer<cpu::RowSum> partial(std::max<int64_t>(1, runs) * s.padded_rows);
@@ -106,7 +105,7 @@ void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit
 }
 
 // Cosine of each sample with its own prototype, in double from the rows as they were given.
-void target_cosines(const Problem& p, double* cosine, const Parallel& parallel) {
+void target_cosines(const Problem& p, double* cosine, int64_t stride, const Parallel& parallel) {
   const auto& k = kernels_for<double>();
   constexpr int64_t kSamplesPerItem = 16;
   parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
@@ -114,11 +113,12 @@ void target_cosines(const Problem& p, double* cosine, const Parallel& parallel) 
     Buffer<double> x(dim), w(dim);
     const int64_t end = std::min(p.batch, (item + 1) * kSamplesPerItem);
     for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
-      cosine[i] = 0;
+      double& sum = cosine[i * stride];
+      sum = 0;
       if (p.slot[i] < 0) continue;
       k.unit_row(p.embeddings, i, x.get(), dim);
       k.unit_row(p.prototypes, p.class_index ? p.class_index[p.slot[i]] : p.slot[i], w.get(), dim);
-      for (int64_t d = 0; d < dim; ++d) cosine[i] += x[d] * w[d];
+      for (int64_t d = 0; d < dim; ++d) sum += x[d] * w[d];
     }
   });
 }
@@ -126,7 +126,7 @@ void target_cosines(const Problem& p, double* cosine, const Parallel& parallel) 
 }  // namespace
 
 template <class Unit>
-void forward(const Problem& p, const ForwardResult& out, const Parallel& parallel) {
+void forward(const Problem& p, const ShardSums& out, const Parallel& parallel) {
   const Shape<Unit> s(p);
   const PackedClasses<Unit> classes(out.packed, s);
   pack_classes(p, s, classes, parallel);
@@ -134,37 +134,33 @@ void forward(const Problem& p, const ForwardResult& out, const Parallel& paralle
   const PackedRows<Unit> rows(p, s, parallel);
   Buffer<cpu::RowSum> sums(p.batch);
   sum_negatives(p, s, rows, classes, out.kept, sums.get(), parallel);
-  target_cosines(p, out.target_cosine, parallel);
+  target_cosines(p, out.target_cosine, out.stride, parallel);
 
+  constexpr double kNone = -std::numeric_limits<double>::infinity();
   for (int64_t i = 0; i < p.batch; ++i) {
     const cpu::RowSum& sum = sums[i];
-    SampleState& state = out.state[i];
-    out.loss[i] = 0;
-    out.largest_negative[i] = -std::numeric_limits<double>::infinity();
-    state = {};
-    if (p.slot[i] < 0) continue;
-    if (sum.largest > cpu::kNoCosine) out.largest_negative[i] = sum.largest;
-    const double m2 = p.m2_per_sample ? p.m2_per_sample[i] : p.m2;
-    const double m3 = p.m3_per_sample ? p.m3_per_sample[i] : p.m3;
-    const auto margin = evaluate_margin(out.target_cosine[i], p.m1, m2, m3, p.exact_margin_grad,
-                                        p.linear_beyond_pi);
-    const double a = sum.sum == 0 ? -std::numeric_limits<double>::infinity()
-                                  : static_cast<double>(sum.exponent) * kLn2 + std::log(sum.sum);
-    const TargetLoss loss = target_loss(a, p.scale * margin.psi);
-    out.loss[i] = loss.loss;
-    state.inverse_norm = rows.inverse_norm[static_cast<size_t>(i)];
-    state.cosine = out.target_cosine[i];
-    state.slope = margin.slope;
-    state.miss = loss.miss;
-    int power = 0;
-    const double mantissa = std::frexp(sum.sum, &power);
-    state.factor = sum.sum == 0 ? 0.0 : 1.0 / mantissa;
-    state.exponent = static_cast<double>(sum.exponent + power);
+    const bool ignored = p.slot[i] == kIgnoredSlot;
+    out.sum[i * out.stride] = ignored ? 0 : sum.sum;
+    out.exponent[i] =
+        sum.exponent == cpu::kRunningExponent ? kNone : static_cast<double>(sum.exponent);
+    out.largest_negative[i] = !ignored && sum.largest > cpu::kNoCosine ? sum.largest : kNone;
+    out.inverse_norm[i] = rows.inverse_norm[static_cast<size_t>(i)];
   }
 }
 
-template void forward<float>(const Problem&, const ForwardResult&, const Parallel&);
-template void forward<cpu::BfPair>(const Problem&, const ForwardResult&, const Parallel&);
-template void forward<double>(const Problem&, const ForwardResult&, const Parallel&);
+template void forward<float>(const Problem&, const ShardSums&, const Parallel&);
+template void forward<cpu::BfPair>(const Problem&, const ShardSums&, const Parallel&);
+template void forward<double>(const Problem&, const ShardSums&, const Parallel&);
+
+void merge(const MarginOptions& margin, double scale, int64_t batch, const int64_t* slot,
+           const ShardSums& sums, double* loss, SampleState* state) {
+  for (int64_t i = 0; i < batch; ++i) {
+    loss[i] = 0;
+    state[i] = {};
+    if (slot[i] == kIgnoredSlot) continue;
+    loss[i] = join_target(margin, scale, i, sums.sum[i * sums.stride], sums.exponent[i],
+                          sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &state[i]);
+  }
+}
 
 }  // namespace unicom

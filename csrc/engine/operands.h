@@ -77,7 +77,7 @@ struct PackedRows {
       for (int64_t r = granule * kRows; r < (granule + 1) * kRows; ++r) {
         RealOf<Unit>* row = unit.get() + r * s.height;
         // An ignored row counts as zeros: what it holds, NaN included, must not reach the others.
-        if (r < s.batch && p.slot[r] >= 0) {
+        if (r < s.batch && p.slot[r] != kIgnoredSlot) {
           inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embeddings, r, row, s.height);
         } else {
           std::fill(row, row + s.height, RealOf<Unit>(0));

@@ -86,7 +86,7 @@ int64_t select_classes(const Label* labels, int64_t batch, int64_t num_classes, 
 
   for (int64_t i = 0; i < batch; ++i) {
     const int64_t label = labels[i];
-    slot[i] = -1;
+    slot[i] = label == ignore_index ? kIgnoredSlot : kElsewhereSlot;
     if (label == ignore_index || label < start || label >= stop) continue;
     const int64_t b = (label - first_id) / kBlockSize;
     slot[i] =

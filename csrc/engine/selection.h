@@ -19,8 +19,8 @@ int64_t find_bad_label(const Label* labels, int64_t batch, int64_t num_classes,
 // The part in [start, stop) of the selection of `count` classes for (seed, step, labels).
 //   labels       [batch] of the global batch, already checked by find_bad_label
 //   class_index  [min(selection_bound, stop - start)] receives the selected ids in increasing order
-//   slot         [batch] receives each label's position in class_index, or -1 for a label that is
-//                ignored or outside [start, stop)
+//   slot         [batch] receives each label's position in class_index, kIgnoredSlot for a label
+//                that is ignored, kElsewhereSlot for one outside [start, stop)
 // Returns the number of ids written. Needs 1 <= count <= num_classes <= kMaxClasses and
 // 0 <= start <= stop <= num_classes. The result does not depend on the number of threads.
 template <class Label>
