@@ -1,5 +1,13 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+# Compiled graphs name operators by their schema: a cache of this checkout's own.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / "build" / "inductor")
+)
+
 import hypothesis
 import pytest
 import torch
