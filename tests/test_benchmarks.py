@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
+import head_step
+import measure
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
+from candidates import CANDIDATES, Problem, Shape
 from click.testing import CliRunner
 from helpers import random_problem, relative_error, truth
+from partial_fc import CompiledPartialFC, PartialFC
 
 from unicom_ext.margins import ArcFace
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import head_step  # noqa: E402
-import measure  # noqa: E402
-import tables  # noqa: E402
-from candidates import CANDIDATES, Problem, Shape  # noqa: E402
-from partial_fc import CompiledPartialFC, PartialFC  # noqa: E402
 
 
 @pytest.fixture

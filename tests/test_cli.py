@@ -57,7 +57,7 @@ def test_help_names_the_commands_and_is_not_heavy():
     for command in ("train", "bench", "doctor"):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
     heavy = "import sys, unicom_ext.cli; print([m for m in %r if m in sys.modules])"
-    modules = ["torch", "numpy", "matplotlib", "sklearn", "rich"]
+    modules = ["torch", "numpy", "matplotlib", "rich"]
     loaded = subprocess.run([sys.executable, "-c", heavy % modules], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]"
 

@@ -90,8 +90,7 @@ def train(
         if error.name.startswith("unicom_ext"):
             raise click.ClickException(_broken(error)) from None
         raise click.ClickException(
-            f"{error.name} is not installed; training needs: "
-            "pip install matplotlib pillow jinja2 scikit-learn"
+            f"{error.name} is not installed; training needs: pip install matplotlib pillow jinja2"
         ) from None
     except (ImportError, OSError) as error:
         raise click.ClickException(_broken(error)) from None
