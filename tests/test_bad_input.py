@@ -303,19 +303,19 @@ def test_embeddings_that_are_not_finite(value):
     for implementation in (functional.partial_margin_softmax, reference.partial_margin_softmax):
         assert call(implementation, arguments(embeddings=embeddings)).isnan()
         with pytest.raises(ValueError, match=r"embeddings must be finite.*row 3"):
-            call(implementation, arguments(embeddings=embeddings, check_finite=True))
-    module = PartialMarginSoftmax(D, C, sample_rate=0.5, check_finite=True)
+            call(implementation, arguments(embeddings=embeddings, check_inputs=True))
+    module = PartialMarginSoftmax(D, C, sample_rate=0.5, check_inputs=True)
     with pytest.raises(ValueError, match=r"embeddings must be finite.*row 3"):
         module(embeddings, labels_with())
     assert int(module.step) == 0
     assert module.last_selection is None
-    module.check_finite = False
+    module.check_inputs = False
     loss = module(embeddings, labels_with())
     assert loss.isnan()
     loss.backward()
 
 
 def test_finite_embeddings_pass_the_check():
-    good = arguments(check_finite=True)
+    good = arguments(check_inputs=True)
     good["embeddings"] = good["embeddings"] * 1e30  # their squares are not finite
     assert call(functional.partial_margin_softmax, good).isfinite()

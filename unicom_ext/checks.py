@@ -111,7 +111,7 @@ def check_finite(embeddings: Tensor) -> None:
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise ValueError(
-            f"embeddings must be finite when check_finite=True, got NaN or infinity in row {row}"
+            f"embeddings must be finite when check_inputs=True, got NaN or infinity in row {row}"
         )
 
 

@@ -47,7 +47,7 @@ def partial_margin_softmax(
     ignore_index: int = -100,
     process_group: object | None = None,
     grad_average: bool = True,
-    check_finite: bool = False,
+    check_inputs: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, Metrics]:
@@ -87,7 +87,7 @@ def partial_margin_softmax(
         ignore_index: the label of samples without loss and gradient.
         process_group: None; sharded prototypes are not there yet.
         grad_average: only matters with a process group.
-        check_finite: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
+        check_inputs: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
         workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
             multiplies three times instead of four; the rest it computes again. The result is the
             same bit for bit. Nothing is kept where no gradient is wanted.
@@ -122,7 +122,7 @@ def partial_margin_softmax(
         workspace_bytes,
     )
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
-    if check_finite:
+    if check_inputs:
         checks.check_finite(embeddings)
     num_classes = prototypes.shape[0]
     slot = _ops.label_slots(labels, class_index, num_classes, ignore_index, 0, num_classes)

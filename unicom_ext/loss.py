@@ -78,7 +78,7 @@ class PartialMarginSoftmax(nn.Module):
         ignore_index: int = -100,
         process_group: object | None = None,
         grad_average: bool = True,
-        check_finite: bool = False,
+        check_inputs: bool = False,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -122,7 +122,7 @@ class PartialMarginSoftmax(nn.Module):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.grad_average = grad_average
-        self.check_finite = check_finite
+        self.check_inputs = check_inputs
         self.workspace_bytes = workspace_bytes
         self.seed = seed
         self.weight = nn.Parameter(
@@ -173,7 +173,7 @@ class PartialMarginSoftmax(nn.Module):
             self.workspace_bytes,
         )
         checks.check_tensors(embeddings, labels, self.weight, margin)
-        if self.check_finite:
+        if self.check_inputs:
             checks.check_finite(embeddings)
         this_step = self._step_tensor(step)
 

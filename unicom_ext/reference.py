@@ -44,7 +44,7 @@ def partial_margin_softmax(
     ignore_index: int = -100,
     process_group: object | None = None,
     grad_average: bool = True,
-    check_finite: bool = False,
+    check_inputs: bool = False,
     return_metrics: bool = False,
     workspace_bytes: int = 0,
 ) -> Tensor | tuple[Tensor, Metrics]:
@@ -85,7 +85,7 @@ def partial_margin_softmax(
         workspace_bytes,
     )
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
-    if check_finite:
+    if check_inputs:
         checks.check_finite(embeddings)
     _check_values(labels, len(prototypes), class_index, ignore_index)
     if feature_index is not None:
