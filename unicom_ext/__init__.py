@@ -45,7 +45,17 @@ _HOME = {
     "partial_margin_softmax": "functional",
     "set_cpu_capability": "cpu",
 }
-_SUBMODULES = ("cpu", "data", "functional", "loss", "margins", "reference", "retrieval", "sampling")
+_SUBMODULES = (
+    "cpu",
+    "data",
+    "functional",
+    "loss",
+    "margins",
+    "optim",
+    "reference",
+    "retrieval",
+    "sampling",
+)
 
 
 def __getattr__(name: str) -> object:

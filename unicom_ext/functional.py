@@ -16,6 +16,7 @@ from torch import Tensor
 from unicom_ext import _core, checks
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.reference import Metrics
+from unicom_ext.row_sparse import refuse_dense_optimizers, row_sparse
 
 __all__ = ["Metrics", "partial_margin_softmax"]
 
@@ -169,6 +170,8 @@ def call_loss(
     slot: [B] int64, each label's position in class_index, -1 where ignored.
     count: how many entries of class_index are valid, int64 scalar tensor; None for all.
     """
+    if sparse_grad:
+        refuse_dense_optimizers()
     m2, m3 = margin.m2, margin.m3
     wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
     loss, sample_loss, target_cosine, largest_negative, *_ = _ops.loss(
@@ -240,18 +243,8 @@ def _backward(ctx, grad_loss, *_):
     if ctx.needs_input_grad[2]:
         grads[2] = grad_prototypes
         if ctx.sparse:
-            grads[2] = _row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+            grads[2] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
     return tuple(grads)
-
-
-def _row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape) -> Tensor:
-    """Rows [n, d] of a [C, d] gradient as a coalesced COO tensor; ids None: all rows are there."""
-    if ids is None:
-        ids = torch.arange(shape[0], device=rows.device)
-    n = len(ids) if count is None else int(count)
-    return torch.sparse_coo_tensor(
-        ids[:n].unsqueeze(0), rows[:n], shape, is_coalesced=True, check_invariants=False
-    )
 
 
 torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_setup_context)

@@ -9,6 +9,10 @@
 #define UNICOM_HD
 #endif
 
+// For what is called with the vectors of one instruction set: a copy of its own in every caller, so
+// that the linker cannot hand one instruction set's copy to another.
+#define UNICOM_HD_INLINED UNICOM_HD inline __attribute__((always_inline))
+
 namespace unicom {
 
 UNICOM_HD inline int popcount64(uint64_t word) {

@@ -3,13 +3,15 @@
 #include <cstring>
 
 #include "kernels.h"
+#include "update.h"
 
 namespace unicom::cpu {
 
 extern const Kernels<double> kernels_fp64_portable;
-#define UNICOM_DECLARE(isa)                       \
-  extern const Kernels<float> kernels_fp32_##isa; \
-  extern const Kernels<BfPair> kernels_bf16_##isa;
+#define UNICOM_DECLARE(isa)                        \
+  extern const Kernels<float> kernels_fp32_##isa;  \
+  extern const Kernels<BfPair> kernels_bf16_##isa; \
+  extern const UpdateKernels update_##isa;
 UNICOM_DECLARE(portable)
 UNICOM_DECLARE(emulated_avx512)
 #if defined(UNICOM_X86)
@@ -21,7 +23,8 @@ UNICOM_DECLARE(avx512_bf16)
 
 namespace {
 
-#define UNICOM_SET(isa) {#isa, &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable}
+#define UNICOM_SET(isa) \
+  {#isa, &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable, &update_##isa}
 const KernelSet kSets[] = {
     UNICOM_SET(portable),
 #if defined(UNICOM_X86)
@@ -67,6 +70,8 @@ std::atomic<const KernelSet*>& current() {
 }  // namespace
 
 const KernelSet& kernels() { return *current().load(std::memory_order_relaxed); }
+
+const UpdateKernels& update_kernels() { return *kernels().update; }
 
 int capabilities(const char** names) {
   int count = 0;

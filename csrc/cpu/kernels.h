@@ -130,6 +130,7 @@ struct KernelSet {
   const Kernels<float>* fp32;
   const Kernels<BfPair>* bf16;
   const Kernels<double>* fp64;
+  const struct UpdateKernels* update;  // update.h
 };
 
 // The kernels in use: the best this CPU can run, unless set_capability chose another.

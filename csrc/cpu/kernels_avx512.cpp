@@ -1,4 +1,5 @@
 #include "kernels_impl.h"
+#include "update_impl.h"
 
 namespace unicom::cpu {
 
@@ -6,5 +7,8 @@ extern const Kernels<float> kernels_fp32_avx512;
 extern const Kernels<BfPair> kernels_bf16_avx512;
 const Kernels<float> kernels_fp32_avx512 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_avx512 = make_kernels<BfPair>();
+
+extern const UpdateKernels update_avx512;
+const UpdateKernels update_avx512 = make_update_kernels();
 
 }  // namespace unicom::cpu

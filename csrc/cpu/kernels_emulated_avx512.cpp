@@ -1,5 +1,6 @@
 #define UNICOM_VECTOR_BYTES 64
 #include "kernels_impl.h"
+#include "update_impl.h"
 
 namespace unicom::cpu {
 
@@ -7,5 +8,8 @@ extern const Kernels<float> kernels_fp32_emulated_avx512;
 extern const Kernels<BfPair> kernels_bf16_emulated_avx512;
 const Kernels<float> kernels_fp32_emulated_avx512 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_emulated_avx512 = make_kernels<BfPair>();
+
+extern const UpdateKernels update_emulated_avx512;
+const UpdateKernels update_emulated_avx512 = make_update_kernels();
 
 }  // namespace unicom::cpu

@@ -1,4 +1,5 @@
 #include "kernels_impl.h"
+#include "update_impl.h"
 
 namespace unicom::cpu {
 
@@ -9,5 +10,8 @@ extern const Kernels<double> kernels_fp64_portable;
 const Kernels<double> kernels_fp64_portable = make_kernels<double>();
 const Kernels<float> kernels_fp32_portable = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_portable = make_kernels<BfPair>();
+
+extern const UpdateKernels update_portable;
+const UpdateKernels update_portable = make_update_kernels();
 
 }  // namespace unicom::cpu

@@ -1,0 +1,49 @@
+"""Clipping where some gradients are sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from unicom_ext.optim.rows import merge_rows
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` for parameters of which some have sparse gradients.
+
+    The gradients are scaled in place so that their norm, as if they were one vector, is at most
+    max_norm. Rows that micro-batches have in common are added up first, as the norm needs their
+    sums.
+
+    Returns the norm before clipping. Raises RuntimeError if it is not finite and
+    `error_if_nonfinite` is set; nothing has been scaled then.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    values = [_values(p) for p in parameters if p.grad is not None]
+    norm = get_total_norm(values, norm_type, error_if_nonfinite)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for value in values:
+        value.mul_(factor.to(value.device))
+    return norm
+
+
+def _values(param: Tensor) -> Tensor:
+    """What of a gradient is stored: all of a dense one, the rows of a sparse one."""
+    gradient = param.grad
+    if not gradient.is_sparse:
+        return gradient
+    if not gradient.is_coalesced():
+        ids, rows = merge_rows(gradient._indices()[0], gradient._values())
+        param.grad = torch.sparse_coo_tensor(
+            ids.unsqueeze(0), rows, gradient.shape, is_coalesced=True, check_invariants=False
+        )
+    return param.grad._values()

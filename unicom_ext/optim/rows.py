@@ -1,0 +1,226 @@
+"""What the row optimizers share: gradients by rows, the loop over parameters, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+import unicom_ext.functional  # noqa: F401  (loads the operators)
+
+_ops = torch.ops.unicom_ext
+
+_DENSE_ONLY = {
+    "amsgrad": "it needs the largest second moment of every step, also of those a row missed",
+    "dampening": "rows join at different steps, and only the first one is exempt from dampening",
+    "foreach": "rows are updated in one fused pass",
+    "capturable": "rows are updated in one fused pass",
+    "differentiable": "the update is made in place",
+}
+
+
+def refuse_dense_only(optimizer: str, options: dict[str, Any]) -> None:
+    """Options of torch's dense optimizers may be given where they are off."""
+    for name, value in options.items():
+        if name not in _DENSE_ONLY:
+            raise TypeError(f"{optimizer} got an unexpected keyword argument {name!r}")
+        if value:
+            raise ValueError(
+                f"{optimizer} cannot honour {name}={value!r}: {_DENSE_ONLY[name]}. "
+                f"Leave it out, or use a dense optimizer and sparse_grad=False"
+            )
+
+
+def check_number(name: str, value: object, *, below: float = math.inf) -> None:
+    number = float(value) if isinstance(value, (int, float, Tensor)) else math.nan
+    if isinstance(value, bool) or not 0 <= number < below:
+        allowed = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def log_of_decay(lr: float, weight_decay: float) -> float:
+    """log(1 - lr * weight_decay): what one step's decay adds to the log of a row's shrinking."""
+    if not lr * weight_decay < 1:
+        raise ValueError(
+            f"lr * weight_decay must be below 1, got lr {lr:g} and weight_decay {weight_decay:g}"
+        )
+    return math.log1p(-lr * weight_decay)
+
+
+def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [n] in any order and rows [n, d] -> distinct ascending ids, and the sum of each one's
+    rows."""
+    if _has_kernel("merge_rows", rows.device):
+        return _ops.merge_rows(ids, rows)
+    ids, position = ids.unique(return_inverse=True)
+    return ids, rows.new_zeros(len(ids), rows.shape[1]).index_add_(0, position, rows)
+
+
+def _has_kernel(operator: str, device: torch.device) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"unicom_ext::{operator}", key
+    )
+
+
+class RowOptimizer(torch.optim.Optimizer):
+    """The loop over parameters of the row optimizers.
+
+    A parameter is updated by rows once it has had a sparse gradient; all others go through torch's
+    own implementation, with torch's own state.
+
+    The state of a parameter that is updated by rows consists of tensors whose first dimension is
+    that of the parameter, and of few numbers that are the same for all rows.
+    """
+
+    _operator: str  # of the fused pass
+    _row_marker: str  # a key that only the state of row parameters has
+
+    def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        raise NotImplementedError
+
+    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+        raise NotImplementedError
+
+    def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
+        raise NotImplementedError
+
+    def _catch_up(self, param: Tensor) -> None:
+        raise NotImplementedError
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, list[list[int]]]:
+        """Shapes that each per-row state tensor may have."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of all parameters that have a gradient.
+
+        Raises ValueError: a gradient or an option cannot be used; nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)
+            for param in group["params"]:
+                _check_gradient(param)
+        for group in self.param_groups:
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            dense = [p for p in with_gradient if not self._by_rows(p)]
+            if dense:
+                self._dense_step(group, dense)
+            for param in with_gradient:
+                if self._by_rows(param):
+                    self._init_row_state(group, param)
+                    self._row_step(group, param, *_gradient_rows(param))
+                    increment_version(param)
+        return loss
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring the rows that were not sampled lately up to date with what they missed.
+
+        A row is brought up to date by itself when it is sampled again. This does it for all rows,
+        which costs a pass over all of them: before prototypes are compared with those of a dense
+        optimizer, say. It changes no later result but by rounding.
+        """
+        for param in self.state:
+            if self._by_rows(param):
+                self._catch_up(param)
+                increment_version(param)
+
+    def init_row_state(self, params: Iterable[Tensor]) -> None:
+        """Make the state of these matrices now, as it will be once they have a sparse gradient.
+
+        For code that needs the state tensors before the first step, such as
+        `torch.distributed.checkpoint`.
+        """
+        params = list(params)
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        for param in params:
+            if id(param) not in groups:
+                raise ValueError("params must be among the optimizer's parameters")
+            _check_matrix(param)
+        for param in params:
+            self._init_row_state(groups[id(param)], param)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; state keeps its own dtypes.
+
+        Raises ValueError where the state is of other shapes; nothing has changed then.
+        """
+        saved = [
+            (group, param, state_dict["state"].get(index, {}))
+            for group, saved_group in zip(
+                self.param_groups, state_dict["param_groups"], strict=False
+            )
+            for param, index in zip(group["params"], saved_group["params"], strict=False)
+        ]
+        for group, param, state in saved:
+            shapes = self._state_shapes(group, param) if self._row_marker in state else {}
+            for name, allowed in shapes.items():
+                if name in state and list(state[name].shape) not in allowed:
+                    raise ValueError(
+                        f"{name} in the state dict must be {' or '.join(map(str, allowed))} for a "
+                        f"parameter {list(param.shape)}, got {list(state[name].shape)}"
+                    )
+        super().load_state_dict(state_dict)
+        for _, param, state in saved:
+            if self._row_marker in state:
+                # torch has made all of them of the parameter's dtype.
+                for name, value in state.items():
+                    self.state[param][name] = _restored(value, param)
+
+    def _by_rows(self, param: Tensor) -> bool:
+        return self._row_marker in self.state.get(param, ()) or (
+            param.grad is not None and param.grad.is_sparse
+        )
+
+    def _fused(self, group: dict[str, Any], param: Tensor) -> bool:
+        fused = group["fused"]
+        return _has_kernel(self._operator, param.device) if fused is None else fused
+
+
+def _restored(value: Any, param: Tensor) -> Any:
+    per_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(param)
+    return value.to(param.device) if per_row else value
+
+
+def _check_gradient(param: Tensor) -> None:
+    gradient = param.grad
+    if gradient is None or not gradient.is_sparse:
+        return
+    _check_matrix(param)
+    if gradient.sparse_dim() != 1:
+        raise ValueError(
+            "a sparse gradient must hold whole rows: one sparse dimension, got "
+            f"{gradient.sparse_dim()}"
+        )
+
+
+def _check_matrix(param: Tensor) -> None:
+    if param.dim() != 2:
+        raise ValueError(
+            f"a parameter that is updated by rows must be a matrix [rows, dim], got the shape "
+            f"{list(param.shape)}"
+        )
+
+
+def _gradient_rows(param: Tensor) -> tuple[Tensor, Tensor]:
+    """ids [n] and rows [n, d]; of a dense gradient all rows."""
+    if param.grad.is_sparse:
+        return param.grad._indices()[0], param.grad._values()
+    return torch.arange(len(param), device=param.device), param.grad

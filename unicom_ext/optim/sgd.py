@@ -1,0 +1,193 @@
+"""SGD for prototypes of which each step samples some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from unicom_ext.optim import reference
+from unicom_ext.optim.rows import (
+    RowOptimizer,
+    _ops,
+    check_number,
+    log_of_decay,
+    refuse_dense_only,
+)
+
+# Steps that `exact` remembers. Then all rows are brought up to date once: a thousandth of the rows
+# sampled meanwhile, at sample_rate 0.1.
+_LONGEST_HISTORY = 4096
+
+
+class RowSGD(RowOptimizer):
+    """SGD with momentum, Nesterov's too, on the rows that have a gradient.
+
+    Parameters with dense gradients are updated exactly as by `torch.optim.SGD`. A matrix with a
+    sparse gradient is updated by rows, in one pass that reads and writes the sampled rows only.
+    What happens to a row that was not sampled:
+
+    - ``exact=False``: it stands still, its momentum too. When it is sampled again, it is first
+      multiplied by the product of ``1 - lr * weight_decay`` over the steps it missed, with the lr
+      and weight_decay of each. Without momentum this is what a dense optimizer does; with momentum
+      a dense one would go on along the buffer, through which weight decay acts too.
+    - ``exact=True``: when it is sampled again, the steps it missed are replayed as steps with
+      gradient zero, momentum and weight decay included. A step without gradient is linear in (row,
+      buffer), so any number of them is one 2 x 2 matrix, whatever the learning rates were: the
+      result is that of `torch.optim.SGD` with dense gradients, but for rounding. Until then the row
+      lags behind: the loss sees it brought up to date only from its next update on, so call
+      `catch_up` where others look at the prototypes.
+
+    Args:
+        params: parameters, or groups of them (dicts with their own options).
+        lr: step size, >= 0. May change from step to step.
+        momentum: in [0, 1).
+        weight_decay: times the parameter, added to the gradient, as in `torch.optim.SGD`. With
+            ``exact=False`` lr * weight_decay must stay below 1.
+        nesterov: Nesterov's momentum; needs momentum > 0.
+        exact: replay the steps that rows missed.
+        maximize: climb instead.
+        fused: one pass in C++, or several in plain PyTorch; None: the pass where it exists for the
+            parameter's device. Both give the same results but for rounding.
+
+    State of a row parameter [C, d]: momentum_buffer [C, d], with momentum; log_decay [C] float64
+    and total_log_decay (log of the decay each row has had, and that of a row that missed nothing)
+    or, exact, last_step [C] int32, step and history [at most 4096, 4], the last steps' matrices.
+
+    Raises:
+        ValueError: an option is out of range, or one of `torch.optim.SGD`'s that rows cannot honour
+            (dampening, foreach, differentiable).
+    """
+
+    _operator = "row_sgd_"
+    _row_marker = "by_rows"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        exact: bool = False,
+        maximize: bool = False,
+        fused: bool | None = None,
+        **dense_only: Any,
+    ) -> None:
+        refuse_dense_only("RowSGD", dense_only)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "exact": exact,
+            "maximize": maximize,
+            "fused": fused,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_number("lr", group["lr"])
+        check_number("momentum", group["momentum"], below=1)
+        check_number("weight_decay", group["weight_decay"])
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov=True needs a momentum above 0, got momentum 0")
+        if not group["exact"]:
+            log_of_decay(float(group["lr"]), group["weight_decay"])
+
+    def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        buffers = [s.get("momentum_buffer") for s in states]
+        sgd(
+            params,
+            [p.grad for p in params],
+            buffers,
+            fused=all(self._fused(group, p) for p in params),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            dampening=0.0,
+        )
+        for state, buffer in zip(states, buffers, strict=True):
+            if group["momentum"]:
+                state["momentum_buffer"] = buffer
+
+    def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if group["momentum"] and state.get("momentum_buffer") is None:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+        if "by_rows" in state:
+            return
+        state["by_rows"] = True
+        if group["exact"]:
+            state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
+            state["step"] = torch.zeros((), dtype=torch.int64)
+            state["history"] = torch.zeros(0, 4, dtype=torch.float64)
+        else:
+            state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
+            state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
+
+    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, list[list[int]]]:
+        rows = [len(param)]
+        return {"momentum_buffer": [list(param.shape)], "log_decay": [rows], "last_step": [rows]}
+
+    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+        state, lr = self.state[param], float(group["lr"])
+        exact = "last_step" in state
+        before = after = 0.0
+        if not exact:
+            before = float(state["total_log_decay"])
+            after = before + log_of_decay(lr, group["weight_decay"])
+        update = _ops.row_sgd_ if self._fused(group, param) else reference.row_sgd_
+        update(
+            param.detach(),
+            state.get("momentum_buffer") if group["momentum"] else None,
+            state.get("log_decay"),
+            state.get("last_step"),
+            state.get("history"),
+            ids,
+            rows,
+            before,
+            after,
+            int(state["step"]) + 1 if exact else 0,
+            lr,
+            group["momentum"],
+            group["weight_decay"],
+            group["nesterov"],
+            group["maximize"],
+        )
+        if exact:
+            self._remember(group, param)
+        else:
+            state["total_log_decay"] = torch.tensor(after, dtype=torch.float64)
+
+    def _remember(self, group: dict[str, Any], param: Tensor) -> None:
+        """Note this step for the rows that missed it."""
+        state = self.state[param]
+        step = reference.sgd_transition(
+            float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]
+        )
+        state["step"] = state["step"] + 1
+        state["history"] = torch.cat([state["history"], step.view(1, 4)])
+        if len(state["history"]) >= _LONGEST_HISTORY:
+            self._catch_up(param)
+
+    def _catch_up(self, param: Tensor) -> None:
+        state = self.state[param]
+        if "last_step" in state:
+            missed = reference.missed_transitions(state["history"]).to(param.device)
+            missed = missed[int(state["step"]) - state["last_step"].long()]
+            reference.apply_transitions_(param, state.get("momentum_buffer"), missed)
+            state["last_step"].fill_(int(state["step"]))
+            state["history"] = state["history"][:0]
+        else:
+            total = state["total_log_decay"].to(param.device)
+            reference.scale_rows_(param, (total - state["log_decay"]).exp())
+            state["log_decay"].fill_(total)

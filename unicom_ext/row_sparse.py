@@ -1,0 +1,57 @@
+"""Row-sparse gradients: what they are made of, and a word to optimizers that do not take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# Dense optimizers of torch that raise at a sparse gradient, some of them after they have moved
+# other parameters.
+_REFUSING = {
+    name: getattr(torch.optim, name)
+    for name in ("Adadelta", "Adafactor", "Adam", "Adamax", "AdamW", "ASGD", "LBFGS", "Muon",
+                 "NAdam", "RAdam", "RMSprop", "Rprop")
+    if hasattr(torch.optim, name)
+}  # fmt: skip
+_installed = False
+
+
+def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: torch.Size) -> Tensor:
+    """Rows [n, d] of a [C, d] gradient as a COO tensor; ids None: all rows are there.
+
+    Past `count` the last id is repeated with zero rows. They are cut off on the CPU, where the
+    count is at hand; elsewhere reading it would make the host wait, so they stay.
+    """
+    if ids is None:
+        ids = torch.arange(shape[0], device=rows.device)
+    padded = count is not None
+    if padded and count.device.type == "cpu":
+        ids, rows, padded = ids[:count], rows[:count], False
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0), rows, shape, is_coalesced=not padded, check_invariants=False
+    )
+
+
+def refuse_dense_optimizers() -> None:
+    """From now on torch's dense optimizers say what to use when they meet a sparse gradient."""
+    global _installed
+    if not _installed:
+        _installed = True
+        register_optimizer_step_pre_hook(_refuse_sparse)
+
+
+def _refuse_sparse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not isinstance(optimizer, tuple(_REFUSING.values())):
+        return
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is not None and param.grad.is_sparse:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} takes no sparse gradients, and a parameter of "
+                    f"shape {list(param.shape)} has one. Use unicom_ext.optim.RowAdamW or RowSGD, "
+                    "which can hold the dense parameters too, or a loss with sparse_grad=False. "
+                    "Nothing has been updated"
+                )
