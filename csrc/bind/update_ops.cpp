@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> merge_rows_op(Tensor ids, Tensor rows) {
 }
 
 void row_adamw_op(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step,
-                  Tensor log_decay, Tensor ids, Tensor rows, double total_log_decay,
-                  double lr, double beta1, double beta2, double eps, bool maximize) {
+                  Tensor log_decay, Tensor ids, Tensor rows, double total_log_decay, double lr,
+                  double beta1, double beta2, double eps, bool maximize) {
   check_matrix(param, "param");
   RowAdamW update;
   update.options = {lr, beta1, beta2, eps, maximize};
