@@ -287,12 +287,14 @@ def test_the_workspace_is_a_number_of_bytes(size):
         assert_says(str(caught.value), [">= 0", repr(size)])
 
 
-def test_a_process_group_is_not_there_yet():
+def test_a_process_group_must_be_one():
     for make in (
         lambda: PartialMarginSoftmax(D, C, process_group=object()),
-        lambda: call(functional.partial_margin_softmax, arguments(process_group=object())),
+        lambda: call(
+            functional.partial_margin_softmax, arguments(process_group=object(), num_classes=C)
+        ),
     ):
-        with pytest.raises(NotImplementedError, match="process_group must be None"):
+        with pytest.raises(ValueError, match=r"process_group must be .* got <object"):
             make()
 
 

@@ -62,6 +62,8 @@ def check_tensors(
     margin: CombinedMargin,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
+    *,
+    min_classes: int = 1,
 ) -> None:
     for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
@@ -78,7 +80,7 @@ def check_tensors(
             f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
             f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
         )
-    if num_classes < 1 or dim < 1:
+    if num_classes < min_classes or dim < 1:
         raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels must be an int32 or int64 tensor, got {_kind(labels)}")

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from unicom_ext import _core, checks
@@ -46,8 +47,10 @@ def partial_margin_softmax(
     sparse_grad: bool = False,
     reduction: str = "mean",
     ignore_index: int = -100,
-    process_group: object | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
     grad_average: bool = True,
+    uneven_batches: bool | None = None,
     check_inputs: bool = False,
     workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
     return_metrics: bool = False,
@@ -86,8 +89,13 @@ def partial_margin_softmax(
         sparse_grad: the gradient of `prototypes` becomes a sparse COO tensor holding the rows of S.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
         ignore_index: the label of samples without loss and gradient.
-        process_group: None; sharded prototypes are not there yet.
-        grad_average: only matters with a process group.
+        process_group: share the classes with the other ranks of this group, see below.
+        num_classes: with a process group C, the classes of all ranks.
+        grad_average: multiply the gradient of `embeddings` by the number of ranks, because
+            data-parallel wrappers (DDP, FSDP) average over ranks. False for wrappers that sum.
+        uneven_batches: whether ranks first tell each other their batch sizes (and whether their
+            arguments are good), so that these may differ or be 0. None: on CPUs, where it costs
+            one small message; elsewhere the host would wait for the device.
         check_inputs: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
         workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
             multiplies three times instead of four; the rest it computes again. The result is the
@@ -105,45 +113,78 @@ def partial_margin_softmax(
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was given and what
             is allowed. For a label it names the first bad value and its position.
-        NotImplementedError: a process group was given.
+
+    With a process group every rank calls this with a batch of its own, and the loss and its
+    gradients are those of one process with the batches of all ranks: the mean (or sum) over all of
+    them, the same number on every rank, or with ``"none"`` the loss of the rank's own samples.
+    `prototypes` are the rank's own, the classes in ``sharding.class_range(C, world_size, rank)``;
+    `class_index` its own sampled ids, which are global like the labels; `feature_index` is the same
+    on every rank. In backward the upstream gradient of a mean or sum must be the same on every
+    rank; with ``"none"`` what is derived is the sum over all ranks' samples of upstream times loss.
+    All ranks must run backward. `Metrics.largest_negative` and `top1` cost one more message: they
+    are there with `return_metrics`.
     """
-    if process_group is not None:
-        raise NotImplementedError(
-            "process_group must be None: sharded prototypes are not there yet"
+
+    def check() -> None:
+        checks.check_options(
+            margin,
+            scale,
+            interclass_filter,
+            margin_grad,
+            beyond_pi,
+            precision,
+            reduction,
+            ignore_index,
+            workspace_bytes,
         )
-    checks.check_options(
-        margin,
-        scale,
-        interclass_filter,
-        margin_grad,
-        beyond_pi,
-        precision,
-        reduction,
-        ignore_index,
-        workspace_bytes,
-    )
-    checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
-    if check_inputs:
-        checks.check_finite(embeddings)
-    num_classes = prototypes.shape[0]
-    slot = _ops.label_slots(labels, class_index, num_classes, ignore_index, 0, num_classes)
-    loss, metrics = call_loss(
-        embeddings,
-        slot,
-        prototypes,
-        class_index,
-        None,
-        feature_index,
-        margin=margin,
-        scale=scale,
-        interclass_filter=interclass_filter,
-        margin_grad=margin_grad,
-        beyond_pi=beyond_pi,
-        precision=precision,
-        sparse_grad=sparse_grad,
-        reduction=reduction,
-        workspace_bytes=workspace_bytes,
-    )
+        checks.check_tensors(
+            embeddings,
+            labels,
+            prototypes,
+            margin,
+            class_index,
+            feature_index,
+            min_classes=1 if process_group is None else 0,
+        )
+        if check_inputs:
+            checks.check_finite(embeddings)
+
+    options = {
+        "margin": margin,
+        "scale": scale,
+        "interclass_filter": interclass_filter,
+        "margin_grad": margin_grad,
+        "beyond_pi": beyond_pi,
+        "precision": precision,
+        "sparse_grad": sparse_grad,
+        "reduction": reduction,
+        "workspace_bytes": workspace_bytes,
+    }
+    if process_group is not None:
+        from unicom_ext import sharding
+
+        loss, metrics = sharding.partial_margin_softmax(
+            embeddings,
+            labels,
+            prototypes,
+            class_index,
+            feature_index,
+            process_group=process_group,
+            num_classes=num_classes,
+            check=check,
+            ignore_index=ignore_index,
+            grad_average=grad_average,
+            uneven_batches=uneven_batches,
+            want_metrics=return_metrics,
+            **options,
+        )
+    else:
+        check()
+        rows = prototypes.shape[0]
+        slot = _ops.label_slots(labels, class_index, rows, ignore_index, 0, rows)
+        loss, metrics = call_loss(
+            embeddings, slot, prototypes, class_index, None, feature_index, **options
+        )
     return (loss, metrics) if return_metrics else loss
 
 
@@ -273,8 +314,11 @@ def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes):
 @torch.library.register_fake("unicom_ext::select_classes")
 def _(labels, step, num_classes, num_sampled, seed, ignore_index, start, stop):
     batch = labels.shape[0]
-    bound = torch.sym_min(num_classes, num_sampled + torch.sym_min(batch, num_classes))
-    bound = torch.sym_min(bound, stop - start)
+    # selection_bound in csrc/engine/selection.cpp
+    covered = min((stop + 255) // 256 * 256, num_classes) - start // 256 * 256
+    whole = covered == num_classes
+    quota = num_sampled if whole else num_sampled * covered // num_classes + 1
+    bound = torch.sym_min(stop - start, quota + torch.sym_min(batch, covered))
     new = labels.new_empty
     return (
         new((bound,), dtype=torch.int64),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from unicom_ext import checks
@@ -14,11 +17,18 @@ from unicom_ext.sampling import num_sampled_classes, num_selected_features
 
 _ops = torch.ops.unicom_ext
 
+_WRAPPED = (
+    "PartialMarginSoftmax must not be wrapped in DistributedDataParallel or FSDP, nor be a part of "
+    "a module that is: ranks own different prototypes, whose gradients need no averaging. Wrap the "
+    "encoder alone, and give the loss process_group=torch.distributed.group.WORLD to share its "
+    "classes with the other ranks"
+)
+
 
 class Selection(NamedTuple):
     """What the last forward pass drew."""
 
-    class_index: Tensor  # [|S|] int64, sorted class ids
+    class_index: Tensor  # [|S|] int64, sorted class ids; with a process group this rank's part
     feature_index: Tensor  # [d'] int64, sorted dimensions
 
 
@@ -45,19 +55,36 @@ class PartialMarginSoftmax(nn.Module):
         sparse_grad: `weight.grad` becomes a sparse COO tensor with the rows that were sampled. A
             dense optimizer moves the other rows too, by momentum and weight decay; a sparse one
             does not.
-        process_group: None; sharded prototypes are not there yet.
+        process_group: share the prototypes with the other ranks of this group, such as
+            ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
+            rank calls the loss with a batch of its own; see
+            `unicom_ext.functional.partial_margin_softmax` for what it gets back. The selections,
+            the loss and the gradients are those of one process with all batches together.
+        grad_average: see there.
+        uneven_batches: see there; the ranks' steps are compared, too.
+        want_metrics: with a process group, whether `last_metrics` finds the largest negative cosine
+            and top-1 among the classes of all ranks, which costs one more message. Without a
+            process group they are always there.
         workspace_bytes: memory that may keep cosines for backward, 0 for none.
-        seed: of the selections, any int64.
+        seed: of the selections and the initial prototypes, any int64.
         device, dtype: of `weight`.
 
     Attributes:
-        weight: Parameter [C, d], the prototypes; initialised from a normal distribution with
-            standard deviation 0.01, as PartialFC does. Only the directions matter.
+        weight: Parameter [C, d], the prototypes (with a process group those of this rank);
+            initialised from a normal distribution with standard deviation 0.01, as PartialFC does.
+            Only the directions matter. A class's initial prototype depends on (seed, class id, d)
+            and the kind of device: it is the same at any number of ranks and classes.
+        shard: the classes of this rank, a `sharding.ClassShard`; None without a process group.
         step: int64 scalar buffer, how many training steps were drawn.
         seed: int.
 
     `state_dict` carries weight, step and seed, so that a resumed run draws what an uninterrupted
-    one would.
+    one would. With a process group its weight is a `DTensor` of all classes, which
+    `torch.distributed.checkpoint` saves and loads at any number of ranks (`unicom_ext.checkpoint`
+    does, with the optimizer); `load_state_dict` also takes the whole [C, d] as a plain tensor.
+
+    The loss must not be wrapped in `DistributedDataParallel`: its gradients are exact without, and
+    ranks own different prototypes. Wrap the encoder alone.
     """
 
     def __init__(
@@ -76,8 +103,10 @@ class PartialMarginSoftmax(nn.Module):
         sparse_grad: bool = False,
         reduction: str = "mean",
         ignore_index: int = -100,
-        process_group: object | None = None,
+        process_group: dist.ProcessGroup | None = None,
         grad_average: bool = True,
+        uneven_batches: bool | None = None,
+        want_metrics: bool = False,
         check_inputs: bool = False,
         workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         seed: int = 0,
@@ -86,34 +115,63 @@ class PartialMarginSoftmax(nn.Module):
     ) -> None:
         super().__init__()
         margin = ArcFace(0.3) if margin is None else margin
-        if process_group is not None:
-            raise NotImplementedError(
-                "process_group must be None: sharded prototypes are not there yet"
+        failure = None
+        try:
+            for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+                if not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+                raise ValueError(f"seed must be an integer that fits in int64, got {seed!r}")
+            checks.check_options(
+                margin,
+                scale,
+                interclass_filter,
+                margin_grad,
+                beyond_pi,
+                precision,
+                reduction,
+                ignore_index,
+                workspace_bytes,
             )
-        for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed must be an integer that fits in int64, got {seed!r}")
-        checks.check_options(
-            margin,
-            scale,
-            interclass_filter,
-            margin_grad,
-            beyond_pi,
-            precision,
-            reduction,
-            ignore_index,
-            workspace_bytes,
-        )
+            self.num_sampled = num_sampled_classes(num_classes, sample_rate)
+            self.num_features = num_selected_features(embedding_size, feature_rate)
+        except (TypeError, ValueError) as error:
+            if process_group is None:
+                raise
+            failure = error  # which the other ranks must learn of
+        self.shard = None
+        if process_group is not None:
+            from unicom_ext.sharding import ClassShard
+
+            self.shard = ClassShard(process_group, 1 if failure else num_classes)
+            self.shard.agree(
+                {
+                    "embedding_size": embedding_size,
+                    "num_classes": num_classes,
+                    "seed": seed,
+                    "sample_rate": sample_rate,
+                    "feature_rate": feature_rate,
+                    "dtype": str(dtype or torch.get_default_dtype()),
+                    "margin": repr(margin),
+                    "scale": scale,
+                    "interclass_filter": interclass_filter,
+                    "margin_grad": margin_grad,
+                    "beyond_pi": beyond_pi,
+                    "precision": precision,
+                    "reduction": reduction,
+                    "ignore_index": ignore_index,
+                    "grad_average": grad_average,
+                    "uneven_batches": uneven_batches,
+                    "want_metrics": want_metrics,
+                },
+                failure,
+            )
         self.embedding_size = embedding_size
         self.num_classes = num_classes
         self.margin = margin
         self.scale = float(scale)
         self.sample_rate = sample_rate
         self.feature_rate = feature_rate
-        self.num_sampled = num_sampled_classes(num_classes, sample_rate)
-        self.num_features = num_selected_features(embedding_size, feature_rate)
         self.interclass_filter = interclass_filter
         self.margin_grad = margin_grad
         self.beyond_pi = beyond_pi
@@ -122,19 +180,20 @@ class PartialMarginSoftmax(nn.Module):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.grad_average = grad_average
+        self.uneven_batches = uneven_batches
+        self.want_metrics = want_metrics
         self.check_inputs = check_inputs
         self.workspace_bytes = workspace_bytes
         self.seed = seed
-        self.weight = nn.Parameter(
-            torch.empty(num_classes, embedding_size, device=device, dtype=dtype)
-        )
+        rows = num_classes if self.shard is None else len(self.shard)
+        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=0.01)
+        fill_prototypes(self.weight, self._start, self.seed)
 
     def forward(
         self,
@@ -158,67 +217,142 @@ class PartialMarginSoftmax(nn.Module):
             The loss: a scalar, or [B] for ``reduction="none"``.
 
         Raises:
-            TypeError, ValueError: an argument is wrong; nothing has changed then.
+            TypeError, ValueError: an argument is wrong; nothing has changed then. With a process
+                group every rank raises: the others a RuntimeError that names the rank.
         """
         margin = self.margin if margin is None else margin
-        checks.check_options(
-            margin,
-            self.scale,
-            self.interclass_filter,
-            self.margin_grad,
-            self.beyond_pi,
-            self.precision,
-            self.reduction,
-            self.ignore_index,
-            self.workspace_bytes,
-        )
-        checks.check_tensors(embeddings, labels, self.weight, margin)
-        if self.check_inputs:
-            checks.check_finite(embeddings)
-        this_step = self._step_tensor(step)
 
+        def check() -> None:
+            self._refuse_wrappers()
+            checks.check_options(
+                margin,
+                self.scale,
+                self.interclass_filter,
+                self.margin_grad,
+                self.beyond_pi,
+                self.precision,
+                self.reduction,
+                self.ignore_index,
+                self.workspace_bytes,
+            )
+            checks.check_tensors(
+                embeddings, labels, self.weight, margin, min_classes=1 if self.shard is None else 0
+            )
+            if self.check_inputs:
+                checks.check_finite(embeddings)
+
+        options = {
+            "margin": margin,
+            "scale": self.scale,
+            "interclass_filter": self.interclass_filter,
+            "margin_grad": self.margin_grad,
+            "beyond_pi": self.beyond_pi,
+            "precision": self.precision,
+            "sparse_grad": self.sparse_grad,
+            "reduction": self.reduction,
+            "workspace_bytes": self.workspace_bytes,
+        }
+        if self.shard is None:
+            check()
+            class_index, count, slot, feature_index = self._draw(labels, self._step_tensor(step))
+            loss, self._metrics = call_loss(
+                embeddings, slot, self.weight, class_index, count, feature_index, **options
+            )
+            self._drawn = class_index, count, feature_index
+        else:
+            loss = self._sharded(embeddings, labels, step, check, options)
+        if self.training and step is None:
+            self.step.add_(1)
+        return loss
+
+    def _sharded(
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        step: int | Tensor | None,
+        check: Callable[[], None],
+        options: dict[str, Any],
+    ) -> Tensor:
+        """`forward` together with the other ranks."""
+        from unicom_ext import sharding
+
+        shard = self.shard
+
+        def check_all() -> Tensor | None:
+            check()
+            sharding.check_labels(labels, self.num_classes, self.ignore_index)
+            this_step = self._step_tensor(step)
+            return this_step if self.training else None
+
+        def select(labels: Tensor) -> sharding.Selected:
+            drawn = self._draw(labels, self._step_tensor(step))
+            class_index, count, slot, feature_index = drawn
+            # What fills the list up behind the count need not lie in this shard.
+            rows = None if class_index is None else (class_index - shard.start).clamp_(min=0)
+            return sharding.Selected(rows, count, slot, feature_index)
+
+        loss, self._metrics, selected = sharding.call_loss(
+            shard,
+            embeddings,
+            labels,
+            self.weight,
+            select,
+            check=check_all,
+            total_sampled=lambda samples: min(self.num_classes, self.num_sampled + samples),
+            ignore_index=self.ignore_index,
+            grad_average=self.grad_average,
+            uneven_batches=self.uneven_batches,
+            want_metrics=self.want_metrics,
+            **options,
+        )
+        rows = selected.class_index
+        class_index = None if rows is None else rows + shard.start
+        self._drawn = class_index, selected.count, selected.feature_index
+        return loss
+
+    def _draw(
+        self, labels: Tensor, step: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Sampled classes (those of this rank, as global ids), how many of them are valid, where
+        the labels are among them, and the sampled dimensions. None for all."""
+        start, stop = self._start, self._start + len(self.weight)
         class_index = count = feature_index = None
         if self.training and self.num_sampled < self.num_classes:
             class_index, count, slot = _ops.select_classes(
                 labels,
-                this_step,
+                step,
                 self.num_classes,
                 self.num_sampled,
                 self.seed,
                 self.ignore_index,
-                0,
-                self.num_classes,
+                start,
+                stop,
             )
         else:
-            slot = _ops.label_slots(
-                labels, None, self.num_classes, self.ignore_index, 0, self.num_classes
-            )
+            slot = _ops.label_slots(labels, None, self.num_classes, self.ignore_index, start, stop)
         if self.training and self.num_features < self.embedding_size:
             feature_index = _ops.select_features(
-                this_step, self.embedding_size, self.num_features, self.seed
+                step, self.embedding_size, self.num_features, self.seed
             )
-        loss, metrics = call_loss(
-            embeddings,
-            slot,
-            self.weight,
-            class_index,
-            count,
-            feature_index,
-            margin=margin,
-            scale=self.scale,
-            interclass_filter=self.interclass_filter,
-            margin_grad=self.margin_grad,
-            beyond_pi=self.beyond_pi,
-            precision=self.precision,
-            sparse_grad=self.sparse_grad,
-            reduction=self.reduction,
-            workspace_bytes=self.workspace_bytes,
-        )
-        self._drawn = (class_index, count, feature_index)
-        self._metrics = metrics
-        if self.training and step is None:
-            self.step.add_(1)
-        return loss
+        return class_index, count, slot, feature_index
+
+    @property
+    def _start(self) -> int:
+        """The id of the class in row 0."""
+        return 0 if self.shard is None else self.shard.start
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        raise TypeError(_WRAPPED)  # DistributedDataParallel asks for it when it is made
+
+    def _refuse_wrappers(self) -> None:
+        """TypeError inside of a module that a data-parallel wrapper manages."""
+        if not dist.is_available() or not dist.is_initialized():
+            return
+        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+        inside = wrapper is not None and any(module is self for module in wrapper.modules())
+        if inside or any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+            raise TypeError(_WRAPPED)
 
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:
         if step is None:
@@ -245,7 +379,8 @@ class PartialMarginSoftmax(nn.Module):
         class_index, count, feature_index = self._drawn
         device = self.weight.device
         if class_index is None:
-            class_index = torch.arange(self.num_classes, device=device)
+            start = self._start
+            class_index = torch.arange(start, start + len(self.weight), device=device)
         elif count is not None:
             class_index = class_index[: int(count)]
         if feature_index is None:
@@ -255,7 +390,8 @@ class PartialMarginSoftmax(nn.Module):
     @property
     def last_metrics(self) -> Metrics | None:
         """Per-sample loss, target cosine, largest negative cosine and top-1 among the sampled
-        classes of the last forward pass, each [B], without gradient; None before the first."""
+        classes of the last forward pass, each [B], without gradient; None before the first. With a
+        process group: of this rank's samples; see `want_metrics`."""
         return self._metrics
 
     def get_extra_state(self) -> Tensor:
@@ -264,9 +400,54 @@ class PartialMarginSoftmax(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.seed = int(state)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shard is not None:
+            name = prefix + "weight"
+            destination[name] = self.shard.as_global(destination[name])
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        name = prefix + "weight"
+        if self.shard is not None and name in state_dict:
+            expected = (self.num_classes, self.embedding_size)
+            if state_dict[name].shape == expected:
+                state_dict = {**state_dict, name: self.shard.own_rows(state_dict[name])}
+            else:
+                *_, error_msgs = rest
+                error_msgs.append(
+                    f"{name} must be of all classes, {list(expected)}, of which this rank takes "
+                    f"its own; got {list(state_dict[name].shape)}"
+                )
+                state_dict = {**state_dict, name: self.weight.detach()}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def extra_repr(self) -> str:
         return (
             f"{self.embedding_size}, {self.num_classes}, margin={self.margin!r}, "
             f"scale={self.scale:g}, sample_rate={self.sample_rate:g}, "
             f"feature_rate={self.feature_rate:g}, seed={self.seed}"
+            + ("" if self.shard is None else f", classes {self.shard.start} to {self.shard.stop}")
         )
+
+
+_BLOCK = 256
+
+
+@torch.no_grad()
+def fill_prototypes(weight: Tensor, first_class: int, seed: int) -> None:
+    """Initial prototypes of the classes from `first_class` on, [n, d], in place.
+
+    Normal with standard deviation 0.01, drawn in float32. Each value is a function of (seed, class
+    id, dimension, d) and of the kind of device alone, so that shards are parts of one whole.
+    """
+    if weight.device.type == "meta":
+        return
+    generator = torch.Generator(weight.device)
+    stop, dim = first_class + len(weight), weight.shape[1]
+    rows = torch.empty(_BLOCK, dim, dtype=torch.float32, device=weight.device)
+    for block in range(first_class // _BLOCK, -(-stop // _BLOCK)):
+        key = np.random.SeedSequence([seed % 2**64, block]).generate_state(1, np.uint64)
+        rows.normal_(0.0, 0.01, generator=generator.manual_seed(int(key[0])))
+        begin, end = max(block * _BLOCK, first_class), min((block + 1) * _BLOCK, stop)
+        of_block = slice(begin - block * _BLOCK, end - block * _BLOCK)
+        weight[begin - first_class : end - first_class] = rows[of_block]

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -15,6 +16,7 @@
 #include "../core/margin.h"
 #include "../core/random.h"
 #include "../core/selection.h"
+#include "../core/softmax.h"
 #include "../cpu/kernels.h"
 #include "../engine/buffers.h"
 #include "../engine/parallel.h"
@@ -110,6 +112,12 @@ py::array bijection(const Array<int64_t>& index, int64_t size, uint64_t key) {
   return image;
 }
 
+std::optional<int64_t> shift_exponent(double scale, double count) {
+  int64_t exponent = 0;
+  if (!constant_exponent(scale, count, &exponent)) return std::nullopt;
+  return exponent;
+}
+
 py::array block_order(uint64_t key) {
   const BlockOrder order(key);
   Array<int64_t> positions(kBlockSize);
@@ -145,7 +153,7 @@ py::tuple class_selection(const Array<Label>& labels, int64_t num_classes, int64
               std::to_string(stop));
   require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
   const int64_t batch = labels.size();
-  const int64_t bound = std::min(selection_bound(num_classes, count, batch), stop - start);
+  const int64_t bound = selection_bound(num_classes, count, batch, start, stop);
   Array<int64_t> class_index(bound), slot(batch);
   const Label* label_data = labels.data();
   int64_t* index_data = class_index.mutable_data();
@@ -222,6 +230,8 @@ PYBIND11_MODULE(_core, m) {
         "The image of each index under the keyed bijection on [0, size).");
   m.def("block_order", &block_order, py::arg("key"),
         "The keyed order of the 256 positions of a block.");
+  m.def("constant_exponent", &shift_exponent, py::arg("scale"), py::arg("count"),
+        "Power of two that shifts the logits of `count` classes, None where no constant can.");
   m.def("sample_size", &sample_size, py::arg("rate"), py::arg("population"),
         "rate * population, rounded half up.");
   m.def("block_quotas", &block_quotas, py::arg("num_classes"), py::arg("count"), py::arg("seed"),

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
   check(step.numel() == 1 && step.scalar_type() == ScalarType::Long,
         "step must be one int64 value");
   const int64_t batch = labels.numel();
-  const int64_t bound = std::min(selection_bound(num_classes, num_sampled, batch), stop - start);
+  const int64_t bound = selection_bound(num_classes, num_sampled, batch, start, stop);
   return with_labels(labels, [&](const auto* data) {
     check_labels(data, batch, num_classes, ignore_index);
     Tensor class_index = empty_like_device(labels, {bound}, ScalarType::Long);

@@ -7,9 +7,11 @@
 
 namespace unicom {
 
-// Room for any selection of `count` classes with the positives of `batch` samples: no block holds
-// more than its quota and its positives together. Nor does a shard need more than its own size.
-int64_t selection_bound(int64_t num_classes, int64_t count, int64_t batch);
+// Room for the part in [start, stop) of any selection of `count` classes with the positives of
+// `batch` samples: no block holds more than its quota and its positives together, and the quotas of
+// neighbouring blocks add up to their share of `count`. Nor does a shard need more than its size.
+int64_t selection_bound(int64_t num_classes, int64_t count, int64_t batch, int64_t start,
+                        int64_t stop);
 
 // Position of the first label that is neither in [0, num_classes) nor `ignore_index`; -1 if none.
 template <class Label>
@@ -18,7 +20,7 @@ int64_t find_bad_label(const Label* labels, int64_t batch, int64_t num_classes,
 
 // The part in [start, stop) of the selection of `count` classes for (seed, step, labels).
 //   labels       [batch] of the global batch, already checked by find_bad_label
-//   class_index  [min(selection_bound, stop - start)] receives the selected ids in increasing order
+//   class_index  [selection_bound] receives the selected ids in increasing order
 //   slot         [batch] receives each label's position in class_index, kIgnoredSlot for a label
 //                that is ignored, kElsewhereSlot for one outside [start, stop)
 // Returns the number of ids written. Needs 1 <= count <= num_classes <= kMaxClasses and
