@@ -1,0 +1,308 @@
+"""The loss with its classes on 1, 2, 3 and 4 ranks: equal to one process with all their batches."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import Problem, per_sample_margin, random_problem, relative_error, solve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import Ranks
+from test_golden import load
+from torch import nn
+
+from unicom_ext import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    PartialMarginSoftmax,
+    SphereFace,
+    functional,
+    sharding,
+)
+
+WORLD_SIZES = [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    group = Ranks()
+    yield group
+    group.close()
+
+
+def make(num_classes, dim, **options) -> PartialMarginSoftmax:
+    return PartialMarginSoftmax(dim, num_classes, **{"seed": 11, **options})
+
+
+def own(sizes: list[int], rank: int) -> slice:
+    """Where the samples of a rank are among those of all."""
+    first = sum(sizes[:rank])
+    return slice(first, first + sizes[rank])
+
+
+def cut(margin: CombinedMargin, part: slice) -> CombinedMargin:
+    m2, m3 = (m[part] if isinstance(m, torch.Tensor) else m for m in (margin.m2, margin.m3))
+    return CombinedMargin(margin.m1, m2, m3)
+
+
+def derive(module, x, labels, margin, upstream, step=None):
+    """Loss, gradient of the embeddings, gradient of the weight (dense)."""
+    module.weight.grad = None
+    x = x.clone().requires_grad_()
+    loss = module(x, labels, step=step, margin=margin)
+    loss.backward(upstream.to(loss.dtype))
+    return loss.detach(), x.grad, module.weight.grad.to_dense()
+
+
+def compare(group, problem: Problem, sizes: list[int], options: dict, steps: int = 1) -> dict:
+    """On a rank: how far its part is from one process with the batches of all ranks."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    sizes = sizes[:world_size]
+    total = sum(sizes)
+    x, labels = problem.embeddings[:total], problem.labels[:total]
+    num_classes, dim = problem.prototypes.shape
+    margin = cut(options.pop("margin", ArcFace(0.3)), slice(total))
+    one = make(num_classes, dim, **options)
+    shared = make(num_classes, dim, process_group=group, **options)
+    rows = slice(shared.shard.start, shared.shard.stop)
+    with torch.no_grad():
+        one.weight.copy_(problem.prototypes)
+        shared.weight.copy_(problem.prototypes[rows])
+    upstream = torch.tensor(1.5)
+    part = own(sizes, rank)
+    own_upstream = upstream
+    if options.get("reduction") == "none":
+        upstream = torch.rand(total, generator=torch.Generator().manual_seed(5)) + 0.5
+        own_upstream = upstream[part]
+    if problem.upstream is not None:
+        upstream = problem.upstream
+    worst = {"loss": 0.0, "grad_embeddings": 0.0, "grad_prototypes": 0.0, "metrics": 0.0}
+    for _ in range(steps):
+        right = derive(one, x, labels, margin, upstream)
+        got = derive(shared, x[part], labels[part], cut(margin, part), own_upstream)
+        right_loss = right[0][part] if options.get("reduction") == "none" else right[0]
+        times = world_size if options.get("grad_average", True) else 1
+        for name, a, b in (
+            ("loss", got[0], right_loss),
+            ("grad_embeddings", got[1], right[1][part] * times),
+            ("grad_prototypes", got[2], right[2][rows]),
+            ("metrics", shared.last_metrics.loss, one.last_metrics.loss[part]),
+            ("metrics", shared.last_metrics.target_cosine, one.last_metrics.target_cosine[part]),
+        ):
+            worst[name] = max(worst[name], relative_error(a, b))
+            assert a.dtype == b.dtype
+        selected = one.last_selection
+        classes = selected.class_index
+        classes = classes[(classes >= rows.start) & (classes < rows.stop)]
+        assert torch.equal(shared.last_selection.class_index, classes)
+        assert torch.equal(shared.last_selection.feature_index, selected.feature_index)
+        if options.get("want_metrics"):
+            a, b = shared.last_metrics, one.last_metrics
+            torch.testing.assert_close(
+                a.largest_negative, b.largest_negative[part], rtol=1e-6, atol=1e-7
+            )
+            assert torch.equal(a.top1, b.top1[part])
+        else:
+            assert shared.last_metrics.top1 is None
+        assert int(shared.step) == int(one.step)
+    return worst
+
+
+def check_equal(ranks, world_size, problem, sizes, tolerance=1e-6, steps=1, **options):
+    for rank, errors in enumerate(ranks.run(world_size, compare, problem, sizes, options, steps)):
+        for name, error in errors.items():
+            assert error <= tolerance, f"{name} on rank {rank}: relative error {error:.3g}"
+
+
+# ---- equal to one process ----
+
+EVEN = [6, 6, 6, 6]
+UNEVEN = [5, 0, 7, 1]
+
+OPTIONS = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"margin": CosFace(0.2)},
+    {"margin": SphereFace(1.5)},
+    {"margin": CombinedMargin(1.1, 0.3, 0.1)},
+    {"margin": per_sample_margin(24)},
+    {"margin": CombinedMargin(1.0, 0.2, per_sample_margin(24).m3), "reduction": "none"},
+    {"margin_grad": "exact"},
+    {"beyond_pi": "linear", "margin": ArcFace(1.5)},
+    {"interclass_filter": 0.1},
+    {"ignore_index": 3},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+    {"sparse_grad": True},
+    {"grad_average": False},
+    {"uneven_batches": False},
+    {"workspace_bytes": 0},
+    {"want_metrics": True},
+    {"scale": 200.0},
+    {"dtype": torch.float64},
+]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option(ranks, world_size, options):
+    ignored = 0 if "ignore_index" in options else 3
+    problem = random_problem(24, 151, 16, closeness=0.5, ignored=ignored)
+    problem.labels[4:6] = 3
+    problem.labels[7] = problem.labels[20]
+    rates = {"sample_rate": 0.3, "feature_rate": 0.5}
+    check_equal(ranks, world_size, problem, EVEN, steps=2, **rates, **options)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.5)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_uneven_and_empty_batches(ranks, world_size, rates, reduction):
+    problem = random_problem(13, 1000, 16, closeness=0.5, ignored=2)
+    options = {"sample_rate": rates[0], "feature_rate": rates[1], "reduction": reduction}
+    check_equal(ranks, world_size, problem, UNEVEN, steps=2, want_metrics=True, **options)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 9, 255, 257, 600])
+def test_class_counts_that_divide_by_nothing(ranks, world_size, num_classes):
+    # With 1, 2, 3, 5 and 9 classes some of four ranks own none.
+    problem = random_problem(24, num_classes, 8, closeness=0.5)
+    for sample_rate in (0.3, 1.0):
+        check_equal(ranks, world_size, problem, UNEVEN, sample_rate=sample_rate)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("scale", [64.0, 200.0])
+def test_labels_of_one_rank_only(ranks, rank, scale):
+    problem = random_problem(24, 600, 8)
+    start, stop = sharding.class_range(600, 4, rank)
+    problem.labels[:] = start + problem.labels % (stop - start)
+    check_equal(ranks, 4, problem, EVEN, sample_rate=0.1, scale=scale)
+
+
+@pytest.mark.parametrize("sizes", [[0, 0, 0, 0], [3, 0, 2, 1]], ids=str)
+@pytest.mark.parametrize("scale", [64.0, 200.0])
+def test_nothing_to_learn(ranks, sizes, scale):
+    problem = random_problem(6, 151, 8, ignored=6)
+    check_equal(ranks, 3, problem, sizes, tolerance=0, sample_rate=0.3, scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_embeddings_of_half_precision(ranks, dtype):
+    problem = random_problem(24, 151, 16, closeness=0.5)
+    problem = Problem(problem.embeddings.to(dtype), problem.labels, problem.prototypes)
+    # The sum over ranks is rounded once: gradients differ by that.
+    check_equal(ranks, 3, problem, UNEVEN, tolerance=float(torch.finfo(dtype).eps))
+
+
+@settings(max_examples=30)
+@given(
+    world_size=st.sampled_from(WORLD_SIZES),
+    num_classes=st.integers(1, 700),
+    sizes=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    sample_rate=st.floats(0.01, 1),
+    scale=st.sampled_from([1.0, 64.0, 150.0]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    ignored=st.integers(0, 4),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_problem(
+    ranks, world_size, num_classes, sizes, sample_rate, scale, reduction, ignored, seed
+):
+    problem = random_problem(sum(sizes), num_classes, 12, seed=seed % 1000, ignored=ignored)
+    options = {"sample_rate": sample_rate, "scale": scale, "reduction": reduction, "seed": seed}
+    # Where one class outweighs the others gradients cancel: 1e-6 is for what is conditioned.
+    check_equal(ranks, world_size, problem, sizes, tolerance=1e-5, **options)
+
+
+def twice(group, problem, sizes):
+    results = []
+    for _ in range(2):
+        module = make(600, 16, sample_rate=0.3, feature_rate=0.5, process_group=group)
+        part = own(sizes, dist.get_rank(group))
+        margin, upstream = ArcFace(0.3), torch.ones(())
+        results.append(
+            derive(module, problem.embeddings[part], problem.labels[part], margin, upstream)
+        )
+    return all(torch.equal(a, b) for a, b in zip(*results, strict=True)), float(results[0][0])
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_two_runs_are_bit_identical_and_ranks_have_the_same_loss(ranks, world_size):
+    results = ranks.run(world_size, twice, random_problem(24, 600, 16), EVEN)
+    assert all(same for same, _ in results)
+    assert len({loss for _, loss in results}) == 1
+
+
+def call_function(group, problem, sizes):
+    """The function with this rank's part of class_index, and the whole in one process."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    num_classes = len(problem.prototypes)
+    start, stop = sharding.class_range(num_classes, world_size, rank)
+    part = own(sizes, rank)
+    right = solve(functional.partial_margin_softmax, problem)
+    options = dict(problem.options)
+    classes = options.pop("class_index", None)
+    if classes is not None:
+        classes = classes[(classes >= start) & (classes < stop)]
+    mine = Problem(
+        problem.embeddings[part],
+        problem.labels[part],
+        problem.prototypes[start:stop],
+        options | {"class_index": classes, "process_group": group, "num_classes": num_classes},
+        None if problem.upstream is None else problem.upstream[part],
+    )
+    got = solve(functional.partial_margin_softmax, mine)
+    loss = right.loss[part] if right.loss.dim() else right.loss
+    return max(
+        relative_error(got.loss, loss),
+        relative_error(got.grad_embeddings, right.grad_embeddings[part] * world_size),
+        relative_error(got.grad_prototypes, right.grad_prototypes[start:stop]),
+    )
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("sampled", [None, 60])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_function(ranks, world_size, sampled, reduction):
+    sizes = UNEVEN[:world_size]
+    problem = random_problem(
+        sum(sizes), 151, 16, ignored=2, sampled=sampled, features=9, reduction=reduction
+    )
+    assert max(ranks.run(world_size, call_function, problem, sizes)) < 1e-6
+
+
+def golden(group, path: Path):
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    problem, right = load(path)
+    options = dict(problem.options, reduction="mean")
+    start, stop = sharding.class_range(len(problem.prototypes), world_size, rank)
+    classes = options["class_index"]
+    options["class_index"] = classes[(classes >= start) & (classes < stop)]
+    part = own([len(problem.labels) // world_size] * world_size, rank)
+    mine = Problem(
+        problem.embeddings[part],
+        problem.labels[part],
+        problem.prototypes[start:stop],
+        options | {"process_group": group, "num_classes": len(problem.prototypes)},
+    )
+    got = solve(functional.partial_margin_softmax, mine)
+    return (
+        abs(float(got.loss) / float(right["loss"][rank]) - 1),
+        relative_error(got.grad_embeddings, torch.from_numpy(right["grad_embeddings"])[part]),
+        relative_error(got.grad_prototypes, torch.from_numpy(right["grad_prototypes"])[start:stop]),
+    )
+
+
+def test_golden_vector_of_two_ranks(ranks):
+    path = Path(__file__).parent / "data" / "golden" / "unicom_2ranks.npz"
+    for errors in ranks.run(2, golden, path):
+        assert max(errors) < 1e-5
