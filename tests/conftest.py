@@ -39,6 +39,16 @@ def capability(request):
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes to run functions of tests on, together; see `ranks.Ranks`."""
+    from ranks import Ranks
+
+    group = Ranks()
+    yield group
+    group.close()
+
+
 @pytest.fixture
 def set_threads():
     """torch.set_num_threads, undone after the test."""

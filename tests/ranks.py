@@ -46,12 +46,15 @@ class Ranks:
             self._workers.append((worker, ours))
 
     def run(self, world_size: int, function, *arguments):
-        outcomes = self.outcomes(world_size, function, *arguments)
-        for rank, outcome in enumerate(outcomes):
-            if isinstance(outcome, Exception):
-                self.close()  # the other ranks may be anywhere
-                self._start()
-                raise AssertionError(f"rank {rank} raised") from outcome
+        try:
+            outcomes = self.outcomes(world_size, function, *arguments)
+            for rank, outcome in enumerate(outcomes):
+                if isinstance(outcome, Exception):
+                    raise AssertionError(f"rank {rank} raised") from outcome
+        except AssertionError:
+            self.close()  # the other ranks may be anywhere
+            self._start()
+            raise
         return outcomes
 
     def outcomes(self, world_size: int, function, *arguments):

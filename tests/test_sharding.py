@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 from pathlib import Path
 
 import pytest
@@ -12,9 +10,7 @@ import torch.distributed as dist
 from helpers import Problem, per_sample_margin, random_problem, relative_error, solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Ranks
 from test_golden import load
-from torch import nn
 
 from unicom_ext import (
     ArcFace,
@@ -27,13 +23,6 @@ from unicom_ext import (
 )
 
 WORLD_SIZES = [1, 2, 3, 4]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    group = Ranks()
-    yield group
-    group.close()
 
 
 def make(num_classes, dim, **options) -> PartialMarginSoftmax:

@@ -141,10 +141,10 @@ class PartialMarginSoftmax(nn.Module):
             failure = error  # which the other ranks must learn of
         self.shard = None
         if process_group is not None:
-            from unicom_ext.sharding import ClassShard
+            from unicom_ext.sharding import ClassShard, agree
 
             self.shard = ClassShard(process_group, 1 if failure else num_classes)
-            self.shard.agree(
+            agree(
                 {
                     "embedding_size": embedding_size,
                     "num_classes": num_classes,
@@ -165,6 +165,7 @@ class PartialMarginSoftmax(nn.Module):
                     "want_metrics": want_metrics,
                 },
                 failure,
+                process_group,
             )
         self.embedding_size = embedding_size
         self.num_classes = num_classes
@@ -345,13 +346,15 @@ class PartialMarginSoftmax(nn.Module):
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
         raise TypeError(_WRAPPED)  # DistributedDataParallel asks for it when it is made
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
+            raise TypeError(_WRAPPED)  # fully_shard makes such a class
+
     def _refuse_wrappers(self) -> None:
-        """TypeError inside of a module that a data-parallel wrapper manages."""
-        if not dist.is_available() or not dist.is_initialized():
-            return
+        """TypeError inside of a module that DistributedDataParallel runs."""
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-        inside = wrapper is not None and any(module is self for module in wrapper.modules())
-        if inside or any(base.__name__ == "FSDPModule" for base in type(self).__mro__):
+        if wrapper is not None and any(module is self for module in wrapper.modules()):
             raise TypeError(_WRAPPED)
 
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:

@@ -147,37 +147,29 @@ class ClassShard:
             value = value.full_tensor()
         return value[self.start : self.stop]
 
-    def agree(self, settings: Mapping[str, object], failure: Exception | None) -> None:
-        """Raise on every rank if one has failed, or if the settings differ between ranks.
 
-        Slow (it sends Python objects): for construction and checkpoints.
-        """
-        reason = None if failure is None else _describe(failure)
-        reports: list[Any] = [None] * self.world_size
-        dist.all_gather_object(reports, (reason, dict(settings)), group=self.group)
-        self._raise_first(failure, [reason for reason, _ in reports])
-        for name in settings:
-            values = [theirs.get(name) for _, theirs in reports]
-            if any(value != values[0] for value in values):
-                raise ValueError(f"{name} must be the same on every rank, got {_listed(values)}")
+def agree(
+    settings: Mapping[str, object], failure: Exception | None, group: dist.ProcessGroup | None
+) -> None:
+    """Raise on every rank if one has failed, or if the settings differ between ranks.
 
-    def raise_together(self, failure: Exception | None) -> None:
-        """Called by every rank once they know that one has failed; all raise."""
-        reasons: list[Any] = [None] * self.world_size
-        reason = None if failure is None else _describe(failure)
-        dist.all_gather_object(reasons, reason, group=self.group)
-        self._raise_first(failure, reasons)
-
-    def _raise_first(self, failure: Exception | None, reasons: list[str | None]) -> None:
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise RuntimeError(f"rank {rank} of the process group raised {reason}")
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    Slow (it sends Python objects): for construction, checkpoints, and to say what went wrong.
+    group: None for one process alone.
+    """
+    reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+    reports: list[Any] = [(reason, dict(settings))]
+    if group is not None:
+        reports *= dist.get_world_size(group)
+        dist.all_gather_object(reports, reports[0], group=group)
+    if failure is not None:
+        raise failure
+    for rank, (reason, _) in enumerate(reports):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank} of the process group raised {reason}")
+    for name in settings:
+        values = [theirs.get(name) for _, theirs in reports]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{name} must be the same on every rank, got {_listed(values)}")
 
 
 def _listed(values: list[object]) -> str:
@@ -287,7 +279,7 @@ def _exchange_sizes(
         header[6] = step
     reports = shard.gather(header).view(shard.world_size, -1).tolist()  # the host waits here
     if any(failed for failed, *_ in reports):
-        shard.raise_together(failure)
+        agree({}, failure, shard.group)
     _, sizes, dtypes, kinds, grads, classes, steps = zip(*reports, strict=True)
     margins = ("numbers", "m2 per sample", "m3 per sample", "m2 and m3 per sample")
     for name, values in (
@@ -577,7 +569,7 @@ def _shard_sums(
     pairs = shard.sum(torch.cat([pairs, flag]))
     if failure is not None or (pairs.device.type == "cpu" and pairs[-1, 0] > 0):
         if pairs.device.type == "cpu":
-            shard.raise_together(failure)
+            agree({}, failure, shard.group)
         raise failure
     sums = _Sums(pairs[:-1], exponent, largest_negative, inverse_norm)
     return sums, x, selected, tuple(saved)
