@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import wire_bytes
 from helpers import Problem, per_sample_margin, random_problem, relative_error, solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -295,3 +297,301 @@ def test_golden_vector_of_two_ranks(ranks):
     path = Path(__file__).parent / "data" / "golden" / "unicom_2ranks.npz"
     for errors in ranks.run(2, golden, path):
         assert max(errors) < 1e-5
+
+
+# ---- initial prototypes ----
+
+
+def test_initial_prototypes_depend_on_seed_and_class_alone():
+    whole = make(1000, 12).weight
+    assert abs(float(whole.detach().std()) / 0.01 - 1) < 0.03
+    assert abs(float(whole.detach().mean())) < 1e-3
+    assert torch.equal(make(1300, 12).weight[:1000], whole)
+    assert torch.equal(make(300, 12, dtype=torch.float64).weight, whole[:300].double())
+    assert torch.equal(make(300, 12, dtype=torch.bfloat16).weight, whole[:300].bfloat16())
+    other = make(1000, 12, seed=12).weight
+    assert abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]))[0, 1])) < 0.05
+    rows = whole / whole.norm(dim=1, keepdim=True)
+    assert float((rows @ rows.T).fill_diagonal_(0).abs().max()) < 0.99  # no class is another
+
+
+def initial_rows(group):
+    shared = make(1000, 12, process_group=group)
+    return shared.shard.start, shared.weight.detach()
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_initial_prototypes_are_the_same_at_any_number_of_ranks(ranks, world_size):
+    parts = ranks.run(world_size, initial_rows)
+    assert [start for start, _ in parts] == sorted(start for start, _ in parts)
+    assert torch.equal(torch.cat([rows for _, rows in parts]), make(1000, 12).weight)
+
+
+@given(num_classes=st.integers(1, 10**9), world_size=st.integers(1, 2000))
+def test_class_ranges_cover_all_classes_once(num_classes, world_size):
+    ranges = [sharding.class_range(num_classes, world_size, rank) for rank in range(world_size)]
+    assert ranges[0][0] == 0
+    assert ranges[-1][1] == num_classes
+    for (_, stop), (start, _) in pairwise(ranges):
+        assert stop == start
+    sizes = torch.tensor([stop - start for start, stop in ranges])
+    assert sizes.max() == -(-num_classes // world_size)
+    chunks = [len(c) for c in torch.arange(min(num_classes, 3000)).chunk(world_size)]
+    if num_classes <= 3000:  # torch.chunk is what DTensor shards by
+        assert [s for s in sizes.tolist() if s] == chunks
+
+
+# ---- bad input: every rank raises ----
+
+
+def disagree(group, name, mine, theirs):
+    value = theirs if dist.get_rank(group) == 1 else mine
+    arguments = {"embedding_size": 8, "num_classes": 100, name: value}
+    try:
+        PartialMarginSoftmax(**arguments, process_group=group)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("name", "mine", "theirs"),
+    [
+        ("num_classes", 100, 101),
+        ("embedding_size", 8, 9),
+        ("seed", 0, 7),
+        ("sample_rate", 0.5, 0.25),
+        ("feature_rate", 1.0, 0.5),
+        ("dtype", torch.float32, torch.float64),
+        ("margin", ArcFace(0.3), CosFace(0.35)),
+        ("scale", 64.0, 32.0),
+        ("reduction", "mean", "sum"),
+    ],
+)
+def test_ranks_that_disagree(ranks, name, mine, theirs):
+    messages = ranks.run(3, disagree, name, mine, theirs)
+    assert len(set(messages)) == 1
+    expected = f"ValueError: {name} must be the same on every rank, got {mine} on ranks 0, 2, "
+    assert messages[0] == expected + f"{theirs} on rank 1"
+
+
+def test_a_bad_option_on_one_rank(ranks):
+    first, second, third = ranks.run(3, disagree, "scale", 64.0, -1.0)
+    assert second == "ValueError: scale must be a finite number > 0, got -1.0"
+    assert first == third == f"RuntimeError: rank 1 of the process group raised {second}"
+
+
+def bad_call(group, changes, rank, again=True):
+    """What each rank raises when one has bad arguments; then all go on with good ones."""
+    module = make(50, 6, process_group=group, sample_rate=0.5, check_inputs=True)
+    good = {"embeddings": torch.ones(4, 6), "labels": torch.arange(4)}
+    mine = {**good, **changes} if dist.get_rank(group) == rank else good
+    try:
+        module(**mine)
+        message = None
+    except (ValueError, TypeError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+    assert int(module.step) == 0
+    assert module.last_selection is None
+    assert module(**good).isfinite()
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([0, 1, 50, 3])}, "in [0, 50) or ignore_index (-100), got 50 at"),
+        ({"labels": torch.tensor([0, -1, 50, 3])}, "got -1 at position 1"),
+        ({"labels": torch.arange(5)}, "labels must have shape [4], got [5]"),
+        ({"labels": [0, 1, 2, 3]}, "labels must be an int32 or int64 tensor, got list"),
+        ({"embeddings": torch.ones(4, 7)}, "embeddings must be [B, 6]"),
+        ({"embeddings": torch.full((4, 6), torch.nan)}, "embeddings must be finite"),
+        ({"margin": per_sample_margin(3)}, "margin.m2 must have shape [4], got [3]"),
+        ({"margin": 0.3}, "margin must be a CombinedMargin"),
+        ({"step": 0.5}, "step must be an int"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_bad_argument_on_one_rank(ranks, changes, message):
+    messages = ranks.run(3, bad_call, changes, 2)
+    assert message in messages[2]
+    assert not messages[2].startswith("RuntimeError")
+    assert (
+        messages[0]
+        == messages[1]
+        == f"RuntimeError: rank 2 of the process group raised {messages[2]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": 5}, "step must be the same on every rank, got 0 on ranks 0, 1, 5 on rank 2"),
+        ({"embeddings": torch.ones(4, 6).double()}, "embeddings.dtype must be the same"),
+        ({"margin": per_sample_margin(4)}, "numbers on ranks 0, 1, m2 and m3 per sample on rank 2"),
+    ],
+    ids=str,
+)
+def test_arguments_that_differ_between_ranks(ranks, changes, message):
+    messages = ranks.run(3, bad_call, changes, 2)
+    assert len(set(messages)) == 1
+    assert message in messages[0]
+
+
+def bad_class_index(group):
+    rank = dist.get_rank(group)
+    start, stop = sharding.class_range(50, 3, rank)
+    classes = torch.arange(start, stop)
+    try:
+        functional.partial_margin_softmax(
+            torch.ones(4, 6),
+            torch.tensor([0, 20, 30, 49]),
+            torch.ones(stop - start, 6),
+            class_index=classes if rank != 1 else classes[4:],  # without the label 20
+            margin=ArcFace(0.3),
+            scale=64.0,
+            process_group=group,
+            num_classes=50,
+        )
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_failure_between_the_messages(ranks):
+    messages = ranks.run(3, bad_class_index)
+    assert "class_index must hold every label, but 20 at position" in messages[1]
+    assert (
+        messages[0]
+        == messages[2]
+        == f"RuntimeError: rank 1 of the process group raised {messages[1]}"
+    )
+
+
+def wrong_prototypes(group):
+    errors = []
+    for rows, num_classes in ((50, 50), (25, None)):
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            functional.partial_margin_softmax(
+                torch.ones(4, 6), torch.arange(4), torch.ones(rows, 6), margin=ArcFace(0.3),
+                scale=64.0, process_group=group, num_classes=num_classes,
+            )  # fmt: skip
+        errors.append(str(caught.value))
+    return errors
+
+
+def test_prototypes_that_are_not_the_ranks_own(ranks):
+    for rank, (rows, classes) in enumerate(ranks.run(2, wrong_prototypes)):
+        assert f"prototypes must be [25, d] on rank {rank} of 2, the classes from" in rows
+        assert "got [50, 6]" in rows
+        assert "num_classes must be the number of classes of all ranks" in classes
+
+
+def without_exchange(group):
+    module = make(50, 6, process_group=group, uneven_batches=False)
+    x = torch.randn(4, 6, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        module(x, torch.arange(4)).backward()
+    calls = [event.name for event in profile.events() if event.name.startswith("gloo:")]
+    with pytest.raises(ValueError, match="got 99 at position") as caught:
+        module(torch.ones(4, 6), torch.tensor([0, 1, 99, 2]))
+    return calls, "".join(getattr(caught.value, "__notes__", []))
+
+
+def test_equal_batches_need_no_exchange_of_sizes(ranks):
+    for calls, note in ranks.run(3, without_exchange):
+        # Labels and embeddings; one sum; the gradients, which each rank then sums.
+        assert calls == ["gloo:all_gather"] * 2 + ["gloo:all_reduce", "gloo:all_to_all"]
+        assert "in rank order" in note
+
+
+def destroyed(group):
+    other = dist.new_group([0, 1])
+    module = make(50, 6, process_group=other)
+    dist.destroy_process_group(other)
+    messages = []
+    for call in (
+        lambda: module(torch.ones(2, 6), torch.arange(2)),
+        lambda: make(50, 6, process_group=other),
+    ):
+        with pytest.raises(ValueError, match="process_group was destroyed") as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_group_that_was_destroyed(ranks):
+    # All four ranks must make the new group.
+    ranks.run(4, destroyed_on_the_first_two)
+
+
+def destroyed_on_the_first_two(group):
+    if dist.get_rank(group) < 2:
+        return destroyed(group)
+    outsider = dist.new_group([0, 1])
+    with pytest.raises(ValueError, match="that this rank is in"):
+        make(50, 6, process_group=outsider)
+
+
+def compiled(group):
+    module = make(200, 6, process_group=group, sample_rate=0.5)
+    step = torch.compile(lambda x, y: module(2 * x, y) * 2, backend="eager")
+    drawn = set()
+    for _ in range(3):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        plain = module(2 * x, torch.arange(4), step=int(module.step)) * 2
+        loss = step(x, torch.arange(4))
+        assert torch.equal(loss, plain)
+        (right,) = torch.autograd.grad(plain, x)
+        (got,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(got, right)
+        drawn.add(tuple(module.last_selection.class_index.tolist()))
+    return len(drawn)
+
+
+def test_around_it_graphs_compile(ranks):
+    assert ranks.run(2, compiled) == [3, 3]
+
+
+# ---- bytes on the wire ----
+
+
+def measured_bytes(group, batch, dim, options):
+    module = make(300, dim, process_group=group, **options)
+    x = torch.randn(batch, dim, requires_grad=True)
+    labels = torch.arange(batch)
+    margin = per_sample_margin(batch) if options.get("reduction") == "none" else None
+    steps = 4
+
+    def step():
+        loss = module(x, labels, margin=margin)
+        loss.backward(torch.ones_like(loss))
+
+    step()  # connections are made
+    dist.barrier(group)
+    before = wire_bytes.bytes_sent()
+    for _ in range(steps):
+        step()
+    sent = (wire_bytes.bytes_sent() - before) / steps
+    dist.barrier(group)
+    return sent
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("options", [{}, {"uneven_batches": False}, {"reduction": "none"}], ids=str)
+def test_the_communication_volume_is_what_is_sent(ranks, world_size, options):
+    batch, dim = 96, 256
+    sent = ranks.run(world_size, measured_bytes, batch, dim, options)
+    volume = sharding.communication_volume(
+        batch,
+        dim,
+        world_size,
+        uneven_batches=options.get("uneven_batches", True),
+        reduction=options.get("reduction", "mean"),
+        per_sample_margins=2 if options.get("reduction") == "none" else 0,
+    )
+    if world_size == 1:
+        assert sent == [0]
+        assert volume.total == 0
+        return
+    # Gloo adds a header to each message and handles a few without a ring.
+    average = sum(sent) / world_size
+    assert volume.total <= average < 1.02 * volume.total + 4000

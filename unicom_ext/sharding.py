@@ -98,7 +98,13 @@ class ClassShard:
 
     def sum_scatter(self, rows: Tensor) -> Tensor:
         """[world_size * n, ...] on each rank, summed over ranks -> this rank's [n, ...]."""
-        result = rows.new_empty((len(rows) // self.world_size, *rows.shape[1:]))
+        shape = (self.world_size, len(rows) // self.world_size, *rows.shape[1:])
+        if dist.get_backend(self.group) == "gloo":
+            # Its reduce-scatter is an all-reduce of everything: twice the bytes of this.
+            parts = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
+            return parts.view(shape).sum(dim=0)
+        result = rows.new_empty(shape[1:])
         _reduce_scatter(result, rows.contiguous(), group=self.group)
         return result
 
@@ -538,7 +544,11 @@ def _shard_sums(
     batch.arrival.wait()
     x = batch.embeddings
     try:
-        selected = select(labels)
+        try:
+            selected = select(labels)
+        except ValueError as error:
+            error.add_note("(positions count through the batches of all ranks, in rank order)")
+            raise
         # Gradients of half-precision embeddings are summed over ranks in float32.
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
