@@ -310,7 +310,10 @@ def test_initial_prototypes_depend_on_seed_and_class_alone():
     assert torch.equal(make(300, 12, dtype=torch.float64).weight, whole[:300].double())
     assert torch.equal(make(300, 12, dtype=torch.bfloat16).weight, whole[:300].bfloat16())
     other = make(1000, 12, seed=12).weight
-    assert abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]))[0, 1])) < 0.05
+    assert (
+        abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]).detach())[0, 1]))
+        < 0.05
+    )
     rows = whole / whole.norm(dim=1, keepdim=True)
     assert float((rows @ rows.T).fill_diagonal_(0).abs().max()) < 0.99  # no class is another
 
@@ -499,7 +502,7 @@ def without_exchange(group):
 def test_equal_batches_need_no_exchange_of_sizes(ranks):
     for calls, note in ranks.run(3, without_exchange):
         # Labels and embeddings; one sum; the gradients, which each rank then sums.
-        assert calls == ["gloo:all_gather"] * 2 + ["gloo:all_reduce", "gloo:all_to_all"]
+        assert sorted(calls) == ["gloo:all_gather"] * 2 + ["gloo:all_reduce", "gloo:all_to_all"]
         assert "in rank order" in note
 
 
