@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, gradients
 from unicom_ext.checkpoint import CheckpointError
+from unicom_ext.optim import RowAdamW, RowSGD
 
 CLASSES, DIM, INPUTS, BATCH = 301, 8, 6, 24
 
@@ -31,6 +32,7 @@ class Run:
         self.world_size = 1 if group is None else dist.get_world_size(group)
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DIM))
+        options.setdefault("sparse_grad", optimizer.startswith("Row"))
         self.options = {"sample_rate": 0.3, "feature_rate": 0.75, "scale": 16.0, **options}
         self.loss = PartialMarginSoftmax(
             DIM, classes, margin=ArcFace(0.2), seed=5, process_group=group, **self.options
@@ -45,6 +47,8 @@ class Run:
             "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
             "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
             "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+            "RowAdamW": lambda p: RowAdamW(p, lr=0.01, weight_decay=0.1),
+            "RowSGD": lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
         }[optimizer]
         self.optimizer = make([*encoder.parameters(), *self.loss.parameters()])
         self.step = 0
@@ -98,7 +102,7 @@ def assert_close(got, right, tolerance):
         assert error < tolerance, f"relative error {error:.3g}"
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW", "SGD", "RowAdamW", "RowSGD"])
 def test_ten_steps_with_a_ddp_encoder_agree(ranks, optimizer):
     run = Run(None, optimizer=optimizer)
     losses, right = run.train(10), run.tensors()
@@ -216,7 +220,9 @@ def resume(group, path, options):
     return run.train(5), run.tensors()
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW", "SGD", "Adagrad"])
+@pytest.mark.parametrize(
+    "optimizer", ["AdamW", "fused AdamW", "SGD", "Adagrad", "RowAdamW", "RowSGD"]
+)
 @pytest.mark.parametrize("classes", [CLASSES, 1001])
 def test_a_checkpoint_of_four_ranks_goes_on_at_any_number(ranks, tmp_path, optimizer, classes):
     options = {"optimizer": optimizer, "classes": classes}
@@ -307,12 +313,12 @@ def other_classes(group, path, class_map, optimizer):
     state = run.optimizer.state[run.loss.weight]
     (name, rows), *_ = [(k, v) for k, v in state.items() if v.dim() == 2]
     rows = whole(rows if run.loss.shard is None else run.loss.shard.as_global(rows))
-    found = whole(run.loss.state_dict()["weight"]), fresh, name, rows
+    found = whole(run.loss.state_dict()["weight"]), fresh, name, rows, copy.deepcopy(dict(state))
     run.train(2)
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RowAdamW"])
 @pytest.mark.parametrize("change", ["append", "drop", "both"])
 def test_classes_come_and_go(ranks, tmp_path, change, optimizer):
     if change == "append":
@@ -334,12 +340,14 @@ def test_classes_come_and_go(ranks, tmp_path, change, optimizer):
             if group is None
             else ranks.run(group, other_classes, tmp_path / "c", class_map, optimizer)
         )
-        for weight, fresh, name, rows in results:
+        for weight, fresh, name, rows, state in results:
             assert torch.equal(weight[known], one.loss.weight[class_map[known]])
             assert torch.equal(weight[~known], fresh[~known])
             right = one.optimizer.state[one.loss.weight][name]
             assert torch.equal(rows[known], right[class_map[known]])
             assert not rows[~known].any()
+            if optimizer == "RowAdamW" and group != 3:  # as if they had only now been made
+                assert (state["log_decay"][~known] == state["total_log_decay"]).all()
 
 
 def test_merged_into_one_file_and_back(ranks, tmp_path):

@@ -303,17 +303,14 @@ def test_golden_vector_of_two_ranks(ranks):
 
 
 def test_initial_prototypes_depend_on_seed_and_class_alone():
-    whole = make(1000, 12).weight
-    assert abs(float(whole.detach().std()) / 0.01 - 1) < 0.03
-    assert abs(float(whole.detach().mean())) < 1e-3
+    whole = make(1000, 12).weight.detach()
+    assert abs(float(whole.std()) / 0.01 - 1) < 0.03
+    assert abs(float(whole.mean())) < 1e-3
     assert torch.equal(make(1300, 12).weight[:1000], whole)
     assert torch.equal(make(300, 12, dtype=torch.float64).weight, whole[:300].double())
     assert torch.equal(make(300, 12, dtype=torch.bfloat16).weight, whole[:300].bfloat16())
     other = make(1000, 12, seed=12).weight
-    assert (
-        abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]).detach())[0, 1]))
-        < 0.05
-    )
+    assert abs(float(torch.corrcoef(torch.stack([whole.flatten(), other.flatten()]))[0, 1])) < 0.05
     rows = whole / whole.norm(dim=1, keepdim=True)
     assert float((rows @ rows.T).fill_diagonal_(0).abs().max()) < 0.99  # no class is another
 
@@ -494,8 +491,9 @@ def without_exchange(group):
     with torch.profiler.profile() as profile:
         module(x, torch.arange(4)).backward()
     calls = [event.name for event in profile.events() if event.name.startswith("gloo:")]
-    with pytest.raises(ValueError, match="got 99 at position") as caught:
-        module(torch.ones(4, 6), torch.tensor([0, 1, 99, 2]))
+    label = 99 if dist.get_rank(group) == 1 else 3
+    with pytest.raises(ValueError, match="got 99 at position 6") as caught:
+        module(torch.ones(4, 6), torch.tensor([0, 1, label, 2]))
     return calls, "".join(getattr(caught.value, "__notes__", []))
 
 
@@ -551,7 +549,7 @@ def compiled(group):
 
 
 def test_around_it_graphs_compile(ranks):
-    assert ranks.run(2, compiled) == [3, 3]
+    assert ranks.run(1, compiled) == [3]
 
 
 # ---- bytes on the wire ----

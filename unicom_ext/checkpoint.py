@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,9 @@ def save(
         failure = error
     # Ranks that would name other tensors must not write them.
     agree({"the tensors to save": sorted(state)}, failure, parts.group)
-    dcp.save(state, checkpoint_id=temporary, process_group=parts.group, no_dist=parts.group is None)
+    _dcp_save(
+        state, checkpoint_id=temporary, process_group=parts.group, no_dist=parts.group is None
+    )
     failure = None
     if parts.is_first:
         try:
@@ -130,9 +133,9 @@ def load(
         "process_group": parts.group,
         "no_dist": parts.group is None,
     }
-    dcp.load(plan.whole, **where)
+    _dcp_load(plan.whole, **where)
     if plan.rows:
-        dcp.load({key: rows.buffer for key, rows in plan.rows.items()}, **where,
+        _dcp_load({key: rows.buffer for key, rows in plan.rows.items()}, **where,
                  planner=_RowPlanner(plan.rows))  # fmt: skip
     plan.finish()
     return plan.about["extra"]
@@ -156,7 +159,7 @@ def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in metadata.state_dict_metadata.items()
     }
-    dcp.load(state, checkpoint_id=directory, no_dist=True)
+    _dcp_load(state, checkpoint_id=directory, no_dist=True)
     temporary = Path(f"{file}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, file)
@@ -175,7 +178,7 @@ def split(file: str | os.PathLike, directory: str | os.PathLike) -> None:
     _check_format(file, about)
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    dcp.save(state, checkpoint_id=temporary, no_dist=True)
+    _dcp_save(state, checkpoint_id=temporary, no_dist=True)
     os.rename(temporary, directory)
 
 
@@ -187,12 +190,24 @@ def _read(directory: Path) -> tuple[Any, dict[str, Any]]:
         metadata = FileSystemReader(directory).read_metadata()
         entry = metadata.state_dict_metadata[_ABOUT]
         text = {_ABOUT: torch.empty(entry.size, dtype=torch.uint8)}
-        dcp.load(text, checkpoint_id=directory, no_dist=True)
+        _dcp_load(text, checkpoint_id=directory, no_dist=True)
         about = json.loads(bytes(text[_ABOUT].tolist()))
     except Exception as error:  # whatever the reader's parts raise
         raise CheckpointError(f"{directory}: cannot be read: {_reason(error)}") from error
     _check_format(directory, about)
     return metadata, about
+
+
+def _dcp_save(state: dict[str, Tensor], **where: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        dcp.save(state, **where)
+
+
+def _dcp_load(state: dict[str, Tensor], **where: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, **where)
 
 
 def _check_format(path: str | os.PathLike, about: Mapping[str, Any]) -> None:

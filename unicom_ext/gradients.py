@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from unicom_ext.loss import PartialMarginSoftmax
+from unicom_ext.optim.clip import _values as stored_values
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def global_grad_norm(parameters: Iterable[Tensor], loss: PartialMarginSoftmax) -
     common = get_total_norm(gradients)
     if isinstance(common, DTensor):
         common = common.full_tensor()
-    own = get_total_norm([] if loss.weight.grad is None else [_values(loss.weight)])
+    own = get_total_norm([] if loss.weight.grad is None else [stored_values(loss.weight)])
     if loss.shard is not None:
         own = torch.linalg.vector_norm(loss.shard.gather(own.reshape(1).to(loss.weight.device)))
     return torch.linalg.vector_norm(torch.stack([common.to(own), own]))
@@ -58,14 +59,5 @@ def clip_grad_norm_(
         if param.grad is not None and param is not loss.weight:
             param.grad.mul_(factor.to(param.grad.device))
     if loss.weight.grad is not None:
-        _values(loss.weight).mul_(factor)
+        stored_values(loss.weight).mul_(factor)
     return norm
-
-
-def _values(param: Tensor) -> Tensor:
-    """What of a gradient is stored: all of a dense one, the rows of a sparse one."""
-    if not param.grad.is_sparse:
-        return param.grad
-    if not param.grad.is_coalesced():  # the norm needs the sums of rows that are there twice
-        param.grad = param.grad.coalesce()
-    return param.grad.values()

@@ -281,7 +281,6 @@ class PartialMarginSoftmax(nn.Module):
 
         def check_all() -> Tensor | None:
             check()
-            sharding.check_labels(labels, self.num_classes, self.ignore_index)
             this_step = self._step_tensor(step)
             return this_step if self.training else None
 

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unicom_ext import _core
-from unicom_ext.functional import _PRECISION, _REDUCTION, _resolve_precision, _row_sparse
+from unicom_ext.functional import _PRECISION, _REDUCTION, _resolve_precision
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.reference import Metrics
+from unicom_ext.row_sparse import refuse_dense_optimizers, row_sparse
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -232,7 +233,9 @@ def gather_batch(
     """
     shard.check_alive()
     if uneven:
-        size, wants_grad = _exchange_sizes(shard, embeddings, margin, device, check)
+        size, wants_grad = _exchange_sizes(
+            shard, embeddings, labels, margin, device, ignore_index, check
+        )
     else:
         check()
         size = len(embeddings)
@@ -262,8 +265,10 @@ def gather_batch(
 def _exchange_sizes(
     shard: ClassShard,
     embeddings: Tensor,
+    labels: Tensor,
     margin: CombinedMargin,
     device: torch.device,
+    ignore_index: int,
     check: Callable[[], Tensor | None],
 ) -> tuple[int, bool]:
     """The largest batch of a rank, and whether any needs the gradient of its embeddings."""
@@ -271,6 +276,7 @@ def _exchange_sizes(
     header = torch.zeros(_HEADER, dtype=torch.int64)
     try:
         step = check()
+        check_labels(labels, shard.num_classes, ignore_index)
         kinds = [isinstance(m, Tensor) for m in (margin.m2, margin.m3)]
         header[1] = len(embeddings)
         header[2] = _DTYPES.index(embeddings.dtype)
@@ -364,6 +370,8 @@ def call_loss(
     Returns the loss (for ``reduction="none"`` of this rank's samples), the metrics of this rank's
     samples, and what `select` returned.
     """
+    if sparse_grad:
+        refuse_dense_optimizers()
     if uneven_batches is None:
         uneven_batches = prototypes.device.type == "cpu"
     batch = gather_batch(
@@ -482,7 +490,6 @@ def partial_margin_softmax(
                 f"the classes from {shard.start} to {shard.stop} of {num_classes}, "
                 f"got {list(prototypes.shape)}"
             )
-        check_labels(labels, num_classes, ignore_index)
 
     def select(labels: Tensor) -> Selected:
         slot = _ops.label_slots(
@@ -640,7 +647,7 @@ class _Attach(torch.autograd.Function):
                 grad_embeddings *= shard.world_size
             grad_embeddings = grad_embeddings.to(dtype)
         if want_prototypes and options.sparse_grad:
-            grad_prototypes = _row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+            grad_prototypes = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
         return (
             grad_embeddings if ctx.needs_input_grad[0] else None,
             grad_prototypes if ctx.needs_input_grad[1] else None,
