@@ -36,15 +36,19 @@ struct Product {
 
 // A block of batch rows against a run of class panels.
 template <class Unit>
-struct LogitBlock {
+struct CosineBlock {
   const Unit* rows;  // tile panels [tiles][units][6]
   int64_t row_tile_stride;
   const Unit* classes;  // vector panels [panels][panel_stride]
   int64_t panel_stride;
   int64_t units;
   int64_t tiles, panels;
+  int64_t num_classes;  // valid classes in the run; the last panel may be padded
+};
+
+template <class Unit>
+struct LogitBlock : CosineBlock<Unit> {
   const int64_t* target;  // [6 tiles] position of the target class in the run, or out of range
-  int64_t num_classes;    // valid classes in the run; the last panel may be padded
   RealOf<Unit> scale;
   RealOf<Unit> filter;  // negative cosines above this count as 0; +inf: none
   // Cosines that the forward pass writes and the backward pass reads instead of multiplying again,
@@ -89,6 +93,19 @@ struct Probabilities : LogitBlock<Unit> {
   int64_t along_classes_stride;  // [ceil(6 tiles / 16)][class units][16]
 };
 
+// Nearest class of each row, lane by lane: class j falls into lane j % kBestLanes. So many lanes
+// that two of a row's best classes seldom share one.
+constexpr int64_t kBestPanels = 4;
+constexpr int64_t kBestLanes = kBestPanels * kLanes;
+
+template <class Unit>
+struct Nearest : CosineBlock<Unit> {
+  // [6 tiles][kBestLanes], written whole; kNoCosine and -1 in a lane that holds no class
+  float* best;     // largest cosine
+  float* second;   // second largest; equal to `best` where two classes have the same cosine
+  int32_t* panel;  // panel of the largest, the first of equal ones
+};
+
 template <class Unit>
 struct Kernels {
   using Real = RealOf<Unit>;
@@ -118,6 +135,7 @@ struct Kernels {
   void (*product)(const Product<Unit>&);
   void (*sum_exp)(const SumExp<Unit>&);
   void (*probabilities)(const Probabilities<Unit>&);
+  void (*nearest)(const Nearest<Unit>&);  // nullptr for double
 
   // Derivative of the normalisation for one gradient panel, in rows: for each lane
   //   rows[lane][k] = scale[lane] * (g_k - (g . u) u_k),   u the packed unit vector.

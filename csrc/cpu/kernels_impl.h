@@ -477,6 +477,55 @@ void probabilities(const Probabilities<Unit>& args) {
   for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
 }
 
+// ---- nearest class
+// --------------------------------------------------------------------------------
+
+template <class Unit>
+void nearest(const Nearest<Unit>& args) {
+  constexpr int P = kRegisterPanels<float>;
+  constexpr int kV = kVectors<float>;
+  constexpr int kW = kWidth<float>;
+  constexpr int64_t kSize = kTile * kLanes;
+  alignas(64) float cosines[P * kSize];
+  const int64_t lanes = args.tiles * kTile * kBestLanes;
+  for (int64_t i = 0; i < lanes; ++i) {
+    args.best[i] = args.second[i] = static_cast<float>(kNoCosine);
+    args.panel[i] = -1;
+  }
+  auto panels_at = [&](auto count, int64_t panel) {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      multiply_tile<Unit, kCount>({args.rows + t * args.row_tile_stride, 0, 0},
+                                  args.classes + panel * args.panel_stride, args.panel_stride,
+                                  args.units, cosines, kSize, false);
+      for (int64_t m = 0; m < kTile; ++m)
+        for (int p = 0; p < kCount; ++p) {
+          float* line = cosines + p * kSize + m * kLanes;
+          for (int64_t lane = args.num_classes - (panel + p) * kLanes; lane < kLanes; ++lane)
+            line[lane] = static_cast<float>(kNoCosine);
+          const int64_t place = (t * kTile + m) * kBestLanes + (panel + p) % kBestPanels * kLanes;
+          const IntVec<float> here = broadcast_int<float>(static_cast<int32_t>(panel + p));
+          for (int v = 0; v < kV; ++v) {
+            const int64_t at = place + v * kW;
+            const Vec<float> c = load(line + v * kW), best = load(args.best + at);
+            const Vec<float> second = load(args.second + at);
+            IntVec<float> index;
+            std::memcpy(&index, args.panel + at, sizeof(index));
+            const IntVec<float> better = c > best;
+            const Vec<float> lesser = better ? best : c;
+            index = better ? here : index;
+            store(args.best + at, better ? c : best);
+            store(args.second + at, lesser > second ? lesser : second);
+            std::memcpy(args.panel + at, &index, sizeof(index));
+          }
+        }
+    }
+  };
+  int64_t panel = 0;
+  for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
+  for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
+}
+
 // ---- normalisation backward
 // ------------------------------------------------------------------------
 
@@ -535,6 +584,7 @@ constexpr Kernels<Unit> make_kernels() {
   k.product = product<Unit>;
   k.sum_exp = sum_exp<Unit>;
   k.probabilities = probabilities<Unit>;
+  if constexpr (std::is_same_v<RealOf<Unit>, float>) k.nearest = nearest<Unit>;
   k.unit_backward = unit_backward<Unit>;
   return k;
 }

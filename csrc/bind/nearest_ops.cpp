@@ -1,0 +1,99 @@
+// Operators of the clustering: nearest centroid of each row, and the sums of unit rows by centroid.
+#include "../engine/nearest.h"
+
+#include <cmath>
+#include <tuple>
+
+#include "common.h"
+
+namespace unicom {
+namespace {
+
+Rows fp32_rows(const Tensor& tensor, const char* name) {
+  check_matrix(tensor, name);
+  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.size(1) >= 1, name, " must have at least one column");
+  check(tensor.stride(1) == 1 || tensor.size(1) == 1, name, " must have unit column stride");
+  return {tensor.const_data_ptr<float>(), tensor.size(0), tensor.size(1), tensor.stride(0)};
+}
+
+template <class F>
+auto with_unit(bool bf16, const F& f) {
+  return bf16 ? f(cpu::BfPair{}) : f(float{});
+}
+
+int64_t packed_bytes_of(const Rows& centroids, bool bf16) {
+  return with_unit(bf16, [&](auto unit) {
+    return packed_centroid_bytes<decltype(unit)>(centroids.count, centroids.dim);
+  });
+}
+
+Tensor pack_centroids_op(Tensor centroids, bool bf16) {
+  const Rows from = fp32_rows(centroids, "centroids");
+  check(from.count >= 1, "centroids must have at least one row");
+  for (int64_t j = 0; j < from.count; ++j) {
+    bool finite = true;
+    for (int64_t k = 0; k < from.dim; ++k) finite &= std::isfinite(from[j][k]);
+    check(finite, "centroids must be finite, but row ", j, " is not");
+  }
+  Tensor packed = pooled(centroids, {packed_bytes_of(from, bf16)}, ScalarType::Byte, 1);
+  with_unit(bf16, [&](auto unit) {
+    pack_centroids<decltype(unit)>(from, packed.mutable_data_ptr(), TorchParallel());
+  });
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tensor packed,
+                                      bool bf16) {
+  const Rows rows = fp32_rows(rows_in, "rows"), centroids = fp32_rows(centroids_in, "centroids");
+  check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
+        centroids.count, ", ", centroids.dim, "]");
+  check(packed.numel() == packed_bytes_of(centroids, bf16),
+        "packed must come from pack_centroids with the same centroids and precision");
+  Tensor index = empty_like_device(rows_in, {rows.count}, ScalarType::Long);
+  Tensor score = empty_like_device(rows_in, {rows.count}, ScalarType::Float);
+  with_unit(bf16, [&](auto unit) {
+    nearest<decltype(unit)>(rows, centroids, packed.const_data_ptr(),
+                            index.mutable_data_ptr<int64_t>(), score.mutable_data_ptr<float>(),
+                            TorchParallel());
+  });
+  return {index, score};
+}
+
+// The one operator here that changes its arguments: sums of a whole pass are far larger than what
+// one call adds to them.
+void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) {
+  const Rows rows = fp32_rows(rows_in, "rows");
+  check_matrix(sums, "sums");
+  const int64_t num_sums = sums.size(0);
+  check(
+      sums.size(1) == rows.dim && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
+      "sums must be contiguous, Double, of shape [k, ", rows.dim, "]");
+  check_vector(counts, "counts", num_sums, ScalarType::Long);
+  check_vector(index, "index", rows.count, ScalarType::Long);
+  check(counts.is_contiguous() && index.is_contiguous(), "counts and index must be contiguous");
+  const int64_t* ids = index_data(index);
+  for (int64_t i = 0; i < rows.count; ++i)
+    check(ids[i] >= -1 && ids[i] < num_sums, "index must be in [-1, ", num_sums, "), got ", ids[i],
+          " at position ", i);
+  add_unit_rows(rows, ids, num_sums, sums.mutable_data_ptr<double>(),
+                counts.mutable_data_ptr<int64_t>(), TorchParallel());
+}
+
+}  // namespace
+}  // namespace unicom
+
+STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
+  m.def("pack_centroids(Tensor centroids, bool bf16) -> Tensor");
+  m.def(
+      "nearest(Tensor rows, Tensor centroids, Tensor packed, bool bf16) -> (Tensor index, Tensor "
+      "score)");
+  m.def("add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {
+  m.impl("pack_centroids", TORCH_BOX(&unicom::pack_centroids_op));
+  m.impl("nearest", TORCH_BOX(&unicom::nearest_op));
+  m.impl("add_unit_rows", TORCH_BOX(&unicom::add_unit_rows_op));
+}

@@ -1,0 +1,243 @@
+"""The nearest centroid, at every instruction set and precision, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import unicom_ext
+from unicom_ext import _core
+from unicom_ext.cluster import Centroids, add_unit_rows, nearest
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def cosines(rows: Tensor, centroids: Tensor) -> Tensor:
+    """[N, k] in float64; a zero vector has cosine 0."""
+    return F.normalize(rows.double(), eps=1e-300) @ F.normalize(centroids.double(), eps=1e-300).T
+
+
+def check(rows: Tensor, centroids: Tensor, precision: str) -> Tensor:
+    """The index is float64's but where two cosines are the same within its rounding."""
+    index, score = nearest(rows, centroids, precision)
+    cosine = cosines(rows, centroids)
+    right = cosine.max(dim=1).values
+    chosen = cosine.gather(1, index[:, None])[:, 0]
+    torch.testing.assert_close(chosen, right, rtol=0, atol=1e-14)
+    torch.testing.assert_close(score.double(), right, rtol=0, atol=1e-7)
+    return index
+
+
+def gaussian(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(1, 1, 1), (7, 3, 2), (5, 16, 129), (100, 65, 5), (193, 64, 130), (300, 1000, 64)],
+)
+def test_awkward_sizes(capability, precision, n, k, d):
+    check(gaussian(n, d, 0), gaussian(k, d, 1), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cosines_closer_than_bf16_can_tell_apart(capability, precision):
+    """All centroids within 1e-3 of each other: bf16 alone gets most of these rows wrong."""
+    d = 48
+    rows = F.normalize(gaussian(1, d, 0) + 1e-3 * gaussian(200, d, 1))
+    centroids = F.normalize(gaussian(1, d, 0) + 1e-3 * gaussian(300, d, 2))
+    check(rows, centroids, precision)
+    rounded = (rows.bfloat16().float() @ centroids.bfloat16().float().T).argmax(dim=1)
+    wrong = rounded != cosines(rows, centroids).argmax(dim=1)
+    assert wrong.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gaps_of_one_part_in_a_hundred_million(capability, precision):
+    """The winner leads by 1e-8, less than fp32 resolves near 1; its neighbours share its lane."""
+    d, k = 32, 256
+    direction = F.normalize(gaussian(1, d, 3).double())
+    other = F.normalize(gaussian(1, d, 4).double())
+    other = F.normalize(other - (other @ direction.T) * direction)
+    angle = 0.5 + 1e-8 * torch.randperm(k, generator=torch.Generator().manual_seed(5))
+    centroids = (angle.cos()[:, None] * direction + angle.sin()[:, None] * other).float()
+    index = check(direction.float(), centroids, precision)
+    assert index == cosines(direction.float(), centroids).argmax()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_first_of_equal_centroids_wins(capability, precision):
+    centroids = gaussian(150, 20, 0)
+    centroids[[70, 71, 134, 149]] = centroids[6].clone()  # 70 and 134 in the lane of 6
+    centroids[100:120] = centroids[20:40] * 7  # the same directions
+    index = check(gaussian(400, 20, 1), centroids, precision)
+    assert not set(index.tolist()) & {70, 71, 134, 149}
+    assert check(centroids, centroids, precision).tolist()[70] == 6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_cosines_negative(capability, precision):
+    """Padding of the last panel has cosine 0 and must not win."""
+    centroids = -gaussian(17, 6, 0).abs()
+    index = check(gaussian(40, 6, 1).abs(), centroids, precision)
+    assert index.min() >= 0
+    assert index.max() < 17
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_without_direction(capability, precision):
+    rows = gaussian(9, 5, 0)
+    rows[2], rows[4, 1], rows[6, 0] = 0, math.nan, -math.inf
+    index, score = nearest(rows, gaussian(20, 5, 1), precision)
+    bad = torch.tensor([2, 4, 6])
+    assert index[bad].tolist() == [-1, -1, -1]
+    assert score[2] == 0
+    assert score[[4, 6]].isnan().all()
+    good = torch.tensor([0, 1, 3, 5, 7, 8])
+    alone = nearest(rows[good], gaussian(20, 5, 1), precision)
+    assert torch.equal(index[good], alone[0])
+    assert torch.equal(score[good], alone[1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_norms_at_the_ends_of_fp32(precision):
+    rows, centroids = gaussian(50, 12, 0), gaussian(40, 12, 1)
+    index = check(rows, centroids, precision)
+    for scale in (1e-38, 1e-25, 1e25, 3e37):
+        scaled = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)) + 0.5
+        assert torch.equal(nearest(rows * (scale * scaled), centroids, precision)[0], index)
+        assert torch.equal(nearest(rows, centroids * scale, precision)[0], index)
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(1, 200),
+    st.integers(1, 40),
+    st.sampled_from([0.0, 1e-4, 1e-2, 1.0]),
+    st.sampled_from(PRECISIONS),
+    st.integers(0, 2**20),
+)
+def test_any_problem(n, k, d, spread, precision, seed):
+    centre = gaussian(1, d, seed)
+    check(
+        centre + spread * gaussian(n, d, seed + 1),
+        centre + spread * gaussian(k, d, seed + 2),
+        precision,
+    )
+
+
+def test_the_same_labels_everywhere(set_threads):
+    """Not merely as good: the same, at any instruction set, precision and number of threads."""
+    rows = F.normalize(gaussian(500, 40, 0) + 3)
+    centroids = rows[::3] + 1e-5 * gaussian(167, 40, 1)
+    results = []
+    for name in [*_core.cpu_capabilities(), "emulated_avx512"]:
+        with unicom_ext.cpu_capability(name):
+            results += [nearest(rows, centroids, precision) for precision in PRECISIONS]
+    set_threads(2)
+    results.append(nearest(rows, centroids))
+    for index, score in results[1:]:
+        assert torch.equal(index, results[0][0])
+        assert torch.equal(score, results[0][1])
+
+
+def test_rows_of_other_dtypes_and_strides():
+    rows, centroids = gaussian(30, 16, 0), Centroids(gaussian(40, 16, 1))
+    index, score = centroids.nearest(rows)
+    assert torch.equal(centroids.nearest(rows.double())[0], index)
+    assert torch.equal(centroids.nearest(rows.T.contiguous().T)[1], score)
+    wide = torch.zeros(30, 20)
+    wide[:, :16] = rows
+    assert torch.equal(centroids.nearest(wide[:, :16])[1], score)
+    half = rows.half()
+    assert torch.equal(centroids.nearest(half)[0], centroids.nearest(half.float())[0])
+    empty = centroids.nearest(rows[:0])
+    assert (len(empty[0]), len(empty[1])) == (0, 0)
+
+
+def test_faiss_agrees():
+    faiss = pytest.importorskip("faiss")
+    rows, centroids = F.normalize(gaussian(2000, 64, 0)), F.normalize(gaussian(500, 64, 1))
+    index = faiss.IndexFlatIP(64)
+    index.add(centroids.numpy())
+    score, found = index.search(rows.numpy(), 1)
+    ours, our_score = nearest(rows, centroids)
+    same = torch.from_numpy(found[:, 0]) == ours
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(our_score, torch.from_numpy(score[:, 0]), rtol=0, atol=1e-6)
+
+
+# ---- sums ----------------------------------------------------------------------------------------
+
+
+def test_sums_of_unit_rows(set_threads):
+    rows = gaussian(1000, 7, 0)
+    index = torch.randint(-1, 13, (1000,), generator=torch.Generator().manual_seed(1))
+    right = torch.zeros(13, 7, dtype=torch.float64)
+    kept = index >= 0
+    right.index_add_(0, index[kept], F.normalize(rows.double())[kept])
+    results = []
+    for threads in (1, 2, 3):
+        set_threads(threads)
+        sums, counts = torch.zeros(13, 7, dtype=torch.float64), torch.zeros(13, dtype=torch.int64)
+        add_unit_rows(sums, counts, rows[:400], index[:400])
+        add_unit_rows(sums, counts, rows[400:], index[400:])
+        torch.testing.assert_close(sums, right, rtol=1e-14, atol=1e-13)
+        assert torch.equal(counts, index[kept].bincount(minlength=13))
+        results.append(sums)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_sums_beyond_what_fp32_can_count():
+    """2**24 rows are in the sum already: in fp32 another one would change nothing."""
+    sums = torch.tensor([[2.0**24, 0.0]], dtype=torch.float64)
+    counts = torch.tensor([2**24])
+    add_unit_rows(sums, counts, torch.ones(1, 2) / 2, torch.zeros(1, dtype=torch.int64))
+    assert sums[0, 0] == 2.0**24 + math.sqrt(0.5)
+    assert counts.item() == 2**24 + 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "centroids", "precision", "error", "words"),
+    [
+        (torch.zeros(3, 4), torch.ones(2, 5), "auto", ValueError, ["centroids", "[k, 4]", "5"]),
+        (torch.zeros(3, 4), torch.ones(0, 4), "auto", ValueError, ["centroids", "one row"]),
+        (torch.zeros(3, 4), torch.ones(2, 4), "fp16", ValueError, ["precision", "fp16", "bf16"]),
+        (torch.zeros(3), torch.ones(2, 4), "auto", ValueError, ["rows", "matrix", "[3]"]),
+        (torch.zeros(3, 4).long(), torch.ones(2, 4), "auto", TypeError, ["rows", "int64"]),
+        (torch.zeros(3, 4), [[1.0]], "auto", TypeError, ["centroids", "list"]),
+        (
+            torch.zeros(3, 2),
+            torch.tensor([[1, 2], [3, math.nan]]),
+            "auto",
+            ValueError,
+            ["centroids", "finite", "row 1"],
+        ),
+    ],
+)
+def test_bad_input(rows, centroids, precision, error, words):
+    with pytest.raises(error) as caught:
+        nearest(rows, centroids, precision)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_bad_sums():
+    sums, counts = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    rows, index = torch.ones(2, 3), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"index must be in \[-1, 2\), got 2 at position 1"):
+        add_unit_rows(sums, counts, rows, index)
+    with pytest.raises(ValueError, match="sums must be contiguous, Double"):
+        add_unit_rows(sums.float(), counts, rows, index)
+    assert sums.sum() == 0

@@ -1,0 +1,82 @@
+"""Nearest centroid by cosine, without the N x k matrix: the inner loop of the clustering.
+
+`nearest` is one call; `Centroids` packs them once for many calls.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unicom_ext import _core
+from unicom_ext.functional import _ops
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class Centroids:
+    """Centroids [k, d], packed for `nearest`.
+
+    Args:
+        centroids: [k, d] floating point, finite, any norm; k >= 1. A zero row has cosine 0 with
+            everything. Kept in float32.
+        precision: of the products that find the few centroids that may be the nearest: ``"fp32"``,
+            ``"bf16"``, or ``"auto"``, bf16 where the CPU has instructions for it. These few are
+            compared in double, so the result is the same with either.
+
+    Memory: the centroids and their packed copy, k * d values of 4 and of 4 or 2 bytes.
+    """
+
+    def __init__(self, centroids: Tensor, precision: str = "auto") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        self.values = _fp32_rows("centroids", centroids)
+        self._bf16 = precision == "bf16" or (
+            precision == "auto" and _core.cpu_capability() == "avx512_bf16"
+        )
+        self._packed = _ops.pack_centroids(self.values, self._bf16)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The centroid of largest cosine to each row, the lowest index among equals.
+
+        Args:
+            rows: [N, d] floating point, any norm; taken in float32.
+
+        Returns:
+            index: [N] int64; -1 for a zero row and for one with NaN or infinity.
+            score: [N] float32, the cosine; 0 for a zero row, NaN for a row that is not finite.
+
+            Both are those of double arithmetic on the float32 values, whatever the instruction set,
+            the precision and the number of threads.
+        """
+        return _ops.nearest(_fp32_rows("rows", rows), self.values, self._packed, self._bf16)
+
+
+def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[Tensor, Tensor]:
+    """`Centroids(centroids, precision).nearest(rows)`."""
+    return Centroids(centroids, precision).nearest(rows)
+
+
+def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> None:
+    """``sums[index[i]] += rows[i] / |rows[i]|`` and ``counts[index[i]] += 1``, in place.
+
+    Args:
+        sums: [k, d] float64: float32 sums stop growing when they are 2**24 times a summand.
+        counts: [k] int64.
+        rows: [N, d] float32.
+        index: [N] int64 in [-1, k); rows with -1 are left out.
+    """
+    _ops.add_unit_rows(sums, counts, rows, index)
+
+
+def _fp32_rows(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be a matrix, got shape {list(x.shape)}")
+    x = x.detach().float()
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
