@@ -19,7 +19,9 @@ from typing import Any
 
 import click
 
-from unicom_ext.train.config import Config, ConfigError, parse_list, read_toml, setting_types
+from unicom_ext.cluster.config import ClusterConfig
+from unicom_ext.settings import ConfigError, Settings, parse_list, read_toml, setting_types
+from unicom_ext.train.config import Config
 
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
@@ -32,20 +34,24 @@ def main() -> None:
 # ---- train ---------------------------------------------------------------------------------------
 
 
-def _setting_options(command: Callable) -> Callable:
-    """One option for each setting of `Config`, None where it is not given."""
-    types = setting_types()
-    for setting in reversed(dataclasses.fields(Config)):
-        wanted, default = types[setting.name], setting.default
-        is_list = isinstance(default, tuple)
-        shown = ",".join(map(str, default)) if is_list else default
-        command = click.option(
-            f"--{setting.name.replace('_', '-')}",
-            type=str if is_list else wanted,
-            metavar="LIST" if is_list else None,
-            help=f"{setting.metadata['help']}  [default: {shown}]",
-        )(command)
-    return command
+def _setting_options(settings: type[Settings]) -> Callable[[Callable], Callable]:
+    """One option for each setting, None where it is not given."""
+
+    def decorate(command: Callable) -> Callable:
+        types = setting_types(settings)
+        for setting in reversed(dataclasses.fields(settings)):
+            wanted, default = types[setting.name], setting.default
+            is_list = isinstance(default, tuple)
+            shown = ",".join(map(str, default)) if is_list else default
+            command = click.option(
+                f"--{setting.name.replace('_', '-')}",
+                type=str if is_list else wanted,
+                metavar="LIST" if is_list else None,
+                help=f"{setting.metadata['help']}  [default: {shown}]",
+            )(command)
+        return command
+
+    return decorate
 
 
 @main.command()
@@ -59,7 +65,7 @@ def _setting_options(command: Callable) -> Callable:
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output directory.")
 @click.option("--overwrite", is_flag=True, help="Begin anew although there is a checkpoint.")
-@_setting_options
+@_setting_options(Config)
 def train(
     output: Path, config_file: Path | None, resume: bool, overwrite: bool, **given: Any
 ) -> None:
@@ -75,7 +81,7 @@ def train(
         if config_file is None and resume and (output / "config.toml").exists():
             config_file = output / "config.toml"
         settings = read_toml(config_file) if config_file else {}
-        settings.update(_given_settings(given))
+        settings.update(_given_settings(Config, given))
         config = Config.from_mapping(settings)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
@@ -133,22 +139,94 @@ def _spin_briefly() -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
-def _given_settings(given: dict[str, Any]) -> dict[str, Any]:
-    types = setting_types()
+def _given_settings(settings_type: type[Settings], given: dict[str, Any]) -> dict[str, Any]:
+    types = setting_types(settings_type)
     settings = {}
     for name, value in given.items():
         if value is None:
             continue
-        if isinstance(getattr(Config, name), tuple):
+        default = getattr(settings_type, name)
+        if isinstance(default, tuple):
             try:
                 value = parse_list(types[name], value)
             except ValueError:
                 raise ConfigError(
                     f"{name}: got {value!r}, must be a comma-separated list such as "
-                    f"{','.join(map(str, getattr(Config, name)))}"
+                    f"{','.join(map(str, default))}"
                 ) from None
         settings[name] = value
     return settings
+
+
+# ---- cluster -------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("input", type=click.Path(path_type=Path))
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), required=True,
+    help="Directory for labels_XXXX.npy, centroids.npy, clusters.json and pictures.",
+)  # fmt: skip
+@click.option(
+    "--true-labels", type=click.Path(path_type=Path),
+    help=".npy file of integers, one for each row: NMI, purity and conflict are reported.",
+)  # fmt: skip
+@click.option(
+    "--images", type=click.Path(path_type=Path),
+    help=".npy file uint8 [rows, h, w(, 3)]: members of some clusters are shown.",
+)  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on after the last pass that was finished.")
+@click.option("--overwrite", is_flag=True, help="Begin anew although there is something.")
+@_setting_options(ClusterConfig)
+def cluster(
+    input: Path,
+    output: Path,
+    true_labels: Path | None,
+    images: Path | None,
+    resume: bool,
+    overwrite: bool,
+    **given: Any,
+) -> None:
+    """Cluster the feature files INPUT into pseudo-classes.
+
+    INPUT is a .npy file, a directory of them, a directory with img_emb/ and text_emb/ as public
+    dumps of CLIP embeddings have them, or Parquet files. Rows stream from disk. It can be killed
+    at any time; --resume goes on after the last whole pass. Under torchrun each process reads its
+    part of the rows.
+    """
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite exclude each other")
+    try:
+        config = ClusterConfig.from_mapping(_given_settings(ClusterConfig, given))
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    _spin_briefly()
+    try:
+        from unicom_ext.cluster import driver
+        from unicom_ext.cluster.ranks import process_group
+    except (ImportError, OSError) as error:
+        raise click.ClickException(_broken(error)) from None
+    from unicom_ext.train.checkpoint import CheckpointError
+
+    try:
+        with process_group() as ranks:
+            result = driver.cluster(
+                config, input, output, true_labels=true_labels, images=images, resume=resume,
+                overwrite=overwrite,
+            )  # fmt: skip
+    except CheckpointError as error:
+        raise click.ClickException(
+            f"{error}\n(--resume goes on, --overwrite begins anew)"
+        ) from None
+    except (ConfigError, driver.SourceError, OSError, ModuleNotFoundError) as error:
+        raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        click.echo("\nStopped. To go on, give the same command with --resume.")
+        sys.exit(INTERRUPTED)
+    if ranks.is_first:
+        for line in driver.summary(result):
+            click.echo(line)
+        click.echo(f"Written: {output}")
 
 
 # ---- bench ---------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""Settings of a clustering. Imports neither torch nor NumPy."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from unicom_ext.settings import ConfigError, Settings, not_negative, rate, setting, whole
+
+JOINTS = ("image", "text", "average", "concat")
+METHODS = ("lloyd", "minibatch", "two-level")
+ENGINES = ("unicom", "faiss")
+PRECISIONS = ("auto", "fp32", "bf16")
+INITS = ("kmeans++", "random")
+# What may differ when a run goes on: how long it lasts, and on what; not what it computes.
+FREE_TO_CHANGE = ("passes", "tolerance", "precision", "threads", "min_size", "min_cosine")
+
+
+def _one_of(default: str, help: str, choices: tuple[str, ...]) -> str:
+    return setting(default, help, " or ".join(choices), choices.__contains__)
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Settings):
+    """What a clustering does. Raises ConfigError (a ValueError) on values that cannot be used."""
+
+    clusters: int = whole(1000, "k, how many clusters to find", 1)
+    passes: int = whole(20, "at most so many passes over the rows", 1)
+    tolerance: float = not_negative(
+        1e-4, "stop when a pass improves the objective by less than this share; 0: never"
+    )
+    joint: str = _one_of("image", "the features: of the image, of the text, or of both", JOINTS)
+    image_weight: float = setting(
+        0.5, "share of the image in average and concat", "a number in (0, 1)", lambda v: 0 < v < 1
+    )
+    init: str = setting(
+        "kmeans++", "initial centroids: kmeans++, random, or a .npy file [k, d]",
+        "kmeans++, random, or the name of a .npy file",
+        lambda v: v in INITS or v.endswith(".npy"),
+    )  # fmt: skip
+    method: str = _one_of(
+        "lloyd", "lloyd: whole passes; minibatch: an update after each batch; two-level: coarse "
+        "clusters first, then fine ones inside each, for k >= 100,000", METHODS,
+    )  # fmt: skip
+    early_passes: int = whole(0, "lloyd: so many first passes look at a part of the rows only", 0)
+    early_fraction: float = rate(0.1, "how large a part")
+    batch_rows: int = whole(65536, "minibatch: rows of a batch", 1)
+    coarse: int = whole(0, "two-level: coarse clusters, 0 for the square root of k", 0)
+    merge_above: float = setting(
+        1.0, "in the end clusters become one whose centroids have a cosine above this; 1: none",
+        "a number in (0, 1]", lambda v: 0 < v <= 1,
+    )  # fmt: skip
+    min_size: int = whole(0, "smaller clusters are dissolved, their rows labelled -1", 0)
+    min_cosine: float = setting(
+        0.0, "so are clusters whose mean cosine to the centroid is below this",
+        "a number in [0, 1]", lambda v: 0 <= v <= 1,
+    )  # fmt: skip
+    seed: int = setting(0, "of every draw", "0 .. 2^32 - 1", lambda v: 0 <= v < 2**32)
+    engine: str = _one_of("unicom", "what finds the nearest centroid", ENGINES)
+    precision: str = _one_of(
+        "auto", "of the unicom engine's products; the result is the same", PRECISIONS
+    )
+    image_column: str = setting("image_embedding", "column in Parquet files", "a name", bool)
+    text_column: str = setting("text_embedding", "column in Parquet files", "a name", bool)
+    threads: int = whole(0, "threads of torch, 0 for its own choice", 0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.early_passes >= self.passes:
+            raise ConfigError(
+                f"early_passes: got {self.early_passes}, must be fewer than passes, which is "
+                f"{self.passes}"
+            )
+        if self.method != "lloyd" and self.early_passes:
+            raise ConfigError(f"early_passes: is for method lloyd only, got {self.method}")
+        if self.method == "two-level" and not 2 <= self.num_coarse <= self.clusters:
+            raise ConfigError(
+                f"coarse: got {self.num_coarse}, must be from 2 to clusters = {self.clusters}"
+            )
+
+    @property
+    def num_coarse(self) -> int:
+        return self.coarse or math.isqrt(self.clusters)

@@ -1,0 +1,541 @@
+"""A clustering from feature files to labels, resumable after each pass.
+
+The output directory gets labels_XXXX.npy (int32, one per shard), centroids.npy (fp32 [k, d]),
+clusters.json and pictures; `state/` in it holds what is needed to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import unicom_ext
+from unicom_ext.cluster import pictures, refine, seeds, two_level
+from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
+from unicom_ext.cluster.engines import engine_of
+from unicom_ext.cluster.labels import LabelFiles, sha256
+from unicom_ext.cluster.lloyd import (
+    Totals,
+    assign,
+    converged,
+    lloyd_pass,
+    minibatch_pass,
+    sampled,
+)
+from unicom_ext.cluster.progress import PassProgress
+from unicom_ext.cluster.quality import quality
+from unicom_ext.cluster.ranks import Ranks
+from unicom_ext.cluster.source import Source, SourceError
+from unicom_ext.settings import ConfigError
+from unicom_ext.train.checkpoint import CheckpointError, write_atomically
+
+# What a random number is for; keeps the streams of one seed apart.
+INIT, MEASURE, MEMBERS = range(3)
+FORMAT = "unicom_ext clustering state 1"
+STATE_PARTS = 20  # how often a two-level run saves itself while it makes fine clusters
+
+
+def cluster(
+    config: ClusterConfig,
+    input: str | Path,
+    output: str | Path,
+    *,
+    true_labels: str | Path | None = None,
+    images: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Cluster the rows of feature files.
+
+    config       what to do
+    input        feature files, see `unicom_ext.cluster.source`
+    output       directory for the results, made if need be
+    true_labels  .npy file of integers [rows], -1 for unknown: NMI, purity and conflict are reported
+    images       .npy file uint8 [rows, h, w] or [rows, h, w, 3]: members of some clusters are shown
+    resume       go on after the last pass that was finished there
+    overwrite    begin anew although there is something
+
+    Returns what clusters.json holds. Rows that are zero or not finite are counted and get label -1.
+
+    Where torch.distributed is initialised every process calls this with the same arguments, on a
+    file system they share; each reads its part of the rows, and the result is that of one process
+    to rounding. An error on one process is raised on all.
+
+    Raises SourceError (input files), ConfigError (settings), CheckpointError (what is in `output`),
+    OSError (writing); all before anything is changed, but the last.
+    """
+    run = _Run(config, Path(input), Path(output), console or Console())
+    with run.ranks.together():
+        run.prepare(true_labels, images, resume, overwrite)
+    run.train()
+    return run.finish()
+
+
+class _Run:
+    def __init__(self, config: ClusterConfig, input: Path, output: Path, console: Console) -> None:
+        self.config, self.input, self.output = config, input, output
+        self.ranks = Ranks()
+        self.console = console if self.ranks.is_first else Console(quiet=True)
+        self.state_dir = output / "state"
+
+    def prepare(
+        self,
+        true_labels: str | Path | None,
+        images: str | Path | None,
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        config = self.config
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.engine = engine_of(config)
+        self.source = Source(self.input, config)
+        if config.clusters > self.source.rows:
+            raise ConfigError(
+                f"clusters: got {config.clusters}, but {self.input} has {self.source.rows} rows"
+            )
+        self.true_labels = _column(true_labels, self.source.rows, "iu", (1,), "integers [rows]")
+        if self.true_labels is not None and self.true_labels.max() >= 2**31:
+            raise SourceError(f"{true_labels}: classes must be below 2^31")
+        self.images = _column(images, self.source.rows, "u", (3, 4), "uint8 [rows, h, w(, 3)]")
+        self.state = self._load_state(resume, overwrite)
+        if "centroids" not in self.state and config.init.endswith(".npy"):
+            self.state["centroids"] = _given_centroids(config, self.source.dim)
+        if self.ranks.is_first:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.state_dir.mkdir(exist_ok=True)
+        self.console.print(
+            f"{self.source.rows:,} rows of {self.source.dim} dimensions in "
+            f"{len(self.source.shards):,} shards, {config.clusters:,} clusters"
+            + (f", {self.ranks.size} processes" if self.ranks.size > 1 else ""),
+            highlight=False,
+        )
+        if self.state["passes"]:
+            self.console.print(f"Resuming after pass {len(self.state['passes'])}.")
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        if self.config.method == "two-level":
+            self._train_two_level()
+            return
+        if "centroids" not in self.state:
+            self.state["centroids"] = self._draw(self.config.clusters)
+            self._save()
+        self._lloyd_or_minibatch(self.config.method)
+
+    def _lloyd_or_minibatch(self, kind: str) -> None:
+        """Passes until convergence or the last one; the state is saved after each."""
+        passes = self.state["passes"]
+        while len(passes) < self.config.passes and not self._converged():
+            number = len(passes) + 1
+            early = number <= self.config.early_passes
+            left = self.config.passes - number
+            name = "sampled" if early else kind
+            with self._progress(f"{name} pass {number}/{self.config.passes}", left) as progress:
+                if kind == "minibatch":
+                    centroids, empty, totals = self._minibatch(number, progress)
+                else:
+                    centroids, empty, totals = self._lloyd(number, early, progress)
+            self.state["centroids"] = centroids
+            passes.append(_facts(number, name, totals, empty, progress.seconds))
+            progress.report(totals, f"{empty} empty clusters split" if empty else "")
+            self._save()
+
+    def _lloyd(
+        self, number: int, early: bool, progress: PassProgress
+    ) -> tuple[Tensor, int, Totals]:
+        how: dict[str, Any] = {}
+        if early:
+            how["part"] = sampled(self.config.early_fraction, self.config.seed + number)
+        else:
+            # Labels of this pass and the last: a pass that is cut short spoils nothing.
+            labels = LabelFiles(self.state_dir / f"pass-{number % 2}")
+            before = LabelFiles(self.state_dir / f"pass-{(number - 1) % 2}")
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    labels.create(self.source.shards)
+            last = self.state["passes"][-1]["kind"] if self.state["passes"] else None
+            known = last in ("lloyd", "coarse") and before.exist(self.source.shards)
+            how = {"labels": labels, "before": before if known else None}
+        return lloyd_pass(
+            self.source,
+            self.state["centroids"],
+            self.engine,
+            self.ranks,
+            progress.watch,
+            self.config.seed + number,
+            **how,
+        )
+
+    def _minibatch(self, number: int, progress: PassProgress) -> tuple[Tensor, int, Totals]:
+        state, centroids = self.state, self.state["centroids"]
+        if "sums" not in state:
+            state["sums"] = torch.zeros(centroids.shape, dtype=torch.float64)
+            state["counts"] = torch.zeros(len(centroids), dtype=torch.int64)
+        return minibatch_pass(
+            self.source,
+            centroids,
+            state["sums"],
+            state["counts"],
+            self.engine,
+            self.ranks,
+            progress.watch,
+            self.config.seed + number,
+            self.config.batch_rows,
+        )
+
+    def _train_two_level(self) -> None:
+        config, state = self.config, self.state
+        if "coarse" not in state:
+            if "centroids" not in state:
+                state["centroids"] = self._draw(config.num_coarse)
+                self._save()
+            self._lloyd_or_minibatch("coarse")
+            sizes = self._label(state["centroids"], LabelFiles(self.state_dir / "coarse"))[1]
+            state["coarse"] = state.pop("centroids")
+            state["sizes"] = sizes
+            counts = two_level.share_out(config.clusters, sizes.numpy())
+            state["first"] = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+            state["centroids"] = torch.zeros(config.clusters, self.source.dim)
+            state["stages"] = 0
+            self._save()
+        first, sizes = state["first"].numpy(), state["sizes"].numpy()
+        stages = two_level.fine_stages(first, sizes, self.source.dim, STATE_PARTS)
+        labels = LabelFiles(self.state_dir / "coarse")
+        with self._progress("fine clusters", 0) as progress:
+            totals = Totals(rows=int(sizes[: stages[0][0].start].sum()))
+            for number in range(state["stages"], len(stages)):
+                runs = stages[number]
+                begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
+                fine = torch.zeros(end - begin, self.source.dim)
+                with self.ranks.together():
+                    for cells in runs[self.ranks.rank :: self.ranks.size]:
+
+                        def watch(rows: int) -> None:
+                            totals.rows += rows
+                            progress.watch(totals)
+
+                        fine[first[cells.start] - begin : first[cells.stop] - begin] = (
+                            two_level.cluster_cells(
+                                self.source, labels, cells, first, config, self.engine, watch
+                            )
+                        )
+                state["centroids"][begin:end] = self.ranks.sum(fine)
+                state["stages"] = number + 1
+                self._save()
+
+    def _draw(self, k: int) -> Tensor:
+        rng = np.random.default_rng([self.config.seed, INIT])
+        centroids = torch.empty(k, self.source.dim)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                began = time.perf_counter()
+                kind = "kmeans++" if self.config.init.endswith(".npy") else self.config.init
+                centroids = seeds.draw(kind, self.source, k, rng, self.engine)
+                self.state["init_seconds"] = time.perf_counter() - began
+        return self.ranks.broadcast(centroids)
+
+    def _converged(self) -> bool:
+        whole = [p["objective"] for p in self.state["passes"] if p["kind"] != "sampled"]
+        return converged(whole, self.config.tolerance)
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def _label(self, centroids: Tensor, labels: LabelFiles) -> tuple[Totals, Tensor, Tensor]:
+        """Label every row; returns totals, and each cluster's size and sum of cosines."""
+        with self.ranks.together():
+            if self.ranks.is_first:
+                labels.create(self.source.shards)
+            found = self._engine_of(centroids)
+        sizes = torch.zeros(len(centroids), dtype=torch.float64)
+        scores = torch.zeros(len(centroids), dtype=torch.float64)
+
+        def visit(block, index: Tensor, score: Tensor) -> None:
+            good = index >= 0
+            sizes.add_(index[good].bincount(minlength=len(sizes)))
+            scores.index_add_(0, index[good], score[good].double())
+
+        block_rows = 0
+        if isinstance(found, two_level.TwoLevel):
+            block_rows = two_level.BLOCK_BYTES // (4 * self.source.dim)
+        with self._progress("labels", 0) as progress:
+            totals = assign(
+                self.source,
+                found,
+                self.ranks,
+                progress.watch,
+                labels=labels,
+                visit=visit,
+                block_rows=block_rows,
+            )
+        progress.report(totals)
+        self._label_seconds = progress.seconds
+        return totals, self.ranks.sum(sizes), self.ranks.sum(scores)
+
+    def _engine_of(self, centroids: Tensor) -> Any:
+        if centroids is self.state["centroids"] and "coarse" in self.state:
+            return two_level.TwoLevel(
+                self.state["coarse"], centroids, self.state["first"], self.engine
+            )
+        return self.engine(centroids)
+
+    def finish(self) -> dict[str, Any]:
+        config = self.config
+        centroids = self.state["centroids"]
+        labels = LabelFiles(self.state_dir / "final")
+        totals, sizes, scores = self._label(centroids, labels)
+        merged = 0
+        if config.merge_above < 1:
+            fewer = refine.merge(centroids, sizes, scores, config.merge_above)
+            merged = len(centroids) - len(fewer)
+            if merged:
+                self.console.print(f"{merged} near-duplicate clusters merged.")
+                centroids = fewer
+                totals, sizes, scores = self._label(centroids, labels)
+        result: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.is_first:
+                result = self._write(centroids, labels, totals, sizes, scores, merged)
+        if self.ranks.size > 1:
+            shared = [result]
+            torch.distributed.broadcast_object_list(shared, 0)
+            result = shared[0]
+        return result
+
+    def _write(
+        self,
+        centroids: Tensor,
+        labels: LabelFiles,
+        totals: Totals,
+        sizes: Tensor,
+        scores: Tensor,
+        merged: int,
+    ) -> dict[str, Any]:
+        config, source = self.config, self.source
+        numbers = refine.dissolve(sizes, scores, config.min_size, config.min_cosine)
+        kept = torch.from_numpy(numbers >= 0)
+        final = LabelFiles(self.output)
+        checksums = {}
+        for shard in source.shards:
+            own = labels.read(shard)
+            own = np.where(own >= 0, numbers[own], -1).astype(own.dtype)
+            path = final.path(shard)
+            _write_file(path, lambda file, own=own: np.save(file, own))
+            checksums[path.name] = sha256(path)
+        values = centroids[kept].numpy()
+        _write_file(self.output / "centroids.npy", lambda file: np.save(file, values))
+        checksums["centroids.npy"] = sha256(self.output / "centroids.npy")
+
+        whole_sizes = sizes[kept].long()
+        clustered = int(whole_sizes.sum())
+        result = {
+            "config": config.to_dict(),
+            "source": source.describe(),
+            "processes": self.ranks.size,
+            "rows": {
+                "clustered": clustered,
+                "zero": totals.zero,
+                "not_finite": totals.not_finite,
+                "dissolved": totals.rows - clustered,
+            },
+            "clusters": len(whole_sizes),
+            "merged": merged,
+            "dissolved": int((~kept).sum()),
+            "empty": int((whole_sizes == 0).sum()),
+            "objective": float(scores[kept].sum()) / max(clustered, 1),
+            "converged": self._converged(),
+            "init_seconds": self.state.get("init_seconds"),
+            "label_seconds": self._label_seconds,
+            "passes": self.state["passes"],
+            "two_level": self._two_level_facts(centroids),
+            "quality": self._quality(final),
+            "pictures": self._draw_pictures(final, whole_sizes.numpy()),
+            "sizes": whole_sizes.tolist(),
+            "versions": {
+                "unicom_ext": unicom_ext.__version__,
+                "torch": torch.__version__,
+                "numpy": version("numpy"),
+            },
+            "sha256": checksums,
+        }
+        text = json.dumps(result, indent=1).encode()
+        _write_file(self.output / "clusters.json", lambda file: file.write(text))
+        return result
+
+    def _two_level_facts(self, centroids: Tensor) -> dict[str, Any] | None:
+        if "coarse" not in self.state:
+            return None
+        found = self._engine_of(self.state["centroids"])
+        rng = np.random.default_rng([self.config.seed, MEASURE])
+        loss = two_level.loss_of_objective(
+            self.source, found, self.state["centroids"], self.engine, rng
+        )
+        return {"coarse": len(self.state["coarse"]), **loss}
+
+    def _quality(self, labels: LabelFiles) -> dict[str, float] | None:
+        if self.true_labels is None:
+            return None
+        true = self.true_labels
+        pieces = (
+            (labels.read(s), np.asarray(true[s.first : s.first + s.rows]))
+            for s in self.source.shards
+        )
+        return quality(pieces)._asdict()
+
+    def _draw_pictures(self, labels: LabelFiles, sizes: np.ndarray) -> list[str]:
+        members = None
+        if self.images is not None:
+            members = _members(self.source, labels, sizes, self.images, self.config.seed)
+        try:
+            return pictures.draw(self.output, sizes, self.state["passes"], members)
+        except ModuleNotFoundError as error:
+            self.console.print(f"No pictures: {error.name} is not installed.")
+            return []
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _progress(self, title: str, left: int) -> PassProgress:
+        begin, end = self.ranks.share(self.source.rows)
+        return PassProgress(self.console, title, end - begin, left)
+
+    def _save(self) -> None:
+        with self.ranks.together():
+            if self.ranks.is_first:
+                _write_file(self.state_dir / "state.pt", lambda file: torch.save(self.state, file))
+
+    def _load_state(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+        path = self.state_dir / "state.pt"
+        fresh = {
+            "format": FORMAT,
+            "config": self.config.to_dict(),
+            "source": self.source.describe(),
+            "passes": [],
+        }
+        if not resume:
+            there = [p for p in (path, self.output / "clusters.json") if p.exists()]
+            if there and not overwrite:
+                raise CheckpointError(f"{there[0]}: is there already; resume it, or overwrite it")
+            if self.ranks.is_first:
+                path.unlink(missing_ok=True)
+            return fresh
+        if not path.exists():
+            raise CheckpointError(f"{path}: there is nothing to resume")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises whatever its parts raise
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+        if state.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: is not a {FORMAT}")
+        differences = [
+            text
+            for text in self.config.differences(ClusterConfig.from_mapping(state["config"]))
+            if text.partition(":")[0] not in FREE_TO_CHANGE
+        ]
+        if differences:
+            raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
+        if state["source"] != fresh["source"]:
+            raise CheckpointError(f"{path}: is of other feature files, or they have changed")
+        return {**state, "config": fresh["config"]}
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """A result as `cluster` returns it, in a few lines."""
+    rows, k = result["rows"], result["clusters"]
+    bad = [f"{rows[name]:,} {name.replace('_', ' ')}" for name in rows if name != "clustered"]
+    lines = [
+        f"{rows['clustered']:,} rows in {k:,} clusters ({', '.join(bad)} labelled -1)",
+        f"objective {result['objective']:.6f} after {len(result['passes'])} passes"
+        + (", converged" if result["converged"] else ""),
+    ]
+    if (two := result["two_level"]) is not None:
+        lines.append(
+            f"two levels: {100 * two['loss']:.3f} % below the nearest of all centroids, measured "
+            f"on {two['rows']:,} rows"
+        )
+    if (found := result["quality"]) is not None:
+        lines.append(
+            f"NMI {found['nmi']:.4f}, purity {found['purity']:.4f}, conflict "
+            f"{found['conflict']:.4f} on {found['rows']:,} rows with true labels"
+        )
+    return lines
+
+
+def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -> dict[str, Any]:
+    return {
+        "pass": number,
+        "kind": kind,
+        "rows": totals.rows,
+        "objective": totals.objective,
+        "changed": totals.changed_fraction,
+        "empty": empty,
+        "seconds": seconds,
+        "rows_per_second": totals.seen / seconds,
+    }
+
+
+def _write_file(path: Path, write: Any) -> None:
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
+
+
+def _column(
+    path: str | Path | None, rows: int, kinds: str, ndims: tuple[int, ...], wanted: str
+) -> np.ndarray | None:
+    """A memory-mapped .npy file with one entry for each row."""
+    if path is None:
+        return None
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: cannot be read: {error}") from None
+    if array.dtype.kind not in kinds or array.ndim not in ndims or len(array) != rows:
+        raise SourceError(
+            f"{path}: holds {array.dtype} {list(array.shape)}, must be {wanted} with {rows} rows"
+        )
+    return array
+
+
+def _given_centroids(config: ClusterConfig, dim: int) -> Tensor:
+    k = config.num_coarse if config.method == "two-level" else config.clusters
+    try:
+        array = np.load(config.init)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{config.init}: cannot be read: {error}") from None
+    if array.shape != (k, dim) or array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise SourceError(
+            f"{config.init}: holds {array.dtype} {list(array.shape)}, must be finite floating "
+            f"point [{k}, {dim}]"
+        )
+    return torch.nn.functional.normalize(torch.from_numpy(array).float())
+
+
+def _members(
+    source: Source, labels: LabelFiles, sizes: np.ndarray, images: np.ndarray, seed: int
+) -> list[tuple[int, np.ndarray]]:
+    """Images of members of some random clusters, from at most a few shards."""
+    rng = np.random.default_rng([seed, MEMBERS])
+    some = np.flatnonzero(sizes > 0)
+    some = np.sort(rng.choice(some, min(pictures.SHOWN_CLUSTERS, len(some)), replace=False))
+    rows: dict[int, list[int]] = {int(c): [] for c in some}
+    for shard in source.shards:
+        own = labels.read(shard)
+        for at in np.flatnonzero(np.isin(own, some)).tolist():
+            if len(rows[int(own[at])]) < pictures.SHOWN_MEMBERS:
+                rows[int(own[at])].append(shard.first + at)
+        if all(len(r) == pictures.SHOWN_MEMBERS for r in rows.values()):
+            break
+    return [(c, np.asarray(images[r])) for c, r in rows.items()]

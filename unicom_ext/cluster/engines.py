@@ -1,0 +1,56 @@
+"""What finds the nearest centroid: ours, or faiss. Both take centroids [k, d] and answer
+
+nearest(rows fp32 [n, d]) -> (index int64 [n], -1 for rows without direction; cosine fp32 [n])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unicom_ext.cluster.config import ClusterConfig
+from unicom_ext.cluster.nearest import Centroids
+
+
+class Nearest(Protocol):
+    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+Engine = Callable[[Tensor], Nearest]
+
+
+class FaissCentroids:
+    """faiss' exact inner product search, on its GPUs where it has any."""
+
+    def __init__(self, centroids: Tensor) -> None:
+        import faiss
+
+        self._index = faiss.IndexFlatIP(centroids.shape[1])
+        if faiss.get_num_gpus() > 0:
+            self._index = faiss.index_cpu_to_all_gpus(self._index)
+        self._index.add(F.normalize(centroids).numpy())
+
+    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        bad = ~((norm > 0) & norm.isfinite())[:, 0]
+        units = torch.where(bad[:, None], 0.0, rows / norm)
+        score, index = (torch.from_numpy(x[:, 0]) for x in self._index.search(units.numpy(), 1))
+        index[bad] = -1
+        score[bad] = torch.where(norm[bad, 0] == 0, 0.0, torch.nan)
+        return index, score
+
+
+def engine_of(config: ClusterConfig) -> Engine:
+    """Raises ModuleNotFoundError where faiss is wanted and not there."""
+    if config.engine == "faiss":
+        try:
+            import faiss  # noqa: F401
+        except ModuleNotFoundError as error:
+            message = "engine faiss needs faiss: pip install 'unicom_ext[cluster]'"
+            raise ModuleNotFoundError(message, name=error.name) from None
+        return FaissCentroids
+    return lambda centroids: Centroids(centroids, config.precision)

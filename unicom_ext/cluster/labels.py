@@ -1,0 +1,79 @@
+"""Labels on disk: one `labels_XXXX.npy` (int32) per shard, written piece by piece.
+
+Written with plain writes, not through memory maps: a full disk is then an error and not the end of
+the process, and room for the whole file is taken when it is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unicom_ext.cluster.source import Shard
+
+DTYPE = np.dtype("<i4")
+HEADER_BYTES = 128  # what the header of such an array is padded to, whatever its length
+
+
+class LabelFiles:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def path(self, shard: Shard) -> Path:
+        return self.directory / f"labels_{shard.name}.npy"
+
+    def create(self, shards: Sequence[Shard]) -> None:
+        """Files of the right size with labels -1; what is there already is replaced."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for shard in shards:
+            path = self.path(shard)
+            try:
+                with open(path, "wb") as file:
+                    np.lib.format.write_array_header_1_0(
+                        file, {"descr": DTYPE.str, "fortran_order": False, "shape": (shard.rows,)}
+                    )
+                    for start in range(0, shard.rows, 1 << 20):
+                        count = min(1 << 20, shard.rows - start)
+                        file.write(np.full(count, -1, DTYPE).tobytes())
+            except OSError as error:
+                raise _named(error, path) from None
+
+    def exist(self, shards: Sequence[Shard]) -> bool:
+        return all(
+            self.path(s).is_file()
+            and self.path(s).stat().st_size == HEADER_BYTES + s.rows * DTYPE.itemsize
+            for s in shards
+        )
+
+    def write(self, shard: Shard, start: int, labels: np.ndarray) -> None:
+        path = self.path(shard)
+        try:
+            with open(path, "r+b") as file:
+                file.seek(HEADER_BYTES + start * DTYPE.itemsize)
+                file.write(labels.astype(DTYPE).tobytes())
+        except OSError as error:
+            raise _named(error, path) from None
+
+    def read(self, shard: Shard, start: int = 0, stop: int | None = None) -> np.ndarray:
+        stop = shard.rows if stop is None else stop
+        offset = HEADER_BYTES + start * DTYPE.itemsize
+        return np.fromfile(self.path(shard), DTYPE, stop - start, offset=offset)
+
+    def sync(self, shards: Sequence[Shard]) -> None:
+        """Bring everything written to the disk."""
+        for shard in shards:
+            with open(self.path(shard), "rb") as file:
+                os.fsync(file.fileno())
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    return OSError(error.errno, f"{path} cannot be written: {error.strerror}")

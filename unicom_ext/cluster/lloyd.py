@@ -1,0 +1,221 @@
+"""One pass over the rows: assign each to its nearest centroid, sum, move the centroids.
+
+Spherical k-means (Dhillon, Modha, Machine Learning 42, 2001): rows and centroids are unit vectors,
+and the objective is the mean cosine of a row to its centroid, which no pass lowers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unicom_ext.cluster.engines import Engine, Nearest
+from unicom_ext.cluster.labels import LabelFiles
+from unicom_ext.cluster.nearest import add_unit_rows
+from unicom_ext.cluster.ranks import Ranks
+from unicom_ext.cluster.source import Block, Rows
+
+SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
+
+
+@dataclass
+class Totals:
+    """What a pass counts, in this process and then in all."""
+
+    rows: int = 0  # assigned
+    zero: int = 0
+    not_finite: int = 0
+    changed: int = 0
+    compared: int = 0  # rows whose label before is known
+    score: float = 0.0  # sum of the cosines
+
+    @property
+    def objective(self) -> float:
+        return self.score / max(self.rows, 1)
+
+    @property
+    def seen(self) -> int:
+        return self.rows + self.zero + self.not_finite
+
+    @property
+    def changed_fraction(self) -> float | None:
+        return self.changed / self.compared if self.compared else None
+
+    def add(self, index: Tensor, score: Tensor) -> None:
+        good = index >= 0
+        finite = score.isfinite()
+        self.rows += int(good.sum())
+        self.zero += int((finite & ~good).sum())
+        self.not_finite += int((~finite).sum())
+        self.score += float(score[good].sum(dtype=torch.float64))
+
+    def compare(self, before: np.ndarray, now: np.ndarray) -> None:
+        self.changed += int(np.count_nonzero(before != now))
+        self.compared += len(now)
+
+    def over(self, ranks: Ranks) -> Totals:
+        """The sum over all processes."""
+        counts = [self.rows, self.zero, self.not_finite, self.changed, self.compared]
+        total = ranks.sum(torch.tensor([*map(float, counts), self.score], dtype=torch.float64))
+        *whole, score = total.tolist()
+        return Totals(*map(int, whole), score)
+
+
+Watch = Callable[[Totals], object]  # called after each block with the totals so far
+
+
+def assign(
+    source: Rows,
+    centroids: Nearest,
+    ranks: Ranks,
+    watch: Watch,
+    *,
+    before: LabelFiles | None = None,
+    labels: LabelFiles | None = None,
+    part: Callable[[Block], Block] | None = None,
+    block_rows: int = 0,
+    visit: Callable[[Block, Tensor, Tensor], object],
+) -> Totals:
+    """The nearest centroid of every row of this process; returns the totals of all.
+
+    labels  where to write them; `before` the labels to compare with
+    part    takes some of the rows of a block
+    visit   called with (block, index, score) of each block
+    """
+    totals = Totals()
+    with ranks.together():
+        for block in source.blocks(*ranks.share(source.rows), size=block_rows):
+            block = part(block) if part is not None else block
+            index, score = centroids.nearest(block.rows)
+            totals.add(index, score)
+            visit(block, index, score)
+            now = index.numpy().astype(np.int32)
+            if before is not None:
+                stop = block.start + len(now)
+                totals.compare(before.read(block.shard, block.start, stop), now)
+            if labels is not None:
+                labels.write(block.shard, block.start, now)
+            watch(totals)
+        if labels is not None and ranks.is_first:
+            labels.sync(source.shards)
+    return totals.over(ranks)
+
+
+def lloyd_pass(
+    source: Rows, centroids: Tensor, engine: Engine, ranks: Ranks, watch: Watch, seed: int, **how
+) -> tuple[Tensor, int, Totals]:
+    """Returns the centroids after the pass, how many clusters had been empty, and its totals.
+
+    seed: of the directions in which clusters are split. how: `before`, `labels`, `part` of assign.
+    """
+    sums, counts = _zeros_like(centroids)
+    totals = assign(
+        source,
+        engine(centroids),
+        ranks,
+        watch,
+        visit=lambda block, index, score: add_unit_rows(sums, counts, block.rows, index),
+        **how,
+    )
+    ranks.sum(counts)
+    moved = ranks.unit_sums(sums)
+    return *_replace_empty(moved, centroids, counts, seed), totals
+
+
+def minibatch_pass(
+    source: Rows,
+    centroids: Tensor,
+    sums: Tensor,
+    counts: Tensor,
+    engine: Engine,
+    ranks: Ranks,
+    watch: Watch,
+    seed: int,
+    batch_rows: int,
+) -> tuple[Tensor, int, Totals]:
+    """Centroids move after each batch, to the mean of all rows they were ever nearest to.
+
+    That is a rate of 1 / count for each centroid (Sculley, WWW 2010). The batches come in random
+    order. sums [k, d] float64 and counts [k] int64 run on from pass to pass, in place.
+    """
+    totals = Totals()
+    rng = np.random.default_rng([seed, ranks.rank])
+    size = max(1, batch_rows // ranks.size)
+    blocks = source.blocks(*ranks.share(source.rows), size=size, shuffle=rng)
+    while True:
+        new_sums, new_counts = _zeros_like(centroids)
+        with ranks.together():
+            block = next(blocks, None)
+            if block is not None:
+                index, score = engine(centroids).nearest(block.rows)
+                totals.add(index, score)
+                add_unit_rows(new_sums, new_counts, block.rows, index)
+                watch(totals)
+        if not int(ranks.sum(torch.tensor(block is not None, dtype=torch.int64))):
+            break
+        sums += ranks.sum(new_sums)
+        counts += ranks.sum(new_counts)
+        norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        centroids = torch.where(norm > 0, sums / norm, centroids).float()
+    centroids, empty = _replace_empty(centroids, centroids, counts, seed)
+    return centroids, empty, totals.over(ranks)
+
+
+def _zeros_like(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        torch.zeros(centroids.shape, dtype=torch.float64),
+        torch.zeros(len(centroids), dtype=torch.int64),
+    )
+
+
+def _replace_empty(moved: Tensor, before: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, int]:
+    """Each empty cluster gets half of what is then the largest one."""
+    lost = (counts == 0) | (moved == 0).all(dim=1)
+    empty = lost.nonzero()[:, 0].tolist()
+    if not empty:
+        return moved, 0
+    moved = torch.where(lost[:, None], before, moved)
+    # Largest first; the lower number among equals.
+    heap = [(-count, j) for j, count in enumerate(counts.tolist()) if not lost[j]]
+    heapq.heapify(heap)
+    generator = torch.Generator().manual_seed(seed)
+    for j in empty:
+        if not heap or -heap[0][0] < 2:
+            break
+        count, largest = heapq.heappop(heap)
+        aside = torch.randn(moved.shape[1], generator=generator)
+        aside *= SPLIT / aside.norm()
+        moved[j] = torch.nn.functional.normalize(moved[largest] + aside, dim=0)
+        moved[largest] = torch.nn.functional.normalize(moved[largest] - aside, dim=0)
+        for half, place in ((-count // 2, j), (-count - -count // 2, largest)):
+            heapq.heappush(heap, (-half, place))
+    return moved, len(empty)
+
+
+def sampled(fraction: float, seed: int) -> Callable[[Block], Block]:
+    """A random part of each block: whether a row is taken depends on its number and the seed only,
+    not on blocks and processes."""
+
+    def part(block: Block) -> Block:
+        first = np.uint64(block.shard.first + block.start)
+        x = np.arange(len(block.rows), dtype=np.uint64) + first
+        x ^= np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)  # SplitMix64
+        taken = torch.from_numpy(x < np.uint64(min(fraction, 1 - 2**-53) * 2**64))
+        return block._replace(rows=block.rows[taken])
+
+    return part
+
+
+def converged(objectives: list[float], tolerance: float) -> bool:
+    """The last of the objectives is less than `tolerance` (relative) better than the one before."""
+    if tolerance == 0 or len(objectives) < 2:
+        return False
+    before, now = objectives[-2:]
+    return now - before < tolerance * abs(before)

@@ -1,0 +1,61 @@
+"""Pictures of a clustering: sizes.png, objective.png and, where images are at hand, members.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SHOWN_CLUSTERS, SHOWN_MEMBERS = 16, 12
+
+
+def draw(
+    output: Path,
+    sizes: np.ndarray,
+    passes: list[dict[str, Any]],
+    members: list[tuple[int, np.ndarray]] | None,
+) -> list[str]:
+    """Writes the pictures and returns their names.
+
+    members: (cluster, images uint8 [n, h, w] or [n, h, w, 3]) to show.
+    Raises ModuleNotFoundError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="rows in a cluster", ylabel="clusters", xscale="symlog")
+    edges = np.unique(np.geomspace(1, max(sizes.max(initial=1), 2) + 1, 40).round())
+    axes.hist(sizes, bins=[0, *edges.tolist()], color="#0969da")
+    axes.set_title(
+        f"{len(sizes):,} clusters, median {np.median(sizes):,.0f} rows, "
+        f"largest {sizes.max(initial=0):,}, empty {np.count_nonzero(sizes == 0):,}"
+    )
+    figure.savefig(output / "sizes.png", dpi=120)
+    names = ["sizes.png"]
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="pass", ylabel="mean cosine to the centroid")
+    for kind in dict.fromkeys(p["kind"] for p in passes):
+        own = [p for p in passes if p["kind"] == kind]
+        axes.plot([p["pass"] for p in own], [p["objective"] for p in own], "o-", label=kind)
+    if passes:
+        axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(output / "objective.png", dpi=120)
+    names.append("objective.png")
+
+    if members:
+        figure = Figure(figsize=(SHOWN_MEMBERS * 0.7, len(members) * 0.8))
+        for row, (cluster, images) in enumerate(members):
+            for column, image in enumerate(images):
+                axes = figure.add_subplot(
+                    len(members), SHOWN_MEMBERS, row * SHOWN_MEMBERS + column + 1
+                )
+                axes.imshow(image, cmap="gray", vmin=0, vmax=255)
+                axes.set(xticks=[], yticks=[])
+                if column == 0:
+                    axes.set_ylabel(str(cluster), fontsize=7, rotation=0, ha="right", va="center")
+        figure.savefig(output / "members.png", dpi=120)
+        names.append("members.png")
+    return names
