@@ -23,10 +23,11 @@ from rich.console import Console
 
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.retrieval import baselines, evaluate
+from unicom_ext.settings import ConfigError, read_toml
 from unicom_ext.train import checkpoint, driver, report
 from unicom_ext.train.augment import distort
 from unicom_ext.train.checkpoint import CheckpointError
-from unicom_ext.train.config import BASELINES, Config, ConfigError, read_toml
+from unicom_ext.train.config import BASELINES, Config
 
 TINY = Config(
     embedding_size=8, width=2, epochs=3, batch_size=16, dims=(4, 8), baselines=(),

@@ -202,7 +202,7 @@ def cluster(
         raise click.UsageError(str(error)) from None
     _spin_briefly()
     try:
-        from unicom_ext.cluster import driver
+        from unicom_ext.cluster import driver, results
         from unicom_ext.cluster.ranks import process_group
     except (ImportError, OSError) as error:
         raise click.ClickException(_broken(error)) from None
@@ -224,7 +224,7 @@ def cluster(
         click.echo("\nStopped. To go on, give the same command with --resume.")
         sys.exit(INTERRUPTED)
     if ranks.is_first:
-        for line in driver.summary(result):
+        for line in results.summary(result):
             click.echo(line)
         click.echo(f"Written: {output}")
 

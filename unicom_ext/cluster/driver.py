@@ -6,9 +6,8 @@ clusters.json and pictures; `state/` in it holds what is needed to go on.
 
 from __future__ import annotations
 
-import json
+import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import unicom_ext
-from unicom_ext.cluster import pictures, refine, seeds, two_level
-from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
+from unicom_ext.cluster import refine, results, seeds, state, two_level
+from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import engine_of
-from unicom_ext.cluster.labels import LabelFiles, sha256
+from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import (
     Totals,
     assign,
@@ -31,15 +29,13 @@ from unicom_ext.cluster.lloyd import (
     sampled,
 )
 from unicom_ext.cluster.progress import PassProgress
-from unicom_ext.cluster.quality import quality
 from unicom_ext.cluster.ranks import Ranks
 from unicom_ext.cluster.source import Source, SourceError
 from unicom_ext.settings import ConfigError
-from unicom_ext.train.checkpoint import CheckpointError, write_atomically
+from unicom_ext.train.checkpoint import CheckpointError
 
 # What a random number is for; keeps the streams of one seed apart.
-INIT, MEASURE, MEMBERS = range(3)
-FORMAT = "unicom_ext clustering state 1"
+INIT, MEASURE = range(2)
 STATE_PARTS = 20  # how often a two-level run saves itself while it makes fine clusters
 
 
@@ -178,15 +174,15 @@ class _Run:
         )
 
     def _minibatch(self, number: int, progress: PassProgress) -> tuple[Tensor, int, Totals]:
-        state, centroids = self.state, self.state["centroids"]
-        if "sums" not in state:
-            state["sums"] = torch.zeros(centroids.shape, dtype=torch.float64)
-            state["counts"] = torch.zeros(len(centroids), dtype=torch.int64)
+        now, centroids = self.state, self.state["centroids"]
+        if "sums" not in now:
+            now["sums"] = torch.zeros(centroids.shape, dtype=torch.float64)
+            now["counts"] = torch.zeros(len(centroids), dtype=torch.int64)
         return minibatch_pass(
             self.source,
             centroids,
-            state["sums"],
-            state["counts"],
+            now["sums"],
+            now["counts"],
             self.engine,
             self.ranks,
             progress.watch,
@@ -195,26 +191,26 @@ class _Run:
         )
 
     def _train_two_level(self) -> None:
-        config, state = self.config, self.state
-        if "coarse" not in state:
-            if "centroids" not in state:
-                state["centroids"] = self._draw(config.num_coarse)
+        config, now = self.config, self.state
+        if "coarse" not in now:
+            if "centroids" not in now:
+                now["centroids"] = self._draw(config.num_coarse)
                 self._save()
             self._lloyd_or_minibatch("coarse")
-            sizes = self._label(state["centroids"], LabelFiles(self.state_dir / "coarse"))[1]
-            state["coarse"] = state.pop("centroids")
-            state["sizes"] = sizes
+            sizes = self._label(now["centroids"], LabelFiles(self.state_dir / "coarse"))[1]
+            now["coarse"] = now.pop("centroids")
+            now["sizes"] = sizes
             counts = two_level.share_out(config.clusters, sizes.numpy())
-            state["first"] = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-            state["centroids"] = torch.zeros(config.clusters, self.source.dim)
-            state["stages"] = 0
+            now["first"] = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
+            now["centroids"] = torch.zeros(config.clusters, self.source.dim)
+            now["stages"] = 0
             self._save()
-        first, sizes = state["first"].numpy(), state["sizes"].numpy()
+        first, sizes = now["first"].numpy(), now["sizes"].numpy()
         stages = two_level.fine_stages(first, sizes, self.source.dim, STATE_PARTS)
         labels = LabelFiles(self.state_dir / "coarse")
         with self._progress("fine clusters", 0) as progress:
             totals = Totals(rows=int(sizes[: stages[0][0].start].sum()))
-            for number in range(state["stages"], len(stages)):
+            for number in range(now["stages"], len(stages)):
                 runs = stages[number]
                 begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
                 fine = torch.zeros(end - begin, self.source.dim)
@@ -230,8 +226,8 @@ class _Run:
                                 self.source, labels, cells, first, config, self.engine, watch
                             )
                         )
-                state["centroids"][begin:end] = self.ranks.sum(fine)
-                state["stages"] = number + 1
+                now["centroids"][begin:end] = self.ranks.sum(fine)
+                now["stages"] = number + 1
                 self._save()
 
     def _draw(self, k: int) -> Tensor:
@@ -305,102 +301,35 @@ class _Run:
         result: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.is_first:
-                result = self._write(centroids, labels, totals, sizes, scores, merged)
+                facts = {
+                    "processes": self.ranks.size,
+                    "merged": merged,
+                    "converged": self._converged(),
+                    "init_seconds": self.state.get("init_seconds"),
+                    "label_seconds": self._label_seconds,
+                    "passes": self.state["passes"],
+                    "two_level": self._two_level_facts(),
+                }
+                result = results.write(
+                    self.output, self.source, config, labels, centroids, totals, sizes, scores,
+                    facts, self.true_labels, self.images, self.console,
+                )  # fmt: skip
+                shutil.rmtree(labels.directory)
         if self.ranks.size > 1:
             shared = [result]
             torch.distributed.broadcast_object_list(shared, 0)
             result = shared[0]
         return result
 
-    def _write(
-        self,
-        centroids: Tensor,
-        labels: LabelFiles,
-        totals: Totals,
-        sizes: Tensor,
-        scores: Tensor,
-        merged: int,
-    ) -> dict[str, Any]:
-        config, source = self.config, self.source
-        numbers = refine.dissolve(sizes, scores, config.min_size, config.min_cosine)
-        kept = torch.from_numpy(numbers >= 0)
-        final = LabelFiles(self.output)
-        checksums = {}
-        for shard in source.shards:
-            own = labels.read(shard)
-            own = np.where(own >= 0, numbers[own], -1).astype(own.dtype)
-            path = final.path(shard)
-            _write_file(path, lambda file, own=own: np.save(file, own))
-            checksums[path.name] = sha256(path)
-        values = centroids[kept].numpy()
-        _write_file(self.output / "centroids.npy", lambda file: np.save(file, values))
-        checksums["centroids.npy"] = sha256(self.output / "centroids.npy")
-
-        whole_sizes = sizes[kept].long()
-        clustered = int(whole_sizes.sum())
-        result = {
-            "config": config.to_dict(),
-            "source": source.describe(),
-            "processes": self.ranks.size,
-            "rows": {
-                "clustered": clustered,
-                "zero": totals.zero,
-                "not_finite": totals.not_finite,
-                "dissolved": totals.rows - clustered,
-            },
-            "clusters": len(whole_sizes),
-            "merged": merged,
-            "dissolved": int((~kept).sum()),
-            "empty": int((whole_sizes == 0).sum()),
-            "objective": float(scores[kept].sum()) / max(clustered, 1),
-            "converged": self._converged(),
-            "init_seconds": self.state.get("init_seconds"),
-            "label_seconds": self._label_seconds,
-            "passes": self.state["passes"],
-            "two_level": self._two_level_facts(centroids),
-            "quality": self._quality(final),
-            "pictures": self._draw_pictures(final, whole_sizes.numpy()),
-            "sizes": whole_sizes.tolist(),
-            "versions": {
-                "unicom_ext": unicom_ext.__version__,
-                "torch": torch.__version__,
-                "numpy": version("numpy"),
-            },
-            "sha256": checksums,
-        }
-        text = json.dumps(result, indent=1).encode()
-        _write_file(self.output / "clusters.json", lambda file: file.write(text))
-        return result
-
-    def _two_level_facts(self, centroids: Tensor) -> dict[str, Any] | None:
+    def _two_level_facts(self) -> dict[str, Any] | None:
         if "coarse" not in self.state:
             return None
-        found = self._engine_of(self.state["centroids"])
+        centroids = self.state["centroids"]
         rng = np.random.default_rng([self.config.seed, MEASURE])
         loss = two_level.loss_of_objective(
-            self.source, found, self.state["centroids"], self.engine, rng
+            self.source, self._engine_of(centroids), centroids, self.engine, rng
         )
         return {"coarse": len(self.state["coarse"]), **loss}
-
-    def _quality(self, labels: LabelFiles) -> dict[str, float] | None:
-        if self.true_labels is None:
-            return None
-        true = self.true_labels
-        pieces = (
-            (labels.read(s), np.asarray(true[s.first : s.first + s.rows]))
-            for s in self.source.shards
-        )
-        return quality(pieces)._asdict()
-
-    def _draw_pictures(self, labels: LabelFiles, sizes: np.ndarray) -> list[str]:
-        members = None
-        if self.images is not None:
-            members = _members(self.source, labels, sizes, self.images, self.config.seed)
-        try:
-            return pictures.draw(self.output, sizes, self.state["passes"], members)
-        except ModuleNotFoundError as error:
-            self.console.print(f"No pictures: {error.name} is not installed.")
-            return []
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -411,64 +340,19 @@ class _Run:
     def _save(self) -> None:
         with self.ranks.together():
             if self.ranks.is_first:
-                _write_file(self.state_dir / "state.pt", lambda file: torch.save(self.state, file))
+                state.save(self.state_dir / "state.pt", self.state)
 
     def _load_state(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         path = self.state_dir / "state.pt"
-        fresh = {
-            "format": FORMAT,
-            "config": self.config.to_dict(),
-            "source": self.source.describe(),
-            "passes": [],
-        }
-        if not resume:
-            there = [p for p in (path, self.output / "clusters.json") if p.exists()]
-            if there and not overwrite:
-                raise CheckpointError(f"{there[0]}: is there already; resume it, or overwrite it")
-            if self.ranks.is_first:
-                path.unlink(missing_ok=True)
-            return fresh
-        if not path.exists():
-            raise CheckpointError(f"{path}: there is nothing to resume")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever its parts raise
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{path}: cannot be read: {reason}") from error
-        if state.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: is not a {FORMAT}")
-        differences = [
-            text
-            for text in self.config.differences(ClusterConfig.from_mapping(state["config"]))
-            if text.partition(":")[0] not in FREE_TO_CHANGE
-        ]
-        if differences:
-            raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
-        if state["source"] != fresh["source"]:
-            raise CheckpointError(f"{path}: is of other feature files, or they have changed")
-        return {**state, "config": fresh["config"]}
-
-
-def summary(result: dict[str, Any]) -> list[str]:
-    """A result as `cluster` returns it, in a few lines."""
-    rows, k = result["rows"], result["clusters"]
-    bad = [f"{rows[name]:,} {name.replace('_', ' ')}" for name in rows if name != "clustered"]
-    lines = [
-        f"{rows['clustered']:,} rows in {k:,} clusters ({', '.join(bad)} labelled -1)",
-        f"objective {result['objective']:.6f} after {len(result['passes'])} passes"
-        + (", converged" if result["converged"] else ""),
-    ]
-    if (two := result["two_level"]) is not None:
-        lines.append(
-            f"two levels: {100 * two['loss']:.3f} % below the nearest of all centroids, measured "
-            f"on {two['rows']:,} rows"
-        )
-    if (found := result["quality"]) is not None:
-        lines.append(
-            f"NMI {found['nmi']:.4f}, purity {found['purity']:.4f}, conflict "
-            f"{found['conflict']:.4f} on {found['rows']:,} rows with true labels"
-        )
-    return lines
+        if resume:
+            return state.load(path, self.config, self.source.describe())
+        there = [p for p in (path, self.output / "clusters.json") if p.exists()]
+        if there and not overwrite:
+            raise CheckpointError(f"{there[0]}: is there already; resume it, or overwrite it")
+        if self.ranks.is_first:
+            # A run that is killed before its first pass must not seem to have this state.
+            path.unlink(missing_ok=True)
+        return state.fresh(self.config, self.source.describe())
 
 
 def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -> dict[str, Any]:
@@ -482,14 +366,6 @@ def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -
         "seconds": seconds,
         "rows_per_second": totals.seen / seconds,
     }
-
-
-def _write_file(path: Path, write: Any) -> None:
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
 
 
 def _column(
@@ -521,21 +397,3 @@ def _given_centroids(config: ClusterConfig, dim: int) -> Tensor:
             f"point [{k}, {dim}]"
         )
     return torch.nn.functional.normalize(torch.from_numpy(array).float())
-
-
-def _members(
-    source: Source, labels: LabelFiles, sizes: np.ndarray, images: np.ndarray, seed: int
-) -> list[tuple[int, np.ndarray]]:
-    """Images of members of some random clusters, from at most a few shards."""
-    rng = np.random.default_rng([seed, MEMBERS])
-    some = np.flatnonzero(sizes > 0)
-    some = np.sort(rng.choice(some, min(pictures.SHOWN_CLUSTERS, len(some)), replace=False))
-    rows: dict[int, list[int]] = {int(c): [] for c in some}
-    for shard in source.shards:
-        own = labels.read(shard)
-        for at in np.flatnonzero(np.isin(own, some)).tolist():
-            if len(rows[int(own[at])]) < pictures.SHOWN_MEMBERS:
-                rows[int(own[at])].append(shard.first + at)
-        if all(len(r) == pictures.SHOWN_MEMBERS for r in rows.values()):
-            break
-    return [(c, np.asarray(images[r])) for c, r in rows.items()]

@@ -12,6 +12,8 @@ from unicom_ext.cluster.source import Rows, SourceError
 
 ROWS_PER_CLUSTER = 32  # of the sample, unless it would be larger than
 SAMPLE_BYTES = 512 << 20
+BATCH = 4096
+SAME = 1e-7  # below, half a squared distance of fp32 rows is rounding
 
 
 def unit_sample(source: Rows, count: int, rng: np.random.Generator) -> Tensor:
@@ -39,34 +41,37 @@ def draw(kind: str, source: Rows, k: int, rng: np.random.Generator, engine: Engi
 
 def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: Engine) -> Tensor:
     """k of the unit rows [n, d], each drawn with probability proportional to its squared distance
-    from those before (Arthur, Vassilvitskii, SODA 2007).
+    from those before it (Arthur, Vassilvitskii, SODA 2007).
 
-    From the ninth on several are drawn at a time, an eighth of the number so far, as k-means||
-    does (Bahmani et al., arXiv:1203.6402): the n x k cosines are then computed in few, large calls.
+    Several are drawn at a time, so that the n x k cosines come in few, large calls, and the result
+    is distributed as if it were one by one: a row drawn by the distances before the batch is taken
+    with probability (distance now) / (distance then).
     """
-    chosen = [torch.tensor([int(rng.integers(len(sample)))])]
-    # Squared distance of unit vectors, halved.
-    distance = 1 - engine(sample[chosen[0]]).nearest(sample)[1].double()
+    rows = [np.array([rng.integers(len(sample))])]
     count = 1
+    # Squared distances of unit vectors, halved.
+    distance = 1 - engine(sample[rows[0]]).nearest(sample)[1].double().numpy()
     while count < k:
-        # The smallest of -log(u) / p are draws without replacement with weights p.
-        distance[chosen[-1]] = 0
-        weight = distance.clamp(min=0).numpy()
-        # Below, a row is a copy of a centroid up to rounding.
-        weight[weight < 1e-7] = 0
-        size = min(max(1, count // 8), k - count)
-        if np.count_nonzero(weight) < size:
-            found = count + np.count_nonzero(weight)
+        distance[distance < SAME] = 0
+        if not distance.any():
             raise SourceError(
-                f"clusters: got {k}, but there are only {found} different rows in a sample of "
+                f"clusters: got {k}, but there are only {count} different rows in a sample of "
                 f"{len(sample)}; ask for fewer clusters, or use init random"
             )
-        with np.errstate(divide="ignore"):
-            keys = rng.exponential(size=len(sample)) / weight
-        picked = torch.from_numpy(np.sort(np.argpartition(keys, size - 1)[:size]))
-        chosen.append(picked)
-        count += size
-        torch.minimum(
-            distance, 1 - engine(sample[picked]).nearest(sample)[1].double(), out=distance
+        drawn = rng.choice(
+            len(sample), size=min(max(1, count // 4), BATCH), p=distance / distance.sum()
         )
-    return sample[torch.cat(chosen)]
+        near = (sample[drawn] @ sample[drawn].T).double().numpy()
+        then, now = distance[drawn], distance[drawn]
+        taken = []
+        for i in range(len(drawn)):
+            if count + len(taken) < k and rng.random() * then[i] < now[i]:
+                taken.append(i)
+                now = np.minimum(now, 1 - near[i])
+                now[now < SAME] = 0
+        rows.append(drawn[taken])
+        count += len(taken)
+        closest = engine(sample[rows[-1]]).nearest(sample)[1].double().numpy()
+        np.minimum(distance, 1 - closest, out=distance)
+        distance[rows[-1]] = 0
+    return sample[np.concatenate(rows)]

@@ -29,11 +29,12 @@ from unicom_ext import CombinedMargin, PartialMarginSoftmax
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.retrieval import Result, baselines, evaluate
+from unicom_ext.settings import ConfigError
 
 from . import checkpoint, report
 from .augment import distort
 from .checkpoint import CheckpointError
-from .config import Config, ConfigError
+from .config import Config
 from .model import Encoder
 from .progress import TrainingProgress
 

@@ -1,0 +1,159 @@
+"""What a clustering leaves behind: labels, centroids, clusters.json and pictures."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import unicom_ext
+from unicom_ext.cluster import pictures, refine
+from unicom_ext.cluster.config import ClusterConfig
+from unicom_ext.cluster.labels import LabelFiles, sha256
+from unicom_ext.cluster.lloyd import Totals
+from unicom_ext.cluster.quality import quality
+from unicom_ext.cluster.source import Source
+from unicom_ext.cluster.state import write_file
+
+MEMBERS = 2  # stream of random numbers that chooses the clusters to show
+
+
+def write(
+    output: Path,
+    source: Source,
+    config: ClusterConfig,
+    labels: LabelFiles,
+    centroids: Tensor,
+    totals: Totals,
+    sizes: Tensor,
+    scores: Tensor,
+    facts: dict[str, Any],
+    true_labels: np.ndarray | None,
+    images: np.ndarray | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Dissolve what is too small or too loose, write every file, and return clusters.json.
+
+    labels  of every row, by centroid; sizes and scores [k] float64: rows, and sum of cosines
+    facts   goes into clusters.json as it is
+    """
+    numbers = refine.dissolve(sizes, scores, config.min_size, config.min_cosine)
+    kept = torch.from_numpy(numbers >= 0)
+    final = LabelFiles(output)
+    checksums = {}
+    for shard in source.shards:
+        own = labels.read(shard)
+        own = np.where(own >= 0, numbers[own], -1).astype(own.dtype)
+        path = final.path(shard)
+        write_file(path, lambda file, own=own: np.save(file, own))
+        checksums[path.name] = sha256(path)
+    values = centroids[kept].numpy()
+    write_file(output / "centroids.npy", lambda file: np.save(file, values))
+    checksums["centroids.npy"] = sha256(output / "centroids.npy")
+
+    whole_sizes = sizes[kept].long()
+    clustered = int(whole_sizes.sum())
+    result = {
+        "config": config.to_dict(),
+        "source": source.describe(),
+        "rows": {
+            "clustered": clustered,
+            "zero": totals.zero,
+            "not_finite": totals.not_finite,
+            "dissolved": totals.rows - clustered,
+        },
+        "clusters": len(whole_sizes),
+        "dissolved": int((~kept).sum()),
+        "empty": int((whole_sizes == 0).sum()),
+        "objective": float(scores[kept].sum()) / max(clustered, 1),
+        **facts,
+        "quality": _quality(source, final, true_labels),
+        "pictures": _pictures(
+            output, source, final, whole_sizes.numpy(), facts["passes"], images, config, console
+        ),
+        "sizes": whole_sizes.tolist(),
+        "versions": {
+            "unicom_ext": unicom_ext.__version__,
+            "torch": torch.__version__,
+            "numpy": version("numpy"),
+        },
+        "sha256": checksums,
+    }
+    text = json.dumps(result, indent=1).encode()
+    write_file(output / "clusters.json", lambda file: file.write(text))
+    return result
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """A result as `cluster` returns it, in a few lines."""
+    rows, k = result["rows"], result["clusters"]
+    bad = [f"{rows[name]:,} {name.replace('_', ' ')}" for name in rows if name != "clustered"]
+    lines = [
+        f"{rows['clustered']:,} rows in {k:,} clusters; labelled -1: {', '.join(bad)}",
+        f"objective {result['objective']:.6f} after {len(result['passes'])} passes"
+        + (", converged" if result["converged"] else ""),
+    ]
+    if (two := result["two_level"]) is not None:
+        lines.append(
+            f"two levels: {100 * two['loss']:.3f} % below the nearest of all centroids, measured "
+            f"on {two['rows']:,} rows"
+        )
+    if (found := result["quality"]) is not None:
+        lines.append(
+            f"NMI {found['nmi']:.4f}, purity {found['purity']:.4f}, conflict "
+            f"{found['conflict']:.4f} on {found['rows']:,} rows with true labels"
+        )
+    return lines
+
+
+def _quality(
+    source: Source, labels: LabelFiles, true: np.ndarray | None
+) -> dict[str, float] | None:
+    if true is None:
+        return None
+    pieces = ((labels.read(s), np.asarray(true[s.first : s.first + s.rows])) for s in source.shards)
+    return quality(pieces)._asdict()
+
+
+def _pictures(
+    output: Path,
+    source: Source,
+    labels: LabelFiles,
+    sizes: np.ndarray,
+    passes: list[dict[str, Any]],
+    images: np.ndarray | None,
+    config: ClusterConfig,
+    console: Console,
+) -> list[str]:
+    members = None
+    if images is not None:
+        members = _members(source, labels, sizes, images, config.seed)
+    try:
+        return pictures.draw(output, sizes, passes, members)
+    except ModuleNotFoundError as error:
+        console.print(f"No pictures: {error.name} is not installed.")
+        return []
+
+
+def _members(
+    source: Source, labels: LabelFiles, sizes: np.ndarray, images: np.ndarray, seed: int
+) -> list[tuple[int, np.ndarray]]:
+    """Images of the first members of some random clusters."""
+    rng = np.random.default_rng([seed, MEMBERS])
+    some = np.flatnonzero(sizes > 0)
+    some = np.sort(rng.choice(some, min(pictures.SHOWN_CLUSTERS, len(some)), replace=False))
+    rows: dict[int, list[int]] = {int(c): [] for c in some}
+    for shard in source.shards:
+        own = labels.read(shard)
+        for at in np.flatnonzero(np.isin(own, some)).tolist():
+            if len(rows[int(own[at])]) < pictures.SHOWN_MEMBERS:
+                rows[int(own[at])].append(shard.first + at)
+        if all(len(r) == pictures.SHOWN_MEMBERS for r in rows.values()):
+            break
+    return [(c, np.asarray(images[r])) for c, r in rows.items()]

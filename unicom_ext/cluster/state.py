@@ -1,0 +1,61 @@
+"""What a clustering needs to go on, in `state/state.pt` of its output directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
+from unicom_ext.train.checkpoint import CheckpointError, write_atomically
+
+FORMAT = "unicom_ext clustering state 1"
+
+
+def fresh(config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The state before the first pass. Later it has, too:
+
+    centroids          fp32 [k, d] after the last pass
+    sums, counts       minibatch: of all rows so far
+    coarse, sizes, first, stages    two-level: the coarse centroids, rows in each cell, the first
+                       fine cluster of each, and how many stages of fine clusters are done
+    """
+    return {"format": FORMAT, "config": config.to_dict(), "source": source, "passes": []}
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    write_file(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """Raises CheckpointError where there is no state, or one of another run."""
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is nothing to resume")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its parts raise
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not a {FORMAT}")
+    differences = [
+        text
+        for text in config.differences(ClusterConfig.from_mapping(state["config"]))
+        if text.partition(":")[0] not in FREE_TO_CHANGE
+    ]
+    if differences:
+        raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
+    if state["source"] != source:
+        raise CheckpointError(f"{path}: is of other feature files, or they have changed")
+    return {**state, "config": config.to_dict()}
+
+
+def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`write_atomically` with an error that names the file, and nothing half-written left."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
