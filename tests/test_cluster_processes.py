@@ -17,7 +17,7 @@ from unicom_ext import cli
 # Each case in children of a process in which everything is loaded; one thread, because no thread
 # may have started before a fork.
 COMMON = """
-import os, random, signal, sys, time
+import os, random, signal, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -85,20 +85,35 @@ KILLED = (
     COMMON
     + """
 random.seed(int(sys.argv[2]))
-began = time.perf_counter()
-os.waitpid(child(lambda: run("whole", config(passes=8, **eval(sys.argv[3])))), 0)
-lasts = time.perf_counter() - began
+settings = config(passes=8, **eval(sys.argv[3]))
+os.waitpid(child(lambda: run("whole", settings)), 0)
+
+def killed_after(events):
+    # ... itself, at the so many-th reading, writing, syncing or renaming
+    def counting(function):
+        def counted(*arguments, **options):
+            nonlocal events
+            events -= 1
+            if events == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        return counted
+    for owner, name in ((driver.Source, "read"), (driver.LabelFiles, "write"),
+                        (torch, "save"), (os, "fsync"), (os, "replace")):
+        setattr(owner, name, counting(getattr(owner, name)))
+
 killed = 0
-for attempt in range(40):
+for attempt in range(6):
     resume = (folder / "killed" / "state" / "state.pt").exists()
     options = {"resume": resume, "overwrite": not resume}
-    pid = child(lambda: run("killed", config(passes=8, **eval(sys.argv[3])), **options))
-    if killed == 5:
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        break
-    time.sleep(random.uniform(0.1, 0.8) * lasts)
-    os.kill(pid, signal.SIGKILL)
-    killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    def work():
+        if attempt < 5:
+            killed_after(random.randrange(1, 30))
+        run("killed", settings, **options)
+    random.random()
+    status = os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
+    killed += status == -signal.SIGKILL
+assert status == 0
 assert killed == 5
 print("done")
 """
