@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from os import PathLike
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,6 +193,38 @@ class PartialMarginSoftmax(nn.Module):
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None
         self.reset_parameters()
+
+    @classmethod
+    def from_centroids(cls, centroids: Tensor | str | PathLike, **options) -> PartialMarginSoftmax:
+        """A loss whose prototypes start at the centroids of clusters (pseudo-classes).
+
+        Args:
+            centroids: [C, d] floating point, finite, or the name of a `.npy` file such as
+                `unicom-ext cluster` writes. d must be the size of the embeddings. They are scaled
+                to the norm that random prototypes have on average, 0.01 * sqrt(d), so that an
+                optimizer's steps turn them as far; a zero row stays zero.
+            options: those of the constructor but `embedding_size` and `num_classes`. With a process
+                group every rank gives all centroids and keeps its own.
+        """
+        if not isinstance(centroids, Tensor):
+            centroids = torch.from_numpy(np.load(centroids))
+        if centroids.dim() != 2 or not centroids.is_floating_point() or centroids.numel() == 0:
+            raise ValueError(
+                "centroids must be a floating point matrix [C, d], got "
+                f"{centroids.dtype} of shape {list(centroids.shape)}"
+            )
+        finite = centroids.isfinite().all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"centroids must be finite, but row {row} is not")
+        num_classes, embedding_size = centroids.shape
+        module = cls(embedding_size, num_classes, **options)
+        own = centroids[module._start : module._start + len(module.weight)].double()
+        with torch.no_grad():
+            module.weight.copy_(
+                nn.functional.normalize(own, eps=1e-300) * (0.01 * embedding_size**0.5)
+            )
+        return module
 
     def reset_parameters(self) -> None:
         fill_prototypes(self.weight, self._start, self.seed)

@@ -124,6 +124,24 @@ def split(g: Glyphs, seed: int = 0, test_fraction: float = 0.5) -> tuple[Glyphs,
     return _take(g, sorted(order[num_test:])), _take(g, sorted(order[:num_test]))
 
 
+def relabelled(g: Glyphs, labels: np.ndarray) -> Glyphs:
+    """The images under other labels, int64 [n]; those with a negative label are left out.
+
+    Labels are renumbered without gaps. A class then has no code point (-1) and is called after its
+    old number.
+    """
+    rows = np.flatnonzero(labels >= 0)
+    kept, new = np.unique(labels[rows], return_inverse=True)
+    return Glyphs(
+        images=g.images[rows],
+        labels=new.astype(np.int64),
+        fonts=g.fonts[rows],
+        codepoints=np.full(len(kept), -1, np.int64),
+        captions=[f"pseudo-class {number}" for number in kept.tolist()],
+        font_names=g.font_names,
+    )
+
+
 def _take(g: Glyphs, classes: list[int]) -> Glyphs:
     """The given classes (in increasing order) alone, renumbered in that order."""
     new_label = np.full(g.num_classes, -1, dtype=np.int64)

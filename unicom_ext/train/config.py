@@ -30,6 +30,12 @@ class Config(Settings):
         lambda v: 0 < v < 1,
     )  # fmt: skip
 
+    labels: str = setting(
+        "", "pseudo-classes to train on instead of the true classes: a .npy file, or the output of "
+        "`unicom-ext cluster`, with one label for each training image, -1 for none",
+        "the name of a .npy file or of a directory", lambda v: True,
+    )  # fmt: skip
+
     embedding_size: int = whole(128, "dimensions of an embedding", 1)
     width: int = whole(16, "channels of the encoder's first layer", 1)
 
