@@ -3,13 +3,11 @@
 #include <tuple>
 
 #include "../engine/engine.h"
-#include "common.h"
+#include "options.h"
+#include "schemas.h"
 
 namespace unicom {
 namespace {
-
-enum class Precision : int64_t { kFp32, kFp16, kBf16 };
-enum class Reduction : int64_t { kNone, kMean, kSum };
 
 // Everything the operators share, checked; keeps the tensors alive that Problem points into.
 struct Call {
@@ -34,10 +32,7 @@ struct Call {
     check(prototypes.size(1) == dim, "prototypes must be [C, ", dim, "] like the embeddings, got [",
           num_classes, ", ", prototypes.size(1), "]");
     check_vector(slot, "slot", batch, ScalarType::Long);
-    check(precision_in >= 0 && precision_in <= 2, "precision must be 0, 1 or 2, got ",
-          precision_in);
-    check(scale > 0 && scale < std::numeric_limits<double>::infinity(),
-          "scale must be a finite number > 0, got ", scale);
+    check_options(scale, precision_in, workspace_bytes);
 
     problem.sampled = num_classes;
     problem.class_index = nullptr;
@@ -93,7 +88,6 @@ struct Call {
     problem.rounding =
         precision == Precision::kFp16 ? cpu::Rounding::kFloat16 : cpu::Rounding::kNone;
     if (is_double) problem.rounding = cpu::Rounding::kNone;
-    check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
     problem.kept_panels = kept_panels(bound(), batch, real_bytes(), workspace_bytes);
   }
 
@@ -144,30 +138,6 @@ void with_real(const Tensor& tensor, const F& f) {
   else
     f(tensor.mutable_data_ptr<float>());
 }
-
-// The margin's options; keeps the per-sample tensors alive.
-struct Margins {
-  std::optional<Tensor> m2, m3;
-  MarginOptions options;
-
-  Margins(const std::optional<Tensor>& m2_in, const std::optional<Tensor>& m3_in, double m1,
-          double m2_value, double m3_value, bool exact_grad, bool linear_beyond_pi, int64_t batch)
-      : m2(m2_in), m3(m3_in), options{m1,
-                                      m2_value,
-                                      m3_value,
-                                      per_sample(m2, "m2", batch),
-                                      per_sample(m3, "m3", batch),
-                                      exact_grad,
-                                      linear_beyond_pi} {}
-
- private:
-  static const double* per_sample(const std::optional<Tensor>& t, const char* name, int64_t batch) {
-    if (!t) return nullptr;
-    check_vector(*t, name, batch, ScalarType::Double);
-    check(t->is_contiguous(), name, " must be contiguous");
-    return t->const_data_ptr<double>();
-  }
-};
 
 void run_forward(const Call& call, const ShardSums& sums) {
   call.with_unit([&](auto unit) { forward<decltype(unit)>(call.problem, sums, TorchParallel()); });
@@ -350,28 +320,7 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
 }  // namespace unicom
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
-  m.def(
-      "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
-      "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "
-      "float scale, float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, "
-      "int reduction, int workspace_bytes, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, "
-      "Tensor target_cosine, "
-      "Tensor largest_negative, Tensor state, Tensor packed, Tensor kept)");
-  m.def(
-      "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, "
-      "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-      "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
-      "bool want_embeddings, bool want_prototypes, bool compact) "
-      "-> (Tensor grad_embeddings, Tensor grad_prototypes)");
-  m.def(
-      "loss_sums(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, "
-      "Tensor? count, Tensor? feature_index, float scale, float filter, int total_sampled, "
-      "int precision, int workspace_bytes) -> (Tensor sums, Tensor exponent, "
-      "Tensor largest_negative, Tensor inverse_norm, Tensor packed, Tensor kept)");
-  m.def(
-      "loss_merge(Tensor sums, Tensor exponent, Tensor inverse_norm, Tensor slot, Tensor? m2, "
-      "Tensor? m3, float m1, float m2_value, float m3_value, float scale, bool exact_margin_grad, "
-      "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)");
+  for (const char* schema : unicom::kLossSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {

@@ -5,6 +5,7 @@
 #include "../core/selection.h"
 #include "../engine/selection.h"
 #include "common.h"
+#include "schemas.h"
 
 namespace unicom {
 namespace {
@@ -118,14 +119,7 @@ Tensor label_slots_op(Tensor labels, std::optional<Tensor> class_index, int64_t 
 }  // namespace unicom
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
-  m.def(
-      "select_classes(Tensor labels, Tensor step, int num_classes, int num_sampled, int seed, "
-      "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)");
-  m.def("select_features(Tensor step, int dim, int num_selected, int seed) -> Tensor");
-  m.def(
-      "label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index, int "
-      "start, "
-      "int stop) -> Tensor");
+  for (const char* schema : unicom::kSelectionSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {

@@ -18,6 +18,10 @@ constexpr int kBlockWords = 4;
 // A label's slot is its position among the selected classes, or one of these.
 constexpr int64_t kIgnoredSlot = -1;
 constexpr int64_t kElsewhereSlot = -2;  // the class belongs to another shard
+constexpr int64_t kInvalidSlot = -3;    // the label is no class: on GPUs, where nobody looks first
+
+// Whether a sample takes part.
+UNICOM_HD constexpr bool is_counted(int64_t slot) { return slot >= 0 || slot == kElsewhereSlot; }
 
 // Quotas multiply two class counts in 64 bits.
 constexpr int64_t kMaxClasses = (int64_t{1} << 32) - 1;

@@ -7,6 +7,8 @@
 
 namespace unicom {
 
+enum class Reduction : int64_t { kNone, kMean, kSum };
+
 // What the backward pass needs of each sample.
 struct SampleState {
   double inverse_norm;  // of the embedding's selected part

@@ -8,15 +8,6 @@
 
 namespace unicom::cpu {
 
-// Rows of a user's matrix: [*, dim] of any floating dtype, unit column stride.
-struct RowSource {
-  const void* data;
-  DType dtype;
-  int64_t row_stride;      // in elements
-  const int64_t* columns;  // selected columns, ascending, or nullptr for all
-  int64_t dim;             // number of selected columns
-};
-
 // out[p][6 t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane]
 // a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u
 // of dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].

@@ -14,6 +14,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../core/rows.h"
+
 namespace unicom::cpu {
 
 constexpr int64_t kLanes = 16;
@@ -43,7 +45,8 @@ static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) 
 // write full tiles, and even, so that pairs fit.
 static constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
 
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+using unicom::DType;
+using unicom::RowSource;
 
 // Rounding of unit vectors before they are packed (bf16 pairs are rounded by their layout).
 enum class Rounding : int32_t { kNone, kFloat16 };

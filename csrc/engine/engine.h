@@ -48,15 +48,6 @@ struct ShardSums {
   void* kept;                // kept_panels * kept_panel_bytes
 };
 
-// A gradient matrix: zero except where rows are written.
-struct RowSink {
-  void* data;  // nullptr: not wanted
-  cpu::DType dtype;
-  int64_t row_stride;
-  const int64_t* columns;
-  int64_t dim;
-};
-
 struct BackwardArgs {
   const SampleState* state;
   const void* packed;

@@ -1,0 +1,409 @@
+// The operators on CUDA tensors. None of them waits for the device.
+//
+// The tests compile this file too, over the emulation of CUDA: then the same operators take CPU
+// tensors and live in the namespace unicom_ext_emulated.
+#include <tuple>
+
+#include "../core/selection.h"
+#include "../cuda/selection.h"
+#include "../engine/cuda.h"
+#include "options.h"
+#include "schemas.h"
+
+#ifndef UNICOM_EMULATE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+namespace unicom::cuda {
+namespace {
+
+// The device of a call and its current stream.
+class OnDevice {
+ public:
+#ifdef UNICOM_EMULATE_CUDA
+  explicit OnDevice(const Tensor&) {}
+#else
+  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    queue.stream = static_cast<cudaStream_t>(stream);
+  }
+#endif
+
+  // Raises the first error of the launches, if there was one.
+  void finish() const {
+    if (queue.error == cudaSuccess) return;
+    std::string message = std::string("a CUDA kernel could not be started: ") +
+                          cudaGetErrorString(queue.error);
+#ifndef UNICOM_EMULATE_CUDA
+    if (queue.error == cudaErrorNoKernelImageForDevice ||
+        queue.error == cudaErrorUnsupportedPtxVersion)
+      message += ". unicom_ext needs a GPU of compute capability 8.0 (Ampere) or newer";
+    cudaGetLastError();  // so that it is not reported again elsewhere
+#endif
+    throw std::runtime_error(message);
+  }
+
+  Queue queue;
+
+ private:
+#ifndef UNICOM_EMULATE_CUDA
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
+  check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
+}
+
+// ---- selection ----
+
+Labels labels_of(const Tensor& labels, int64_t num_classes, int64_t ignore_index, int64_t start,
+                 int64_t stop) {
+  check(labels.dim() == 1, "labels must be a vector, got ", labels.dim(), " dimensions");
+  const bool is_64_bit = labels.scalar_type() == ScalarType::Long;
+  check(is_64_bit || labels.scalar_type() == ScalarType::Int, "labels must be int32 or int64, got ",
+        torch::headeronly::toString(labels.scalar_type()));
+  check(num_classes >= 1 && num_classes <= kMaxClasses, "num_classes must be in [1, ", kMaxClasses,
+        "], got ", num_classes);
+  check(0 <= start && start <= stop && stop <= num_classes,
+        "start and stop must satisfy 0 <= start <= stop <= ", num_classes, ", got ", start, " and ",
+        stop);
+  return {labels.const_data_ptr(), is_64_bit, labels.numel(), num_classes, ignore_index, start, stop};
+}
+
+const int64_t* step_data(const Tensor& step) {
+  check(step.numel() == 1 && step.scalar_type() == ScalarType::Long,
+        "step must be one int64 value");
+  return index_data(step);
+}
+
+std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
+                                                     int64_t num_classes, int64_t num_sampled,
+                                                     int64_t seed, int64_t ignore_index,
+                                                     int64_t start, int64_t stop) {
+  labels = torch::stable::contiguous(labels);
+  check_device(step, labels, "step");
+  const Labels described = labels_of(labels, num_classes, ignore_index, start, stop);
+  check(num_sampled >= 1 && num_sampled <= num_classes, "num_sampled must be in [1, ", num_classes,
+        "], got ", num_sampled);
+  OnDevice on(labels);
+  const int64_t batch = labels.numel();
+  const int64_t most = num_sampled + std::min(batch, num_classes);  // see selection_bound
+  const int64_t bound = std::min({most, num_classes, stop - start});
+  Tensor class_index = empty_like_device(labels, {bound}, ScalarType::Long);
+  Tensor count = empty_like_device(labels, {}, ScalarType::Long);
+  Tensor slot = empty_like_device(labels, {batch}, ScalarType::Long);
+  Tensor workspace = empty_like_device(labels, {selection_workspace(described)}, ScalarType::Long);
+  select_classes(on.queue, {described, num_sampled, seed, step_data(step), bound,
+                            class_index.mutable_data_ptr<int64_t>(),
+                            count.mutable_data_ptr<int64_t>(), slot.mutable_data_ptr<int64_t>(),
+                            static_cast<uint64_t*>(workspace.mutable_data_ptr())});
+  on.finish();
+  return {class_index, count, slot};
+}
+
+Tensor select_features_op(Tensor step, int64_t dim, int64_t num_selected, int64_t seed) {
+  check(num_selected >= 1 && num_selected <= dim, "num_selected must be in [1, ", dim, "], got ",
+        num_selected);
+  check(dim <= kMaxFeatures, "dim must be at most ", kMaxFeatures, " on CUDA, got ", dim);
+  OnDevice on(step);
+  Tensor out = empty_like_device(step, {num_selected}, ScalarType::Long);
+  select_features(on.queue,
+                  {dim, num_selected, seed, step_data(step), out.mutable_data_ptr<int64_t>()});
+  on.finish();
+  return out;
+}
+
+Tensor label_slots_op(Tensor labels, std::optional<Tensor> class_index, int64_t num_classes,
+                      int64_t ignore_index, int64_t start, int64_t stop) {
+  labels = torch::stable::contiguous(labels);
+  const Labels described = labels_of(labels, num_classes, ignore_index, start, stop);
+  SlotSearch search{described, nullptr, 0, nullptr};
+  if (class_index) {
+    check(class_index->dim() == 1 && class_index->scalar_type() == ScalarType::Long,
+          "class_index must be an int64 vector, got ",
+          torch::headeronly::toString(class_index->scalar_type()), " with ", class_index->dim(),
+          " dimensions");
+    check_device(*class_index, labels, "class_index");
+    class_index = torch::stable::contiguous(*class_index);
+    search.class_index = index_data(*class_index);
+    search.count = class_index->numel();
+  }
+  OnDevice on(labels);
+  Tensor slot = empty_like_device(labels, {labels.numel()}, ScalarType::Long);
+  search.slot = slot.mutable_data_ptr<int64_t>();
+  find_slots(on.queue, search);
+  on.finish();
+  return slot;
+}
+
+// ---- the loss ----
+
+// Everything the operators share, checked as far as shapes go; keeps the tensors alive that
+// `problem` points into.
+struct Call {
+  Tensor embeddings, prototypes, slot;
+  std::optional<Tensor> class_index, count, feature_index;
+  Problem problem;
+  bool is_double;
+  Precision precision;
+
+  Call(const Tensor& embeddings_in, const Tensor& slot_in, const Tensor& prototypes_in,
+       const std::optional<Tensor>& class_index_in, const std::optional<Tensor>& count_in,
+       const std::optional<Tensor>& feature_index_in, double scale, double filter,
+       int64_t precision_in, int64_t workspace_bytes)
+      : embeddings(rows(embeddings_in, "embeddings")),
+        prototypes(rows(prototypes_in, "prototypes")),
+        slot(torch::stable::contiguous(slot_in)),
+        class_index(vector(class_index_in, "class_index")),
+        count(vector(count_in, "count")),
+        feature_index(vector(feature_index_in, "feature_index")),
+        precision(static_cast<Precision>(precision_in)) {
+    const int64_t batch = embeddings.size(0), dim = embeddings.size(1);
+    check(prototypes.size(1) == dim, "prototypes must be [C, ", dim, "] like the embeddings, got [",
+          prototypes.size(0), ", ", prototypes.size(1), "]");
+    check_vector(slot, "slot", batch, ScalarType::Long);
+    check_device(prototypes, embeddings, "prototypes");
+    check_device(slot, embeddings, "slot");
+    check_options(scale, precision_in, workspace_bytes);
+    const int64_t selected = feature_index ? feature_index->numel() : dim;
+    check(selected >= 1, "feature_index must hold at least one dimension, got none");
+    const int64_t* columns = feature_index ? index_data(*feature_index) : nullptr;
+    problem.embeddings = source(embeddings, "embeddings", columns, selected);
+    problem.prototypes = source(prototypes, "prototypes", columns, selected);
+    is_double =
+        problem.embeddings.dtype == DType::kFloat64 || problem.prototypes.dtype == DType::kFloat64;
+    problem.batch = batch;
+    problem.class_index = class_index ? index_data(*class_index) : nullptr;
+    problem.count = class_index && count ? index_data(*count) : nullptr;
+    problem.bound = class_index ? class_index->numel() : prototypes.size(0);
+    problem.slot = index_data(slot);
+    problem.scale = scale;
+    problem.filter = filter;
+    problem.total_sampled = problem.bound;
+  }
+
+  int64_t packed_size() const {
+    const int64_t bytes = is_double ? 8 : precision == Precision::kFp32 ? 4 : 2;
+    return packed_bytes(problem.bound, problem.embeddings.dim, bytes);
+  }
+  ScalarType real() const { return is_double ? ScalarType::Double : ScalarType::Float; }
+  Tensor bytes(int64_t size) const { return empty_like_device(embeddings, {size}, ScalarType::Byte); }
+
+  template <class F>
+  void with_unit(const F& f) const {
+    if (is_double) return f(double{});
+    switch (precision) {
+      case Precision::kFp32: return f(float{});
+      case Precision::kFp16: return f(Half{});
+      case Precision::kBf16: return f(BFloat{});
+    }
+  }
+  template <class F>
+  void with_real(const F& f) const {
+    if (is_double)
+      f(double{});
+    else
+      f(float{});
+  }
+
+  void run_forward(OnDevice& on, const ShardSums& sums) const {
+    with_unit([&](auto unit) {
+      using Unit = decltype(unit);
+      Tensor workspace = bytes(forward_workspace<Unit>(problem));
+      forward<Unit>(on.queue, problem, sums, workspace.mutable_data_ptr());
+    });
+  }
+
+ private:
+  static Tensor rows(const Tensor& t, const char* name) {
+    check_matrix(t, name);
+    const bool unit_stride = t.size(1) <= 1 || t.stride(1) == 1;
+    return unit_stride && t.stride(0) >= 0 ? t : torch::stable::contiguous(t);
+  }
+  std::optional<Tensor> vector(const std::optional<Tensor>& t, const char* name) const {
+    if (!t) return {};
+    check(t->dim() <= 1 && t->scalar_type() == ScalarType::Long, name, " must be an int64 vector");
+    check_device(*t, embeddings, name);
+    return torch::stable::contiguous(*t);
+  }
+  static RowSource source(const Tensor& t, const char* name, const int64_t* columns, int64_t dim) {
+    return {t.const_data_ptr(), dtype_of(t, name), t.stride(0), columns, dim};
+  }
+};
+
+Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return empty_like_device(like, sizes, ScalarType::Double);
+}
+
+SampleState* state_data(Tensor& state) {
+  return static_cast<SampleState*>(state.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
+    Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
+    std::optional<Tensor> count, std::optional<Tensor> feature_index, double scale, double filter,
+    int64_t total_sampled, int64_t precision, int64_t workspace_bytes) {
+  Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+            precision, workspace_bytes);
+  call.problem.total_sampled = total_sampled;
+  OnDevice on(embeddings);
+  const int64_t batch = call.problem.batch;
+  Tensor sums = doubles(embeddings, {batch, 2}), exponent = doubles(embeddings, {batch});
+  Tensor largest = doubles(embeddings, {batch}), inverse_norm = doubles(embeddings, {batch});
+  Tensor packed = call.bytes(call.packed_size());
+  double* pairs = sums.mutable_data_ptr<double>();
+  call.run_forward(on, {pairs, pairs + 1, 2, exponent.mutable_data_ptr<double>(),
+                        largest.mutable_data_ptr<double>(), inverse_norm.mutable_data_ptr<double>(),
+                        packed.mutable_data_ptr()});
+  on.finish();
+  return {sums, exponent, largest, inverse_norm, packed, call.bytes(0)};
+}
+
+std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor inverse_norm,
+                                         Tensor slot, std::optional<Tensor> m2,
+                                         std::optional<Tensor> m3, double m1, double m2_value,
+                                         double m3_value, double scale, bool exact_margin_grad,
+                                         bool linear_beyond_pi) {
+  const int64_t batch = slot.numel();
+  check_vector(slot, "slot", batch, ScalarType::Long);
+  check_vector(exponent, "exponent", batch, ScalarType::Double);
+  check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
+  check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 2 &&
+            sums.scalar_type() == ScalarType::Double,
+        "sums must be Double of shape [", batch, ", 2]");
+  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
+  sums = torch::stable::contiguous(sums);
+  exponent = torch::stable::contiguous(exponent);
+  inverse_norm = torch::stable::contiguous(inverse_norm);
+  slot = torch::stable::contiguous(slot);
+  OnDevice on(sums);
+  Tensor loss = doubles(sums, {batch}), state = doubles(sums, {batch, kSampleStateSize});
+  const double* pairs = sums.const_data_ptr<double>();
+  join_targets(on.queue,
+               {margins.options, scale, batch, index_data(slot), pairs, pairs + 1, 2,
+                exponent.const_data_ptr<double>(), inverse_norm.const_data_ptr<double>(),
+                loss.mutable_data_ptr<double>(), state_data(state)});
+  on.finish();
+  return {loss, state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
+    Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
+    std::optional<Tensor> count, std::optional<Tensor> feature_index, std::optional<Tensor> m2,
+    std::optional<Tensor> m3, double m1, double m2_value, double m3_value, double scale,
+    double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
+    int64_t reduction_in, int64_t workspace_bytes, bool /* sparse_grad, for backward */) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  const int64_t batch = call.problem.batch;
+  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
+  const auto reduction = static_cast<Reduction>(reduction_in);
+  OnDevice on(embeddings);
+  auto real = [&](std::initializer_list<int64_t> sizes) {
+    return empty_like_device(embeddings, sizes, call.real());
+  };
+  Tensor loss = reduction == Reduction::kNone ? real({batch}) : real({});
+  Tensor sample_loss = real({batch}), target_cosine = real({batch}), largest = real({batch});
+  Tensor state = doubles(embeddings, {batch, kSampleStateSize});
+  Tensor packed = call.bytes(call.packed_size());
+  Tensor scratch = doubles(embeddings, {6, batch});
+  double* values = scratch.mutable_data_ptr<double>();
+  const ShardSums sums{values,
+                       values + batch,
+                       1,
+                       values + 2 * batch,
+                       values + 3 * batch,
+                       values + 4 * batch,
+                       packed.mutable_data_ptr()};
+  double* losses = values + 5 * batch;
+  call.run_forward(on, sums);
+  join_targets(on.queue, {margins.options, scale, batch, call.problem.slot, sums.sum,
+                          sums.target_cosine, 1, sums.exponent, sums.inverse_norm, losses,
+                          state_data(state)});
+  call.with_real([&](auto value) {
+    write_results<decltype(value)>(
+        on.queue, {batch, call.problem.slot, losses, sums.target_cosine, sums.largest_negative,
+                   reduction, loss.mutable_data_ptr(), sample_loss.mutable_data_ptr(),
+                   target_cosine.mutable_data_ptr(), largest.mutable_data_ptr()});
+  });
+  on.finish();
+  return {loss, sample_loss, target_cosine, largest, state, packed, call.bytes(0)};
+}
+
+std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings, Tensor slot,
+                                            Tensor prototypes, std::optional<Tensor> class_index,
+                                            std::optional<Tensor> count,
+                                            std::optional<Tensor> feature_index, Tensor state,
+                                            Tensor packed, Tensor /* kept */, double scale,
+                                            double filter, int64_t precision, int64_t reduction_in,
+                                            int64_t workspace_bytes, bool want_embeddings,
+                                            bool want_prototypes, bool compact) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  const Problem& p = call.problem;
+  const auto reduction = static_cast<Reduction>(reduction_in);
+  check(packed.numel() == call.packed_size() && state.numel() == p.batch * kSampleStateSize,
+        "state and packed must come from the forward call with the same arguments");
+  grad_loss = torch::stable::contiguous(grad_loss);
+  check(grad_loss.numel() == (reduction == Reduction::kNone ? p.batch : 1),
+        "grad_loss must match the loss, got ", grad_loss.numel(), " values");
+  check(grad_loss.scalar_type() == call.real(), "grad_loss must have the dtype of the loss, got ",
+        torch::headeronly::toString(grad_loss.scalar_type()));
+  check(!compact || class_index, "compact needs class_index");
+  OnDevice on(embeddings);
+
+  // Gradients start at zero, unless each of their values will be written.
+  auto gradient = [&](const Tensor& like, const RowSource& source, int64_t rows, bool wanted,
+                      bool all_rows) {
+    const int64_t dim = wanted ? like.size(1) : 0;
+    Tensor out = empty_like_device(like, {wanted ? rows : 0, dim}, like.scalar_type());
+    if (wanted && (!all_rows || source.columns != nullptr))
+      on.queue.fill_zero(out.mutable_data_ptr(), rows * dim * value_bytes(source.dtype));
+    return std::make_pair(out, RowSink{wanted ? out.mutable_data_ptr() : nullptr, source.dtype, dim,
+                                       source.columns, source.dim});
+  };
+  const auto [grad_embeddings, embedding_sink] =
+      gradient(call.embeddings, p.embeddings, p.batch, want_embeddings, false);
+  const auto [grad_prototypes, prototype_sink] =
+      gradient(call.prototypes, p.prototypes, compact ? p.bound : call.prototypes.size(0),
+               want_prototypes, p.class_index == nullptr && p.batch > 0);
+  const Gradients gradients{grad_loss.const_data_ptr(),
+                            reduction,
+                            static_cast<const SampleState*>(state.const_data_ptr()),
+                            packed.const_data_ptr(),
+                            embedding_sink,
+                            prototype_sink,
+                            compact};
+  call.with_unit([&](auto unit) {
+    using Unit = decltype(unit);
+    Tensor workspace = call.bytes(backward_workspace<Unit>(p, want_embeddings, want_prototypes));
+    backward<Unit>(on.queue, p, gradients, workspace.mutable_data_ptr());
+  });
+  on.finish();
+  return {grad_embeddings, grad_prototypes};
+}
+
+}  // namespace
+}  // namespace unicom::cuda
+
+#ifdef UNICOM_EMULATE_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext_emulated, m) {
+  for (const char* schema : unicom::kLossSchemas) m.def(schema);
+  for (const char* schema : unicom::kSelectionSchemas) m.def(schema);
+}
+STABLE_TORCH_LIBRARY_IMPL(unicom_ext_emulated, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CUDA, m) {
+#endif
+  m.impl("loss", TORCH_BOX(&unicom::cuda::loss_op));
+  m.impl("loss_backward", TORCH_BOX(&unicom::cuda::loss_backward_op));
+  m.impl("loss_sums", TORCH_BOX(&unicom::cuda::loss_sums_op));
+  m.impl("loss_merge", TORCH_BOX(&unicom::cuda::loss_merge_op));
+  m.impl("select_classes", TORCH_BOX(&unicom::cuda::select_classes_op));
+  m.impl("select_features", TORCH_BOX(&unicom::cuda::select_features_op));
+  m.impl("label_slots", TORCH_BOX(&unicom::cuda::label_slots_op));
+}

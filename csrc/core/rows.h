@@ -1,0 +1,28 @@
+// Rows of a user's matrix, as the kernels of every device read and write them.
+#pragma once
+
+#include <cstdint>
+
+namespace unicom {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// [*, dim] of any floating dtype, unit column stride.
+struct RowSource {
+  const void* data;
+  DType dtype;
+  int64_t row_stride;      // in elements
+  const int64_t* columns;  // selected columns, ascending, or nullptr for all
+  int64_t dim;             // number of selected columns
+};
+
+// A gradient matrix: zero except where rows are written.
+struct RowSink {
+  void* data;  // nullptr: not wanted
+  DType dtype;
+  int64_t row_stride;
+  const int64_t* columns;
+  int64_t dim;
+};
+
+}  // namespace unicom

@@ -1,0 +1,58 @@
+// The logits, which exist only in registers: a tile of cosines becomes row sums (forward) or
+// probabilities (backward).
+#pragma once
+
+#include "types.h"
+
+namespace unicom::cuda {
+
+// Operands are padded to these, so that tiles need no bounds.
+constexpr int64_t kRowGranule = 128;
+constexpr int64_t kClassGranule = 256;
+constexpr int64_t kDepthGranule = 64;
+
+struct Logits {
+  const void* embeddings;  // [rows][depth] unit rows
+  const void* prototypes;  // [classes][depth] unit rows; finite past count
+  int64_t rows, classes, depth;
+  int64_t batch;
+  const int64_t* slot;   // [batch] the target's position among the classes, negative: none here
+  const int64_t* count;  // on the device: how many classes there are, or nullptr: bound
+  int64_t bound;
+  double scale, filter;  // cosines of negatives above filter count as 0; +inf: none
+};
+
+// sum over classes but the target of exp(scale * cosine), as sum * 2^exponent.
+template <class Real>
+struct RowSum {
+  Real sum, exponent;
+  Real largest;  // largest cosine before the filter
+};
+constexpr float kNoCosine = -1e30f;    // below every cosine: exp gives 0 and max ignores it
+constexpr float kNoExponent = -1e30f;  // of a sum without terms
+
+struct SumExp {
+  Logits logits;
+  int64_t runs;  // the classes are cut into this many runs, which blocks sum apart
+  void* out;     // [runs][rows] RowSum<RealOf<Unit>>
+};
+template <class Unit>
+void sum_exp(Queue&, const SumExp&);
+
+// A negative's softmax among negatives is factor * 2^-exponent * exp(scale * cosine).
+template <class Real>
+struct RowScale {
+  Real factor, exponent;
+};
+
+struct Probabilities {
+  Logits logits;
+  int64_t first, chunk;  // classes [first, first + chunk), whole granules
+  int64_t runs;
+  const void* row;  // [rows] RowScale<RealOf<Unit>>
+  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count
+};
+template <class Unit>
+void probabilities(Queue&, const Probabilities&);
+
+}  // namespace unicom::cuda

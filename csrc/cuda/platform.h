@@ -1,0 +1,60 @@
+// What the kernels and their launches need of CUDA. The tests compile the same sources as C++
+// against an emulation of it (tests/emulation/cuda_emulation.h).
+#pragma once
+
+#ifdef UNICOM_EMULATE_CUDA
+#include "cuda_emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include <cstdint>
+#include <type_traits>
+
+namespace unicom::cuda {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // of a block, unless a kernel says otherwise
+constexpr int kWarpsPerBlock = kThreads / kWarp;
+
+// Where launches go, and the first error of any of them; after an error nothing more is launched.
+struct Queue {
+  cudaStream_t stream = nullptr;
+  cudaError_t error = cudaSuccess;
+
+  template <class Args>
+  void launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes,
+              const std::type_identity_t<Args>& args) {
+    if (error != cudaSuccess || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    constexpr size_t kDefaultLimit = 48 << 10;
+    if (shared_bytes > kDefaultLimit)
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return;
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    error = cudaLaunchKernelEx(&config, kernel, args);
+  }
+
+  void fill_zero(void* data, int64_t bytes) {
+    if (error != cudaSuccess || bytes == 0) return;
+    error = cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream);
+  }
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Blocks of kThreads for one thread, or one warp, per item.
+inline dim3 thread_grid(int64_t items) {
+  return dim3(static_cast<unsigned>(ceil_div(items, kThreads)));
+}
+inline dim3 warp_grid(int64_t items) {
+  return dim3(static_cast<unsigned>(ceil_div(items, kWarpsPerBlock)));
+}
+
+}  // namespace unicom::cuda

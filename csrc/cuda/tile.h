@@ -1,0 +1,25 @@
+// Tile<Unit, kCols, kADepthInner, kBDepthInner>: what one block of threads does in every product.
+// It multiplies kRows rows of A by kCols columns of B, summed over the depth, and keeps the result
+// in registers for an epilogue:
+//
+//   result[row][col] = sum over k of A[row][k] * B[col][k]
+//
+// A (B) lies in memory with the depth innermost, [rows][depth], or outermost, [depth][rows]. All of
+// it is padded: no access needs a bound. A thread holds kThreadRows x kThreadCols results; kTeam
+// threads share each row, and columns come in runs of kRun neighbours.
+//
+// run(tiles, steps, source, epilogue) goes through `tiles` products of `steps` * kDepth. The copies
+// of the next product are under way during the epilogue of the last.
+#pragma once
+
+#include "tile_simt.h"
+#include "tile_tensor_core.h"
+
+namespace unicom::cuda {
+
+template <class Unit, int kCols, bool kADepthInner, bool kBDepthInner>
+using Tile = std::conditional_t<UnitTraits<Unit>::kTensorCores,
+                                TensorCoreTile<Unit, kCols, kADepthInner, kBDepthInner>,
+                                SimtTile<Unit, kCols, kADepthInner, kBDepthInner>>;
+
+}  // namespace unicom::cuda

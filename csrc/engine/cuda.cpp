@@ -1,0 +1,247 @@
+#include "cuda.h"
+
+#include <algorithm>
+
+#include "../cuda/pack.h"
+#include "../cuda/product.h"
+#include "../cuda/unpack.h"
+
+namespace unicom::cuda {
+
+namespace {
+
+// Blocks that fill the largest GPUs twice over: work is cut until there are about as many.
+constexpr int64_t kWantedBlocks = 528;
+
+// Probabilities in flight. A chunk of classes has to be long enough that its products fill the
+// device, and the shorter it is, the more of it stays in the second-level cache.
+constexpr int64_t kChunkBytes = int64_t{128} << 20;
+constexpr int64_t kMaxSplits = 16;
+
+template <class Unit>
+constexpr int64_t kUnitBytes = static_cast<int64_t>(sizeof(Unit));
+
+// Hands out pieces of one block of memory; over a null block it only adds up their sizes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct Padded {
+  int64_t rows, classes, depth;
+
+  explicit Padded(const Problem& p)
+      : rows(round_up(p.batch, kRowGranule)),
+        classes(round_up(p.bound, kClassGranule)),
+        depth(round_up(p.embeddings.dim, kDepthGranule)) {}
+};
+
+template <class Unit>
+struct PackedClasses {
+  Unit* unit;            // [classes][depth]
+  double* inverse_norm;  // [classes]
+
+  PackedClasses(void* packed, const Padded& n)
+      : unit(static_cast<Unit*>(packed)),
+        inverse_norm(reinterpret_cast<double*>(static_cast<char*>(packed) +
+                                               n.classes * n.depth * kUnitBytes<Unit>)) {}
+};
+
+template <class Unit>
+struct ForwardSpace {
+  int64_t runs;
+  Unit* rows;
+  double* inverse_norm;
+  RowSum<RealOf<Unit>>* partial;
+
+  ForwardSpace(Arena& arena, const Padded& n)
+      : runs(std::clamp<int64_t>(kWantedBlocks * kRowGranule / std::max<int64_t>(n.rows, 1), 1,
+                                 std::max<int64_t>(n.classes / kClassGranule, 1))),
+        rows(arena.take<Unit>(n.rows * n.depth)),
+        inverse_norm(arena.take<double>(n.rows)),
+        partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)) {}
+};
+
+template <class Unit>
+struct BackwardSpace {
+  int64_t chunk;  // classes at a time
+  int64_t row_splits, class_splits;
+  Unit *rows, *weighted, *probabilities;
+  double *inverse_norm, *target_weight, *negative_weight, *folded, *largest;
+  RowScale<RealOf<Unit>>* row_scale;
+  RealOf<Unit>*embedding_sums, *prototype_sums;
+  int64_t* by_slot;
+
+  BackwardSpace(Arena& arena, const Padded& n, int64_t batch, bool want_embeddings,
+                bool want_prototypes) {
+    const int64_t row_bytes = std::max<int64_t>(n.rows * kUnitBytes<Unit>, 1);
+    chunk = std::clamp(kChunkBytes / row_bytes / kClassGranule * kClassGranule, kClassGranule,
+                       std::max(n.classes, kClassGranule));
+    row_splits = splits(n.rows, n.depth, chunk);
+    class_splits = splits(chunk, n.depth, n.rows);
+    rows = arena.take<Unit>(n.rows * n.depth);
+    weighted = arena.take<Unit>(want_prototypes ? n.rows * n.depth : 0);
+    probabilities = arena.take<Unit>(n.rows * chunk);
+    inverse_norm = arena.take<double>(n.rows);
+    target_weight = arena.take<double>(n.rows);
+    negative_weight = arena.take<double>(n.rows);
+    folded = arena.take<double>(n.rows);
+    largest = arena.take<double>(1);
+    row_scale = arena.take<RowScale<RealOf<Unit>>>(n.rows);
+    embedding_sums =
+        arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
+    prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
+    by_slot = arena.take<int64_t>(want_prototypes ? batch : 0);
+  }
+
+ private:
+  // How often to cut the sum over `depth` so that rows x cols results fill the device.
+  static int64_t splits(int64_t rows, int64_t cols, int64_t depth) {
+    const int64_t blocks = std::max<int64_t>(rows / kRowGranule * ceil_div(cols, 256), 1);
+    return std::clamp<int64_t>(kWantedBlocks / 2 / blocks, 1,
+                               std::clamp<int64_t>(depth / kClassGranule, 1, kMaxSplits));
+  }
+};
+
+template <class Unit>
+Logits logits_of(const Problem& p, const Padded& n, const Unit* rows, const Unit* classes) {
+  return {rows,   classes, n.rows,  n.classes, n.depth, p.batch,
+          p.slot, p.count, p.bound, p.scale,   p.filter};
+}
+
+PackRows embedding_rows(const Problem& p, const Padded& n, void* unit) {
+  return {p.embeddings, nullptr, nullptr, p.batch, p.slot, nullptr, unit, n.rows, n.depth, nullptr};
+}
+
+}  // namespace
+
+int64_t packed_bytes(int64_t bound, int64_t dim, int64_t bytes_per_value) {
+  const int64_t classes = round_up(bound, kClassGranule);
+  return classes * (round_up(dim, kDepthGranule) * bytes_per_value +
+                    static_cast<int64_t>(sizeof(double)));
+}
+
+template <class Unit>
+int64_t forward_workspace(const Problem& p) {
+  Arena arena(nullptr);
+  ForwardSpace<Unit>(arena, Padded(p));
+  return arena.used();
+}
+
+template <class Unit>
+void forward(Queue& queue, const Problem& p, const ShardSums& out, void* workspace) {
+  const Padded n(p);
+  Arena arena(workspace);
+  const ForwardSpace<Unit> space(arena, n);
+  const PackedClasses<Unit> classes(out.packed, n);
+
+  pack_rows<Unit>(queue, {p.prototypes, p.class_index, p.count, p.bound, nullptr, nullptr,
+                          classes.unit, n.classes, n.depth, classes.inverse_norm});
+  if (p.batch == 0) return;
+  PackRows rows = embedding_rows(p, n, space.rows);
+  rows.inverse_norm = space.inverse_norm;
+  pack_rows<Unit>(queue, rows);
+  sum_exp<Unit>(queue, {logits_of(p, n, space.rows, classes.unit), space.runs, space.partial});
+  finish_sums<RealOf<Unit>>(
+      queue, {p.embeddings, p.prototypes, p.class_index, p.slot, p.batch, n.rows, space.partial,
+              space.runs, p.scale, static_cast<double>(p.total_sampled), space.inverse_norm,
+              classes.inverse_norm, out.sum, out.target_cosine, out.stride, out.exponent,
+              out.largest_negative, out.inverse_norm});
+}
+
+template <class Unit>
+int64_t backward_workspace(const Problem& p, bool want_embeddings, bool want_prototypes) {
+  Arena arena(nullptr);
+  BackwardSpace<Unit>(arena, Padded(p), p.batch, want_embeddings, want_prototypes);
+  return arena.used();
+}
+
+template <class Unit>
+void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspace) {
+  using Real = RealOf<Unit>;
+  const bool want_embeddings = g.embeddings.data != nullptr;
+  const bool want_prototypes = g.prototypes.data != nullptr;
+  if (p.batch == 0 || !(want_embeddings || want_prototypes)) return;
+  const Padded n(p);
+  Arena arena(workspace);
+  const BackwardSpace<Unit> space(arena, n, p.batch, want_embeddings, want_prototypes);
+  const PackedClasses<Unit> classes(const_cast<void*>(g.packed), n);
+
+  prepare_backward<Real>(queue, {p.batch, n.rows, p.slot, g.state, g.grad_loss, g.reduction, p.scale,
+                                 space.target_weight, space.negative_weight, space.folded,
+                                 space.largest, space.row_scale});
+  PackRows rows = embedding_rows(p, n, space.rows);
+  rows.inverse_norm = space.inverse_norm;
+  pack_rows<Unit>(queue, rows);
+  if (want_prototypes) {
+    rows = embedding_rows(p, n, space.weighted);
+    rows.factor = space.folded;
+    pack_rows<Unit>(queue, rows);
+    order_samples(queue, {p.batch, p.slot, space.by_slot});
+  }
+
+  Unpack unpack{p.embeddings,        p.prototypes,          p.class_index, p.slot,
+                p.batch,             n.depth,               space.target_weight,
+                space.negative_weight, space.inverse_norm,  classes.inverse_norm,
+                g.state,             nullptr,               nullptr,
+                0,                   0,                     {}};
+  for (int64_t first = 0; first < n.classes; first += space.chunk) {
+    const int64_t chunk = std::min(space.chunk, n.classes - first);
+    const Unit* unit = classes.unit + first * n.depth;
+    const int64_t runs = std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1,
+                                             chunk / kClassGranule);
+    probabilities<Unit>(queue, {logits_of(p, n, space.rows, classes.unit), first, chunk, runs,
+                                space.row_scale, space.probabilities});
+    Product product_of{ProductOf::kEmbeddings, space.probabilities, unit,  n.rows, chunk,
+                       n.depth,                p.count,             p.bound, first, space.row_splits,
+                       first > 0,              space.embedding_sums};
+    if (want_embeddings) product<Unit>(queue, product_of);
+    if (!want_prototypes) continue;
+    product_of.of = ProductOf::kPrototypes;
+    product_of.operand = space.weighted;
+    product_of.splits = space.class_splits;
+    product_of.accumulate = false;
+    product_of.out = space.prototype_sums;
+    product<Unit>(queue, product_of);
+    unpack.unit = unit;
+    unpack.partial = space.prototype_sums;
+    unpack.splits = space.class_splits;
+    unpack.split_stride = chunk * n.depth;
+    unpack.sink = g.prototypes;
+    unpack_prototypes<Unit>(queue, {unpack, first, chunk, p.count, p.bound, space.by_slot,
+                                    space.largest, g.compact});
+  }
+  if (!want_embeddings) return;
+  if (n.classes == 0)  // a shard without classes
+    queue.fill_zero(space.embedding_sums, space.row_splits * n.rows * n.depth * int64_t{sizeof(Real)});
+  unpack.unit = space.rows;
+  unpack.partial = space.embedding_sums;
+  unpack.splits = space.row_splits;
+  unpack.split_stride = n.rows * n.depth;
+  unpack.sink = g.embeddings;
+  unpack_embeddings<Unit>(queue, unpack);
+}
+
+#define UNICOM_INSTANTIATE(Unit)                                                          \
+  template int64_t forward_workspace<Unit>(const Problem&);                               \
+  template void forward<Unit>(Queue&, const Problem&, const ShardSums&, void*);           \
+  template int64_t backward_workspace<Unit>(const Problem&, bool, bool);                  \
+  template void backward<Unit>(Queue&, const Problem&, const Gradients&, void*)
+UNICOM_INSTANTIATE(float);
+UNICOM_INSTANTIATE(double);
+UNICOM_INSTANTIATE(Half);
+UNICOM_INSTANTIATE(BFloat);
+#undef UNICOM_INSTANTIATE
+
+}  // namespace unicom::cuda
