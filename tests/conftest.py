@@ -22,21 +22,30 @@ hypothesis.settings.load_profile("tests")
 
 def pytest_generate_tests(metafunc):
     if "capability" in metafunc.fixturenames:
+        import backends
+
         from unicom_ext import _core
 
         names = _core.cpu_capabilities()
         if "avx512" not in names:  # the same kernels in instructions that every CPU has
             names = [*names, "emulated_avx512"]
-        metafunc.parametrize("capability", names, indirect=True)
+        metafunc.parametrize("capability", [*names, *backends.BACKENDS], indirect=True)
 
 
 @pytest.fixture
-def capability(request):
-    """Each set of kernels that this CPU can run, in use for the length of the test."""
+def capability(request, monkeypatch):
+    """Each set of kernels that can run here, in use for the length of the test: those of each
+    instruction set of this CPU, those of the CUDA backend over its emulation and on a GPU."""
+    import backends
+
     import unicom_ext
 
-    with unicom_ext.cpu_capability(request.param):
+    if request.param in backends.BACKENDS:
+        backends.use(monkeypatch, request.param)
         yield request.param
+    else:
+        with unicom_ext.cpu_capability(request.param):
+            yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -130,6 +132,9 @@ void prepare(Fibre& fibre) {
   if (fibre.stack == nullptr)
     fibre.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fibre.stack, kStackBytes);  // what the last fibre left
+#endif
   // As if fibre_main had been interrupted at its start: six registers and a return address, and
   // the stack aligned as a call leaves it.
   void** top = reinterpret_cast<void**>(fibre.stack + kStackBytes);
@@ -184,6 +189,8 @@ void run_block(int threads, size_t shared_bytes) {
 void set_schedule(uint64_t seed) { schedule = seed; }
 
 void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
   const int threads = static_cast<int>(block.x);
   if (block.y != 1 || block.z != 1 || threads < 1 || threads > 1024 || threads % kWarp != 0)
     fail("blocks must be whole warps along x");

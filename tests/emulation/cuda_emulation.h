@@ -8,7 +8,7 @@
 //   asynchronous copies  happen when the thread waits for them, not before
 //   warp functions       all 32 lanes must take part
 //
-// Include this before anything that uses CUDA. One launch at a time; the host is one thread.
+// Include this before anything that uses CUDA. Launches wait for each other, and each is over when it returns.
 #pragma once
 
 #include <cmath>

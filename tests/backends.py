@@ -1,0 +1,96 @@
+"""The loss on other backends than the CPU's, under tests that only know CPU tensors.
+
+Each backend is a namespace of operators with the signatures of ``torch.ops.unicom_ext``:
+
+- ``emulated_cuda``: the CUDA backend, its kernels compiled as C++ (tests/emulation);
+- ``cuda``: the real one, on copies of the tensors, where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+import unicom_ext
+from unicom_ext import functional, loss
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "emulation"
+
+
+@functools.cache
+def build_emulation(target: str) -> Path:
+    """Builds one target of tests/emulation/CMakeLists.txt; test processes wait for each other."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    configure = [
+        *("cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulation", "-B", BUILD),
+        f"-DTORCH_DIR={torch.__path__[0]}",
+        f"-DUNICOM_DIR={Path(unicom_ext.__file__).parent}",
+    ]
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+            run_tool(command)
+    return BUILD / target
+
+
+def run_tool(command: list) -> str:
+    """Standard output of a build tool of this environment; its whole output if it fails."""
+    tool = Path(sys.executable).with_name(command[0])
+    path = f"{tool.parent}:/usr/local/bin:/usr/bin:/bin"
+    done = subprocess.run(
+        [str(tool) if tool.exists() else command[0], *map(str, command[1:])],
+        capture_output=True,
+        text=True,
+        env={"PATH": path},
+    )
+    assert done.returncode == 0, f"{command[0]} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def _register_autograd(namespace: str) -> None:
+    torch.library.register_autograd(
+        f"{namespace}::loss", functional._backward, setup_context=functional._setup_context
+    )
+
+
+@functools.cache
+def _emulated_cuda():
+    torch.ops.load_library(build_emulation("_C_emulated").with_suffix(".so"))
+    _register_autograd("unicom_ext_emulated")
+    return torch.ops.unicom_ext_emulated
+
+
+@functools.cache
+def _cuda():
+    library = torch.library.Library("unicom_ext_on_gpu", "DEF")
+    for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
+                 "select_classes", "select_features", "label_slots"):  # fmt: skip
+        overload = getattr(torch.ops.unicom_ext, name).default
+        library.define(str(overload._schema).removeprefix("unicom_ext::"))
+
+        def on_gpu(*args, op=overload):
+            there = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
+            return tree_map_only(torch.Tensor, lambda t: t.cpu(), op(*there))
+
+        library.impl(name, on_gpu, "CPU")
+    _register_autograd("unicom_ext_on_gpu")
+    _cuda.keep_alive = library
+    return torch.ops.unicom_ext_on_gpu
+
+
+BACKENDS = {"emulated_cuda": _emulated_cuda}
+if torch.cuda.is_available():
+    BACKENDS["cuda"] = _cuda
+
+
+def use(monkeypatch, name: str) -> None:
+    """Sends the loss to a backend for the length of a test."""
+    for module in (functional, loss):
+        monkeypatch.setattr(module, "_ops", BACKENDS[name]())

@@ -1,0 +1,227 @@
+// Runs the CUDA backend over its emulation beside the CPU backend, on sizes around every granule,
+// without torch: under sanitizers, and in two orders of the threads, whose results must be the same
+// bit for bit. Prints what differs and ends with 1.
+#include "cuda_emulation.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/selection.h"
+#include "../../csrc/engine/cuda.h"
+#include "../../csrc/engine/engine.h"
+#include "../../csrc/engine/selection.h"
+
+namespace unicom {
+namespace {
+
+bool failed = false;
+
+void expect(bool good, const std::string& what) {
+  if (good) return;
+  std::printf("differs: %s\n", what.c_str());
+  failed = true;
+}
+
+struct Case {
+  int64_t batch, num_classes, dim, sampled, features;
+  double scale;
+  bool compact;
+};
+
+// Exactly as large as asked for, so that the sanitizer sees the first byte beyond.
+template <class T>
+struct Array {
+  std::unique_ptr<T[]> data;
+  int64_t size;
+  explicit Array(int64_t n) : data(new T[static_cast<size_t>(n)]()), size(n) {}
+  T* get() const { return data.get(); }
+};
+
+double distance(const Array<float>& a, const Array<float>& b) {
+  double error = 0, total = 0;
+  for (int64_t i = 0; i < a.size; ++i) {
+    error += (a.data[i] - b.data[i]) * double(a.data[i] - b.data[i]);
+    total += b.data[i] * double(b.data[i]);
+  }
+  return total == 0 ? std::sqrt(error) : std::sqrt(error / total);
+}
+
+bool same_bits(const Array<float>& a, const Array<float>& b) {
+  return std::memcmp(a.get(), b.get(), sizeof(float) * static_cast<size_t>(a.size)) == 0;
+}
+
+struct Outcome {
+  Array<double> loss;
+  Array<float> grad_embeddings, grad_prototypes;
+};
+
+// The inputs of a case; class_index and slot as the sampler of the CPU draws them.
+struct Inputs {
+  Case c;
+  Array<float> embeddings, prototypes;
+  Array<int64_t> labels, class_index, slot, feature_index;
+  int64_t count, bound;
+
+  explicit Inputs(const Case& c_)
+      : c(c_),
+        embeddings(c.batch * c.dim),
+        prototypes(c.num_classes * c.dim),
+        labels(c.batch),
+        class_index(selection_bound(c.num_classes, c.sampled, c.batch)),
+        slot(c.batch),
+        feature_index(c.features),
+        bound(class_index.size) {
+    std::mt19937 random(static_cast<unsigned>(c.batch * 31 + c.num_classes));
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < embeddings.size; ++i) embeddings.data[i] = normal(random);
+    for (int64_t i = 0; i < prototypes.size; ++i) prototypes.data[i] = normal(random);
+    for (int64_t i = 0; i < c.batch; ++i)
+      labels.data[i] = i % 7 == 3 ? -100 : static_cast<int64_t>(random() % (c.num_classes / 2 + 1));
+    count = select_classes(labels.get(), c.batch, c.num_classes, c.sampled, 5, 9, -100, 0,
+                           c.num_classes, class_index.get(), slot.get(), Serial());
+    for (int64_t j = count; j < bound; ++j)
+      class_index.data[j] = count > 0 ? class_index.data[count - 1] : 0;
+    select_features(c.dim, c.features, 5, 9, feature_index.get());
+  }
+  RowSource source(const Array<float>& rows) const {
+    return {rows.get(), DType::kFloat32, c.dim, feature_index.get(), c.features};
+  }
+  RowSink sink(const Array<float>& rows) const {
+    return {rows.get(), DType::kFloat32, c.dim, feature_index.get(), c.features};
+  }
+  Outcome outcome() const {
+    return {Array<double>(c.batch), Array<float>(c.batch * c.dim),
+            Array<float>((c.compact ? bound : c.num_classes) * c.dim)};
+  }
+};
+
+const MarginOptions kMargin{1.0, 0.3, 0.05, nullptr, nullptr, false, false};
+
+Outcome on_cpu(const Inputs& in) {
+  Outcome out = in.outcome();
+  const Problem p{in.source(in.embeddings), in.c.batch, in.source(in.prototypes),
+                  in.class_index.get(), in.count, in.slot.get(), in.c.scale, 0.4, in.count,
+                  cpu::Rounding::kNone, 0};
+  Array<double> sums(5 * in.c.batch);
+  Array<SampleState> state(in.c.batch);
+  Array<char> packed(packed_bytes(in.bound, in.c.features, 4));
+  double* s = sums.get();
+  const int64_t b = in.c.batch;
+  const ShardSums shard{s, s + b, s + 2 * b, s + 3 * b, s + 4 * b, 1, packed.get(), nullptr};
+  forward<float>(p, shard, Serial());
+  merge(kMargin, in.c.scale, b, in.slot.get(), shard, out.loss.get(), state.get());
+  Array<double> weight(b);
+  for (int64_t i = 0; i < b; ++i) weight.data[i] = in.slot.data[i] == kIgnoredSlot ? 0 : 1.5;
+  backward<float>(p, {state.get(), packed.get(), nullptr, weight.get(), in.sink(out.grad_embeddings),
+                      in.sink(out.grad_prototypes), in.c.compact}, Serial());
+  return out;
+}
+
+template <class Unit>
+Outcome on_gpu(const Inputs& in) {
+  using namespace unicom::cuda;
+  Outcome out = in.outcome();
+  Queue queue;
+  const int64_t b = in.c.batch;
+  const cuda::Problem p{in.source(in.embeddings), b, in.source(in.prototypes), in.class_index.get(),
+                        &in.count, in.bound, in.slot.get(), in.c.scale, 0.4, in.bound};
+  Array<double> sums(5 * b);
+  Array<SampleState> state(b);
+  Array<char> packed(cuda::packed_bytes(in.bound, in.c.features, sizeof(Unit)));
+  double* s = sums.get();
+  {
+    Array<char> workspace(forward_workspace<Unit>(p));
+    forward<Unit>(queue, p, {s, s + b, 1, s + 2 * b, s + 3 * b, s + 4 * b, packed.get()},
+                  workspace.get());
+  }
+  join_targets(queue, {kMargin, in.c.scale, b, in.slot.get(), s, s + b, 1, s + 2 * b, s + 4 * b,
+                       out.loss.get(), state.get()});
+  const float upstream = 1.5f;
+  Array<char> workspace(backward_workspace<Unit>(p, true, true));
+  backward<Unit>(queue, p, {&upstream, Reduction::kSum, state.get(), packed.get(),
+                            in.sink(out.grad_embeddings), in.sink(out.grad_prototypes),
+                            in.c.compact}, workspace.get());
+  return out;
+}
+
+template <class Unit>
+void compare(const Inputs& in, const Outcome& right, double tolerance, const std::string& name) {
+  emulation::set_schedule(0);
+  const Outcome in_order = on_gpu<Unit>(in);
+  emulation::set_schedule(12345);
+  const Outcome out = on_gpu<Unit>(in);
+  expect(same_bits(out.grad_embeddings, in_order.grad_embeddings) &&
+             same_bits(out.grad_prototypes, in_order.grad_prototypes),
+         name + ": two orders of the threads");
+  for (int64_t i = 0; i < in.c.batch; ++i)
+    expect(std::fabs(out.loss.data[i] - right.loss.data[i]) <=
+               in.c.scale * tolerance * (1 + right.loss.data[i] / 64),
+           name + ": loss of sample " + std::to_string(i));
+  const double x = distance(out.grad_embeddings, right.grad_embeddings);
+  const double w = distance(out.grad_prototypes, right.grad_prototypes);
+  expect(x <= in.c.scale * tolerance, name + ": embedding gradients by " + std::to_string(x));
+  expect(w <= in.c.scale * tolerance, name + ": prototype gradients by " + std::to_string(w));
+}
+
+void compare_selections(int64_t num_classes, int64_t count, int64_t batch, int64_t start,
+                        int64_t stop) {
+  Array<int64_t> labels(batch);
+  for (int64_t i = 0; i < batch; ++i) labels.data[i] = i % 5 == 0 ? -100 : i * 37 % num_classes;
+  const int64_t bound = std::min(selection_bound(num_classes, count, batch), stop - start);
+  Array<int64_t> ids(bound), slot(batch), gpu_ids(bound), gpu_slot(batch);
+  const int64_t selected =
+      select_classes(labels.get(), batch, num_classes, count, int64_t{3}, int64_t{4}, -100, start,
+                     stop, ids.get(), slot.get(), Serial());
+  const cuda::Labels described{labels.get(), true, batch, num_classes, -100, start, stop};
+  const int64_t step = 4;
+  int64_t gpu_selected = -1;
+  cuda::Queue queue;
+  Array<uint64_t> workspace(cuda::selection_workspace(described));
+  cuda::select_classes(queue, {described, count, 3, &step, bound, gpu_ids.get(), &gpu_selected,
+                               gpu_slot.get(), workspace.get()});
+  bool same = selected == gpu_selected;
+  for (int64_t j = 0; same && j < selected; ++j) same = ids.data[j] == gpu_ids.data[j];
+  for (int64_t i = 0; i < batch; ++i) same = same && slot.data[i] == gpu_slot.data[i];
+  expect(same, "selection of " + std::to_string(num_classes));
+}
+
+}  // namespace
+}  // namespace unicom
+
+int main() {
+  using namespace unicom;
+  compare_selections(1000, 100, 33, 0, 1000);
+  compare_selections(1000, 100, 33, 255, 700);
+  compare_selections(513, 513, 4, 0, 513);
+  compare_selections(300, 7, 0, 10, 10);
+  compare_selections(270000, 3000, 300, 0, 270000);
+  for (int64_t dim : {1, 2, 64, 1000}) {
+    Array<int64_t> a((dim + 1) / 2), b((dim + 1) / 2);
+    const int64_t step = 8;
+    select_features(dim, a.size, 1, 8, a.get());
+    cuda::Queue queue;
+    cuda::select_features(queue, {dim, b.size, 1, &step, b.get()});
+    expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
+           "features of " + std::to_string(dim));
+  }
+  const Case cases[] = {
+      {1, 2, 1, 1, 1, 16, false},           {7, 65, 17, 30, 9, 64, true},
+      {128, 256, 64, 250, 64, 64, false},   {129, 300, 70, 257, 65, 30, true},
+      {130, 600, 200, 300, 129, 200, false}, {3, 151, 300, 20, 256, 64, true},
+  };
+  for (const Case& c : cases) {
+    const Inputs in(c);
+    const Outcome right = on_cpu(in);
+    const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
+                             " x " + std::to_string(c.dim);
+    compare<float>(in, right, 2e-7, name + " float");
+    compare<cuda::Half>(in, right, 1e-3, name + " half");
+    compare<cuda::BFloat>(in, right, 1e-2, name + " bfloat");
+  }
+  std::printf(failed ? "FAILED\n" : "all the same\n");
+  return failed ? 1 : 0;
+}
