@@ -55,6 +55,25 @@ def _modules() -> tuple[str, str]:
     return torch.__path__[0], pybind11.get_cmake_dir()
 
 
+def _cuda_options() -> list[str]:
+    """CMake's options for the CUDA backend, which is built where torch has CUDA and nvcc is found."""
+    import torch
+
+    if torch.version.cuda is None:
+        return []
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+    if not nvcc:
+        print(
+            "\nunicom_ext: torch has CUDA, but nvcc was not found, so the CUDA backend is NOT built.\n"
+            f"  To have it: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME, then "
+            "install again.\n",
+            file=sys.stderr,
+        )
+        return []
+    return ["-DUNICOM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+
+
 class CMakeBuild(build_ext):
     def run(self) -> None:
         torch_dir, pybind11_dir = _modules()
@@ -85,6 +104,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+            *_cuda_options(),
             str(ROOT),
         ]
         try:

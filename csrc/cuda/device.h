@@ -56,7 +56,7 @@ struct alignas(sizeof(T) * kCount) Pack {
 UNICOM_DEVICE float widen(float x) { return x; }
 UNICOM_DEVICE double widen(double x) { return x; }
 #ifdef UNICOM_EMULATE_CUDA
-UNICOM_DEVICE float widen(Half x) { return __builtin_bit_cast(_Float16, x.bits); }
+UNICOM_DEVICE float widen(Half x) { return emulation::half_to_float(x.bits); }
 UNICOM_DEVICE float widen(BFloat x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
 }

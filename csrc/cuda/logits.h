@@ -29,7 +29,8 @@ struct RowSum {
   Real largest;  // largest cosine before the filter
 };
 constexpr float kNoCosine = -1e30f;    // below every cosine: exp gives 0 and max ignores it
-constexpr float kNoExponent = -1e30f;  // of a sum without terms
+// Of a sum without terms: below every exponent, yet far above scale * kNoCosine.
+constexpr float kNoExponent = -1e15f;
 
 struct SumExp {
   Logits logits;

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -106,6 +107,17 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     }
     c[i] += sum;
   }
+}
+
+// By table: the compiler's own conversion is a slow call.
+inline float half_to_float(uint16_t bits) {
+  static const auto table = [] {
+    std::vector<float> values(1 << 16);
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(i)));
+    return values;
+  }();
+  return table[bits];
 }
 
 inline float exp2_fast(float x) {
