@@ -56,7 +56,7 @@ def _modules() -> tuple[str, str]:
 
 
 def _cuda_options() -> list[str]:
-    """CMake's options for the CUDA backend, which is built where torch has CUDA and nvcc is found."""
+    """CMake's options for the CUDA backend: built where torch has CUDA and nvcc is found."""
     import torch
 
     if torch.version.cuda is None:
@@ -65,7 +65,7 @@ def _cuda_options() -> list[str]:
     nvcc = shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
     if not nvcc:
         print(
-            "\nunicom_ext: torch has CUDA, but nvcc was not found, so the CUDA backend is NOT built.\n"
+            "\nunicom_ext: torch has CUDA, but nvcc was not found: the CUDA backend is NOT built.\n"
             f"  To have it: install the CUDA toolkit {torch.version.cuda} or set CUDA_HOME, then "
             "install again.\n",
             file=sys.stderr,

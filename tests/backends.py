@@ -18,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import unicom_ext
-from unicom_ext import functional, loss
+from unicom_ext import functional, loss, sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
@@ -92,5 +92,5 @@ if torch.cuda.is_available():
 
 def use(monkeypatch, name: str) -> None:
     """Sends the loss to a backend for the length of a test."""
-    for module in (functional, loss):
+    for module in (functional, loss, sharding):
         monkeypatch.setattr(module, "_ops", BACKENDS[name]())

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from test_train import DATA
 
 import unicom_ext
-from unicom_ext import cli
+from unicom_ext import cli, devices
 from unicom_ext.data import glyphs
 
 TINY = [
@@ -193,7 +193,7 @@ def test_doctor_when_all_is_well():
     assert re.match(r"\d+ of \d+ CPUs", lines["threads"])
     assert "torch CUDA" in lines
     assert "nvcc" in lines
-    assert lines["operators"] == "loaded"
+    assert lines["operators"] == "for the CPU" + " and CUDA" * devices.HAS_CUDA
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Argument checks that the function, the module and the reference share.
 
-Nothing here looks at the values inside a tensor, but for `check_finite`: the operators do that.
+Nothing here looks at the values inside a tensor, but for `check_finite` and `check_values`: the
+operators do that.
 """
 
 from __future__ import annotations
@@ -114,6 +115,18 @@ def check_finite(embeddings: Tensor) -> None:
         row = int((~finite).nonzero()[0])
         raise ValueError(
             f"embeddings must be finite when check_inputs=True, got NaN or infinity in row {row}"
+        )
+
+
+def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """What only `check_inputs` looks at; waits for the device."""
+    check_finite(embeddings)
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), got "
+            f"{int(labels[position])} at position {position}"
         )
 
 

@@ -339,14 +339,12 @@ def _show_build(problems: list[str]) -> Iterator[str]:
             yield _line(name.replace("_", " "), value)
         yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
     try:
-        import torch
-
-        torch.ops.load_library(package / "_C.so")
+        from unicom_ext import devices
     except Exception as error:
         yield _line("operators", "do not load")
-        problems.append(_extension_problem("unicom_ext._C", package, "_C.so", error))
+        problems.append(_extension_problem("unicom_ext._C", package, "_C*.so", error))
     else:
-        yield _line("operators", "loaded")
+        yield _line("operators", "for the CPU and CUDA" if devices.HAS_CUDA else "for the CPU")
 
 
 def _extension_problem(name: str, package: Path, pattern: str, error: Exception) -> str:
@@ -373,6 +371,12 @@ def _show_devices(problems: list[str]) -> Iterator[str]:
     elif torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield _line("torch CUDA", f"{torch.version.cuda}, {names}")
+        if not list(Path(__file__).resolve().parent.glob("_C_cuda.so")):
+            problems.append(
+                "torch has a GPU, but unicom_ext was built without CUDA.\n  To mend it: install "
+                f"the CUDA toolkit {torch.version.cuda} (nvcc on the PATH, or CUDA_HOME), then "
+                "pip install --no-build-isolation -e .   (in the source checkout)"
+            )
     else:
         yield _line("torch CUDA", f"{torch.version.cuda}, but no usable GPU was found")
     yield _line("nvcc", _nvcc() or "not found")

@@ -1,4 +1,4 @@
-"""The partial margin softmax as a function: one autograd operator on CPU tensors.
+"""The partial margin softmax as a function: one autograd operator on CPU and CUDA tensors.
 
 Layers: argument checks here, the operators `torch.ops.unicom_ext.*` (csrc/bind) below, and
 the engine (csrc/engine) below them. Gradients and the shapes that `torch.compile` needs are
@@ -8,20 +8,18 @@ registered here.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext import _core, checks
+from unicom_ext import _core, checks, devices
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.reference import Metrics
 from unicom_ext.row_sparse import refuse_dense_optimizers, row_sparse
 
 __all__ = ["Metrics", "partial_margin_softmax"]
 
-torch.ops.load_library(Path(__file__).with_name("_C.so"))
 _ops = torch.ops.unicom_ext
 
 _REDUCTION = {"none": 0, "mean": 1, "sum": 2}
@@ -85,7 +83,8 @@ def partial_margin_softmax(
             continuation, so that psi stays monotone.
         precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
             ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
-            ``"auto"`` is fp32, and under autocast bf16 where the CPU has bf16 instructions.
+            ``"auto"`` is fp32; under autocast it is fp16 on CUDA (unit vectors need no range, and
+            fp16 has three more bits than bf16), and bf16 on CPUs that have bf16 instructions.
         sparse_grad: the gradient of `prototypes` becomes a sparse COO tensor holding the rows of S.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
         ignore_index: the label of samples without loss and gradient.
@@ -96,10 +95,13 @@ def partial_margin_softmax(
         uneven_batches: whether ranks first tell each other their batch sizes (and whether their
             arguments are good), so that these may differ or be 0. None: on CPUs, where it costs
             one small message; elsewhere the host would wait for the device.
-        check_inputs: raise if an embedding is NaN or infinite. Otherwise the loss is NaN then.
+        check_inputs: look at the values first: raise if an embedding is NaN or infinite, or, on
+            CUDA, if a label is no class. Otherwise the loss of such an embedding is NaN. Labels are
+            always looked at on the CPU; on CUDA that would wait for the device, so there the loss
+            of a sample with a bad label is NaN too, and the sample has no part in gradients.
         workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
             multiplies three times instead of four; the rest it computes again. The result is the
-            same bit for bit. Nothing is kept where no gradient is wanted.
+            same bit for bit. Nothing is kept where no gradient is wanted, nor on CUDA.
         return_metrics: also return the `Metrics` of each sample, which cost nothing.
 
     Returns:
@@ -146,8 +148,10 @@ def partial_margin_softmax(
             feature_index,
             min_classes=1 if process_group is None else 0,
         )
+        devices.check_device(embeddings.device)
         if check_inputs:
-            checks.check_finite(embeddings)
+            total = len(prototypes) if process_group is None else num_classes
+            checks.check_values(embeddings, labels, total, ignore_index)
 
     options = {
         "margin": margin,
@@ -248,7 +252,11 @@ def _per_sample(m: float | Tensor) -> Tensor | None:
 def _resolve_precision(precision: str, device_type: str) -> str:
     if precision != "auto":
         return precision
-    return "bf16" if torch.is_autocast_enabled(device_type) and _FAST_BF16 else "fp32"
+    if not torch.is_autocast_enabled(device_type):
+        return "fp32"
+    if device_type == "cuda":
+        return "fp16"
+    return "bf16" if _FAST_BF16 else "fp32"
 
 
 # ---- autograd ----
@@ -294,17 +302,25 @@ torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_se
 # ---- shapes, for torch.compile ----
 
 _LANES, _TILE = 16, 6  # csrc/cpu/layout.h
+_CUDA_CLASSES, _CUDA_DEPTH = 256, 64  # csrc/cuda/logits.h
 
 
-def _packed_bytes(num_sampled, dim, bytes_per_value):
-    lanes = (num_sampled + _LANES - 1) // _LANES * _LANES
-    height = (dim + _TILE - 1) // _TILE * _TILE
-    return lanes * height * bytes_per_value + lanes * 8
+def _round_up(a, b):
+    return (a + b - 1) // b * b
 
 
-def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes):
+def _packed_bytes(num_sampled, dim, bytes_per_value, device_type):
+    cuda = device_type == "cuda"
+    classes = _round_up(num_sampled, _CUDA_CLASSES if cuda else _LANES)
+    height = _round_up(dim, _CUDA_DEPTH if cuda else _TILE)
+    return classes * height * bytes_per_value + classes * 8
+
+
+def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes, device_type):
+    if device_type == "cuda":  # cosines are computed again there
+        return 0
     panels = (num_sampled + _LANES - 1) // _LANES
-    panel_bytes = (batch + _TILE - 1) // _TILE * _TILE * _LANES * real_bytes
+    panel_bytes = _round_up(batch, _TILE) * _LANES * real_bytes
     if workspace_bytes == 0 or panel_bytes == 0:
         return 0
     fit = workspace_bytes // panel_bytes
@@ -341,11 +357,15 @@ def _saved_sizes(embeddings, prototypes, class_index, feature_index, precision, 
     """Bytes of `packed` and `kept`."""
     batch, dim = embeddings.shape
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
-    value_bytes = 8 if double else 2 if precision == _PRECISION["bf16"] else 4
+    device_type = embeddings.device.type
+    halves = (_PRECISION["bf16"], _PRECISION["fp16"] if device_type == "cuda" else None)
+    value_bytes = 8 if double else 2 if precision in halves else 4
     num_sampled = prototypes.shape[0] if class_index is None else class_index.shape[0]
     num_features = dim if feature_index is None else feature_index.shape[0]
-    packed = _packed_bytes(num_sampled, num_features, value_bytes)
-    return packed, _kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes)
+    return (
+        _packed_bytes(num_sampled, num_features, value_bytes, device_type),
+        _kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes, device_type),
+    )
 
 
 @torch.library.register_fake("unicom_ext::loss")

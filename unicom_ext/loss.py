@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unicom_ext import checks
+from unicom_ext import checks, devices
 from unicom_ext.functional import DEFAULT_WORKSPACE_BYTES, Metrics, call_loss
 from unicom_ext.margins import ArcFace, CombinedMargin
 from unicom_ext.sampling import num_sampled_classes, num_selected_features
@@ -272,8 +272,9 @@ class PartialMarginSoftmax(nn.Module):
             checks.check_tensors(
                 embeddings, labels, self.weight, margin, min_classes=1 if self.shard is None else 0
             )
+            devices.check_device(embeddings.device)
             if self.check_inputs:
-                checks.check_finite(embeddings)
+                checks.check_values(embeddings, labels, self.num_classes, self.ignore_index)
 
         options = {
             "margin": margin,

@@ -35,8 +35,8 @@ class OnDevice {
   // Raises the first error of the launches, if there was one.
   void finish() const {
     if (queue.error == cudaSuccess) return;
-    std::string message = std::string("a CUDA kernel could not be started: ") +
-                          cudaGetErrorString(queue.error);
+    std::string message =
+        std::string("a CUDA kernel could not be started: ") + cudaGetErrorString(queue.error);
 #ifndef UNICOM_EMULATE_CUDA
     if (queue.error == cudaErrorNoKernelImageForDevice ||
         queue.error == cudaErrorUnsupportedPtxVersion)
@@ -71,7 +71,8 @@ Labels labels_of(const Tensor& labels, int64_t num_classes, int64_t ignore_index
   check(0 <= start && start <= stop && stop <= num_classes,
         "start and stop must satisfy 0 <= start <= stop <= ", num_classes, ", got ", start, " and ",
         stop);
-  return {labels.const_data_ptr(), is_64_bit, labels.numel(), num_classes, ignore_index, start, stop};
+  return {
+      labels.const_data_ptr(), is_64_bit, labels.numel(), num_classes, ignore_index, start, stop};
 }
 
 const int64_t* step_data(const Tensor& step) {
@@ -191,7 +192,9 @@ struct Call {
     return packed_bytes(problem.bound, problem.embeddings.dim, bytes);
   }
   ScalarType real() const { return is_double ? ScalarType::Double : ScalarType::Float; }
-  Tensor bytes(int64_t size) const { return empty_like_device(embeddings, {size}, ScalarType::Byte); }
+  Tensor bytes(int64_t size) const {
+    return empty_like_device(embeddings, {size}, ScalarType::Byte);
+  }
 
   template <class F>
   void with_unit(const F& f) const {
@@ -283,10 +286,9 @@ std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor in
   OnDevice on(sums);
   Tensor loss = doubles(sums, {batch}), state = doubles(sums, {batch, kSampleStateSize});
   const double* pairs = sums.const_data_ptr<double>();
-  join_targets(on.queue,
-               {margins.options, scale, batch, index_data(slot), pairs, pairs + 1, 2,
-                exponent.const_data_ptr<double>(), inverse_norm.const_data_ptr<double>(),
-                loss.mutable_data_ptr<double>(), state_data(state)});
+  join_targets(on.queue, {margins.options, scale, batch, index_data(slot), pairs, pairs + 1, 2,
+                          exponent.const_data_ptr<double>(), inverse_norm.const_data_ptr<double>(),
+                          loss.mutable_data_ptr<double>(), state_data(state)});
   on.finish();
   return {loss, state};
 }
@@ -321,9 +323,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
                        packed.mutable_data_ptr()};
   double* losses = values + 5 * batch;
   call.run_forward(on, sums);
-  join_targets(on.queue, {margins.options, scale, batch, call.problem.slot, sums.sum,
-                          sums.target_cosine, 1, sums.exponent, sums.inverse_norm, losses,
-                          state_data(state)});
+  join_targets(on.queue,
+               {margins.options, scale, batch, call.problem.slot, sums.sum, sums.target_cosine, 1,
+                sums.exponent, sums.inverse_norm, losses, state_data(state)});
   call.with_real([&](auto value) {
     write_results<decltype(value)>(
         on.queue, {batch, call.problem.slot, losses, sums.target_cosine, sums.largest_negative,

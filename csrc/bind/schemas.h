@@ -5,30 +5,30 @@ namespace unicom {
 
 inline constexpr const char* kLossSchemas[] = {
     "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
-      "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "
-      "float scale, float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, "
-      "int reduction, int workspace_bytes, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, "
-      "Tensor target_cosine, "
-      "Tensor largest_negative, Tensor state, Tensor packed, Tensor kept)",
+    "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "
+    "float scale, float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, "
+    "int reduction, int workspace_bytes, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, "
+    "Tensor target_cosine, "
+    "Tensor largest_negative, Tensor state, Tensor packed, Tensor kept)",
     "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, "
-      "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-      "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
-      "bool want_embeddings, bool want_prototypes, bool compact) "
-      "-> (Tensor grad_embeddings, Tensor grad_prototypes)",
+    "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
+    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
+    "bool want_embeddings, bool want_prototypes, bool compact) "
+    "-> (Tensor grad_embeddings, Tensor grad_prototypes)",
     "loss_sums(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, "
-      "Tensor? count, Tensor? feature_index, float scale, float filter, int total_sampled, "
-      "int precision, int workspace_bytes) -> (Tensor sums, Tensor exponent, "
-      "Tensor largest_negative, Tensor inverse_norm, Tensor packed, Tensor kept)",
+    "Tensor? count, Tensor? feature_index, float scale, float filter, int total_sampled, "
+    "int precision, int workspace_bytes) -> (Tensor sums, Tensor exponent, "
+    "Tensor largest_negative, Tensor inverse_norm, Tensor packed, Tensor kept)",
     "loss_merge(Tensor sums, Tensor exponent, Tensor inverse_norm, Tensor slot, Tensor? m2, "
-      "Tensor? m3, float m1, float m2_value, float m3_value, float scale, bool exact_margin_grad, "
-      "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)"};
+    "Tensor? m3, float m1, float m2_value, float m3_value, float scale, bool exact_margin_grad, "
+    "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)"};
 
 inline constexpr const char* kSelectionSchemas[] = {
     "select_classes(Tensor labels, Tensor step, int num_classes, int num_sampled, int seed, "
-      "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)",
+    "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)",
     "select_features(Tensor step, int dim, int num_selected, int seed) -> Tensor",
     "label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index, int "
-      "start, "
-      "int stop) -> Tensor"};
+    "start, "
+    "int stop) -> Tensor"};
 
 }  // namespace unicom

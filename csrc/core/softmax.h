@@ -20,9 +20,9 @@ UNICOM_HD inline bool constant_exponent(double scale, double count, int64_t* exp
   return -scale - static_cast<double>(*exponent) * kLn2 > -87.0;
 }
 
-// exp(scale * cosine) * 2^-exponent for a whole exponent; 0 on underflow, NaN stays NaN. The power of
-// two is split off before anything is rounded, so that the relative error stays near 1e-7 (in fp32)
-// however large scale * cosine is.
+// exp(scale * cosine) * 2^-exponent for a whole exponent; 0 on underflow, NaN stays NaN. The power
+// of two is split off before anything is rounded, so that the relative error stays near 1e-7 (in
+// fp32) however large scale * cosine is.
 UNICOM_HD inline float scaled_exp(float cosine, float scale, float exponent) {
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   const float power = std::rint(cosine * (scale * 1.44269504f));

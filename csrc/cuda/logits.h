@@ -28,7 +28,7 @@ struct RowSum {
   Real sum, exponent;
   Real largest;  // largest cosine before the filter
 };
-constexpr float kNoCosine = -1e30f;    // below every cosine: exp gives 0 and max ignores it
+constexpr float kNoCosine = -1e30f;  // below every cosine: exp gives 0 and max ignores it
 // Of a sum without terms: below every exponent, yet far above scale * kNoCosine.
 constexpr float kNoExponent = -1e15f;
 

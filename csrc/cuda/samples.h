@@ -17,10 +17,10 @@ struct FinishSums {
   const void* partial;  // [runs][rows] RowSum<Real>
   int64_t runs;
   double scale;
-  double total_sampled;               // of all shards: fixes the constant exponent
-  const double* row_inverse_norm;     // [rows]
-  const double* class_inverse_norm;   // [bound]
-  double *sum, *target_cosine;        // [batch], with a stride
+  double total_sampled;              // of all shards: fixes the constant exponent
+  const double* row_inverse_norm;    // [rows]
+  const double* class_inverse_norm;  // [bound]
+  double *sum, *target_cosine;       // [batch], with a stride
   int64_t stride;
   double *exponent, *largest_negative, *inverse_norm;  // [batch]
 };

@@ -24,7 +24,8 @@ class SimtTile {
   static constexpr size_t kSharedBytes = sizeof(Unit) * 2 * kStageUnits;
 
   UNICOM_DEVICE SimtTile()
-      : team_row_(static_cast<int>(threadIdx.x) / 16), member_(static_cast<int>(threadIdx.x) % 16) {}
+      : team_row_(static_cast<int>(threadIdx.x) / 16),
+        member_(static_cast<int>(threadIdx.x) % 16) {}
 
   UNICOM_DEVICE int row(int i) const { return (i / kRun * 16 + team_row_) * kRun + i % kRun; }
   UNICOM_DEVICE int col(int j) const { return (j / kRun * 16 + member_) * kRun + j % kRun; }
@@ -99,8 +100,7 @@ class SimtTile {
   }
 
   template <int kCount, bool kDepthInner>
-  UNICOM_DEVICE static void fetch(Fetched<kCount>& out, const Unit* from, int stride,
-                                  int step) {
+  UNICOM_DEVICE static void fetch(Fetched<kCount>& out, const Unit* from, int stride, int step) {
     from += kDepthInner ? int64_t{step} * kDepth : int64_t{step} * kDepth * stride;
 #pragma unroll
     for (int r = 0; r < Fetched<kCount>::kRuns; ++r) {

@@ -15,7 +15,7 @@ struct Unpack {
   const int64_t* class_index;
   const int64_t* slot;
   int64_t batch, depth;
-  const double *target_weight, *negative_weight;          // [batch]
+  const double *target_weight, *negative_weight;  // [batch]
   const double *row_inverse_norm, *class_inverse_norm;
   const SampleState* state;
   const void* unit;     // [rows or chunk][depth] packed unit rows of what is written

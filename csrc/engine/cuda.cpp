@@ -99,8 +99,7 @@ struct BackwardSpace {
     folded = arena.take<double>(n.rows);
     largest = arena.take<double>(1);
     row_scale = arena.take<RowScale<RealOf<Unit>>>(n.rows);
-    embedding_sums =
-        arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
+    embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
     by_slot = arena.take<int64_t>(want_prototypes ? batch : 0);
   }
@@ -128,8 +127,8 @@ PackRows embedding_rows(const Problem& p, const Padded& n, void* unit) {
 
 int64_t packed_bytes(int64_t bound, int64_t dim, int64_t bytes_per_value) {
   const int64_t classes = round_up(bound, kClassGranule);
-  return classes * (round_up(dim, kDepthGranule) * bytes_per_value +
-                    static_cast<int64_t>(sizeof(double)));
+  return classes *
+         (round_up(dim, kDepthGranule) * bytes_per_value + static_cast<int64_t>(sizeof(double)));
 }
 
 template <class Unit>
@@ -178,8 +177,8 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspac
   const BackwardSpace<Unit> space(arena, n, p.batch, want_embeddings, want_prototypes);
   const PackedClasses<Unit> classes(const_cast<void*>(g.packed), n);
 
-  prepare_backward<Real>(queue, {p.batch, n.rows, p.slot, g.state, g.grad_loss, g.reduction, p.scale,
-                                 space.target_weight, space.negative_weight, space.folded,
+  prepare_backward<Real>(queue, {p.batch, n.rows, p.slot, g.state, g.grad_loss, g.reduction,
+                                 p.scale, space.target_weight, space.negative_weight, space.folded,
                                  space.largest, space.row_scale});
   PackRows rows = embedding_rows(p, n, space.rows);
   rows.inverse_norm = space.inverse_norm;
@@ -191,21 +190,41 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspac
     order_samples(queue, {p.batch, p.slot, space.by_slot});
   }
 
-  Unpack unpack{p.embeddings,        p.prototypes,          p.class_index, p.slot,
-                p.batch,             n.depth,               space.target_weight,
-                space.negative_weight, space.inverse_norm,  classes.inverse_norm,
-                g.state,             nullptr,               nullptr,
-                0,                   0,                     {}};
+  Unpack unpack{p.embeddings,
+                p.prototypes,
+                p.class_index,
+                p.slot,
+                p.batch,
+                n.depth,
+                space.target_weight,
+                space.negative_weight,
+                space.inverse_norm,
+                classes.inverse_norm,
+                g.state,
+                nullptr,
+                nullptr,
+                0,
+                0,
+                {}};
   for (int64_t first = 0; first < n.classes; first += space.chunk) {
     const int64_t chunk = std::min(space.chunk, n.classes - first);
     const Unit* unit = classes.unit + first * n.depth;
-    const int64_t runs = std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1,
-                                             chunk / kClassGranule);
+    const int64_t runs =
+        std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1, chunk / kClassGranule);
     probabilities<Unit>(queue, {logits_of(p, n, space.rows, classes.unit), first, chunk, runs,
                                 space.row_scale, space.probabilities});
-    Product product_of{ProductOf::kEmbeddings, space.probabilities, unit,  n.rows, chunk,
-                       n.depth,                p.count,             p.bound, first, space.row_splits,
-                       first > 0,              space.embedding_sums};
+    Product product_of{ProductOf::kEmbeddings,
+                       space.probabilities,
+                       unit,
+                       n.rows,
+                       chunk,
+                       n.depth,
+                       p.count,
+                       p.bound,
+                       first,
+                       space.row_splits,
+                       first > 0,
+                       space.embedding_sums};
     if (want_embeddings) product<Unit>(queue, product_of);
     if (!want_prototypes) continue;
     product_of.of = ProductOf::kPrototypes;
@@ -219,12 +238,13 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspac
     unpack.splits = space.class_splits;
     unpack.split_stride = chunk * n.depth;
     unpack.sink = g.prototypes;
-    unpack_prototypes<Unit>(queue, {unpack, first, chunk, p.count, p.bound, space.by_slot,
-                                    space.largest, g.compact});
+    unpack_prototypes<Unit>(
+        queue, {unpack, first, chunk, p.count, p.bound, space.by_slot, space.largest, g.compact});
   }
   if (!want_embeddings) return;
   if (n.classes == 0)  // a shard without classes
-    queue.fill_zero(space.embedding_sums, space.row_splits * n.rows * n.depth * int64_t{sizeof(Real)});
+    queue.fill_zero(space.embedding_sums,
+                    space.row_splits * n.rows * n.depth * int64_t{sizeof(Real)});
   unpack.unit = space.rows;
   unpack.partial = space.embedding_sums;
   unpack.splits = space.row_splits;
@@ -233,10 +253,10 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspac
   unpack_embeddings<Unit>(queue, unpack);
 }
 
-#define UNICOM_INSTANTIATE(Unit)                                                          \
-  template int64_t forward_workspace<Unit>(const Problem&);                               \
-  template void forward<Unit>(Queue&, const Problem&, const ShardSums&, void*);           \
-  template int64_t backward_workspace<Unit>(const Problem&, bool, bool);                  \
+#define UNICOM_INSTANTIATE(Unit)                                                \
+  template int64_t forward_workspace<Unit>(const Problem&);                     \
+  template void forward<Unit>(Queue&, const Problem&, const ShardSums&, void*); \
+  template int64_t backward_workspace<Unit>(const Problem&, bool, bool);        \
   template void backward<Unit>(Queue&, const Problem&, const Gradients&, void*)
 UNICOM_INSTANTIATE(float);
 UNICOM_INSTANTIATE(double);

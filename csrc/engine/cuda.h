@@ -9,7 +9,7 @@ namespace unicom::cuda {
 
 // One call of the operation on one shard of the classes; every pointer is the device's.
 struct Problem {
-  RowSource embeddings;        // [batch, d] with the selected columns
+  RowSource embeddings;  // [batch, d] with the selected columns
   int64_t batch;
   RowSource prototypes;        // [C, d] with the selected columns
   const int64_t* class_index;  // [bound] ascending class ids, or nullptr: class j is row j
