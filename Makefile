@@ -10,7 +10,7 @@ DEMO   ?= demo
 
 BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
-NATIVE  = $(shell find csrc -name '*.cpp' -o -name '*.h')
+NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: demo test lint format bench build doctor clean
 

@@ -167,8 +167,8 @@ def compile_kernels(path: Path, out: Path) -> tuple[str, str]:
 def demangled(name: str) -> str:
     """The kernel's name with its template arguments."""
     full = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
-    full = re.sub(r"\((anonymous namespace|unicom\S+?)\)(::)?|unicom::cuda::", "", full)
-    return re.search(r"\w+_kernel(<.*?>)?(?=\()", full)[0]
+    full = full.replace("(anonymous namespace)::", "").replace("unicom::cuda::", "")
+    return re.search(r"\w+_kernel(<.*>)?(?=\()", full)[0]
 
 
 @needs_nvcc

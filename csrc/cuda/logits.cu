@@ -79,8 +79,8 @@ template <class Unit, class T>
 UNICOM_DEVICE auto class_tiles(const Logits& a, int64_t first_row, int64_t first_class) {
   return [=, &a](int tile) {
     const auto* rows = static_cast<const Unit*>(a.embeddings) + first_row * a.depth;
-    const auto* classes = static_cast<const Unit*>(a.prototypes) +
-                          (first_class + int64_t{tile} * T::kCols) * a.depth;
+    const auto* classes =
+        static_cast<const Unit*>(a.prototypes) + (first_class + int64_t{tile} * T::kCols) * a.depth;
     const int stride = static_cast<int>(a.depth);
     return OperandPair<Unit>{rows, classes, stride, stride};
   };
@@ -89,8 +89,7 @@ UNICOM_DEVICE auto class_tiles(const Logits& a, int64_t first_row, int64_t first
 // One block of rows against one run of classes. Each thread keeps, for each of its rows, its own
 // exponent, raised as larger cosines come; the team of a row is merged at the end.
 template <class Unit>
-__global__ void __launch_bounds__(kThreads, 1)
-    sum_exp_kernel(__grid_constant__ const SumExp a) {
+__global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ const SumExp a) {
   using T = LogitTile<Unit>;
   using Real = typename T::Real;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
@@ -112,36 +111,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     exponent[i] = Real(kNoExponent);
     largest[i] = Real(kNoCosine);
   }
-  tile.run(tiles, static_cast<int>(a.logits.depth / T::kDepth),
-           class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
-             mask_tile(tile, a.logits, first_row, first_class + int64_t{t} * T::kCols,
-                       count);
+  tile.run(
+      tiles, static_cast<int>(a.logits.depth / T::kDepth),
+      class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
+        mask_tile(tile, a.logits, first_row, first_class + int64_t{t} * T::kCols, count);
 #pragma unroll
-             for (int i = 0; i < T::kThreadRows; ++i) {
-               Real peak = Real(kNoCosine);
+        for (int i = 0; i < T::kThreadRows; ++i) {
+          Real peak = Real(kNoCosine);
 #pragma unroll
-               for (int j = 0; j < T::kThreadCols; ++j) peak = max_of(peak, tile.at(i, j));
-               largest[i] = max_of(largest[i], peak);
-               if (filtered) {
-                 peak = Real(kNoCosine);
+          for (int j = 0; j < T::kThreadCols; ++j) peak = max_of(peak, tile.at(i, j));
+          largest[i] = max_of(largest[i], peak);
+          if (filtered) {
+            peak = Real(kNoCosine);
 #pragma unroll
-                 for (int j = 0; j < T::kThreadCols; ++j) {
-                   Real& c = tile.at(i, j);
-                   c = c > filter ? Real(0) : c;
-                   peak = max_of(peak, c);
-                 }
-               }
-               const Real raised =
-                   max_of(exponent[i], Real(std::ceil(peak * exponential.scale_log2)));
-               Real total = raised == exponent[i] ? sum[i]
-                                                  : times_power(sum[i], exponent[i] - raised);
+            for (int j = 0; j < T::kThreadCols; ++j) {
+              Real& c = tile.at(i, j);
+              c = c > filter ? Real(0) : c;
+              peak = max_of(peak, c);
+            }
+          }
+          const Real raised = max_of(exponent[i], Real(std::ceil(peak * exponential.scale_log2)));
+          Real total = raised == exponent[i] ? sum[i] : times_power(sum[i], exponent[i] - raised);
 #pragma unroll
-               for (int j = 0; j < T::kThreadCols; ++j)
-                 total += exponential(tile.at(i, j), raised);
-               exponent[i] = raised;
-               sum[i] = total;
-             }
-           });
+          for (int j = 0; j < T::kThreadCols; ++j) total += exponential(tile.at(i, j), raised);
+          exponent[i] = raised;
+          sum[i] = total;
+        }
+      });
 
   __syncthreads();
   auto* shared = dynamic_shared<RowSum<Real>>();  // [kRows][kTeam]
@@ -216,7 +212,7 @@ void probabilities(Queue& queue, const Probabilities& a) {
                T::kSharedBytes, a);
 }
 
-#define UNICOM_INSTANTIATE(Unit)                \
+#define UNICOM_INSTANTIATE(Unit)                      \
   template void sum_exp<Unit>(Queue&, const SumExp&); \
   template void probabilities<Unit>(Queue&, const Probabilities&)
 UNICOM_INSTANTIATE(float);

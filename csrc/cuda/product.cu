@@ -25,8 +25,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
   const int64_t end = min_of(begin + steps, used_steps);
 
   const int64_t out_rows = kEmbeddings ? a.rows : a.chunk;
-  Real* out = static_cast<Real*>(a.out) +
-              (blockIdx.z * out_rows + first_row) * a.depth + first_col;
+  Real* out = static_cast<Real*>(a.out) + (blockIdx.z * out_rows + first_row) * a.depth + first_col;
   T tile;
   auto source = [&](int) {
     const int64_t depth = begin * T::kDepth;
@@ -41,7 +40,8 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
 #pragma unroll
       for (int j = 0; j < T::kThreadCols; j += T::kRun) {
         using Run = Pack<Real, T::kRun>;
-        Run* to = reinterpret_cast<Run*>(out + tile.row(i) * static_cast<int>(a.depth) + tile.col(j));
+        Run* to =
+            reinterpret_cast<Run*>(out + tile.row(i) * static_cast<int>(a.depth) + tile.col(j));
         Run run{};
         if (a.accumulate) run = *to;
 #pragma unroll

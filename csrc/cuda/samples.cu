@@ -23,8 +23,8 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
     const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
     const double x_inverse = a.row_inverse_norm[i], w_inverse = a.class_inverse_norm[slot];
     for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
-      cosine += read_any(a.embeddings, i, k) * x_inverse *
-                (read_any(a.prototypes, id, k) * w_inverse);
+      cosine +=
+          read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
     cosine = warp_sum(cosine);
   }
   if (lane != 0) return;
@@ -155,8 +155,7 @@ __global__ void order_samples_kernel(__grid_constant__ const OrderSamples a) {
     __syncthreads();
     if (t < count) slots[t] = a.slot[first + t];
     __syncthreads();
-    for (int j = 0; j < count; ++j)
-      place += slots[j] < slot || (slots[j] == slot && first + j < i);
+    for (int j = 0; j < count; ++j) place += slots[j] < slot || (slots[j] == slot && first + j < i);
   }
   if (i < a.batch) a.by_slot[place] = i;
 }
@@ -182,8 +181,8 @@ void order_samples(Queue& queue, const OrderSamples& a) {
   queue.launch(order_samples_kernel, thread_grid(a.batch), kThreads, 0, a);
 }
 
-#define UNICOM_INSTANTIATE(Real)                                \
-  template void finish_sums<Real>(Queue&, const FinishSums&);   \
+#define UNICOM_INSTANTIATE(Real)                                  \
+  template void finish_sums<Real>(Queue&, const FinishSums&);     \
   template void write_results<Real>(Queue&, const WriteResults&); \
   template void prepare_backward<Real>(Queue&, const PrepareBackward&)
 UNICOM_INSTANTIATE(float);

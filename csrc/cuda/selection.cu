@@ -48,8 +48,8 @@ __global__ void mark_positives_kernel(__grid_constant__ const ClassSelection a) 
   const int64_t label = label_at(a.labels, i);
   if (label == a.labels.ignore_index || label < span.first_id || label >= span.last_id) return;
   const int64_t offset = label - span.first_id;
-  atomicOr(reinterpret_cast<Word*>(Workspace(a, span).bitmap) + offset / 64,
-           static_cast<Word>(1) << (offset % 64));
+  atomicOr(reinterpret_cast<Word*>(Workspace(a, span).bitmap) + offset / 64, static_cast<Word>(1)
+                                                                                 << (offset % 64));
 }
 
 // A warp draws one block of classes: 32 positions of its order at a time.
@@ -203,8 +203,7 @@ int64_t selection_workspace(const Labels& labels) {
 
 void select_classes(Queue& queue, const ClassSelection& a) {
   const Span span(a.labels);
-  queue.fill_zero(a.workspace,
-                  span.blocks * kBlockWords * static_cast<int64_t>(sizeof(uint64_t)));
+  queue.fill_zero(a.workspace, span.blocks * kBlockWords * static_cast<int64_t>(sizeof(uint64_t)));
   if (span.blocks > 0) {
     queue.launch(mark_positives_kernel, thread_grid(a.labels.batch), kThreads, 0, a);
     queue.launch(complete_blocks_kernel, warp_grid(span.blocks), kThreads, 0, a);

@@ -76,8 +76,8 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
   const double dot = projection<Unit>(a, row);
   const double w_inverse = a.class_inverse_norm[slot];
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
-    double value = *p.largest * w_inverse *
-                   (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
+    double value =
+        *p.largest * w_inverse * (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
     for (int64_t s = first; s < a.batch && a.slot[p.by_slot[s]] == slot; ++s) {
       const int64_t i = p.by_slot[s];
       value -= a.target_weight[i] * w_inverse *
@@ -99,7 +99,7 @@ void unpack_prototypes(Queue& queue, const UnpackPrototypes& a) {
   queue.launch(unpack_prototypes_kernel<Unit>, warp_grid(a.chunk), kThreads, 0, a);
 }
 
-#define UNICOM_INSTANTIATE(Unit)                              \
+#define UNICOM_INSTANTIATE(Unit)                                \
   template void unpack_embeddings<Unit>(Queue&, const Unpack&); \
   template void unpack_prototypes<Unit>(Queue&, const UnpackPrototypes&)
 UNICOM_INSTANTIATE(float);

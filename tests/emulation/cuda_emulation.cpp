@@ -52,8 +52,8 @@ constexpr size_t kStackBytes = 256 << 10;
 constexpr int kWarp = 32;
 
 [[noreturn]] void fail(const char* problem) {
-  std::fprintf(stderr, "CUDA emulation: %s (block %u %u %u, thread %u)\n", problem,
-               blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
+  std::fprintf(stderr, "CUDA emulation: %s (block %u %u %u, thread %u)\n", problem, blockIdx.x,
+               blockIdx.y, blockIdx.z, threadIdx.x);
   std::fflush(stderr);
   std::abort();
 }
@@ -130,8 +130,8 @@ void run_fibre(int index) {
 
 void prepare(Fibre& fibre) {
   if (fibre.stack == nullptr)
-    fibre.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    fibre.stack = static_cast<char*>(
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(fibre.stack, kStackBytes);  // what the last fibre left
 #endif
@@ -236,7 +236,8 @@ const char* exchange(const void* mine, int bytes) {
 }
 
 void copy_async(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 || reinterpret_cast<uintptr_t>(from) % bytes != 0)
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0 ||
+      reinterpret_cast<uintptr_t>(from) % bytes != 0)
     fail("an asynchronous copy is not aligned");
   fibres[current].copies.push_back({to, from, bytes});
 }

@@ -1,14 +1,16 @@
 // Enough of CUDA to run this project's kernels as C++: blocks one after another, each thread of a
-// block a fibre. Fibres run in a random order between barriers, so that a missing barrier shows as a
-// result that changes with the order. Divergent barriers and collectives, and kernels that
-// never end, stop the program with a message.
+// block a fibre. Fibres run in a random order between barriers, so that a missing barrier shows as
+// a result that changes with the order. Divergent barriers and collectives, and kernels that never
+// end, stop the program with a message.
 //
-//   shared memory        dynamic: a block of exactly the size asked for, filled with NaN before each
+//   shared memory        dynamic: a block of exactly the size asked for, filled with NaN before
+//   each
 //                        block of threads starts; static: static variables
 //   asynchronous copies  happen when the thread waits for them, not before
 //   warp functions       all 32 lanes must take part
 //
-// Include this before anything that uses CUDA. Launches wait for each other, and each is over when it returns.
+// Include this before anything that uses CUDA. Launches wait for each other, and each is over when
+// it returns.
 #pragma once
 
 #include <cmath>
@@ -70,7 +72,8 @@ void wait_copies(int pending);
 
 inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-// ldmatrix.x4: of matrix m, lane l receives elements [l / 4][2 (l % 4) + {0, 1}], or the transposed.
+// ldmatrix.x4: of matrix m, lane l receives elements [l / 4][2 (l % 4) + {0, 1}], or the
+// transposed.
 inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
   const char* all = exchange(&row, sizeof(row));
   for (int m = 0; m < 4; ++m) {

@@ -103,9 +103,17 @@ const MarginOptions kMargin{1.0, 0.3, 0.05, nullptr, nullptr, false, false};
 
 Outcome on_cpu(const Inputs& in) {
   Outcome out = in.outcome();
-  const Problem p{in.source(in.embeddings), in.c.batch, in.source(in.prototypes),
-                  in.class_index.get(), in.count, in.slot.get(), in.c.scale, 0.4, in.count,
-                  cpu::Rounding::kNone, 0};
+  const Problem p{in.source(in.embeddings),
+                  in.c.batch,
+                  in.source(in.prototypes),
+                  in.class_index.get(),
+                  in.count,
+                  in.slot.get(),
+                  in.c.scale,
+                  0.4,
+                  in.count,
+                  cpu::Rounding::kNone,
+                  0};
   Array<double> sums(5 * in.c.batch);
   Array<SampleState> state(in.c.batch);
   Array<char> packed(packed_bytes(in.bound, in.c.features, 4));
@@ -116,8 +124,10 @@ Outcome on_cpu(const Inputs& in) {
   merge(kMargin, in.c.scale, b, in.slot.get(), shard, out.loss.get(), state.get());
   Array<double> weight(b);
   for (int64_t i = 0; i < b; ++i) weight.data[i] = in.slot.data[i] == kIgnoredSlot ? 0 : 1.5;
-  backward<float>(p, {state.get(), packed.get(), nullptr, weight.get(), in.sink(out.grad_embeddings),
-                      in.sink(out.grad_prototypes), in.c.compact}, Serial());
+  backward<float>(p,
+                  {state.get(), packed.get(), nullptr, weight.get(), in.sink(out.grad_embeddings),
+                   in.sink(out.grad_prototypes), in.c.compact},
+                  Serial());
   return out;
 }
 
@@ -127,8 +137,16 @@ Outcome on_gpu(const Inputs& in) {
   Outcome out = in.outcome();
   Queue queue;
   const int64_t b = in.c.batch;
-  const cuda::Problem p{in.source(in.embeddings), b, in.source(in.prototypes), in.class_index.get(),
-                        &in.count, in.bound, in.slot.get(), in.c.scale, 0.4, in.bound};
+  const cuda::Problem p{in.source(in.embeddings),
+                        b,
+                        in.source(in.prototypes),
+                        in.class_index.get(),
+                        &in.count,
+                        in.bound,
+                        in.slot.get(),
+                        in.c.scale,
+                        0.4,
+                        in.bound};
   Array<double> sums(5 * b);
   Array<SampleState> state(b);
   Array<char> packed(cuda::packed_bytes(in.bound, in.c.features, sizeof(Unit)));
@@ -142,9 +160,10 @@ Outcome on_gpu(const Inputs& in) {
                        out.loss.get(), state.get()});
   const float upstream = 1.5f;
   Array<char> workspace(backward_workspace<Unit>(p, true, true));
-  backward<Unit>(queue, p, {&upstream, Reduction::kSum, state.get(), packed.get(),
-                            in.sink(out.grad_embeddings), in.sink(out.grad_prototypes),
-                            in.c.compact}, workspace.get());
+  backward<Unit>(queue, p,
+                 {&upstream, Reduction::kSum, state.get(), packed.get(),
+                  in.sink(out.grad_embeddings), in.sink(out.grad_prototypes), in.c.compact},
+                 workspace.get());
   return out;
 }
 
