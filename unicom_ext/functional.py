@@ -330,7 +330,7 @@ def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes, device_type):
 @torch.library.register_fake("unicom_ext::select_classes")
 def _(labels, step, num_classes, num_sampled, seed, ignore_index, start, stop):
     batch = labels.shape[0]
-    # selection_bound in csrc/engine/selection.cpp
+    # selection_bound in csrc/core/selection.h
     covered = min((stop + 255) // 256 * 256, num_classes) - start // 256 * 256
     whole = covered == num_classes
     quota = num_sampled if whole else num_sampled * covered // num_classes + 1

@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
         "], got ", num_sampled);
   OnDevice on(labels);
   const int64_t batch = labels.numel();
-  const int64_t most = num_sampled + std::min(batch, num_classes);  // see selection_bound
-  const int64_t bound = std::min({most, num_classes, stop - start});
+  const int64_t bound = selection_bound(num_classes, num_sampled, batch, start, stop);
   Tensor class_index = empty_like_device(labels, {bound}, ScalarType::Long);
   Tensor count = empty_like_device(labels, {}, ScalarType::Long);
   Tensor slot = empty_like_device(labels, {batch}, ScalarType::Long);

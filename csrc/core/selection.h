@@ -35,6 +35,21 @@ UNICOM_HD inline int64_t sample_size(double rate, int64_t population) {
   return static_cast<int64_t>(rate * static_cast<double>(population) + 0.5);
 }
 
+// Room for the part in [start, stop) of any selection of `count` classes with the positives of
+// `batch` samples: no block holds more than its quota and its positives together, and the quotas of
+// neighbouring blocks add up to their share of `count`. Nor does a shard need more than its size.
+UNICOM_HD inline int64_t selection_bound(int64_t num_classes, int64_t count, int64_t batch,
+                                         int64_t start, int64_t stop) {
+  const int64_t first_id = start / kBlockSize * kBlockSize;
+  const int64_t last_id = min_of(block_count(stop) * kBlockSize, num_classes);
+  const int64_t covered = last_id - first_id;
+  const auto share = static_cast<uint64_t>(count) * static_cast<uint64_t>(covered) /
+                     static_cast<uint64_t>(num_classes);
+  // Where the diffusion of the quotas stands at the first block can make it one more.
+  const int64_t quota = static_cast<int64_t>(share) + (covered < num_classes);
+  return min_of(stop - start, quota + min_of(batch, covered));
+}
+
 // The set of one block is a bitmap `words[kBlockWords]`; position p is bit p % 64 of word p / 64.
 
 UNICOM_HD inline bool block_contains(const uint64_t* words, int position) {

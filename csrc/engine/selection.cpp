@@ -20,18 +20,6 @@ struct Workspace {
 
 }  // namespace
 
-int64_t selection_bound(int64_t num_classes, int64_t count, int64_t batch, int64_t start,
-                        int64_t stop) {
-  const int64_t first_id = start / kBlockSize * kBlockSize;
-  const int64_t last_id = std::min(block_count(stop) * kBlockSize, num_classes);
-  const int64_t covered = last_id - first_id;
-  const auto share = static_cast<uint64_t>(count) * static_cast<uint64_t>(covered) /
-                     static_cast<uint64_t>(num_classes);
-  // Where the diffusion of the quotas stands at the first block can make it one more.
-  const int64_t quota = static_cast<int64_t>(share) + (covered < num_classes);
-  return std::min(stop - start, quota + std::min(batch, covered));
-}
-
 template <class Label>
 int64_t find_bad_label(const Label* labels, int64_t batch, int64_t num_classes,
                        int64_t ignore_index) {

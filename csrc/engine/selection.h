@@ -7,12 +7,6 @@
 
 namespace unicom {
 
-// Room for the part in [start, stop) of any selection of `count` classes with the positives of
-// `batch` samples: no block holds more than its quota and its positives together, and the quotas of
-// neighbouring blocks add up to their share of `count`. Nor does a shard need more than its size.
-int64_t selection_bound(int64_t num_classes, int64_t count, int64_t batch, int64_t start,
-                        int64_t stop);
-
 // Position of the first label that is neither in [0, num_classes) nor `ignore_index`; -1 if none.
 template <class Label>
 int64_t find_bad_label(const Label* labels, int64_t batch, int64_t num_classes,

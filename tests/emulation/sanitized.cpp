@@ -71,7 +71,7 @@ struct Inputs {
         embeddings(c.batch * c.dim),
         prototypes(c.num_classes * c.dim),
         labels(c.batch),
-        class_index(selection_bound(c.num_classes, c.sampled, c.batch)),
+        class_index(selection_bound(c.num_classes, c.sampled, c.batch, 0, c.num_classes)),
         slot(c.batch),
         feature_index(c.features),
         bound(class_index.size) {
@@ -190,7 +190,7 @@ void compare_selections(int64_t num_classes, int64_t count, int64_t batch, int64
                         int64_t stop) {
   Array<int64_t> labels(batch);
   for (int64_t i = 0; i < batch; ++i) labels.data[i] = i % 5 == 0 ? -100 : i * 37 % num_classes;
-  const int64_t bound = std::min(selection_bound(num_classes, count, batch), stop - start);
+  const int64_t bound = selection_bound(num_classes, count, batch, start, stop);
   Array<int64_t> ids(bound), slot(batch), gpu_ids(bound), gpu_slot(batch);
   const int64_t selected =
       select_classes(labels.get(), batch, num_classes, count, int64_t{3}, int64_t{4}, -100, start,
