@@ -69,7 +69,7 @@ def test_train_prints_a_table_and_writes_its_files(tmp_path, tiny_glyphs):
     output = tmp_path / "deep" / "run"
     result = invoke("train", "--output", output, *TINY)
     assert result.exit_code == 0, result.output
-    names = {"config.toml", "checkpoint.pt", "metrics.json", "report.html"}
+    names = {"config.toml", "checkpoints", "metrics.json", "report.html"}
     assert {path.name for path in output.iterdir()} == names
     metrics = json.loads((output / "metrics.json").read_text())
     rows = {**metrics["baselines"], "our model": metrics["evaluations"][-1]["results"]}

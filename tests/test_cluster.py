@@ -33,8 +33,8 @@ from unicom_ext.cluster import labels as label_files
 from unicom_ext.cluster.lloyd import lloyd_pass, sampled
 from unicom_ext.cluster.ranks import Ranks
 from unicom_ext.cluster.source import Source, SourceError
+from unicom_ext.files import CheckpointError
 from unicom_ext.settings import ConfigError
-from unicom_ext.train.checkpoint import CheckpointError
 
 SIZES = {"0000": 300, "0001": 211, "0002": 89}
 ROWS = sum(SIZES.values())

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, gradients
 from unicom_ext.checkpoint import CheckpointError
+from unicom_ext.cli import main
 from unicom_ext.optim import RowAdamW, RowSGD
 
 CLASSES, DIM, INPUTS, BATCH = 301, 8, 6, 24
@@ -350,13 +352,24 @@ def test_classes_come_and_go(ranks, tmp_path, change, optimizer):
                 assert (state["log_decay"][~known] == state["total_log_decay"]).all()
 
 
+def invoke(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
 def test_merged_into_one_file_and_back(ranks, tmp_path):
     right, _ = ranks.run(4, save, tmp_path / "c", 3, {})[0]
-    checkpoint.merge(tmp_path / "c", tmp_path / "merged.pt")
+    invoke("checkpoint", "merge", tmp_path / "c", tmp_path / "merged.pt")
     merged = torch.load(tmp_path / "merged.pt", weights_only=True)
     assert merged["modules.loss.weight"].shape == (CLASSES, DIM)
     assert merged["optimizers.main.modules.loss.weight.exp_avg"].shape == (CLASSES, DIM)
-    checkpoint.split(tmp_path / "merged.pt", tmp_path / "again")
+    invoke("checkpoint", "split", tmp_path / "merged.pt", tmp_path / "again")
+    shown = invoke("checkpoint", "show", tmp_path / "c").output
+    assert "modules.loss.weight  float32 [301, 8] in 4 parts" in shown
+    refused = CliRunner().invoke(main, ["checkpoint", "show", str(tmp_path / "nowhere")])
+    assert refused.exit_code == 1
+    assert "there is no checkpoint" in refused.output
     for losses, _ in ranks.run(2, resume, tmp_path / "again", {}):
         assert losses == pytest.approx(right, rel=1e-6)
     with pytest.raises(CheckpointError, match="there already"):

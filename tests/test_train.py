@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from unicom_ext import checkpoint
+from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.files import write_atomically
 from unicom_ext.retrieval import baselines, evaluate
 from unicom_ext.settings import ConfigError, read_toml
-from unicom_ext.train import checkpoint, driver, report
+from unicom_ext.train import driver, report
 from unicom_ext.train.augment import distort
-from unicom_ext.train.checkpoint import CheckpointError
 from unicom_ext.train.config import BASELINES, Config
 
 TINY = Config(
@@ -59,6 +61,18 @@ STEPS = 3 * (120 // 16)  # of a run with TINY
 def run(output, *, config=TINY, data=DATA, text=None, **options):
     console = Console(file=text or io.StringIO(), width=120)
     return driver.train(config, output, data=data, console=console, **options)
+
+
+def saved(output):
+    """All that a run left in its last checkpoint but its timing: tensors, and plain values."""
+    path = checkpoint.latest(output / "checkpoints")
+    checkpoint.merge(path, output / "merged.pt")
+    tensors = torch.load(output / "merged.pt", weights_only=True)
+    (output / "merged.pt").unlink()
+    del tensors["about"]  # the plain values, as bytes
+    about = checkpoint.read_about(path)
+    del about["extra"]["metrics"]["seconds"]
+    return {"tensors": tensors, "about": about}
 
 
 def apart_from_timing(metrics: dict) -> dict:
@@ -211,7 +225,7 @@ def test_impossible_baselines_are_refused(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"baselines: LDA is not possible here: .* classes"):
         run(tmp_path, config=config)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # ---- interruption and resumption -----------------------------------------------------------------
@@ -234,10 +248,7 @@ def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, numbe
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == step
     metrics = run(tmp_path, resume=True)
     assert apart_from_timing(metrics) == apart_from_timing(finished[1])
-    ours, theirs = (checkpoint.load(d / "checkpoint.pt") for d in (tmp_path, finished[0]))
-    for state in (ours, theirs):
-        state["metrics"].pop("seconds")
-    assert_same_bits(ours, theirs)
+    assert_same_bits(saved(tmp_path), saved(finished[0]))
 
 
 def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path, no_report):
@@ -251,13 +262,12 @@ def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path, no_report):
     crashes = {6, 15}
     with pytest.raises(MemoryError):
         run(tmp_path, on_step=crash)
-    assert checkpoint.load(tmp_path / "checkpoint.pt")["metrics"]["step"] == 4
+    assert saved(tmp_path)["about"]["extra"]["step"] == 4
     with pytest.raises(MemoryError):
         run(tmp_path, resume=True, on_step=crash)
     metrics = run(tmp_path, resume=True)
     assert apart_from_timing(metrics) == apart_from_timing(finished[1])
-    ours, theirs = (checkpoint.load(d / "checkpoint.pt") for d in (tmp_path, finished[0]))
-    assert_same_bits(ours["trainer"], theirs["trainer"])
+    assert_same_bits(saved(tmp_path), saved(finished[0]))
 
 
 def test_second_signal_is_not_caught(tmp_path):
@@ -275,8 +285,8 @@ def test_second_signal_is_not_caught(tmp_path):
 
 
 def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
-    for name in ("config.toml", "checkpoint.pt"):
-        shutil.copy(finished[0] / name, tmp_path)
+    shutil.copy(finished[0] / "config.toml", tmp_path)
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
     steps = []
     metrics = run(tmp_path, resume=True, on_step=steps.append)
     assert steps == []
@@ -325,57 +335,73 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
 
 WRITER = """
 import os, random, signal, sys, time, torch
-from unicom_ext.train import checkpoint
+from pathlib import Path
+from torch import nn
+from unicom_ext import checkpoint
 
-path = sys.argv[1]
+root = Path(sys.argv[1])
 random.seed(0)
-states = [{"n": n, "x": torch.full((300_000,), float(n))} for n in range(4)]
-checkpoint.save(path, states[0])
-found = set()
-for _ in range(30):
+module = nn.Linear(300, 1000)
+
+def write(n):
+    with torch.no_grad():
+        module.weight.fill_(n)
+    checkpoint.save(root / f"step-{n}", modules={"m": module}, extra={"n": n})
+
+def read():
+    path = checkpoint.latest(root)
+    extra = checkpoint.load(path, modules={"m": module})
+    assert path.name == f"step-{extra['n']}" and (module.weight == extra["n"]).all()
+    return extra["n"]
+
+write(1)
+for _ in range(8):
+    n = read()
     child = os.fork()
     if child == 0:
         while True:
-            for state in states:
-                checkpoint.save(path, state)
+            n += 1
+            write(n)
+    while checkpoint.latest(root).name == f"step-{n}":
+        time.sleep(0.001)
     time.sleep(random.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    state = checkpoint.load(path)
-    assert torch.equal(state["x"], states[state["n"]]["x"])
-    found.add(state["n"])
-print(len(found))
+    assert read() > n
+print("done", len(list(root.glob("*.tmp"))))
 """
 
 
 def test_killed_writers_leave_a_whole_checkpoint(tmp_path):
     killed = subprocess.run(
-        [sys.executable, "-c", WRITER, str(tmp_path / "checkpoint.pt")],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True
     )
     assert killed.returncode == 0, killed.stderr
-    assert int(killed.stdout) > 1, "every writer was killed before it had written anything"
+    assert killed.stdout.startswith("done")
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
-def test_a_failure_at_any_moment_keeps_the_old_checkpoint(tmp_path, monkeypatch, moment):
-    path = tmp_path / "checkpoint.pt"
-    checkpoint.save(path, {"n": 1})
+def test_a_failure_at_any_moment_keeps_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "file"
+    write_atomically(path, lambda file: file.write(b"one"))
 
     def fail(*arguments):
-        if moment == "write":
-            arguments[1].write(b"half a")
         raise OSError("no space left on device")
 
+    def write(file):
+        file.write(b"half a")
+        if moment == "write":
+            fail()
+
     with monkeypatch.context() as patch:
-        patch.setattr(*((torch, "save") if moment == "write" else (os, moment)), fail)
+        if moment != "write":
+            patch.setattr(os, moment, fail)
         with pytest.raises(OSError, match="no space left"):
-            checkpoint.save(path, {"n": 2})
-    assert checkpoint.load(path) == {"n": 1}
-    checkpoint.save(path, {"n": 3})
-    assert checkpoint.load(path) == {"n": 3}
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+            write_atomically(path, write)
+    assert path.read_bytes() == b"one"
+    write_atomically(path, lambda file: file.write(b"three"))
+    assert path.read_bytes() == b"three"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
@@ -383,21 +409,15 @@ def test_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
     monkeypatch.setattr(os, "replace", lambda *p: (calls.append("replace"), replace(*p)))
-    checkpoint.save(tmp_path / "checkpoint.pt", {})
+    write_atomically(tmp_path / "file", lambda file: file.write(b"1"))
     assert calls == ["fsync", "replace", "fsync"]
 
 
-def test_unreadable_checkpoints_say_why(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load(path)
-    torch.save({"something": "else"}, path)
-    with pytest.raises(CheckpointError, match="is not a unicom_ext training checkpoint"):
-        checkpoint.load(path)
-    torch.save({"format": checkpoint.FORMAT, "version": 99}, path)
-    with pytest.raises(CheckpointError, match=r"version 99 .* reads version 1"):
-        checkpoint.load(path)
+def test_checkpoints_of_another_kind_are_refused(tmp_path):
+    other = torch.nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "checkpoints" / "step-1", modules={"m": other})
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this driver"):
+        run(tmp_path, resume=True)
 
 
 # ---- report --------------------------------------------------------------------------------------

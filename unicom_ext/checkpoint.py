@@ -30,16 +30,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from unicom_ext.files import CheckpointError, sync_directory, write_atomically
 from unicom_ext.loss import PartialMarginSoftmax
 from unicom_ext.sharding import agree
 
 FORMAT = "unicom_ext checkpoint"
 VERSION = 1  # raise it when the content changes
 _ABOUT = "about"  # the tensor of plain values
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not there, not whole, or does not fit."""
 
 
 def save(
@@ -90,7 +87,7 @@ def save(
     if parts.is_first:
         try:
             os.rename(temporary, directory)
-            _sync_directory(directory.parent)
+            sync_directory(directory.parent)
         except OSError as error:
             failure = error
     agree({}, failure, parts.group)
@@ -152,6 +149,18 @@ def read_about(directory: str | os.PathLike) -> dict[str, Any]:
     return _read(Path(directory))[1]
 
 
+def show(directory: str | os.PathLike) -> None:
+    """Print what is in a checkpoint."""
+    metadata, about = _read(Path(directory))
+    for key, entry in sorted(metadata.state_dict_metadata.items()):
+        if key != _ABOUT:
+            parts = len(entry.chunks)
+            written = f" in {parts} parts" if parts > 1 else ""
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            print(f"{key}  {dtype} {list(entry.size)}{written}")
+    print(json.dumps(about, indent=1, ensure_ascii=False))
+
+
 def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
     """A checkpoint as one file for `torch.load`: a dict of tensors by name."""
     metadata, _ = _read(Path(directory))
@@ -160,9 +169,7 @@ def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
         for key, entry in metadata.state_dict_metadata.items()
     }
     _dcp_load(state, checkpoint_id=directory, no_dist=True)
-    temporary = Path(f"{file}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, file)
+    write_atomically(file, lambda handle: torch.save(state, handle))
 
 
 def split(file: str | os.PathLike, directory: str | os.PathLike) -> None:
@@ -222,15 +229,6 @@ def _check_format(path: str | os.PathLike, about: Mapping[str, Any]) -> None:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _sync_directory(directory: Path) -> None:
-    """Bring a rename to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---- names of tensors ----
@@ -453,8 +451,8 @@ class _Plan:
         if loss is not None and len(entry.size) > 0:
             rows = torch.zeros((len(param), *entry.size[1:]), dtype=dtype, device=param.device)
             return rows if loss.shard is None else loss.shard.as_global(rows)
-        if isinstance(param, DTensor) and param.shape == entry.size:
-            return torch.zeros_like(param, dtype=dtype)
+        if param.shape == entry.size:  # in its memory format, which fused optimizers rely on
+            return torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return torch.zeros(entry.size, dtype=dtype)
 
     @torch.no_grad()

@@ -72,8 +72,9 @@ def train(
     """Train an encoder on characters, test it on unseen ones.
 
     The pictures are drawn from the fonts inside matplotlib; without options this is the demo. The
-    output directory gets config.toml, checkpoint.pt, metrics.json and report.html. Ctrl-C saves
-    first; --resume then goes on exactly there.
+    output directory gets config.toml, checkpoints, metrics.json and report.html. Ctrl-C saves
+    first; --resume then goes on exactly there. Under torchrun the processes train together, and
+    another number of them can resume.
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
@@ -90,8 +91,8 @@ def train(
     from rich.console import Console
 
     try:
-        from unicom_ext.train import driver, report
-        from unicom_ext.train.checkpoint import CheckpointError
+        from unicom_ext.files import CheckpointError
+        from unicom_ext.train import driver, launch, report
     except ModuleNotFoundError as error:
         if error.name.startswith("unicom_ext"):
             raise click.ClickException(_broken(error)) from None
@@ -103,18 +104,26 @@ def train(
 
     console = Console()
     try:
-        metrics = driver.train(config, output, resume=resume, overwrite=overwrite, console=console)
+        with launch.joined() as group:
+            metrics = driver.train(
+                config, output, resume=resume, overwrite=overwrite, console=console, group=group
+            )
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     except CheckpointError as error:
         raise click.ClickException(
             f"{error}\n(--resume goes on, --overwrite begins anew)"
         ) from None
+    except launch.RankFailed as error:
+        raise click.ClickException(str(error)) from None
     except driver.Interrupted as stop:
-        click.echo(
-            f"\nS{str(stop)[1:]}. To go on:\n  {_program()} train --output {output} --resume"
-        )
+        if launch.is_first():
+            click.echo(
+                f"\nS{str(stop)[1:]}. To go on:\n  {_program()} train --output {output} --resume"
+            )
         sys.exit(INTERRUPTED)
+    if not launch.is_first():
+        return
     console.print(report.table(metrics))
     console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
 
@@ -245,7 +254,7 @@ def cluster(
         from unicom_ext.cluster.ranks import process_group
     except (ImportError, OSError) as error:
         raise click.ClickException(_broken(error)) from None
-    from unicom_ext.train.checkpoint import CheckpointError
+    from unicom_ext.files import CheckpointError
 
     try:
         with process_group() as ranks:
@@ -266,6 +275,46 @@ def cluster(
         for line in results.summary(result):
             click.echo(line)
         click.echo(f"Written: {output}")
+
+
+# ---- checkpoint ----------------------------------------------------------------------------------
+
+
+@main.group("checkpoint")
+def checkpoint_group() -> None:
+    """Look into checkpoints, and turn them into one file and back."""
+
+
+def _checkpoint_command(name: str, *arguments: Any) -> None:
+    from unicom_ext import checkpoint
+
+    try:
+        getattr(checkpoint, name)(*arguments)
+    except (checkpoint.CheckpointError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@checkpoint_group.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+def show(directory: Path) -> None:
+    """Print the plain values and the tensors of a checkpoint."""
+    _checkpoint_command("show", directory)
+
+
+@checkpoint_group.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
+def merge(directory: Path, file: Path) -> None:
+    """Write a checkpoint as one FILE, a dict of tensors for torch.load."""
+    _checkpoint_command("merge", directory, file)
+
+
+@checkpoint_group.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("directory", type=click.Path(path_type=Path))
+def split(file: Path, directory: Path) -> None:
+    """Write a merged FILE as a checkpoint again, for any number of ranks."""
+    _checkpoint_command("split", file, directory)
 
 
 # ---- bench ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from operator import index as as_int
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .search import (
@@ -47,6 +48,7 @@ def evaluate(
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     block_bytes: int = DEFAULT_BLOCK_BYTES,
+    process_group: dist.ProcessGroup | None = None,
 ) -> list[Result]:
     """Recall@K and mAP@R by cosine similarity, one Result for each entry of `dims`.
 
@@ -58,6 +60,8 @@ def evaluate(
     dims            numbers of leading dimensions; rows are cut, then normalised again. None: [d]
     block_bytes     bound on the working memory. Queries are taken in order of R, in blocks whose
                     lists of R candidates fit; one query's own list of R (at most Ng) always fits.
+    process_group   ranks that all call this with the same arguments: each searches for a part of
+                    the queries, and all return the same
 
     Ties are broken against the model: at equal fp32 cosines the items of other classes come first.
     So the result does not depend on the order of the gallery, and a model that maps everything to
@@ -85,6 +89,9 @@ def evaluate(
         raise ValueError("query_labels: no query has another item with its label in the gallery")
     # Largest R first: no query of a block needs a longer list than the one that starts it.
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
+    n = len(counted)
+    if process_group is not None:  # every so many, so that ranks have as much to do
+        counted = counted[dist.get_rank(process_group) :: dist.get_world_size(process_group)]
     longest = relevant[counted].tolist()
 
     def is_wrong(query: Tensor, item: Tensor) -> Tensor:
@@ -112,7 +119,12 @@ def evaluate(
             r = relevant[ids, None]
             counts = right & (rank <= r)
             precision += (found.float() / (rank * r) * counts).sum(dtype=torch.float64).item()
-        n = len(counted)
+        if process_group is not None:
+            sums = torch.tensor([*hits.tolist(), precision], dtype=torch.float64)
+            sums = sums.to(queries.device)
+            dist.all_reduce(sums, group=process_group)
+            *hits, precision = sums.tolist()
+            hits = torch.tensor(hits, dtype=torch.int64)
         recall = {k: hit / n for k, hit in zip(ks, hits.tolist(), strict=True)}
         results.append(Result(dim, recall, precision / n, n, len(queries) - n))
     return results

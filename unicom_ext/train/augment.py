@@ -10,18 +10,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def distort(images: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+def distort(
+    images: Tensor,
+    strength: float,
+    rng: np.random.Generator,
+    *,
+    part: slice | None = None,
+    of: int | None = None,
+) -> Tensor:
     """Each image float [B, 1, H, W] turned, slanted, stretched, moved, and bolder or thinner.
 
     At strength 1: up to 8 degrees, a slant of 0.2, 13 % of each side, 1/16 of the frame, and half
     of the way to the brightest (bolder) or darkest (thinner) of the 3 x 3 neighbourhood.
+
+    part, of: the images are this part of a batch of so many, and get what they would get there.
     """
     if strength == 0:
         return images
+    of = len(images) if of is None else of
 
     def draw(limit: float) -> Tensor:
-        uniform = rng.uniform(-limit * strength, limit * strength, len(images))
-        return torch.from_numpy(uniform.astype(np.float32))
+        uniform = rng.uniform(-limit * strength, limit * strength, of)
+        return torch.from_numpy(uniform.astype(np.float32)[part or slice(None)])
 
     angle, slant = draw(math.radians(8)), draw(0.2)
     stretch_x, stretch_y = draw(0.12).exp(), draw(0.12).exp()

@@ -3,6 +3,10 @@
 Everything random in a step is a function of (seed, step), and the learning rate one of the step
 alone. So a checkpoint is the step and the tensors that training changes, and a run that was
 interrupted and resumed is bit for bit the run that was not.
+
+On several ranks each takes its part of every batch and its share of the classes and of the
+evaluation; rank 0 writes. A checkpoint does not tell how many ranks there were, so a run can go on
+at another number of them.
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,24 +27,28 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import unicom_ext
-from unicom_ext import CombinedMargin, PartialMarginSoftmax
+from unicom_ext import CombinedMargin, PartialMarginSoftmax, checkpoint
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.files import CheckpointError, write_atomically
 from unicom_ext.retrieval import Result, baselines, evaluate
 from unicom_ext.settings import ConfigError
+from unicom_ext.sharding import agree
 
-from . import checkpoint, report
+from . import report
 from .augment import distort
-from .checkpoint import CheckpointError
 from .config import Config
 from .model import Encoder
 from .progress import TrainingProgress
 
 RECALL_AT = (1, 5, 10)
+CHECKPOINTS = "checkpoints"  # directory in the output directory
 # What a random number is for; keeps the streams of one seed apart.
 ORDER, DISTORTION, EXAMPLES = range(3)
 
@@ -52,13 +62,23 @@ class Interrupted(Exception):
 
 
 class Trainer:
-    """The state of a run and what moves it: `step_once`, `state_dict`, `load_state_dict`."""
+    """The state of a run and what moves it: `step_once`, `save`, `load`."""
 
-    def __init__(self, config: Config, train_set: Glyphs) -> None:
+    def __init__(
+        self, config: Config, train_set: Glyphs, group: dist.ProcessGroup | None = None
+    ) -> None:
         self.config = config
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
         self.images = torch.from_numpy(train_set.images)
         self.labels = torch.from_numpy(train_set.labels)
         self.batch_size = min(config.batch_size, len(train_set))
+        if self.batch_size < 2 * self.world_size:
+            raise ConfigError(
+                f"batch_size: got {self.batch_size}, must be at least 2 for each of the "
+                f"{self.world_size} ranks"
+            )
         # Each epoch leaves out another random rest that does not fill a batch.
         self.steps_per_epoch = len(train_set) // self.batch_size
         self.steps = config.epochs * self.steps_per_epoch
@@ -74,8 +94,17 @@ class Trainer:
                 feature_rate=config.feature_rate,
                 precision=config.precision,
                 seed=config.seed,
+                process_group=group,
             )
         self.encoder.to(memory_format=torch.channels_last)
+        self.model = self.encoder
+        if group is not None:
+            # Without a search for unused parameters DDP puts gradients into other buckets after
+            # its first step: a resumed run would sum them in another order, and differ in bits.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+            self.model = DistributedDataParallel(
+                self.encoder, process_group=group, find_unused_parameters=True
+            )
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.encoder.parameters()), "weight_decay": config.weight_decay},
@@ -90,11 +119,11 @@ class Trainer:
 
     def step_once(self) -> float:
         """One step of training; returns its loss."""
-        images, labels = self._batch(self.step)
+        images, labels = self._batch(self.step, self.rank, self.world_size)
         self._set_learning_rates(self.step)
         self.encoder.train()
         self.optimizer.zero_grad()
-        loss = self.loss(self.encoder(images), labels)
+        loss = self.loss(self.model(images), labels)
         loss.backward()
         self.optimizer.step()
         self.step += 1
@@ -103,37 +132,66 @@ class Trainer:
 
     @torch.no_grad()
     def embed(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, 32, 32] -> fp32 [n, embedding_size]."""
+        """uint8 [n, 32, 32] -> fp32 [n, embedding_size]; each rank embeds a part of them."""
         self.encoder.eval()
-        blocks = torch.from_numpy(images).split(512)
-        return torch.cat([self.encoder(_as_input(block)) for block in blocks])
+        self._share_buffers()
+        part = -(-len(images) // self.world_size)
+        own = torch.from_numpy(images[self.rank * part : (self.rank + 1) * part])
+        blocks = [self.encoder(_as_input(block)) for block in own.split(512) if len(block)]
+        embeddings = torch.zeros(part, self.config.embedding_size)
+        if blocks:
+            embeddings[: len(own)] = torch.cat(blocks)
+        if self.group is None:
+            return embeddings
+        parts = [torch.empty_like(embeddings) for _ in range(self.world_size)]
+        dist.all_gather(parts, embeddings, group=self.group)
+        return torch.cat(parts)[: len(images)]
 
-    def state_dict(self) -> dict[str, Any]:
+    def save(self, path: Path, extra: dict[str, Any]) -> None:
+        self._share_buffers()
+        checkpoint.save(
+            path, **self._parts(), extra={**extra, "step": self.step, "losses": self.losses}
+        )
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """What `save` was given."""
+        extra = checkpoint.load(path, **self._parts())
+        self.step, self.losses = extra.pop("step"), extra.pop("losses")
+        return extra
+
+    def any_rank(self, condition: bool) -> bool:
+        if self.group is None:
+            return condition
+        flag = torch.tensor(int(condition))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
+
+    def _parts(self) -> dict[str, Any]:
         return {
-            "step": self.step,
-            "losses": self.losses,
-            "encoder": self.encoder.state_dict(),
-            "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "modules": {"encoder": self.encoder, "loss": self.loss},
+            "optimizers": {"main": self.optimizer},
+            "process_group": self.group,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        self.losses = list(state["losses"])
-        self.encoder.load_state_dict(state["encoder"])
-        self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def _share_buffers(self) -> None:
+        """The running statistics of the first rank count: DDP hands them on before each step."""
+        if self.group is not None:
+            for buffer in self.encoder.buffers():
+                dist.broadcast(buffer, group=self.group, group_src=0)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images float [B, 1, 32, 32] and labels int64 [B] of a step."""
+    def _batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        """Images float [b, 1, 32, 32] and labels int64 [b]: a rank's part of the step's batch."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             shuffled = _random(self.config.seed, ORDER, epoch).permutation(len(self.labels))
             self._order = (epoch, torch.from_numpy(shuffled))
         rows = self._order[1][position * self.batch_size :][: self.batch_size]
-        images = _as_input(self.images[rows])
-        images = distort(images, self.config.augment, _random(self.config.seed, DISTORTION, step))
-        return images.contiguous(memory_format=torch.channels_last), self.labels[rows]
+        # Sizes differ by one where the batch does not divide by the ranks.
+        part = slice(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+        random = _random(self.config.seed, DISTORTION, step)
+        images = _as_input(self.images[rows[part]])
+        images = distort(images, self.config.augment, random, part=part, of=len(rows))
+        return images.contiguous(memory_format=torch.channels_last), self.labels[rows[part]]
 
     def _set_learning_rates(self, step: int) -> None:
         factor = schedule(step, self.steps, self.config.warmup)
@@ -163,22 +221,30 @@ def train(
     data: tuple[Glyphs, Glyphs] | None = None,
     console: Console | None = None,
     on_step: Callable[[int], object] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Train, evaluate, and write config.toml, checkpoint.pt, metrics.json and report.html.
+    """Train, evaluate, and write config.toml, checkpoints, metrics.json and report.html.
 
     output     directory for the files, made if need be
     resume     go on from the checkpoint there, which must be of the same config and data
     overwrite  begin anew although there is one
     data       (training classes, test classes); None: the bundled glyphs, split by the config
     on_step    called after each step with the number of steps done
+    group      the ranks that train together and all call this; the first one writes
 
     Returns what metrics.json holds. The last model counts: nothing is chosen by looking at the test
     classes. Raises CheckpointError if the output directory does not fit `resume`, and Interrupted
     after SIGINT or SIGTERM, when everything needed to resume has been saved.
     """
     output = Path(output)
-    console = console or Console()
-    saved = _saved_state(output, config, resume, overwrite)
+    first = group is None or dist.get_rank(group) == 0
+    console = (console or Console()) if first else Console(quiet=True)
+    saved, failure = None, None
+    try:
+        saved = _checkpoint_to_resume(output, config, resume, overwrite, first)
+    except Exception as error:
+        failure = error
+    agree({"the checkpoint": str(saved)}, failure, group)
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
@@ -192,7 +258,7 @@ def train(
         f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
         f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
     )
-    trainer = Trainer(config, train_set)
+    trainer = Trainer(config, train_set, group)
     metrics: dict[str, Any] = {
         "config": config.to_dict(),
         "data": facts,
@@ -206,26 +272,32 @@ def train(
                     "evaluation": 0.0},
     }  # fmt: skip
 
-    if saved is None:
-        output.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_atomically(
-            output / "config.toml", lambda file: file.write(config.to_toml().encode())
-        )
-        began = time.perf_counter()
-        metrics["baselines"] = _baselines(config, train_set, test_set, console)
-        metrics["seconds"]["baselines"] = time.perf_counter() - began
-    else:
-        if saved["data"] != facts:
-            raise CheckpointError(
-                f"{output}: the checkpoint is of other data: {saved['data']} there, {facts} here"
+    failure = None
+    if saved is None and first:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                output / "config.toml", lambda file: file.write(config.to_toml().encode())
             )
-        trainer.load_state_dict(saved["trainer"])
-        metrics.update(saved["metrics"], loss=trainer.losses)
+            began = time.perf_counter()
+            metrics["baselines"] = _baselines(config, train_set, test_set, console)
+            metrics["seconds"]["baselines"] = time.perf_counter() - began
+        except Exception as error:
+            failure = error
+    agree({}, failure, group)  # the others wait here for the first
+    if saved is not None:
+        there = checkpoint.read_about(saved)["extra"]["data"]
+        if there != facts:
+            raise CheckpointError(
+                f"{saved}: the checkpoint is of other data: {there} there, {facts} here"
+            )
+        metrics.update(trainer.load(saved)["metrics"], loss=trainer.losses)
         console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
 
     _run(trainer, metrics, test_set, output, console, on_step)
     embeddings = trainer.embed(test_set.images)
-    report.write(output, metrics, test_set, embeddings, _random(config.seed, EXAMPLES, 0))
+    if first:
+        report.write(output, metrics, test_set, embeddings, _random(config.seed, EXAMPLES, 0))
     return metrics
 
 
@@ -241,7 +313,6 @@ def _run(
     config, seconds = trainer.config, metrics["seconds"]
     every = config.evaluate_every * trainer.steps_per_epoch
     start, trained = trainer.step, 0.0
-    path = output / "checkpoint.pt"
     with TrainingProgress(console, start, trainer.steps) as progress, _StopRequest() as stop:
         while trainer.step < trainer.steps:
             began = time.perf_counter()
@@ -259,7 +330,8 @@ def _run(
                 began = time.perf_counter()
                 # On the way the longest embedding is enough.
                 dims = config.dims if last else config.dims[-1:]
-                results = _evaluate(trainer.embed(test_set.images), test_set, dims)
+                embeddings = trainer.embed(test_set.images)
+                results = _evaluate(embeddings, test_set, dims, trainer.group)
                 metrics["evaluations"].append(
                     {
                         "step": trainer.step,
@@ -273,44 +345,50 @@ def _run(
                     f"{results[-1]['recall']['1']:.3f} on the test characters "
                     f"({results[-1]['dim']} dimensions)"
                 )
-            if last or stop.requested or trainer.step % config.checkpoint_every == 0:
-                _save(path, trainer, metrics)
-            if stop.requested and not last:
+            stopping = trainer.any_rank(stop.requested)
+            if last or stopping or trainer.step % config.checkpoint_every == 0:
+                path = _save(output, trainer, metrics)
+            if stopping and not last:
                 raise Interrupted(trainer.step, trainer.steps, path)
 
 
-def _save(path: Path, trainer: Trainer, metrics: dict[str, Any]) -> None:
+def _save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
+    """Write a checkpoint and metrics.json; the checkpoints before it are removed then."""
     metrics["step"] = trainer.step
     kept = {name: metrics[name] for name in ("baselines", "evaluations", "seconds", "step")}
-    checkpoint.save(
-        path,
-        {
-            "config": metrics["config"],
-            "data": metrics["data"],
-            "trainer": trainer.state_dict(),
-            "metrics": kept,
-        },
-    )
-    text = json.dumps(metrics, indent=1).encode()
-    checkpoint.write_atomically(path.with_name("metrics.json"), lambda file: file.write(text))
+    path = output / CHECKPOINTS / f"step-{trainer.step}"
+    trainer.save(path, {"config": metrics["config"], "data": metrics["data"], "metrics": kept})
+    if trainer.rank == 0:
+        text = json.dumps(metrics, indent=1).encode()
+        write_atomically(output / "metrics.json", lambda file: file.write(text))
+        for other in path.parent.iterdir():
+            if other != path:
+                shutil.rmtree(other)
+    return path
 
 
-def _saved_state(
-    output: Path, config: Config, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+def _checkpoint_to_resume(
+    output: Path, config: Config, resume: bool, overwrite: bool, first: bool
+) -> Path | None:
     """The checkpoint to go on from, None to begin; CheckpointError where neither is right."""
-    path = output / "checkpoint.pt"
+    directory = output / CHECKPOINTS
+    path = checkpoint.latest(directory)
     if not resume:
-        if path.exists() and not overwrite:
+        if path is not None and not overwrite:
             raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
         # A run that is killed before its first checkpoint must not seem to have this one.
-        path.unlink(missing_ok=True)
+        if first:
+            shutil.rmtree(directory, ignore_errors=True)
         return None
-    saved = checkpoint.load(path)
+    if path is None:
+        raise CheckpointError(f"{directory}: there is no checkpoint")
+    saved = checkpoint.read_about(path)["extra"]
+    if "config" not in saved:
+        raise CheckpointError(f"{path}: is not a checkpoint of this driver")
     differences = config.differences(Config.from_mapping(saved["config"]))
     if differences:
         raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
-    return saved
+    return path
 
 
 class _StopRequest:
@@ -340,9 +418,15 @@ def _as_input(images: Tensor) -> Tensor:
     return scaled.contiguous(memory_format=torch.channels_last)
 
 
-def _evaluate(embeddings: Tensor, test_set: Glyphs, dims: Sequence[int]) -> list[dict[str, Any]]:
+def _evaluate(
+    embeddings: Tensor,
+    test_set: Glyphs,
+    dims: Sequence[int],
+    group: dist.ProcessGroup | None = None,
+) -> list[dict[str, Any]]:
     labels = torch.from_numpy(test_set.labels)
-    return [_plain(r) for r in evaluate(embeddings, labels, dims=list(dims), ks=RECALL_AT)]
+    results = evaluate(embeddings, labels, dims=list(dims), ks=RECALL_AT, process_group=group)
+    return [_plain(r) for r in results]
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -1,0 +1,190 @@
+"""The driver on several ranks: the same training, and what happens when one rank fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+
+import pytest
+import torch.distributed as dist
+from ranks import free_port
+from rich.console import Console
+from test_train import DATA, STEPS, TINY, apart_from_timing, assert_same_bits, run, saved
+
+from unicom_ext import checkpoint
+from unicom_ext.settings import ConfigError
+from unicom_ext.train import driver, launch, report
+
+# Batches that do not divide by the ranks. Each rank's batch normalisation sees its own part alone,
+# so the models of different numbers of ranks are not the same.
+CONFIG = dataclasses.replace(TINY, batch_size=17)
+
+
+def train(group, output, options, stop_at=None):
+    report.write = lambda *arguments: None  # drawing takes longer than training
+    rank = dist.get_rank(group)
+    text = io.StringIO()
+
+    def on_step(step):
+        if step == stop_at and rank == 1:  # a signal reaches one rank first
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        metrics = driver.train(
+            CONFIG, output, data=DATA, console=Console(file=text, width=120), group=group,
+            on_step=on_step, **options,
+        )  # fmt: skip
+    except driver.Interrupted as stop:
+        return f"interrupted after {stop.step}", text.getvalue()
+    return metrics, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, tmp_path_factory):
+    """(output directory, metrics) of an uninterrupted run on three ranks."""
+    output = tmp_path_factory.mktemp("finished")
+    (metrics, text), *others = ranks.run(3, train, output, {})
+    assert f"step {STEPS}/{STEPS}" in text
+    assert [text for _, text in others] == ["", ""]  # rank 0 speaks
+    for theirs, _ in others:
+        assert theirs["loss"] == metrics["loss"]
+        assert theirs["evaluations"] == metrics["evaluations"]
+    return output, metrics
+
+
+def test_it_trains_as_one_process_does(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
+    one = run(tmp_path, config=CONFIG)
+    output, metrics = finished
+    assert json.loads((output / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert metrics["steps"] == one["steps"] == STEPS
+    # The first loss is the same but for the statistics of smaller batches; then they drift apart.
+    assert metrics["loss"][0] == pytest.approx(one["loss"][0], rel=0.05)
+    assert [e["step"] for e in metrics["evaluations"]] == [e["step"] for e in one["evaluations"]]
+
+
+def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished, tmp_path):
+    for message, _ in ranks.run(3, train, tmp_path, {}, 6):
+        assert message == "interrupted after 6"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+    for metrics, _ in ranks.run(3, train, tmp_path, {"resume": True}):
+        assert metrics["loss"] == finished[1]["loss"]
+    assert_same_bits(saved(tmp_path), saved(finished[0]))
+    theirs = json.loads((finished[0] / "metrics.json").read_text())
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    assert apart_from_timing(ours) == apart_from_timing(theirs)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_resumed_on_another_number_of_ranks(ranks, finished, tmp_path, world_size):
+    ranks.run(3, train, tmp_path, {}, 6)
+    for metrics, _ in ranks.run(world_size, train, tmp_path, {"resume": True}):
+        assert metrics["loss"][:6] == finished[1]["loss"][:6]
+        # The same batch and prototypes; but the encoder normalises over parts of other sizes.
+        assert metrics["loss"][6] == pytest.approx(finished[1]["loss"][6], rel=0.2)
+        assert len(metrics["loss"]) == STEPS
+    assert checkpoint.latest(tmp_path / "checkpoints").name == f"step-{STEPS}"
+
+
+def refused(group, output):
+    messages = []
+    for config, options in (
+        (dataclasses.replace(CONFIG, batch_size=5), {}),
+        (dataclasses.replace(CONFIG, scale=8.0), {"resume": True}),
+        (CONFIG, {}),
+    ):
+        with pytest.raises((ConfigError, checkpoint.CheckpointError)) as caught:
+            driver.train(config, output if "resume" in options or config is CONFIG
+                         else output / "new", data=DATA, group=group, **options)  # fmt: skip
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_every_rank_refuses(ranks, finished):
+    for small, other, there in ranks.run(3, refused, finished[0]):
+        assert small == "batch_size: got 5, must be at least 2 for each of the 3 ranks"
+        assert "is of another config: scale: 8.0 here, 32.0 there" in other
+        assert "is there already" in there
+
+
+# ---- a rank that fails ----
+
+FAILURES = ("killed in a step", "killed in a checkpoint", "killed as the first", "raises")
+VICTIM = {"killed as the first": 0}  # else 1
+
+
+def rank_of_a_run(pipe, rank, world_size, port, output, failure):
+    """What torchrun starts, with a failure built in."""
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    report.write = lambda *arguments: None
+    victim = rank == VICTIM.get(failure, 1)
+
+    def on_step(step):
+        if victim and step == 6 and failure in ("killed in a step", "killed as the first"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if victim and step == 6 and failure == "raises":
+            raise MemoryError("no room for a thing")
+        if victim and step == 6 and failure == "killed in a checkpoint":
+            from torch.distributed.checkpoint import FileSystemWriter
+
+            FileSystemWriter.write_data = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        with launch.joined() as group:
+            driver.train(
+                CONFIG, output, data=DATA, console=Console(file=io.StringIO()), group=group,
+                on_step=on_step,
+            )  # fmt: skip
+    except Exception as error:
+        pipe.send((f"{type(error).__name__}: {error}", traceback.format_exc()))
+        sys.exit(1)
+    pipe.send(("finished", ""))
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, failure):
+    context = multiprocessing.get_context("forkserver")
+    port = free_port()
+    began = time.monotonic()
+    processes = []
+    for rank in range(3):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=rank_of_a_run, args=(theirs, rank, 3, port, tmp_path, failure)
+        )
+        process.start()
+        theirs.close()
+        processes.append((process, ours))
+    messages = []
+    for process, pipe in processes:
+        process.join(max(1.0, began + 60 - time.monotonic()))
+        alive = process.is_alive()
+        if alive:
+            process.kill()
+        assert not alive, "still running after 60 s"
+        try:
+            messages.append(pipe.recv())
+        except EOFError:
+            messages.append(("", ""))
+    victim = VICTIM.get(failure, 1)
+    for rank, ((process, _), (message, trace)) in enumerate(zip(processes, messages, strict=True)):
+        assert process.exitcode != 0
+        if rank != victim:
+            if failure == "raises":
+                assert "rank 1 raised MemoryError: no room for a thing" in message, trace
+            else:
+                assert f"rank {victim} (process {processes[victim][0].pid} on" in message, trace
+                assert "has died without a word" in message
+    # The last checkpoint is whole, and the run goes on from it.
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-4"
+    for metrics, _ in ranks.run(3, train, tmp_path, {"resume": True}):
+        assert metrics["loss"] == finished[1]["loss"]
