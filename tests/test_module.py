@@ -9,10 +9,8 @@ import pickle
 import pytest
 import torch
 from helpers import Problem, check_fp32, per_sample_margin, random_problem, solve, truth
-from hypothesis import given
-from hypothesis import strategies as st
 
-from unicom_ext import ArcFace, CosFace, PartialMarginSoftmax, reference, sampling
+from unicom_ext import ArcFace, CosFace, PartialMarginSoftmax, reference
 from unicom_ext.functional import partial_margin_softmax
 
 NUM_CLASSES, DIM = 1000, 24
@@ -174,35 +172,6 @@ def test_it_learns(sparse):
 
 
 # --- what is drawn
-
-
-@given(
-    num_classes=st.integers(1, 2000),
-    dim=st.integers(1, 50),
-    rates=st.tuples(st.floats(0.001, 1), st.floats(0.001, 1)),
-    size=st.integers(0, 40),
-    seed=st.integers(-(2**63), 2**63 - 1),
-    step=st.integers(0, 2**40),
-)
-def test_the_selection_is_that_of_the_sampling_functions(num_classes, dim, rates, size, seed, step):
-    sample_rate, feature_rate = rates
-    feature_rate = max(feature_rate, 1 / dim)
-    module = PartialMarginSoftmax(
-        dim, num_classes, sample_rate=sample_rate, feature_rate=feature_rate, seed=seed
-    )
-    problem = random_problem(size, num_classes, dim, ignored=size // 3)
-    loss = module(problem.embeddings, problem.labels, step=step)
-    positives = problem.labels[problem.labels >= 0].unique()
-    classes = torch.arange(num_classes)
-    if sample_rate < 1:
-        classes = sampling.select_classes(num_classes, sample_rate, positives, seed=seed, step=step)
-    features = torch.arange(dim)
-    if feature_rate < 1:
-        features = sampling.select_features(dim, feature_rate, seed=seed, step=step)
-    assert torch.equal(module.last_selection.class_index, classes)
-    assert torch.equal(module.last_selection.feature_index, features)
-    assert torch.isin(positives, classes).all()
-    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64], ids=str)

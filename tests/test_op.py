@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import (
-    check_conditioned,
     check_fp32,
     per_sample_margin,
     random_problem,
@@ -13,8 +12,6 @@ from helpers import (
     solve,
     truth,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from unicom_ext import reference
 from unicom_ext.functional import partial_margin_softmax
@@ -104,46 +101,6 @@ def test_options(margin, margin_grad, beyond_pi, interclass_filter, capability):
 def test_the_interclass_filter_works_below_zero_too(capability):
     problem = random_problem(40, 131, 37, interclass_filter=-0.1)
     check_fp32(solve(partial_margin_softmax, problem), problem)
-
-
-# The fixture only selects kernels, so it need not be set again for each example.
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    batch=st.integers(1, 40),
-    num_classes=st.integers(2, 300),
-    dim=st.integers(1, 80),
-    seed=st.integers(0, 10**6),
-    part=st.tuples(*[st.none() | st.floats(0, 1)] * 3),
-    scale=st.sampled_from([0.1, 1.0, 16.0, 64.0, 78.0, 90.0, 300.0]),
-    closeness=st.sampled_from([0.0, 1.0, 10.0]),
-    size=st.sampled_from([1e-4, 1.0, 1e4]),
-    margin=st.sampled_from([CombinedMargin(), ArcFace(0.5), CosFace(0.4), "per sample"]),
-    beyond_pi=st.sampled_from(["keep", "linear"]),
-    interclass_filter=st.sampled_from([None, 0.2]),
-    workspace_bytes=st.sampled_from([0, 20_000, 256 << 20]),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-)
-def test_anything(
-    capability, batch, num_classes, dim, seed, part, closeness, size, margin, dtype, **options
-):
-    of_classes, of_features, of_samples = part
-    sampled = None if of_classes is None else int(of_classes * num_classes)
-    problem = random_problem(
-        batch,
-        num_classes,
-        dim,
-        seed=seed,
-        closeness=closeness,
-        sampled=None if sampled is None else max(sampled, min(batch, num_classes)),
-        features=None if of_features is None else max(1, round(of_features * dim)),
-        ignored=0 if of_samples is None else int(of_samples * batch),
-        dtype=dtype,
-        margin=per_sample_margin(batch, seed) if margin == "per sample" else margin,
-        **options,
-    )
-    problem.embeddings.mul_(size)
-    check_conditioned(solve(partial_margin_softmax, problem), problem)
 
 
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)

@@ -1,0 +1,285 @@
+"""What only a GPU can show. Its numbers are tested as those of the CPU are: the tests of the loss run
+on it as the capability "cuda"."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from helpers import random_problem, relative_error, solve, truth
+
+from unicom_ext import ArcFace, PartialMarginSoftmax, devices
+from unicom_ext.functional import partial_margin_softmax
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(not devices.HAS_CUDA, reason="unicom_ext is built without CUDA"),
+]
+
+
+def make(device="cuda", **options) -> PartialMarginSoftmax:
+    torch.manual_seed(0)
+    options = {"sample_rate": 0.1, "feature_rate": 0.5, "seed": 3, **options}
+    module = PartialMarginSoftmax(64, 5000, **options)
+    return module.to(device)
+
+
+def batch(device="cuda", dtype=torch.float32, size=200) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(size, 64, generator=generator).to(device, dtype)
+    labels = torch.randint(0, 5000, (size,), generator=generator).to(device)
+    return x.requires_grad_(), labels
+
+
+@pytest.fixture
+def no_waiting():
+    """Raises where the host waits for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("shape", [(1, 2, 1), (7, 65, 17), (129, 300, 70), (300, 1100, 200)], ids=str)
+def test_small_sizes(shape, precision):
+    """Also what `make gpu-check` runs under compute-sanitizer."""
+    problem = random_problem(*shape, closeness=0.5, precision=precision)
+    x = problem.embeddings.cuda().requires_grad_()
+    w = problem.prototypes.cuda().requires_grad_()
+    loss = partial_margin_softmax(x, problem.labels.cuda(), w, **problem.options)
+    loss.backward()
+    right = truth(problem)
+    allowed = {"fp32": 1e-5, "fp16": 1e-2, "bf16": 6e-2}[precision]
+    assert abs(float(loss) - float(right.loss)) < allowed * 64
+    assert relative_error(x.grad.cpu(), right.grad_embeddings) < allowed
+    assert relative_error(w.grad.cpu(), right.grad_prototypes) < allowed
+
+
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_a_step_never_waits_for_the_device(no_waiting, sparse_grad):
+    module = make(sparse_grad=sparse_grad)
+    x, labels = batch()
+    for _ in range(3):
+        module(x, labels).backward()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_twenty_replays_of_a_graph_draw_twenty_selections(precision):
+    module, eager = make(precision=precision), make(precision=precision)
+    x, labels = batch()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        module(x, labels).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    module.step.zero_()
+    x.grad = module.weight.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = module(x, labels)
+        loss.backward()
+    module.step.zero_()
+    drawn = set()
+    for _ in range(20):
+        x.grad.zero_()
+        module.weight.grad.zero_()
+        graph.replay()
+        y = x.detach().clone().requires_grad_()
+        eager.weight.grad = None
+        right = eager(y, labels)
+        right.backward()
+        assert torch.equal(module.last_selection.class_index, eager.last_selection.class_index)
+        assert torch.equal(loss, right)
+        assert torch.equal(x.grad, y.grad)
+        assert torch.equal(module.weight.grad, eager.weight.grad)
+        drawn.add(tuple(module.last_selection.class_index.tolist()))
+    assert len(drawn) == 20
+
+
+def test_one_compiled_graph_draws_twenty_selections():
+    module, eager = make(), make()
+    compiled = torch.compile(module, fullgraph=True)
+    x, labels = batch()
+    drawn = set()
+    for _ in range(20):
+        loss = compiled(x, labels)
+        assert torch.equal(loss, eager(x, labels))
+        drawn.add(tuple(module.last_selection.class_index.tolist()))
+    loss.backward()
+    assert len(drawn) == 20
+    assert x.grad.isfinite().all()
+
+
+def test_the_module_is_that_of_the_cpu():
+    on_gpu, on_cpu = make(), make("cpu")
+    for _ in range(3):
+        (x, labels), (y, cpu_labels) = batch(), batch("cpu")
+        on_gpu.weight.grad = on_cpu.weight.grad = None
+        loss, right = on_gpu(x, labels), on_cpu(y, cpu_labels)
+        loss.backward()
+        right.backward()
+        for a, b in zip(on_gpu.last_selection, on_cpu.last_selection, strict=True):
+            assert torch.equal(a.cpu(), b)
+        for a, b in ((loss, right), (x.grad, y.grad), (on_gpu.weight.grad, on_cpu.weight.grad)):
+            assert relative_error(a.detach().cpu(), b.detach()) < 1e-5
+
+
+def test_the_same_bits_twice():
+    results = []
+    for _ in range(2):
+        module = make(precision="fp16")
+        x, labels = batch(size=3000)
+        loss = module(x, labels)
+        loss.backward()
+        results.append((loss.detach(), x.grad, module.weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_other_streams_and_threads():
+    right = make()(*batch())
+    results = {}
+
+    def work(name: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            x, labels = batch()
+            module = make()
+            for _ in range(5):
+                loss = module(x, labels, step=0)
+                loss.backward()
+            stream.synchronize()
+            results[name] = loss.detach()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    for loss in results.values():
+        assert torch.equal(loss, right)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is only one GPU")
+def test_several_devices_in_one_process():
+    losses = []
+    for device in ("cuda:0", "cuda:1"):  # cuda:0 stays the current one
+        module = make(device)
+        x, labels = batch(device)
+        loss = module(x, labels)
+        loss.backward()
+        assert x.grad.device == loss.device == torch.device(device)
+        losses.append(float(loss))
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match="must be on cuda:1"):
+        make("cuda:0")(*batch("cuda:1"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_and_grad_scaler(dtype):
+    encoder = torch.nn.Linear(32, 64).cuda()
+    module = make()
+    optimizer = torch.optim.AdamW([*encoder.parameters(), *module.parameters()], lr=1e-2)
+    scaler = torch.amp.GradScaler("cuda")
+    generator = torch.Generator().manual_seed(2)
+    inputs = torch.randn(200, 32, generator=generator).cuda()
+    _, labels = batch()
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            embeddings = encoder(inputs)
+            assert embeddings.dtype == dtype
+            loss = module(embeddings, labels)
+        assert loss.dtype == torch.float32
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_autocast_multiplies_in_fp16():
+    x, labels = batch()
+    with torch.autocast("cuda"):
+        auto = make()(x, labels)
+    assert torch.equal(auto, make(precision="fp16")(x, labels))
+    assert not torch.equal(auto, make(precision="fp32")(x, labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_embeddings(dtype):
+    x, labels = batch(dtype=dtype)
+    loss = make()(x, labels)
+    loss.backward()
+    y = x.detach().float().requires_grad_()
+    right = make()(y, labels)
+    right.backward()
+    assert x.grad.dtype == dtype
+    assert relative_error(loss.detach(), right.detach()) < 1e-6
+    assert relative_error(x.grad, y.grad) < 1e-2
+
+
+def test_memory_does_not_grow_with_batch_times_classes():
+    def extra(size: int, num_classes: int) -> int:
+        x = torch.randn(size, 64, device="cuda", requires_grad=True)
+        w = torch.randn(num_classes, 64, device="cuda", requires_grad=True)
+        labels = torch.randint(0, num_classes, (size,), device="cuda")
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        partial_margin_softmax(x, labels, w, margin=ArcFace(0.3), scale=64.0).backward()
+        gradients = 4 * (x.numel() + w.numel())
+        return torch.cuda.max_memory_allocated() - before - gradients
+
+    large = extra(16384, 200_000)  # logits in fp32 would take 13 GB
+    assert large < 1 << 30
+
+
+def test_out_of_memory_leaves_the_module_usable():
+    module = make()
+    x, labels = batch()
+    right = make()(x, labels)
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    used = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (used + (1 << 20)) / total))
+    try:
+        big = PartialMarginSoftmax(64, 5000).cuda()
+        with pytest.raises(torch.OutOfMemoryError):
+            for _ in range(1000):  # until the reserved memory is full, too
+                held = [torch.empty(1 << 18, device="cuda") for _ in range(8)]
+                big(x.detach().repeat(50, 1), labels.repeat(50))
+                big.kept = [*getattr(big, "kept", []), *held]
+        assert int(module.step) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        del big
+        torch.cuda.empty_cache()
+    assert torch.equal(module(x, labels), right)
+
+
+def test_tensors_of_both_kinds_are_refused():
+    module = make()
+    x, labels = batch()
+    with pytest.raises(ValueError, match="labels must be on cuda:0 like the embeddings, got cpu"):
+        module(x, labels.cpu())
+    with pytest.raises(ValueError, match="prototypes must be on cpu"):
+        module(x.detach().cpu(), labels.cpu())
+    assert int(module.step) == 0
+
+
+def test_a_problem_of_ten_million_values_is_right():
+    # Offsets beyond 2^31 bytes, many chunks of classes in backward.
+    problem = random_problem(2000, 40_000, 64, closeness=1.0, precision="fp32")
+    x = problem.embeddings.cuda().requires_grad_()
+    w = problem.prototypes.cuda().requires_grad_()
+    loss = partial_margin_softmax(x, problem.labels.cuda(), w, **problem.options)
+    loss.backward()
+    right = solve(partial_margin_softmax, problem)
+    assert relative_error(loss.detach().cpu(), right.loss) < 1e-5
+    assert relative_error(x.grad.cpu(), right.grad_embeddings) < 1e-5
+    assert relative_error(w.grad.cpu(), right.grad_prototypes) < 1e-5
