@@ -12,7 +12,7 @@ BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
 NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test lint format bench build doctor clean
+.PHONY: demo test lint format bench build doctor gpu-check clean
 
 demo: build
 	$(BIN)/unicom-ext train --config unicom_ext/train/demo.toml --output $(DEMO)
@@ -33,6 +33,10 @@ format: build
 
 bench: build
 	$(BIN)/unicom-ext bench --quick
+
+# With the Python that has a CUDA torch; needs no network.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
 
 doctor: build
 	$(BIN)/unicom-ext doctor
