@@ -31,4 +31,14 @@ inline constexpr const char* kSelectionSchemas[] = {
     "start, "
     "int stop) -> Tensor"};
 
+inline constexpr const char* kUpdateSchemas[] = {
+    "merge_rows(Tensor(a) ids, Tensor(b) rows) -> (Tensor(a) ids, Tensor(b) rows)",
+    "row_adamw_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor(d!) row_step, Tensor(e!) log_decay, Tensor ids, Tensor rows, float total_log_decay, "
+    "float lr, float beta1, float beta2, float eps, bool maximize) -> ()",
+    "row_sgd_(Tensor(a!) param, Tensor(b!)? momentum_buffer, Tensor(c!)? log_decay, "
+    "Tensor(d!)? last_step, Tensor? history, Tensor ids, Tensor rows, float decay_before, "
+    "float decay_after, int step, float lr, float momentum, float weight_decay, bool nesterov, "
+    "bool maximize) -> ()"};
+
 }  // namespace unicom

@@ -6,6 +6,7 @@
 
 #include "../engine/update.h"
 #include "common.h"
+#include "schemas.h"
 
 namespace unicom {
 namespace {
@@ -157,16 +158,7 @@ void row_sgd_op(Tensor param, std::optional<Tensor> momentum_buffer,
 }  // namespace unicom
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
-  m.def("merge_rows(Tensor(a) ids, Tensor(b) rows) -> (Tensor(a) ids, Tensor(b) rows)");
-  m.def(
-      "row_adamw_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-      "Tensor(d!) row_step, Tensor(e!) log_decay, Tensor ids, Tensor rows, float total_log_decay, "
-      "float lr, float beta1, float beta2, float eps, bool maximize) -> ()");
-  m.def(
-      "row_sgd_(Tensor(a!) param, Tensor(b!)? momentum_buffer, Tensor(c!)? log_decay, "
-      "Tensor(d!)? last_step, Tensor? history, Tensor ids, Tensor rows, float decay_before, "
-      "float decay_after, int step, float lr, float momentum, float weight_decay, bool nesterov, "
-      "bool maximize) -> ()");
+  for (const char* schema : unicom::kUpdateSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {

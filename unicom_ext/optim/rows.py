@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 import unicom_ext.functional  # noqa: F401  (loads the operators)
+from unicom_ext.row_sparse import is_merged, merged_ids
 
 _ops = torch.ops.unicom_ext
 
@@ -52,8 +53,11 @@ def log_of_decay(lr: float, weight_decay: float) -> float:
 
 
 def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [n] in any order and rows [n, d] -> distinct ascending ids, and the sum of each one's
-    rows."""
+    """ids [n] in any order and rows [n, d] -> ascending ids, and the sum of each one's rows.
+
+    On the CPU they are distinct. On CUDA there are as many as before, as to count them would make
+    the host wait: equal ids lie beside each other, the first has the sum, the others zeros.
+    """
     if _has_kernel("merge_rows", rows.device):
         return _ops.merge_rows(ids, rows)
     ids, position = ids.unique(return_inverse=True)
@@ -125,7 +129,8 @@ class RowOptimizer(torch.optim.Optimizer):
             for param in with_gradient:
                 if self._by_rows(param):
                     self._init_row_state(group, param)
-                    self._row_step(group, param, *_gradient_rows(param))
+                    fused = self._fused(group, param)
+                    self._row_step(group, param, *_gradient_rows(param, merged=fused))
                     increment_version(param)
         return loss
 
@@ -195,8 +200,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 def _restored(value: Any, param: Tensor) -> Any:
-    per_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(param)
-    return value.to(param.device) if per_row else value
+    """Single numbers stay on the host, which would have to wait for them otherwise."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(param.device if value.dim() else "cpu")
 
 
 def _check_gradient(param: Tensor) -> None:
@@ -219,8 +226,12 @@ def _check_matrix(param: Tensor) -> None:
         )
 
 
-def _gradient_rows(param: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [n] and rows [n, d]; of a dense gradient all rows."""
-    if param.grad.is_sparse:
-        return param.grad._indices()[0], param.grad._values()
-    return torch.arange(len(param), device=param.device), param.grad
+def _gradient_rows(param: Tensor, *, merged: bool) -> tuple[Tensor, Tensor]:
+    """ids [n] and rows [n, d], on demand as of `merge_rows`; of a dense gradient all rows."""
+    gradient = param.grad
+    if not gradient.is_sparse:
+        return torch.arange(len(param), device=param.device), gradient
+    ids, rows = gradient._indices()[0], gradient._values()
+    if not merged:
+        return ids, rows
+    return (merged_ids(gradient), rows) if is_merged(gradient) else merge_rows(ids, rows)

@@ -129,7 +129,7 @@ class RowSGD(RowOptimizer):
         if group["exact"]:
             state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["history"] = torch.zeros(0, 4, dtype=torch.float64)
+            state["history"] = param.new_zeros(0, 4, dtype=torch.float64)
         else:
             state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
             state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
@@ -175,7 +175,8 @@ class RowSGD(RowOptimizer):
             float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]
         )
         state["step"] = state["step"] + 1
-        state["history"] = torch.cat([state["history"], step.view(1, 4)])
+        step = step.view(1, 4).to(param.device, non_blocking=True)
+        state["history"] = torch.cat([state["history"], step])
         if len(state["history"]) >= _LONGEST_HISTORY:
             self._catch_up(param)
 
