@@ -12,7 +12,6 @@ from torch.optim.adamw import adamw
 from unicom_ext.optim import reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
-    _ops,
     check_number,
     log_of_decay,
     refuse_dense_only,
@@ -63,6 +62,7 @@ class RowAdamW(RowOptimizer):
     """
 
     _operator = "row_adamw_"
+    _backward_operator = "loss_backward_adamw_"
     _row_marker = "row_step"
 
     def __init__(
@@ -162,25 +162,16 @@ class RowAdamW(RowOptimizer):
             "log_decay": [rows],
         }
 
-    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+    def _row_operands(
+        self, group: dict[str, Any], param: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         state, lr = self.state[param], float(group["lr"])
         total = float(state["total_log_decay"]) + log_of_decay(lr, group["weight_decay"])
-        update = _ops.row_adamw_ if self._fused(group, param) else reference.row_adamw_
-        update(
-            param.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["row_step"],
-            state["log_decay"],
-            ids,
-            rows,
-            total,
-            lr,
-            *group["betas"],
-            group["eps"],
-            group["maximize"],
-        )
-        state["total_log_decay"] = torch.tensor(total, dtype=torch.float64)
+        tensors = (state["exp_avg"], state["exp_avg_sq"], state["row_step"], state["log_decay"])
+        return tensors, (total, lr, *group["betas"], group["eps"], group["maximize"])
+
+    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+        self.state[param]["total_log_decay"] = torch.tensor(numbers[0], dtype=torch.float64)
 
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]
