@@ -67,7 +67,7 @@ def test_it_is_the_update_after_backward(optimizer, dtype, options, set_threads)
     if dtype == torch.bfloat16:  # a gradient that is stored is rounded first
         assert torch.equal(gradients[0], gradients_inside[0])
         difference = torch.linalg.vector_norm((weight - weight_inside).float())
-        assert difference < 0.02 * torch.linalg.vector_norm(weight.float())
+        assert difference < 0.05 * torch.linalg.vector_norm(weight.float())
         return
     for a, b in zip(gradients, gradients_inside, strict=True):
         assert torch.equal(a, b)

@@ -142,17 +142,12 @@ class PrototypeRows {
       store_past_caches(args_.prototypes, slot);
       return;
     }
-    if (slot + kRowsAhead < p_.sampled)
-      args_.update->prefetch(p_.class_index ? p_.class_index[slot + kRowsAhead]
-                                            : slot + kRowsAhead);
     sink.dtype = arithmetic(sink.dtype);
     write_row(sink, 0, values);
     args_.update->step(id, row_.get());
   }
 
  private:
-  static constexpr int64_t kRowsAhead = 2;
-
   bool whole() const { return args_.compact || args_.update != nullptr; }
 
   // A gradient larger than the caches gains nothing from passing through them.
@@ -188,6 +183,7 @@ class Backward {
   static constexpr int64_t kValues = Shape<Unit>::kValues;
   static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
   static constexpr int64_t kPanelsPerItem = 4;
+  static constexpr int64_t kTilesBetweenPrefetches = 2;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
@@ -325,18 +321,27 @@ class Backward {
     const int64_t size = s_.height * kLanes;
     Buffer<Real> gradient(count * size), rows(size);
     cpu::Product<Unit> a;
-    a.a = weighted_.get();
     a.a_tile_stride = row_stride_ * kTile;
     a.group_units = a.group_stride = 0;
     a.b = along_rows_.get() + offset * row_stride_ * kLanes;
     a.b_panel_stride = row_stride_ * kLanes;
-    a.out = gradient.get();
     a.out_panel_stride = size;
-    a.tiles = s_.height / kTile;
     a.panels = count;
     a.units = row_units_;
     a.accumulate = false;
-    k_.product(a);
+    // The rows that the optimizer will want come from memory while this multiplies.
+    const int64_t tiles = s_.height / kTile, first_slot = (first_panel + offset) * kLanes;
+    const int64_t slots = std::min(count * kLanes, p_.sampled - first_slot);
+    const int64_t step = args_.update != nullptr ? kTilesBetweenPrefetches : tiles;
+    for (int64_t t = 0; t < tiles; t += step) {
+      if (args_.update != nullptr)
+        for (int64_t j = t * slots / tiles; j < std::min(tiles, t + step) * slots / tiles; ++j)
+          args_.update->prefetch(p_.class_index ? p_.class_index[first_slot + j] : first_slot + j);
+      a.tiles = std::min(step, tiles - t);
+      a.a = weighted_.get() + t * a.a_tile_stride;
+      a.out = gradient.get() + t * kTile * kLanes;
+      k_.product(a);
+    }
     TargetGradient target(p_, args_);
     PrototypeRows out(p_, args_);
     for (int64_t j = 0; j < count; ++j) {
