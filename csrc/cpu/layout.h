@@ -45,12 +45,9 @@ static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) 
 // write full tiles, and even, so that pairs fit.
 static constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
 
+using unicom::bytes_of;
 using unicom::DType;
 using unicom::RowSource;
-
-static constexpr int64_t bytes_of(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
 
 // Rounding of unit vectors before they are packed (bf16 pairs are rounded by their layout).
 enum class Rounding : int32_t { kNone, kFloat16 };

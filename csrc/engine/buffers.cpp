@@ -33,14 +33,11 @@ Pool& pool(bool large) {
   return instance[large];
 }
 
-// Fresh memory. In huge pages, where the system has them to give, it is first touched at several
-// times the speed and read with fewer misses of the page tables.
 void* allocate(size_t bytes) {
   if (bytes < 2 * kHugePage) return std::aligned_alloc(kAlignment, bytes);
-  void* memory = std::aligned_alloc(kHugePage, (bytes + kHugePage - 1) / kHugePage * kHugePage);
-#if defined(__linux__)
-  if (memory != nullptr) madvise(memory, bytes, MADV_HUGEPAGE);
-#endif
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* memory = std::aligned_alloc(kHugePage, bytes);
+  if (memory != nullptr) advise_huge_pages(memory, bytes);
   return memory;
 }
 
@@ -50,6 +47,18 @@ Header* header_of(void* block) {
 }
 
 }  // namespace
+
+void advise_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const auto address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+  // No harm where the system refuses.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 void* acquire_block(size_t bytes) {
   {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from unicom_ext import memory
 from unicom_ext.optim import reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
@@ -147,8 +148,8 @@ class RowAdamW(RowOptimizer):
             square = square.mean(dim=1) if group["row_second_moment"] else square
             state["exp_avg_sq"] = square.to(square_dtype)
         else:
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-            state["exp_avg_sq"] = param.new_zeros(shape, dtype=square_dtype)
+            state["exp_avg"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
+            state["exp_avg_sq"] = memory.zeros(*shape, dtype=square_dtype, device=param.device)
         state["row_step"] = param.new_full((len(param),), steps, dtype=torch.int32)
         state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
         state["total_log_decay"] = torch.zeros((), dtype=torch.float64)

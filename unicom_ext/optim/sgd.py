@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from unicom_ext import memory
 from unicom_ext.optim import reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
@@ -122,7 +123,7 @@ class RowSGD(RowOptimizer):
         state = self.state[param]
         if group["momentum"] and state.get("momentum_buffer") is None:
             dtype = torch.promote_types(param.dtype, torch.float32)
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+            state["momentum_buffer"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
         if "by_rows" in state:
             return
         state["by_rows"] = True
