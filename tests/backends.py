@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import unicom_ext
 from unicom_ext import functional, loss, sharding
+from unicom_ext.optim import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
@@ -71,13 +72,18 @@ def _emulated_cuda():
 def _cuda():
     library = torch.library.Library("unicom_ext_on_gpu", "DEF")
     for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
-                 "select_classes", "select_features", "label_slots"):  # fmt: skip
+                 "select_classes", "select_features", "label_slots",
+                 "merge_rows", "row_adamw_", "row_sgd_"):  # fmt: skip
         overload = getattr(torch.ops.unicom_ext, name).default
         library.define(str(overload._schema).removeprefix("unicom_ext::"))
 
         def on_gpu(*args, op=overload):
             there = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
-            return tree_map_only(torch.Tensor, lambda t: t.cpu(), op(*there))
+            results = tree_map_only(torch.Tensor, lambda t: t.cpu(), op(*there))
+            for argument, here, away in zip(op._schema.arguments, args, there, strict=True):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    here.copy_(away)
+            return results
 
         library.impl(name, on_gpu, "CPU")
     _register_autograd("unicom_ext_on_gpu")
@@ -91,6 +97,6 @@ if torch.cuda.is_available():
 
 
 def use(monkeypatch, name: str) -> None:
-    """Sends the loss to a backend for the length of a test."""
-    for module in (functional, loss, sharding):
+    """Sends the loss and the row optimizers to a backend for the length of a test."""
+    for module in (functional, loss, sharding, rows):
         monkeypatch.setattr(module, "_ops", BACKENDS[name]())

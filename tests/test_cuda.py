@@ -11,6 +11,7 @@ from helpers import random_problem, relative_error, solve, truth
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, devices
 from unicom_ext.functional import partial_margin_softmax
+from unicom_ext.optim import RowAdamW, RowSGD
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
@@ -65,6 +66,36 @@ def test_a_step_never_waits_for_the_device(no_waiting, sparse_grad):
     x, labels = batch()
     for _ in range(3):
         module(x, labels).backward()
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda p: RowAdamW(p, lr=0.01, eps=1e-3, weight_decay=0.1),
+        lambda p: RowAdamW(p, lr=0.01, eps=1e-3, row_second_moment=True),
+        lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+        lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, exact=True),
+    ],
+    ids=["adamw", "adamw-row", "sgd", "sgd-exact"],
+)
+def test_row_optimizers_never_wait_and_do_what_they_do_on_the_cpu(
+    make_optimizer, backwards, no_waiting
+):
+    modules = make(sparse_grad=True), make("cpu", sparse_grad=True)
+    inputs = batch(), batch("cpu")
+    torch.cuda.synchronize()
+    for module, (x, labels) in zip(modules, inputs, strict=True):
+        optimizer = make_optimizer([module.weight])
+        for _ in range(4):
+            optimizer.zero_grad()
+            for _ in range(backwards):
+                module(x, labels).backward()
+            optimizer.step()
+    torch.cuda.set_sync_debug_mode("default")
+    on_gpu, on_cpu = (module.weight.detach().cpu() for module in modules)
+    start = make("cpu").weight.detach()
+    assert relative_error(on_gpu - start, on_cpu - start) < 1e-4
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

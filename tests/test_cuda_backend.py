@@ -196,7 +196,11 @@ def test_kernels_compile_without_warnings_and_spills(tmp_path, record_property):
 @needs_nvcc
 def test_the_binding_compiles(tmp_path):
     torch_include = Path(torch.__path__[0]) / "include"
-    for source in ("csrc/bind/cuda_ops.cpp", "csrc/engine/cuda.cpp"):
+    for source in (
+        "csrc/bind/cuda_ops.cpp",
+        "csrc/bind/cuda_update_ops.cpp",
+        "csrc/engine/cuda.cpp",
+    ):
         command = [
             "c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",

@@ -23,16 +23,59 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
     """Rows [n, d] of a [C, d] gradient as a COO tensor; ids None: all rows are there.
 
     Past `count` the last id is repeated with zero rows. They are cut off on the CPU, where the
-    count is at hand; elsewhere reading it would make the host wait, so they stay.
+    count is at hand; elsewhere reading it would make the host wait, so they stay. Where the count
+    is 0, that is a single row's id, with zeros.
     """
     if ids is None:
         ids = torch.arange(shape[0], device=rows.device)
     padded = count is not None
     if padded and count.device.type == "cpu":
         ids, rows, padded = ids[:count], rows[:count], False
+    if type(ids) is Tensor:  # not while it is traced
+        _note_merged(ids, count if padded else None)
     return torch.sparse_coo_tensor(
         ids.unsqueeze(0), rows, shape, is_coalesced=not padded, check_invariants=False
     )
+
+
+def _note_merged(ids: Tensor, count: Tensor | None) -> None:
+    """Note that in a gradient with these ids there is nothing to add up: they ascend, and where
+    one repeats, only the first has a row that is not zero.
+
+    Autograd makes another tensor of a gradient, which knows nothing of the first, but keeps the
+    memory of its ids. So that is where it is noted. What is accumulated or copied has memory of
+    its own, and nothing is known of it.
+    """
+    ids.untyped_storage()._unicom_merged = len(ids), count
+
+
+def merged_gradient(ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """A COO tensor of what `merge_rows` of unicom_ext.optim returns."""
+    _note_merged(ids, None)
+    # On the CPU merged ids are distinct; elsewhere they may repeat.
+    return torch.sparse_coo_tensor(
+        ids.unsqueeze(0),
+        rows,
+        shape,
+        is_coalesced=ids.device.type == "cpu",
+        check_invariants=False,
+    )
+
+
+def is_merged(gradient: Tensor) -> bool:
+    """Whether it is known, without a look at the ids, that there is nothing to add up."""
+    return gradient.is_coalesced() or _note(gradient)[0] == gradient._nnz()
+
+
+def merged_ids(gradient: Tensor) -> Tensor:
+    """The ids [n] of a gradient that `is_merged`; -1 instead of padding without an id."""
+    ids, (_, count) = gradient._indices()[0], _note(gradient)
+    return ids if count is None else ids.masked_fill(count == 0, -1)
+
+
+def _note(gradient: Tensor) -> tuple[int | None, Tensor | None]:
+    storage = gradient._indices().untyped_storage()
+    return getattr(storage, "_unicom_merged", (None, None))
 
 
 def attach(param: Tensor, updater: Any) -> None:

@@ -7,56 +7,12 @@
 #include "../core/selection.h"
 #include "../cuda/selection.h"
 #include "../engine/cuda.h"
+#include "on_device.h"
 #include "options.h"
 #include "schemas.h"
 
-#ifndef UNICOM_EMULATE_CUDA
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
 namespace unicom::cuda {
 namespace {
-
-// The device of a call and its current stream.
-class OnDevice {
- public:
-#ifdef UNICOM_EMULATE_CUDA
-  explicit OnDevice(const Tensor&) {}
-#else
-  explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-    queue.stream = static_cast<cudaStream_t>(stream);
-  }
-#endif
-
-  // Raises the first error of the launches, if there was one.
-  void finish() const {
-    if (queue.error == cudaSuccess) return;
-    std::string message =
-        std::string("a CUDA kernel could not be started: ") + cudaGetErrorString(queue.error);
-#ifndef UNICOM_EMULATE_CUDA
-    if (queue.error == cudaErrorNoKernelImageForDevice ||
-        queue.error == cudaErrorUnsupportedPtxVersion)
-      message += ". unicom_ext needs a GPU of compute capability 8.0 (Ampere) or newer";
-    cudaGetLastError();  // so that it is not reported again elsewhere
-#endif
-    throw std::runtime_error(message);
-  }
-
-  Queue queue;
-
- private:
-#ifndef UNICOM_EMULATE_CUDA
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-};
-
-void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
-  check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
-}
 
 // ---- selection ----
 

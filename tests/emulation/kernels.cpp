@@ -7,3 +7,4 @@
 #include "../../csrc/cuda/samples.cu"
 #include "../../csrc/cuda/selection.cu"
 #include "../../csrc/cuda/unpack.cu"
+#include "../../csrc/cuda/update.cu"

@@ -3,17 +3,21 @@
 // bit for bit. Prints what differs and ends with 1.
 #include "cuda_emulation.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "../../csrc/cuda/selection.h"
+#include "../../csrc/cuda/update.h"
 #include "../../csrc/engine/cuda.h"
 #include "../../csrc/engine/engine.h"
 #include "../../csrc/engine/selection.h"
+#include "../../csrc/engine/update.h"
 
 namespace unicom {
 namespace {
@@ -208,6 +212,126 @@ void compare_selections(int64_t num_classes, int64_t count, int64_t batch, int64
   expect(same, "selection of " + std::to_string(num_classes));
 }
 
+// One matrix under both row optimizers, its gradient in any order, and repeated ids add up.
+struct RowInputs {
+  int64_t num_rows, dim, count;
+  Array<int64_t> ids;
+  Array<float> rows;
+  Array<Transition> steps;
+
+  RowInputs(int64_t num_rows_, int64_t dim_, int64_t count_)
+      : num_rows(num_rows_), dim(dim_), count(count_), ids(count), rows(count * dim), steps(300) {
+    std::mt19937 random(static_cast<unsigned>(dim));
+    std::normal_distribution<float> normal;
+    for (int64_t j = 0; j < count; ++j) ids.data[j] = random() % num_rows;
+    for (int64_t i = 0; i < rows.size; ++i) rows.data[i] = normal(random);
+    for (int64_t i = 0; i < steps.size; ++i) steps.data[i] = {0.999, -0.01, 0.1, 0.9};
+  }
+};
+
+struct RowOutcome {
+  Array<float> parameter, first, second;
+  Array<int32_t> row_step, last_step;
+  Array<double> log_decay;
+
+  explicit RowOutcome(const RowInputs& in)
+      : parameter(in.num_rows * in.dim),
+        first(parameter.size),
+        second(parameter.size),
+        row_step(in.num_rows),
+        last_step(in.num_rows),
+        log_decay(in.num_rows) {
+    for (int64_t i = 0; i < parameter.size; ++i) parameter.data[i] = std::sin(float(i));
+    for (int64_t i = 0; i < in.num_rows; ++i) last_step.data[i] = static_cast<int32_t>(i * 7 % 300);
+  }
+};
+
+const AdamWOptions kAdamW{0.01, 0.9, 0.999, 1e-8, false};
+const SgdOptions kSgd{0.01, 0.9, 0.1, true, false};
+
+RowOutcome updated_on_cpu(const RowInputs& in) {
+  RowOutcome out(in);
+  const MergedRows merged(in.ids.get(), in.count);
+  Array<int64_t> ids(merged.count());
+  Array<float> rows(merged.count() * in.dim);
+  const RowGradient gradient{
+      ids.get(), merged.count(), {rows.get(), DType::kFloat32, in.dim}, in.dim};
+  merged.write({in.ids.get(), in.count, {in.rows.get(), DType::kFloat32, in.dim}, in.dim},
+               ids.get(), gradient.rows, Serial());
+  auto array = [&](const Array<float>& values) {
+    return RowArray{values.get(), DType::kFloat32, in.dim};
+  };
+  RowAdamW adamw;
+  adamw.options = kAdamW;
+  adamw.parameter = array(out.parameter);
+  adamw.first = array(out.first);
+  adamw.second = array(out.second);
+  adamw.second_per_row = false;
+  adamw.row_step = out.row_step.get();
+  adamw.log_decay = out.log_decay.get();
+  adamw.total_log_decay = -0.01;
+  adamw.dim = in.dim;
+  update_rows(adamw, gradient, Serial());
+  const auto missed = missed_transitions(in.steps.get(), in.steps.size);
+  RowSgd sgd;
+  sgd.options = kSgd;
+  sgd.parameter = array(out.parameter);
+  sgd.buffer = array(out.first);
+  sgd.last_step = out.last_step.get();
+  sgd.missed = missed.data();
+  sgd.now = in.steps.size + 1;
+  sgd.dim = in.dim;
+  update_rows(sgd, gradient, Serial());
+  return out;
+}
+
+RowOutcome updated_on_gpu(const RowInputs& in) {
+  RowOutcome out(in);
+  cuda::Queue queue;
+  Array<int64_t> keys(in.count), order(in.count), sorted(in.count), ids(in.count);
+  Array<float> rows(in.count * in.dim);
+  cuda::Merge merge{in.ids.get(), in.rows.get(), DType::kFloat32, in.count,  in.dim,
+                    keys.get(),   order.get(),   ids.get(),       rows.get()};
+  give_keys(queue, merge);
+  std::iota(order.get(), order.get() + in.count, int64_t{0});
+  std::stable_sort(order.get(), order.get() + in.count,
+                   [&](int64_t a, int64_t b) { return keys.data[a] < keys.data[b]; });
+  for (int64_t j = 0; j < in.count; ++j) sorted.data[j] = keys.data[order.data[j]];
+  merge.keys = sorted.get();
+  add_equal(queue, merge);
+  const cuda::SparseRows gradient{ids.get(), rows.get(), in.count, in.dim, in.num_rows};
+  auto array = [&](const Array<float>& values) {
+    return cuda::Rows{values.get(), DType::kFloat32, in.dim};
+  };
+  Array<char> adamw_space(cuda::adamw_workspace(in.count, DType::kFloat32));
+  update_rows(queue, cuda::AdamWUpdate{gradient, kAdamW, array(out.parameter), array(out.first),
+                                       array(out.second), false, out.row_step.get(),
+                                       out.log_decay.get(), -0.01, adamw_space.get()});
+  Array<char> sgd_space(cuda::sgd_workspace(in.count, in.steps.size, DType::kFloat32));
+  update_rows(queue, cuda::SgdUpdate{gradient, kSgd, array(out.parameter), array(out.first),
+                                     nullptr, 0, 0, out.last_step.get(), in.steps.get(),
+                                     in.steps.size, in.steps.size + 1, sgd_space.get()});
+  return out;
+}
+
+void compare_updates(int64_t num_rows, int64_t dim, int64_t count) {
+  const RowInputs in(num_rows, dim, count);
+  const RowOutcome right = updated_on_cpu(in);
+  emulation::set_schedule(0);
+  const RowOutcome in_order = updated_on_gpu(in);
+  emulation::set_schedule(12345);
+  const RowOutcome out = updated_on_gpu(in);
+  const std::string name = "update of " + std::to_string(num_rows) + " x " + std::to_string(dim);
+  expect(same_bits(out.parameter, in_order.parameter), name + ": two orders of the threads");
+  expect(distance(out.parameter, right.parameter) < 1e-6, name + ": parameter");
+  expect(distance(out.first, right.first) < 1e-6, name + ": first");
+  expect(distance(out.second, right.second) < 1e-6, name + ": second");
+  for (int64_t i = 0; i < num_rows; ++i)
+    expect(out.row_step.data[i] == right.row_step.data[i] &&
+               out.last_step.data[i] == right.last_step.data[i],
+           name + ": steps of row " + std::to_string(i));
+}
+
 }  // namespace
 }  // namespace unicom
 
@@ -227,6 +351,9 @@ int main() {
     expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
            "features of " + std::to_string(dim));
   }
+  compare_updates(50, 1, 7);
+  compare_updates(9, 35, 70);
+  compare_updates(300, 132, 40);
   const Case cases[] = {
       {1, 2, 1, 1, 1, 16, false},
       {7, 65, 17, 30, 9, 64, true},

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from unicom_ext.optim.rows import merge_rows
-from unicom_ext.row_sparse import updater_of
+from unicom_ext.row_sparse import is_merged, merged_gradient, updater_of
 
 
 @torch.no_grad()
@@ -48,9 +48,7 @@ def _values(param: Tensor) -> Tensor:
     gradient = param.grad
     if not gradient.is_sparse:
         return gradient
-    if not gradient.is_coalesced():
+    if not is_merged(gradient):
         ids, rows = merge_rows(gradient._indices()[0], gradient._values())
-        param.grad = torch.sparse_coo_tensor(
-            ids.unsqueeze(0), rows, gradient.shape, is_coalesced=True, check_invariants=False
-        )
+        param.grad = merged_gradient(ids, rows, gradient.shape)
     return param.grad._values()

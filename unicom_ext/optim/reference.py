@@ -99,9 +99,10 @@ def sgd_transition(lr: float, momentum: float, weight_decay: float, nesterov: bo
 
 
 def missed_transitions(history: Tensor) -> Tensor:
-    """[steps, 4], oldest first -> [steps + 1, 2, 2]: missing the last 0, 1, ... steps."""
+    """[steps, 4], oldest first -> [steps + 1, 2, 2], of missing the last 0, 1, ... steps; on the
+    host."""
     missed = [torch.eye(2, dtype=torch.float64)]
-    for step in history.view(-1, 2, 2).flip(0):
+    for step in history.cpu().view(-1, 2, 2).flip(0):
         missed.append(missed[-1] @ step)
     return torch.stack(missed)
 

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 import unicom_ext.functional  # noqa: F401  (loads the operators)
 from unicom_ext.optim import reference
 from unicom_ext.optim.in_backward import UpdateInBackward
-from unicom_ext.row_sparse import attach, updater_of
+from unicom_ext.row_sparse import attach, is_merged, merged_ids, updater_of
 
 if TYPE_CHECKING:
     from unicom_ext.loss import PartialMarginSoftmax
@@ -58,8 +58,11 @@ def log_of_decay(lr: float, weight_decay: float) -> float:
 
 
 def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [n] in any order and rows [n, d] -> distinct ascending ids, and the sum of each one's
-    rows."""
+    """ids [n] in any order and rows [n, d] -> ascending ids, and the sum of each one's rows.
+
+    On the CPU they are distinct. On CUDA there are as many as before, as to count them would make
+    the host wait: equal ids lie beside each other, the first has the sum, the others zeros.
+    """
     if _has_kernel("merge_rows", rows.device):
         return _ops.merge_rows(ids, rows)
     ids, position = ids.unique(return_inverse=True)
@@ -138,17 +141,18 @@ class RowOptimizer(torch.optim.Optimizer):
                 self._dense_step(group, dense)
             for param in with_gradient:
                 if self._by_rows(param):
-                    self._row_step(group, param, *_gradient_rows(param))
+                    self._row_step(group, param)
             for param in group["params"]:
                 if (updater := updater_of(param)) is not None:
                     updater.pending = False
         return loss
 
-    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+    def _row_step(self, group: dict[str, Any], param: Tensor) -> None:
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
-        update = getattr(_ops if self._fused(group, param) else reference, self._operator)
-        update(param.detach(), *tensors, ids, rows, *numbers)
+        fused = self._fused(group, param)
+        update = getattr(_ops if fused else reference, self._operator)
+        update(param.detach(), *tensors, *_gradient_rows(param, merged=fused), *numbers)
         increment_version(param)
         self._finish_row_step(group, param, numbers)
 
@@ -246,8 +250,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
 
 def _restored(value: Any, param: Tensor) -> Any:
-    per_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(param)
-    return value.to(param.device) if per_row else value
+    """Single numbers stay on the host, which would have to wait for them otherwise."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(param.device if value.dim() else "cpu")
 
 
 def _check_gradient(param: Tensor) -> None:
@@ -270,8 +276,12 @@ def _check_matrix(param: Tensor) -> None:
         )
 
 
-def _gradient_rows(param: Tensor) -> tuple[Tensor, Tensor]:
-    """ids [n] and rows [n, d]; of a dense gradient all rows."""
-    if param.grad.is_sparse:
-        return param.grad._indices()[0], param.grad._values()
-    return torch.arange(len(param), device=param.device), param.grad
+def _gradient_rows(param: Tensor, *, merged: bool) -> tuple[Tensor, Tensor]:
+    """ids [n] and rows [n, d], on demand as of `merge_rows`; of a dense gradient all rows."""
+    gradient = param.grad
+    if not gradient.is_sparse:
+        return torch.arange(len(param), device=param.device), gradient
+    ids, rows = gradient._indices()[0], gradient._values()
+    if not merged:
+        return ids, rows
+    return (merged_ids(gradient), rows) if is_merged(gradient) else merge_rows(ids, rows)

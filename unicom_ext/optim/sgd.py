@@ -130,7 +130,7 @@ class RowSGD(RowOptimizer):
         if group["exact"]:
             state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["history"] = torch.zeros(0, 4, dtype=torch.float64)
+            state["history"] = param.new_zeros(0, 4, dtype=torch.float64)
         else:
             state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
             state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
@@ -165,7 +165,8 @@ class RowSGD(RowOptimizer):
             lr, group["momentum"], group["weight_decay"], group["nesterov"]
         )
         state["step"] = torch.tensor(step)
-        state["history"] = torch.cat([state["history"], transition.view(1, 4)])
+        transition = transition.view(1, 4).to(param.device, non_blocking=True)
+        state["history"] = torch.cat([state["history"], transition])
         if len(state["history"]) >= _LONGEST_HISTORY:
             self._catch_up(param)
 
