@@ -208,15 +208,15 @@ def test_merging(data):
 
 
 def test_long_runs_of_padding_are_not_added_up_one_by_one(emulated):
-    # What is empty goes behind everything else: the ids that come last in the result.
-    ids = torch.tensor([2, 7, 7, 7, 7, 0, 5, 5])
-    values = torch.ones(8, 4)
-    values[[2, 3, 4, 7]] = 0
-    values[7, 3] = float("nan")  # not nothing
+    # What is empty goes behind everything else, to the last id.
+    ids = torch.tensor([2, 7, 7, 7, 7, 0, 9, 5, 5])
+    values = torch.ones(9, 4)
+    values[[2, 3, 4, 8]] = 0
+    values[8, 3] = float("nan")  # not nothing
     merged_ids, merged_values = rows.merge_rows(ids, values)
-    assert merged_ids.tolist() == [0, 2, 5, 5, 7, 7, 7, 7]
-    assert merged_values[:, 0].tolist() == [1, 1, 1, 0, 1, 0, 0, 0]
-    assert merged_values[:, 3].isnan().tolist() == [i == 2 for i in range(8)]
+    assert merged_ids.tolist() == [0, 2, 5, 5, 7, 9, 9, 9, 9]
+    assert merged_values[:, 0].tolist() == [1, 1, 1, 0, 1, 1, 0, 0, 0]
+    assert merged_values[:, 3].isnan().tolist() == [i == 2 for i in range(9)]
 
 
 def test_clipping_keeps_what_is_merged(emulated):
