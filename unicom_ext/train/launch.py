@@ -44,6 +44,7 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[dist.ProcessG
         raise
     except Exception as error:
         culprit = roll.explain(error)
+        roll.wait_for_readers()
         if culprit is None:
             raise
         raise RankFailed(culprit) from error
@@ -83,6 +84,21 @@ class _Roll:
             time.sleep(0.1)
         return f"a rank on another machine has failed, or hangs: {error}"
 
+    def wait_for_readers(self) -> None:
+        """Rank 0 stays until the others know who failed: the store may be in its process, and to a
+        rank that looks later rank 0 itself would seem to have died."""
+        end = time.monotonic() + PATIENCE
+        others = range(1, self.world_size) if self.rank == 0 else ()
+        while any(map(self._may_still_look, others)) and time.monotonic() < end:
+            time.sleep(0.1)
+
+    def _may_still_look(self, rank: int) -> bool:
+        with suppress(RuntimeError):
+            host, process = self.processes[rank]
+            here = host == socket.gethostname()
+            return (not here or _runs(process)) and not self.store.check([f"failed/{rank}"])
+        return False  # there is no store any more
+
     def _reason(self, rank: int) -> str | None:
         with suppress(RuntimeError):  # where the store was in a process that is gone
             if self.store.check([f"failed/{rank}"]):
@@ -115,5 +131,5 @@ def _runs(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter while it is going
         return False
