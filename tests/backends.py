@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 import unicom_ext
 from unicom_ext import functional, loss, sharding
-from unicom_ext.optim import adamw, rows, sgd
+from unicom_ext.optim import rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
@@ -98,5 +98,5 @@ if torch.cuda.is_available():
 
 def use(monkeypatch, name: str) -> None:
     """Sends the loss and the row optimizers to a backend for the length of a test."""
-    for module in (functional, loss, sharding, rows, adamw, sgd):
+    for module in (functional, loss, sharding, rows):
         monkeypatch.setattr(module, "_ops", BACKENDS[name]())

@@ -16,7 +16,7 @@ from torch import Tensor
 from unicom_ext import _core, checks, devices
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.reference import Metrics
-from unicom_ext.row_sparse import refuse_dense_optimizers, row_sparse
+from unicom_ext.row_sparse import refuse_dense_optimizers, row_sparse, updater_of
 
 __all__ = ["Metrics", "partial_margin_softmax"]
 
@@ -277,6 +277,12 @@ def _backward(ctx, grad_loss, *_):
     _embeddings, _slot, prototypes, class_index, count, *_rest = saved
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
+        return tuple(grads)
+    updater = updater_of(prototypes) if ctx.sparse and ctx.needs_input_grad[2] else None
+    if updater is not None:
+        operands = (*saved, *ctx.options, ctx.needs_input_grad[0])
+        grad_embeddings = updater(prototypes, grad_loss, operands)
+        grads[0] = grad_embeddings if ctx.needs_input_grad[0] else None
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
     grad_embeddings, grad_prototypes = _ops.loss_backward(

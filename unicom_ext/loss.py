@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unicom_ext import checks, devices
+from unicom_ext import checks, devices, memory
 from unicom_ext.functional import DEFAULT_WORKSPACE_BYTES, Metrics, call_loss
 from unicom_ext.margins import ArcFace, CombinedMargin
 from unicom_ext.sampling import num_sampled_classes, num_selected_features
@@ -188,7 +188,7 @@ class PartialMarginSoftmax(nn.Module):
         self.workspace_bytes = workspace_bytes
         self.seed = seed
         rows = num_classes if self.shard is None else len(self.shard)
-        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(memory.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None

@@ -78,6 +78,15 @@ def _note(gradient: Tensor) -> tuple[int | None, Tensor | None]:
     return getattr(storage, "_unicom_merged", (None, None))
 
 
+def attach(param: Tensor, updater: Any) -> None:
+    """Let backward call `updater` for this parameter instead of returning its gradient."""
+    param._unicom_updater = updater
+
+
+def updater_of(param: Tensor) -> Any:
+    return getattr(param, "_unicom_updater", None)
+
+
 def refuse_dense_optimizers() -> None:
     """From now on torch's dense optimizers say what to use when they meet a sparse gradient."""
     global _installed

@@ -88,10 +88,6 @@ inline Tensor pooled(const Tensor& like, std::initializer_list<int64_t> sizes, S
                                   like.device(), dtype, [](void* data) { release_block(data); });
 }
 
-inline int64_t value_bytes(cpu::DType dtype) {
-  return dtype == cpu::DType::kFloat64 ? 8 : dtype == cpu::DType::kFloat32 ? 4 : 2;
-}
-
 inline void check_matrix(const Tensor& tensor, const char* name) {
   check(tensor.dim() == 2, name, " must be a matrix, got ", tensor.dim(), " dimensions");
 }

@@ -247,6 +247,12 @@ PYBIND11_MODULE(_core, m) {
       "set_cpu_capability",
       [](const std::string& name) { return cpu::set_capability(name.c_str()); }, py::arg("name"),
       "Chooses an instruction set; False if this CPU or build does not have it.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) {
+        advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "Asks for huge pages where fresh memory lies.");
   m.def("pooled_bytes", &pooled_bytes, "Bytes in free blocks that the operators keep for reuse.");
   m.def("trim_pool", &trim_pool, "Gives the free blocks back to the system.");
   m.def("build_info", &build_info, "Compiler, C++ standard and flags this module was built with.");

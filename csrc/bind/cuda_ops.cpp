@@ -319,7 +319,7 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
     const int64_t dim = wanted ? like.size(1) : 0;
     Tensor out = empty_like_device(like, {wanted ? rows : 0, dim}, like.scalar_type());
     if (wanted && (!all_rows || source.columns != nullptr))
-      on.queue.fill_zero(out.mutable_data_ptr(), rows * dim * value_bytes(source.dtype));
+      on.queue.fill_zero(out.mutable_data_ptr(), rows * dim * bytes_of(source.dtype));
     return std::make_pair(out, RowSink{wanted ? out.mutable_data_ptr() : nullptr, source.dtype, dim,
                                        source.columns, source.dim});
   };

@@ -4,6 +4,7 @@
 
 #include "../engine/engine.h"
 #include "options.h"
+#include "row_updates.h"
 #include "schemas.h"
 
 namespace unicom {
@@ -256,18 +257,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
           kept};
 }
 
-std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings, Tensor slot,
-                                            Tensor prototypes, std::optional<Tensor> class_index,
-                                            std::optional<Tensor> count,
-                                            std::optional<Tensor> feature_index, Tensor state,
-                                            Tensor packed, Tensor kept, double scale, double filter,
-                                            int64_t precision, int64_t reduction_in,
-                                            int64_t workspace_bytes, bool want_embeddings,
-                                            bool want_prototypes, bool compact) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+// Backward of one call. With `update` the prototypes are updated at once, and have no gradient.
+std::tuple<Tensor, Tensor> run_backward(const Call& call, Tensor grad_loss, const Tensor& state,
+                                        const Tensor& packed, const Tensor& kept,
+                                        Reduction reduction, bool want_embeddings,
+                                        bool want_prototypes, bool compact,
+                                        const RowUpdate* update) {
   const Problem& p = call.problem;
-  const auto reduction = static_cast<Reduction>(reduction_in);
   check(packed.numel() == call.packed_size() && kept.numel() == call.kept_size() &&
             state.numel() == p.batch * kSampleStateSize,
         "state, packed and kept must come from the forward call with the same arguments");
@@ -286,34 +282,94 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
   });
 
   const TorchParallel parallel;
-  // Gradients start at zero, unless each of their values will be written.
+  // Zeros, but for the leading rows of which backward writes every value.
   auto gradient = [&](const Tensor& like, const cpu::RowSource& source, int64_t rows, bool wanted,
-                      bool all_rows) {
-    const int64_t dim = wanted ? like.size(1) : 0;
-    const int64_t bytes = value_bytes(source.dtype);
+                      int64_t written) {
+    const int64_t dim = like.size(1), bytes = dim * cpu::bytes_of(source.dtype);
     rows = wanted ? rows : 0;
-    Tensor out = pooled(like, {rows, dim}, like.scalar_type(), bytes);
-    if (!all_rows || source.columns != nullptr || p.batch == 0)
-      fill_zero(out.mutable_data_ptr(), rows * dim * bytes, parallel);
-    const RowSink sink{wanted ? out.mutable_data_ptr() : nullptr, source.dtype, dim, source.columns,
-                       source.dim};
-    return std::make_pair(out, sink);
+    written = p.batch > 0 ? std::min(written, rows) : 0;
+    Tensor out =
+        pooled(like, {rows, wanted ? dim : 0}, like.scalar_type(), cpu::bytes_of(source.dtype));
+    char* data = static_cast<char*>(out.mutable_data_ptr());
+    fill_zero(data + written * bytes, (rows - written) * bytes, parallel);
+    return std::make_pair(
+        out, RowSink{wanted ? data : nullptr, source.dtype, dim, source.columns, source.dim});
   };
-  check(!compact || class_index, "compact needs class_index");
+  check(!compact || call.class_index, "compact needs class_index");
+  const bool whole_rows = p.embeddings.columns == nullptr;
+  const bool all_classes = whole_rows && !call.class_index;
+  const int64_t num_classes = call.prototypes.size(0);
   const auto [grad_embeddings, embedding_sink] =
-      gradient(call.embeddings, p.embeddings, p.batch, want_embeddings, count_kept(p) == p.batch);
-  const auto [grad_prototypes, prototype_sink] = gradient(
-      call.prototypes, p.prototypes, compact ? class_index->numel() : call.prototypes.size(0),
-      want_prototypes, compact ? p.sampled == class_index->numel() : !class_index.has_value());
+      gradient(call.embeddings, p.embeddings, p.batch, want_embeddings,
+               whole_rows && count_kept(p) == p.batch ? p.batch : 0);
+  const auto [grad_prototypes, prototype_sink] =
+      gradient(call.prototypes, p.prototypes, compact ? call.class_index->numel() : num_classes,
+               want_prototypes,
+               compact       ? p.sampled
+               : all_classes ? num_classes
+                             : 0);
   const BackwardArgs args{static_cast<const SampleState*>(state.const_data_ptr()),
                           packed.const_data_ptr(),
                           kept.const_data_ptr(),
                           weight.get(),
                           embedding_sink,
                           prototype_sink,
-                          compact};
+                          compact,
+                          update};
   call.with_unit([&](auto unit) { backward<decltype(unit)>(p, args, parallel); });
   return {grad_embeddings, grad_prototypes};
+}
+
+std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings, Tensor slot,
+                                            Tensor prototypes, std::optional<Tensor> class_index,
+                                            std::optional<Tensor> count,
+                                            std::optional<Tensor> feature_index, Tensor state,
+                                            Tensor packed, Tensor kept, double scale, double filter,
+                                            int64_t precision, int64_t reduction,
+                                            int64_t workspace_bytes, bool want_embeddings,
+                                            bool want_prototypes, bool compact) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  return run_backward(call, grad_loss, state, packed, kept, static_cast<Reduction>(reduction),
+                      want_embeddings, want_prototypes, compact, nullptr);
+}
+
+Tensor loss_backward_adamw_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
+                              std::optional<Tensor> class_index, std::optional<Tensor> count,
+                              std::optional<Tensor> feature_index, Tensor state, Tensor packed,
+                              Tensor kept, double scale, double filter, int64_t precision,
+                              int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
+                              Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step, Tensor log_decay,
+                              double total_log_decay, double lr, double beta1, double beta2,
+                              double eps, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  const RowAdamW update = row_adamw(prototypes, exp_avg, exp_avg_sq, row_step, log_decay,
+                                    total_log_decay, {lr, beta1, beta2, eps, maximize});
+  return std::get<0>(run_backward(call, grad_loss, state, packed, kept,
+                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
+                                  &update));
+}
+
+Tensor loss_backward_sgd_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
+                            std::optional<Tensor> class_index, std::optional<Tensor> count,
+                            std::optional<Tensor> feature_index, Tensor state, Tensor packed,
+                            Tensor kept, double scale, double filter, int64_t precision,
+                            int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
+                            std::optional<Tensor> momentum_buffer, std::optional<Tensor> log_decay,
+                            std::optional<Tensor> last_step, std::optional<Tensor> history,
+                            double decay_before, double decay_after, int64_t step, double lr,
+                            double momentum, double weight_decay, bool nesterov, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  RowSgd update = row_sgd(prototypes, momentum_buffer, log_decay, decay_before, decay_after,
+                          {lr, momentum, weight_decay, nesterov, maximize});
+  const Problem& p = call.problem;
+  const auto missed =
+      replay(prototypes, last_step, history, step, p.class_index, p.sampled, &update);
+  return std::get<0>(run_backward(call, grad_loss, state, packed, kept,
+                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
+                                  &update));
 }
 
 }  // namespace
@@ -326,6 +382,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {
   m.impl("loss", TORCH_BOX(&unicom::loss_op));
   m.impl("loss_backward", TORCH_BOX(&unicom::loss_backward_op));
+  m.impl("loss_backward_adamw_", TORCH_BOX(&unicom::loss_backward_adamw_op));
+  m.impl("loss_backward_sgd_", TORCH_BOX(&unicom::loss_backward_sgd_op));
   m.impl("loss_sums", TORCH_BOX(&unicom::loss_sums_op));
   m.impl("loss_merge", TORCH_BOX(&unicom::loss_merge_op));
 }

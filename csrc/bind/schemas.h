@@ -21,15 +21,21 @@ inline constexpr const char* kLossSchemas[] = {
     "Tensor largest_negative, Tensor inverse_norm, Tensor packed, Tensor kept)",
     "loss_merge(Tensor sums, Tensor exponent, Tensor inverse_norm, Tensor slot, Tensor? m2, "
     "Tensor? m3, float m1, float m2_value, float m3_value, float scale, bool exact_margin_grad, "
-    "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)"};
-
-inline constexpr const char* kSelectionSchemas[] = {
-    "select_classes(Tensor labels, Tensor step, int num_classes, int num_sampled, int seed, "
-    "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)",
-    "select_features(Tensor step, int dim, int num_selected, int seed) -> Tensor",
-    "label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index, int "
-    "start, "
-    "int stop) -> Tensor"};
+    "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)",
+    "loss_backward_adamw_(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor(a!) "
+    "prototypes, "
+    "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
+    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
+    "bool want_embeddings, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, "
+    "Tensor(e!) log_decay, float total_log_decay, float lr, float beta1, float beta2, float eps, "
+    "bool maximize) -> Tensor grad_embeddings",
+    "loss_backward_sgd_(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor(a!) prototypes, "
+    "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
+    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
+    "bool want_embeddings, Tensor(b!)? momentum_buffer, Tensor(c!)? log_decay, "
+    "Tensor(d!)? last_step, Tensor? history, float decay_before, float decay_after, int step, "
+    "float lr, float momentum, float weight_decay, bool nesterov, bool maximize) "
+    "-> Tensor grad_embeddings"};
 
 inline constexpr const char* kUpdateSchemas[] = {
     "merge_rows(Tensor(a) ids, Tensor(b) rows) -> (Tensor(a) ids, Tensor(b) rows)",
@@ -40,5 +46,13 @@ inline constexpr const char* kUpdateSchemas[] = {
     "Tensor(d!)? last_step, Tensor? history, Tensor ids, Tensor rows, float decay_before, "
     "float decay_after, int step, float lr, float momentum, float weight_decay, bool nesterov, "
     "bool maximize) -> ()"};
+
+inline constexpr const char* kSelectionSchemas[] = {
+    "select_classes(Tensor labels, Tensor step, int num_classes, int num_sampled, int seed, "
+    "int ignore_index, int start, int stop) -> (Tensor class_index, Tensor count, Tensor slot)",
+    "select_features(Tensor step, int dim, int num_selected, int seed) -> Tensor",
+    "label_slots(Tensor labels, Tensor? class_index, int num_classes, int ignore_index, int "
+    "start, "
+    "int stop) -> Tensor"};
 
 }  // namespace unicom

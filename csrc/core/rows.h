@@ -3,9 +3,15 @@
 
 #include <cstdint>
 
+#include "macros.h"
+
 namespace unicom {
 
 enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+UNICOM_HD constexpr int64_t bytes_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
 
 // [*, dim] of any floating dtype, unit column stride.
 struct RowSource {

@@ -40,7 +40,23 @@ void read_row(const T* row, const int64_t* columns, int64_t dim, Real* out) {
   }
 }
 
-// One unit row; returns the inverse norm (0 for a zero row, whose unit vector is 0).
+// Divides out [dim] by its norm, and pads it. Returns the inverse norm (0 for a zero row, whose
+// unit vector is 0).
+template <class Real>
+double normalize(Real* out, int64_t dim, int64_t height) {
+  const double sum = sum_of_squares(out, dim);
+  const double inverse = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
+  if (inverse > 1e-30 && inverse < 1e30) {
+    const Real factor = static_cast<Real>(inverse);
+    for (int64_t k = 0; k < dim; ++k) out[k] *= factor;
+  } else {  // an inverse outside the range of fp32, or NaN
+    for (int64_t k = 0; k < dim; ++k) out[k] = static_cast<Real>(out[k] * inverse);
+  }
+  for (int64_t k = dim; k < height; ++k) out[k] = 0;
+  return inverse;
+}
+
+// One unit row; returns the inverse norm.
 template <class Real>
 double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) {
   const int64_t offset = id * source.row_stride;
@@ -51,16 +67,7 @@ double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) 
     case DType::kBFloat16: read(static_cast<const Bf16*>(source.data)); break;
     case DType::kFloat16: read(static_cast<const _Float16*>(source.data)); break;
   }
-  const double sum = sum_of_squares(out, source.dim);
-  const double inverse = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
-  if (inverse > 1e-30 && inverse < 1e30) {
-    const Real factor = static_cast<Real>(inverse);
-    for (int64_t k = 0; k < source.dim; ++k) out[k] *= factor;
-  } else {  // an inverse outside the range of fp32, or NaN
-    for (int64_t k = 0; k < source.dim; ++k) out[k] = static_cast<Real>(out[k] * inverse);
-  }
-  for (int64_t k = source.dim; k < height; ++k) out[k] = 0;
-  return inverse;
+  return normalize(out, source.dim, height);
 }
 
 constexpr int64_t kPrefetchRows = 4;
@@ -109,10 +116,51 @@ UNICOM_INLINE void transpose_words(const Load& load, const Put& put) {
   put(3, __builtin_shuffle(ab_high, cd_high, Words4{2, 3, 6, 7}));
 }
 
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+// A 16 x 16 block of 32-bit words: load(r) gives row r, which becomes column r of out.
+template <class Load>
+UNICOM_INLINE void transpose_block(const Load& load, void* out, int64_t out_stride) {
+  float* to = static_cast<float*>(out);
+  __m512 a[kLanes], b[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) a[i] = load(i);
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d x = _mm512_castps_pd(b[i + j]), y = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+    }
+  // a[4 q + c]: columns c, c + 4, c + 8, c + 12 of rows 4 q, ... 4 q + 3
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 x = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88);
+    const __m512 y = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 z = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 w = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(to + c * out_stride, _mm512_shuffle_f32x4(x, z, 0x88));
+    _mm512_storeu_ps(to + (c + 4) * out_stride, _mm512_shuffle_f32x4(y, w, 0x88));
+    _mm512_storeu_ps(to + (c + 8) * out_stride, _mm512_shuffle_f32x4(x, z, 0xdd));
+    _mm512_storeu_ps(to + (c + 12) * out_stride, _mm512_shuffle_f32x4(y, w, 0xdd));
+  }
+}
+#endif
+
 // out[c][r] = in[r][c]: rows x columns of elements that are copied as they are.
 template <class T>
 void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T* out,
                int64_t out_stride) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if (sizeof(T) == 4 && rows == kLanes)
+    for (; columns >= kLanes; columns -= kLanes, in += kLanes, out += kLanes * out_stride)
+      transpose_block([&](int i) { return _mm512_loadu_ps(in + i * in_stride); }, out, out_stride);
+#endif
   const bool by_four = sizeof(T) == 4 && rows % 4 == 0;
   const int64_t tail = by_four ? columns - columns % 4 : 0;
   if (by_four)
@@ -127,8 +175,7 @@ void transpose(const T* in, int64_t in_stride, int64_t rows, int64_t columns, T*
 // fp32 values to bf16 pairs along memory; count is even. `out` may be `in`.
 UNICOM_INLINE void round_to_pairs(const float* in, int64_t count, BfPair* out) {
   int64_t k = 0;
-  for (; k + kWidth<float> <= count; k += kWidth<float>)
-    store_pairs<0>(out + k / 2, round_to_bf16(load(in + k)));
+  for (; k + kWidth<float> <= count; k += kWidth<float>) store_rounded(out + k / 2, load(in + k));
   for (; k < count; k += 2) {
     const BfPair pair = make_unit<BfPair>(in[k], in[k + 1]);
     std::memcpy(out + k / 2, &pair, sizeof(pair));
@@ -167,8 +214,18 @@ bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first,
     inverse_norm[lane] = inverse;
     scale[lane / 4][lane % 4] = static_cast<float>(inverse);
   }
+  int64_t k = 0;
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  for (; k + kLanes <= source.dim; k += kLanes) {
+    transpose_block(
+        [&](int i) {
+          return _mm512_mul_ps(_mm512_loadu_ps(rows[i] + k), _mm512_set1_ps(scale[i / 4][i % 4]));
+        },
+        panel + k * kLanes, kLanes);
+  }
+#endif
   const int64_t fours = source.dim - source.dim % 4;
-  for (int64_t k = 0; k < fours; k += 4)
+  for (; k < fours; k += 4)
     for (int64_t r = 0; r < kLanes; r += 4)
       transpose_words([&](int i) -> Words4 { return load_words4(rows[r + i] + k); },
                       [&](int i, Words4 v) {
@@ -176,11 +233,52 @@ bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first,
                         store_words4(panel + (k + i) * kLanes + r,
                                      reinterpret_cast<Words4>(scaled));
                       });
-  for (int64_t k = fours; k < panel_height(source.dim); ++k)
+  for (; k < panel_height(source.dim); ++k)
     for (int64_t lane = 0; lane < kLanes; ++lane)
       panel[k * kLanes + lane] = k < source.dim ? rows[lane][k] * scale[lane / 4][lane % 4] : 0.0f;
   return true;
 }
+
+// Selected columns of fp32 rows, where the instruction set can pick them out of whole lines.
+class ColumnPicker {
+ public:
+  explicit ColumnPicker(const RowSource& source) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    if (source.dtype != DType::kFloat32 || source.columns == nullptr) return;
+    const int64_t width = source.columns[source.dim - 1] / kLanes + 1;
+    if (width > kMostGroups) return;
+    groups_ = width;
+    std::memset(mask_, 0, static_cast<size_t>(width) * sizeof(*mask_));
+    for (int64_t k = 0; k < source.dim; ++k)
+      mask_[source.columns[k] / kLanes] |=
+          static_cast<uint16_t>(1u << (source.columns[k] % kLanes));
+#else
+    (void)source;
+#endif
+  }
+  bool works() const { return groups_ > 0; }
+
+  // Writes source.dim values.
+  UNICOM_INLINE void pick(const float* row, float* out) const {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    for (int64_t g = 0; g < groups_; ++g) {
+      const __mmask16 mask = mask_[g];
+      const int count = __builtin_popcount(mask);
+      const __m512 picked =
+          _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, row + g * kLanes));
+      _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), picked);
+      out += count;
+    }
+#else
+    (void)row, (void)out;
+#endif
+  }
+
+ private:
+  static constexpr int64_t kMostGroups = 512;
+  int64_t groups_ = 0;
+  uint16_t mask_[kMostGroups];
+};
 
 template <class Unit>
 void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
@@ -195,12 +293,21 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
   const auto id_of = [&](int64_t lane) {
     return ids != nullptr ? ids[first + lane] : first + lane;
   };
+  const ColumnPicker picker(source);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
       // Sampled rows lie scattered in memory: ask for those to come while this one is worked on.
       if (first + lane + kPrefetchRows < total) prefetch_row(source, id_of(lane + kPrefetchRows));
-      inverse_norm[lane] = unit_row(source, id_of(lane), row, height);
+      const int64_t id = id_of(lane);
+      if constexpr (std::is_same_v<RealOf<Unit>, float>) {
+        if (picker.works()) {
+          picker.pick(static_cast<const float*>(source.data) + id * source.row_stride, row);
+          inverse_norm[lane] = normalize(row, source.dim, height);
+          continue;
+        }
+      }
+      inverse_norm[lane] = unit_row(source, id, row, height);
     } else {
       inverse_norm[lane] = 0;
       std::memset(row, 0, sizeof(*row) * height);
@@ -413,9 +520,9 @@ UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows, U
     constexpr int kV = kVectors<float>;
     for (int64_t r = 0; r < rows; r += 2)
       for (int v = 0; v < kV; ++v) {
-        const WordVec even = round_to_bf16(load(p + r * kLanes + v * kWidth<float>));
-        const WordVec odd = round_to_bf16(load(p + (r + 1) * kLanes + v * kWidth<float>));
-        store_words(along_rows + r / 2 * kLanes + v * kWidth<float>, even | (odd << 16));
+        const Vec<float> even = load(p + r * kLanes + v * kWidth<float>);
+        const Vec<float> odd = load(p + (r + 1) * kLanes + v * kWidth<float>);
+        store_words(along_rows + r / 2 * kLanes + v * kWidth<float>, rounded_pairs(even, odd));
       }
   }
   for (int64_t r = 0; r < rows; r += kLanes) {
@@ -558,7 +665,18 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
     for (int i = 0; i < kWidth<Real>; ++i)
       factor[v][i] = static_cast<Real>(scale[v * kWidth<Real> + i]);
   }
-  for (int64_t k = 0; k < height; k += 2) {
+  int64_t first = 0;
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    for (; first + kLanes <= dim; first += kLanes)
+      transpose_block(
+          [&](int i) {
+            const Vec<Real> g = load(gradient + (first + i) * kLanes);
+            return reinterpret_cast<__m512>(factor[0] * fma(-dot[0], unit(first + i, 0), g));
+          },
+          rows + first, height);
+#endif
+  for (int64_t k = first; k < height; k += 2) {
     Real block[2][kLanes];
     for (int i = 0; i < 2; ++i)
       for (int v = 0; v < kV; ++v) {

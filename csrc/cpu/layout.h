@@ -45,6 +45,7 @@ static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) 
 // write full tiles, and even, so that pairs fit.
 static constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
 
+using unicom::bytes_of;
 using unicom::DType;
 using unicom::RowSource;
 

@@ -210,6 +210,29 @@ UNICOM_INLINE void store_pairs(void* out, WordVec words) {
   *static_cast<HalfWordStore*>(out) = __builtin_convertvector(pairs, HalfWordVec);
 }
 
+// Values rounded to bf16, two to a word, in the order of memory.
+UNICOM_INLINE void store_rounded(void* out, Vec<float> v) {
+#if defined(__AVX512BF16__) && UNICOM_VECTOR_BYTES == 64
+  const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+  std::memcpy(out, &rounded, sizeof(rounded));
+#else
+  store_pairs<0>(out, round_to_bf16(v));
+#endif
+}
+
+// Words whose low half is from `even` and whose high half is from `odd`, rounded to bf16.
+UNICOM_INLINE WordVec rounded_pairs(Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512BF16__) && UNICOM_VECTOR_BYTES == 64
+  const __m512i low = _mm512_cvtepu16_epi32(
+      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(even))));
+  const __m512i high = _mm512_cvtepu16_epi32(
+      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(odd))));
+  return reinterpret_cast<WordVec>(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+  return round_to_bf16(even) | (round_to_bf16(odd) << 16);
+#endif
+}
+
 // Sum of squares: lanes in fp32 over short runs, the rest in double. Rows so long or so short that
 // squares would leave the range of fp32 are summed in double altogether.
 UNICOM_INLINE double sum_of_squares(const float* row, int64_t count) {

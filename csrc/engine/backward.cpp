@@ -9,6 +9,7 @@
 
 #include "../core/softmax.h"
 #include "operands.h"
+#include "update.h"
 
 namespace unicom {
 
@@ -116,6 +117,61 @@ class TargetGradient {
   Buffer<double> x_, w_;
 };
 
+// Where the finished rows of the prototype gradient go: to a matrix, or to the optimizer at once.
+class PrototypeRows {
+ public:
+  PrototypeRows(const Problem& p, const BackwardArgs& args)
+      : p_(p), args_(args), width_(args.prototypes.row_stride), row_(whole() ? width_ : 0) {
+    if (whole()) std::fill_n(row_.get(), width_, 0.0);
+  }
+
+#if defined(__SSE2__)
+  ~PrototypeRows() { _mm_sfence(); }
+#endif
+
+  // values [dim], of the selected columns
+  template <class Real>
+  void put(int64_t slot, const Real* values) {
+    const int64_t id = p_.class_index ? p_.class_index[slot] : slot;
+    if (!whole()) return write_row(args_.prototypes, id, values);
+    // The selected columns of a whole row; the others stay zero.
+    RowSink sink = args_.prototypes;
+    sink.data = row_.get();
+    if (args_.update == nullptr) {
+      write_row(sink, 0, values);
+      store_past_caches(args_.prototypes, slot);
+      return;
+    }
+    sink.dtype = arithmetic(sink.dtype);
+    write_row(sink, 0, values);
+    args_.update->step(id, row_.get());
+  }
+
+ private:
+  bool whole() const { return args_.compact || args_.update != nullptr; }
+
+  // A gradient larger than the caches gains nothing from passing through them.
+  void store_past_caches(const RowSink& sink, int64_t slot) const {
+    const int64_t bytes = width_ * cpu::bytes_of(sink.dtype);
+    char* to = static_cast<char*>(sink.data) + slot * bytes;
+#if defined(__SSE2__)
+    if (bytes * p_.sampled > kCacheBytes && bytes % 16 == 0 &&
+        reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      const auto* from = reinterpret_cast<const __m128i*>(row_.get());
+      for (int64_t i = 0; i < bytes / 16; ++i)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, _mm_loadu_si128(from + i));
+      return;
+    }
+#endif
+    std::memcpy(to, row_.get(), static_cast<size_t>(bytes));
+  }
+
+  const Problem& p_;
+  const BackwardArgs& args_;
+  const int64_t width_;  // of a whole row
+  Buffer<double> row_;   // wide enough for any type
+};
+
 // Works through the sampled classes in runs. For each run, over all rows of the batch:
 //   1. the tile of probabilities, in the two layouts the products want;
 //   2. the run's prototype gradients, complete, straight to their rows;
@@ -127,6 +183,7 @@ class Backward {
   static constexpr int64_t kValues = Shape<Unit>::kValues;
   static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
   static constexpr int64_t kPanelsPerItem = 4;
+  static constexpr int64_t kTilesBetweenPrefetches = 2;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
@@ -150,7 +207,8 @@ class Backward {
         along_classes_(row_panels_ * run_panels_ * kGroup * kLanes),
         weighted_(want_prototypes() ? row_stride_ * s_.height : 0),
         class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
-        embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0) {}
+        embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
+        target_gradient_(want_embeddings() ? p.batch * s_.dim : 0) {}
 
   void run() {
     prepare_rows();
@@ -179,7 +237,9 @@ class Backward {
   }
 
  private:
-  bool want_prototypes() const { return args_.prototypes.data != nullptr; }
+  bool want_prototypes() const {
+    return args_.prototypes.data != nullptr || args_.update != nullptr;
+  }
   bool want_embeddings() const { return args_.embeddings.data != nullptr; }
 
   void prepare_rows() {
@@ -192,6 +252,18 @@ class Backward {
       if (p_.slot[i] == kIgnoredSlot || state.factor == 0) continue;
       row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
       weight_[static_cast<size_t>(i)] = args_.weight[i] * p_.scale * state.miss;
+    }
+    if (want_embeddings()) {  // before prototypes are updated
+      constexpr int64_t kSamplesPerItem = 16;
+      parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
+        TargetGradient target(p_, args_);
+        const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
+        for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
+          Real* row = target_gradient_.get() + i * s_.dim;
+          std::fill_n(row, s_.dim, Real(0));
+          if (p_.slot[i] >= 0) target.add_to_embedding(i, row);
+        }
+      });
     }
     if (want_prototypes()) {
       constexpr int64_t kRows = Shape<Unit>::kRowGranule;
@@ -249,19 +321,29 @@ class Backward {
     const int64_t size = s_.height * kLanes;
     Buffer<Real> gradient(count * size), rows(size);
     cpu::Product<Unit> a;
-    a.a = weighted_.get();
     a.a_tile_stride = row_stride_ * kTile;
     a.group_units = a.group_stride = 0;
     a.b = along_rows_.get() + offset * row_stride_ * kLanes;
     a.b_panel_stride = row_stride_ * kLanes;
-    a.out = gradient.get();
     a.out_panel_stride = size;
-    a.tiles = s_.height / kTile;
     a.panels = count;
     a.units = row_units_;
     a.accumulate = false;
-    k_.product(a);
+    // The rows that the optimizer will want come from memory while this multiplies.
+    const int64_t tiles = s_.height / kTile, first_slot = (first_panel + offset) * kLanes;
+    const int64_t slots = std::min(count * kLanes, p_.sampled - first_slot);
+    const int64_t step = args_.update != nullptr ? kTilesBetweenPrefetches : tiles;
+    for (int64_t t = 0; t < tiles; t += step) {
+      if (args_.update != nullptr)
+        for (int64_t j = t * slots / tiles; j < std::min(tiles, t + step) * slots / tiles; ++j)
+          args_.update->prefetch(p_.class_index ? p_.class_index[first_slot + j] : first_slot + j);
+      a.tiles = std::min(step, tiles - t);
+      a.a = weighted_.get() + t * a.a_tile_stride;
+      a.out = gradient.get() + t * kTile * kLanes;
+      k_.product(a);
+    }
     TargetGradient target(p_, args_);
+    PrototypeRows out(p_, args_);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t panel = first_panel + offset + j;
       k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
@@ -273,8 +355,7 @@ class Backward {
         const int64_t slot = panel * kLanes + lane;
         for (; sample != by_slot_.end() && p_.slot[*sample] == slot; ++sample)
           target.add_to_prototype(*sample, rows.get() + lane * s_.height);
-        const int64_t id = p_.class_index && !args_.compact ? p_.class_index[slot] : slot;
-        write_row(args_.prototypes, id, rows.get() + lane * s_.height);
+        out.put(slot, rows.get() + lane * s_.height);
       }
     }
   }
@@ -296,8 +377,8 @@ class Backward {
     a.out_panel_stride = s_.height * kLanes;
     a.out = embedding_gradient_.get() + row_panel * a.out_panel_stride;
     a.tiles = s_.height / kTile;
-    // Panels past the last row block were never written.
-    a.panels = std::min(kPanelsPerItem, ceil_div(s_.tiles * kTile, kLanes) - row_panel);
+    // Panels past the last row are not needed.
+    a.panels = std::min(kPanelsPerItem, ceil_div(p_.batch, kLanes) - row_panel);
     a.units = panels * kGroup;
     a.accumulate = first_panel > 0;
     if (a.panels > 0) k_.product(a);
@@ -306,7 +387,6 @@ class Backward {
   void finish_embeddings() {
     parallel_.run(ceil_div(p_.batch, kLanes), [&](int64_t panel) {
       Buffer<Real> row(s_.height);
-      TargetGradient target(p_, args_);
       const Real* gradient = embedding_gradient_.get() + panel * s_.height * kLanes;
       const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
       for (int64_t i = panel * kLanes; i < end; ++i) {
@@ -317,9 +397,10 @@ class Backward {
         for (int64_t d = 0; d < s_.dim; ++d)
           dot += static_cast<double>(gradient[d * kLanes + lane]) * x[d];
         const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
+        const Real* target = target_gradient_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
-          row[d] = static_cast<Real>(factor * (gradient[d * kLanes + lane] - dot * x[d]));
-        if (p_.slot[i] >= 0) target.add_to_embedding(i, row.get());
+          row[d] =
+              static_cast<Real>(factor * (gradient[d * kLanes + lane] - dot * x[d])) + target[d];
         write_row(args_.embeddings, i, row.get());
       }
     });
@@ -341,6 +422,7 @@ class Backward {
   Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
   Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
+  Buffer<Real> target_gradient_;     // [batch][dim], the targets' part of it
   std::vector<cpu::RowScale> row_scale_;
   std::vector<double> weight_;
   std::vector<int64_t> by_slot_;
@@ -350,8 +432,12 @@ class Backward {
 
 template <class Unit>
 void backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel) {
-  if (p.batch == 0) return;
-  Backward<Unit>(p, args, parallel).run();
+  if (p.batch > 0) return Backward<Unit>(p, args, parallel).run();
+  if (args.update != nullptr) {  // to the optimizer a gradient of zeros is a step all the same
+    PrototypeRows out(p, args);
+    const std::vector<float> zeros(static_cast<size_t>(p.prototypes.dim));
+    for (int64_t j = 0; j < p.sampled; ++j) out.put(j, zeros.data());
+  }
 }
 
 template void backward<float>(const Problem&, const BackwardArgs&, const Parallel&);

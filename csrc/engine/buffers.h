@@ -12,6 +12,10 @@ namespace unicom {
 void* acquire_block(size_t bytes);
 void release_block(void* block);
 
+// Asks the system for huge pages where a large block of fresh memory lies: it is first touched at
+// several times the speed then, and scattered rows are found with fewer misses of the page tables.
+void advise_huge_pages(void* data, size_t bytes);
+
 // Bytes held in free blocks; and a way to give them back to the system.
 size_t pooled_bytes();
 void trim_pool();

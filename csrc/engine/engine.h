@@ -48,6 +48,8 @@ struct ShardSums {
   void* kept;                // kept_panels * kept_panel_bytes
 };
 
+class RowUpdate;
+
 struct BackwardArgs {
   const SampleState* state;
   const void* packed;
@@ -55,7 +57,8 @@ struct BackwardArgs {
   const double* weight;  // [batch] upstream gradient of each sample's loss
   RowSink embeddings;    // [batch, d]
   RowSink prototypes;    // row class_index[j], or row j when compact
-  bool compact;
+  bool compact;  // prototypes holds the sampled rows only, and whole: it need not be cleared
+  const RowUpdate* update;  // not null: the prototypes are updated and `prototypes` is not written
 };
 
 template <class Unit>

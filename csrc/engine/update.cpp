@@ -15,25 +15,21 @@ namespace {
 constexpr int64_t kRowsPerItem = 64;
 constexpr int64_t kRowsAhead = 2;
 
-int64_t width(cpu::DType dtype) {
-  return dtype == cpu::DType::kFloat64 ? 8 : dtype == cpu::DType::kFloat32 ? 4 : 2;
-}
-
-cpu::DType arithmetic(cpu::DType parameter) {
-  return parameter == cpu::DType::kFloat64 ? cpu::DType::kFloat64 : cpu::DType::kFloat32;
-}
-
 // Rows lie scattered in memory: ask for all their lines while others are worked on.
 void prefetch_row(const RowArray& array, int64_t id, int64_t dim) {
   const char* row = static_cast<const char*>(array.row(id));
-  const int64_t bytes = dim * width(array.dtype);
+  const int64_t bytes = dim * cpu::bytes_of(array.dtype);
   for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 1);
 }
 
 }  // namespace
 
+cpu::DType arithmetic(cpu::DType parameter) {
+  return parameter == cpu::DType::kFloat64 ? cpu::DType::kFloat64 : cpu::DType::kFloat32;
+}
+
 void* RowArray::row(int64_t id) const {
-  return static_cast<char*>(data) + id * row_stride * width(dtype);
+  return static_cast<char*>(data) + id * row_stride * cpu::bytes_of(dtype);
 }
 
 void RowAdamW::step(int64_t id, const void* gradient) const {
@@ -126,7 +122,7 @@ void MergedRows::write(const RowGradient& from, int64_t* ids, const RowArray& ro
       ids[j] = from.ids[order_[first]];
       if (last == first + 1) {
         std::memcpy(rows.row(j), from.rows.row(order_[first]),
-                    static_cast<size_t>(from.dim * width(dtype)));
+                    static_cast<size_t>(from.dim * cpu::bytes_of(dtype)));
         continue;
       }
       for (size_t i = first; i < last; ++i)

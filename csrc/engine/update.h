@@ -10,6 +10,9 @@
 
 namespace unicom {
 
+// What an optimizer computes with for parameters of a type: float64 for float64, else float32.
+cpu::DType arithmetic(cpu::DType parameter);
+
 // Rows of a matrix that an optimizer writes: [*, dim], unit column stride.
 struct RowArray {
   void* data;  // nullptr: not there

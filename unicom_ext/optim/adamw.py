@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from unicom_ext import memory
 from unicom_ext.optim import reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
-    _ops,
     check_number,
     log_of_decay,
     refuse_dense_only,
@@ -63,6 +63,7 @@ class RowAdamW(RowOptimizer):
     """
 
     _operator = "row_adamw_"
+    _backward_operator = "loss_backward_adamw_"
     _row_marker = "row_step"
 
     def __init__(
@@ -147,8 +148,8 @@ class RowAdamW(RowOptimizer):
             square = square.mean(dim=1) if group["row_second_moment"] else square
             state["exp_avg_sq"] = square.to(square_dtype)
         else:
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype)
-            state["exp_avg_sq"] = param.new_zeros(shape, dtype=square_dtype)
+            state["exp_avg"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
+            state["exp_avg_sq"] = memory.zeros(*shape, dtype=square_dtype, device=param.device)
         state["row_step"] = param.new_full((len(param),), steps, dtype=torch.int32)
         state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
         state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
@@ -162,25 +163,16 @@ class RowAdamW(RowOptimizer):
             "log_decay": [rows],
         }
 
-    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+    def _row_operands(
+        self, group: dict[str, Any], param: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         state, lr = self.state[param], float(group["lr"])
         total = float(state["total_log_decay"]) + log_of_decay(lr, group["weight_decay"])
-        update = _ops.row_adamw_ if self._fused(group, param) else reference.row_adamw_
-        update(
-            param.detach(),
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["row_step"],
-            state["log_decay"],
-            ids,
-            rows,
-            total,
-            lr,
-            *group["betas"],
-            group["eps"],
-            group["maximize"],
-        )
-        state["total_log_decay"] = torch.tensor(total, dtype=torch.float64)
+        tensors = (state["exp_avg"], state["exp_avg_sq"], state["row_step"], state["log_decay"])
+        return tensors, (total, lr, *group["betas"], group["eps"], group["maximize"])
+
+    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+        self.state[param]["total_log_decay"] = torch.tensor(numbers[0], dtype=torch.float64)
 
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from unicom_ext.optim.rows import merge_rows
-from unicom_ext.row_sparse import is_merged, merged_gradient
+from unicom_ext.row_sparse import is_merged, merged_gradient, updater_of
 
 
 @torch.no_grad()
@@ -26,9 +26,15 @@ def clip_grad_norm_(
     sums.
 
     Returns the norm before clipping. Raises RuntimeError if it is not finite and
-    `error_if_nonfinite` is set; nothing has been scaled then.
+    `error_if_nonfinite` is set, or if prototypes have been updated in backward already; nothing has
+    been scaled then.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if any(updater.pending for p in parameters if (updater := updater_of(p)) is not None):
+        raise RuntimeError(
+            "gradients cannot be clipped where prototypes are updated in backward: they have been "
+            "updated already. Make an optimizer without update_in_backward for this"
+        )
     values = [_values(p) for p in parameters if p.grad is not None]
     norm = get_total_norm(values, norm_type, error_if_nonfinite)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 import unicom_ext.functional  # noqa: F401  (loads the operators)
-from unicom_ext.row_sparse import is_merged, merged_ids
+from unicom_ext.optim import reference
+from unicom_ext.optim.in_backward import UpdateInBackward
+from unicom_ext.row_sparse import attach, is_merged, merged_ids, updater_of
+
+if TYPE_CHECKING:
+    from unicom_ext.loss import PartialMarginSoftmax
 
 _ops = torch.ops.unicom_ext
 
@@ -81,13 +86,21 @@ class RowOptimizer(torch.optim.Optimizer):
     that of the parameter, and of few numbers that are the same for all rows.
     """
 
-    _operator: str  # of the fused pass
+    _operator: str  # of the fused pass, and the name of its reference
+    _backward_operator: str  # of the backward pass that updates
     _row_marker: str  # a key that only the state of row parameters has
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+    def _row_operands(
+        self, group: dict[str, Any], param: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+        """What the operators take before and after the gradient: state tensors, then numbers."""
+        raise NotImplementedError
+
+    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+        """Note in the state what is the same for all rows."""
         raise NotImplementedError
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
@@ -128,11 +141,48 @@ class RowOptimizer(torch.optim.Optimizer):
                 self._dense_step(group, dense)
             for param in with_gradient:
                 if self._by_rows(param):
-                    self._init_row_state(group, param)
-                    fused = self._fused(group, param)
-                    self._row_step(group, param, *_gradient_rows(param, merged=fused))
-                    increment_version(param)
+                    self._row_step(group, param)
+            for param in group["params"]:
+                if (updater := updater_of(param)) is not None:
+                    updater.pending = False
         return loss
+
+    def _row_step(self, group: dict[str, Any], param: Tensor) -> None:
+        self._init_row_state(group, param)
+        tensors, numbers = self._row_operands(group, param)
+        fused = self._fused(group, param)
+        update = getattr(_ops if fused else reference, self._operator)
+        update(param.detach(), *tensors, *_gradient_rows(param, merged=fused), *numbers)
+        increment_version(param)
+        self._finish_row_step(group, param, numbers)
+
+    def update_in_backward(self, loss_fn: PartialMarginSoftmax) -> None:
+        """From now on update the prototypes of this loss inside `loss.backward()`.
+
+        Their gradient is then never stored, which saves memory and a pass over it. `step` goes on
+        to update everything else, and must follow each backward.
+
+        For plain steps: one backward of the loss itself per step. Backward raises RuntimeError,
+        before anything has changed, where the loss was scaled first (GradScaler, accumulation, a
+        weight), where a backward has passed since the last step, and where the prototypes have
+        hooks; `clip_grad_norm_` refuses prototypes that have been updated already. Under
+        `torch.compile` gradients are stored as ever, and `step` updates.
+
+        Raises ValueError: the loss cannot be updated so.
+        """
+        param = loss_fn.weight
+        groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
+        if not groups:
+            raise ValueError("the weight of the loss must be among the optimizer's parameters")
+        if not loss_fn.sparse_grad:
+            raise ValueError("update_in_backward needs a loss with sparse_grad=True")
+        if loss_fn.reduction == "none":
+            raise ValueError('update_in_backward needs reduction "mean" or "sum", got "none"')
+        if getattr(loss_fn, "shard", None) is not None:
+            raise ValueError("update_in_backward needs a loss without process_group")
+        if not _has_kernel(self._backward_operator, param.device):
+            raise ValueError(f"update_in_backward is not there on {param.device.type} yet")
+        attach(param, UpdateInBackward(self, groups[0], getattr(_ops, self._backward_operator)))
 
     @torch.no_grad()
     def catch_up(self) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from unicom_ext import memory
 from unicom_ext.optim import reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
-    _ops,
     check_number,
     log_of_decay,
     refuse_dense_only,
@@ -63,6 +63,7 @@ class RowSGD(RowOptimizer):
     """
 
     _operator = "row_sgd_"
+    _backward_operator = "loss_backward_sgd_"
     _row_marker = "by_rows"
 
     def __init__(
@@ -122,7 +123,7 @@ class RowSGD(RowOptimizer):
         state = self.state[param]
         if group["momentum"] and state.get("momentum_buffer") is None:
             dtype = torch.promote_types(param.dtype, torch.float32)
-            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+            state["momentum_buffer"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
         if "by_rows" in state:
             return
         state["by_rows"] = True
@@ -138,45 +139,34 @@ class RowSGD(RowOptimizer):
         rows = [len(param)]
         return {"momentum_buffer": [list(param.shape)], "log_decay": [rows], "last_step": [rows]}
 
-    def _row_step(self, group: dict[str, Any], param: Tensor, ids: Tensor, rows: Tensor) -> None:
+    def _row_operands(
+        self, group: dict[str, Any], param: Tensor
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         state, lr = self.state[param], float(group["lr"])
-        exact = "last_step" in state
         before = after = 0.0
-        if not exact:
+        step = 0
+        if "last_step" in state:
+            step = int(state["step"]) + 1
+        else:
             before = float(state["total_log_decay"])
             after = before + log_of_decay(lr, group["weight_decay"])
-        update = _ops.row_sgd_ if self._fused(group, param) else reference.row_sgd_
-        update(
-            param.detach(),
-            state.get("momentum_buffer") if group["momentum"] else None,
-            state.get("log_decay"),
-            state.get("last_step"),
-            state.get("history"),
-            ids,
-            rows,
-            before,
-            after,
-            int(state["step"]) + 1 if exact else 0,
-            lr,
-            group["momentum"],
-            group["weight_decay"],
-            group["nesterov"],
-            group["maximize"],
-        )
-        if exact:
-            self._remember(group, param)
-        else:
-            state["total_log_decay"] = torch.tensor(after, dtype=torch.float64)
+        buffer = state.get("momentum_buffer") if group["momentum"] else None
+        tensors = (buffer, state.get("log_decay"), state.get("last_step"), state.get("history"))
+        options = group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"]
+        return tensors, (before, after, step, lr, *options)
 
-    def _remember(self, group: dict[str, Any], param: Tensor) -> None:
-        """Note this step for the rows that missed it."""
-        state = self.state[param]
-        step = reference.sgd_transition(
-            float(group["lr"]), group["momentum"], group["weight_decay"], group["nesterov"]
+    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+        state, (_, after, step, lr, *_) = self.state[param], numbers
+        if "last_step" not in state:
+            state["total_log_decay"] = torch.tensor(after, dtype=torch.float64)
+            return
+        # For the rows that missed this step.
+        transition = reference.sgd_transition(
+            lr, group["momentum"], group["weight_decay"], group["nesterov"]
         )
-        state["step"] = state["step"] + 1
-        step = step.view(1, 4).to(param.device, non_blocking=True)
-        state["history"] = torch.cat([state["history"], step])
+        state["step"] = torch.tensor(step)
+        transition = transition.view(1, 4).to(param.device, non_blocking=True)
+        state["history"] = torch.cat([state["history"], transition])
         if len(state["history"]) >= _LONGEST_HISTORY:
             self._catch_up(param)
 
