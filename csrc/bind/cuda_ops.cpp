@@ -226,18 +226,8 @@ std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor in
                                          std::optional<Tensor> m3, double m1, double m2_value,
                                          double m3_value, double scale, bool exact_margin_grad,
                                          bool linear_beyond_pi) {
-  const int64_t batch = slot.numel();
-  check_vector(slot, "slot", batch, ScalarType::Long);
-  check_vector(exponent, "exponent", batch, ScalarType::Double);
-  check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
-  check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 2 &&
-            sums.scalar_type() == ScalarType::Double,
-        "sums must be Double of shape [", batch, ", 2]");
+  const int64_t batch = prepare_merge(sums, exponent, inverse_norm, slot);
   const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
-  sums = torch::stable::contiguous(sums);
-  exponent = torch::stable::contiguous(exponent);
-  inverse_norm = torch::stable::contiguous(inverse_norm);
-  slot = torch::stable::contiguous(slot);
   OnDevice on(sums);
   Tensor loss = doubles(sums, {batch}), state = doubles(sums, {batch, kSampleStateSize});
   const double* pairs = sums.const_data_ptr<double>();

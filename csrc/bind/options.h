@@ -43,5 +43,18 @@ inline void check_options(double scale, int64_t precision, int64_t workspace_byt
   check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
 }
 
+// What loss_merge takes of each sample, checked and made contiguous. Returns the batch size.
+inline int64_t prepare_merge(Tensor& sums, Tensor& exponent, Tensor& inverse_norm, Tensor& slot) {
+  const int64_t batch = slot.numel();
+  check_vector(slot, "slot", batch, ScalarType::Long);
+  check_vector(exponent, "exponent", batch, ScalarType::Double);
+  check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
+  check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 2 &&
+            sums.scalar_type() == ScalarType::Double,
+        "sums must be Double of shape [", batch, ", 2]");
+  for (Tensor* t : {&sums, &exponent, &inverse_norm, &slot}) *t = torch::stable::contiguous(*t);
+  return batch;
+}
+
 }  // namespace
 }  // namespace unicom
