@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from partial_fc import CompiledPartialFC, PartialFC
 from torch import Tensor, nn
 
-from unicom_ext import ArcFace, PartialMarginSoftmax, _core
+from unicom_ext import ArcFace, PartialMarginSoftmax, _core, memory
+from unicom_ext.optim import RowAdamW
+from unicom_ext.row_sparse import attach, updater_of
 from unicom_ext.sampling import num_sampled_classes, num_selected_features
 
 MARGIN, SCALE = 0.3, 64.0  # UNICOM's recipe
@@ -54,19 +56,29 @@ class Problem:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         generator = torch.Generator().manual_seed(0)
-        weight = torch.empty(shape.classes, shape.dim).normal_(0, 0.01, generator=generator)
+        # Everyone's prototypes and moments lie where the package would put them.
+        weight = memory.empty(shape.classes, shape.dim).normal_(0, 0.01, generator=generator)
         self.weight = nn.Parameter(weight)
         embeddings = torch.empty(shape.batch, shape.dim).normal_(generator=generator)
         self.embeddings = embeddings.requires_grad_()
         self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator)
         self.optimizers = {
+            "rows": RowAdamW([self.weight], lr=1e-6),
+            "in backward": RowAdamW([self.weight], lr=1e-6),
             "fused": torch.optim.AdamW([self.weight], lr=1e-6, fused=True),
             "plain": torch.optim.AdamW([self.weight], lr=1e-6),
         }
-        self.weight.grad = torch.zeros_like(self.weight)
-        self.optimizers["fused"].step()
-        self.zero_grad()
-        self.optimizers["plain"].state = self.optimizers["fused"].state
+        rows = self.optimizers["rows"]
+        rows.init_row_state([self.weight])
+        state = rows.state[self.weight]
+        state["exp_avg_sq"].fill_(1e-8)
+        for name in ("fused", "plain"):
+            self.optimizers[name].state[self.weight] = {
+                "step": torch.tensor(1.0),
+                "exp_avg": state["exp_avg"],
+                "exp_avg_sq": state["exp_avg_sq"],
+            }
+        self.optimizers["in backward"].state = rows.state
 
     def zero_grad(self) -> None:
         self.weight.grad = self.embeddings.grad = None
@@ -80,8 +92,14 @@ class Head:
         self.module = module
         self.module.weight = problem.weight
         self.optimizer = problem.optimizers[optimizer]
+        self.updater = None
+        if optimizer == "in backward":
+            self.optimizer.update_in_backward(module)
+            self.updater = updater_of(problem.weight)
+            attach(problem.weight, None)
 
     def forward(self) -> None:
+        attach(self.problem.weight, self.updater)  # the heads take turns on one parameter
         self.loss = self.module(self.problem.embeddings, self.problem.labels)
 
     def backward(self) -> None:
@@ -138,7 +156,7 @@ class Unavailable(Exception):
     """A candidate cannot run here; the message is the reason."""
 
 
-def _ours(precision: str) -> Callable[[Problem], Head]:
+def _ours(precision: str, optimizer: str = "in backward") -> Callable[[Problem], Head]:
     def build(problem: Problem) -> Head:
         shape = problem.shape
         module = PartialMarginSoftmax(
@@ -149,8 +167,9 @@ def _ours(precision: str) -> Callable[[Problem], Head]:
             sample_rate=shape.sample_rate,
             feature_rate=shape.feature_rate,
             precision=precision,
+            sparse_grad=optimizer != "fused",
         )
-        return Head(problem, module, "fused")
+        return Head(problem, module, optimizer)
 
     return build
 
@@ -182,15 +201,38 @@ def _compiled(problem: Problem) -> Head:
     return _partial_fc("fused", CompiledPartialFC)(problem)
 
 
-_BF16 = (
-    "bf16 against fp32: unit vectors in bf16, AdamW(fused=True)"
-    if "avx512_bf16" in _core.cpu_capabilities()
-    else "bf16 against fp32: unit vectors in bf16, AdamW(fused=True). This CPU has no bf16 "
-    "instructions, so that bf16 can save memory but no time"
-)
+_BF16 = "bf16 against fp32: unit vectors in bf16, parameters and moments in fp32"
+if "avx512_bf16" not in _core.cpu_capabilities():
+    _BF16 += ". This CPU has no bf16 instructions, so that bf16 can save memory but no time"
 CANDIDATES = [
-    Candidate("ours-fp32", "unicom_ext fp32", "fp32, AdamW(fused=True)", _ours("fp32"), ours=True),
-    Candidate("ours-bf16", "unicom_ext bf16", _BF16, _ours("bf16"), ours=True),
+    Candidate(
+        "ours-fp32",
+        "unicom_ext fp32",
+        "fp32, RowAdamW inside backward",
+        _ours("fp32"),
+        ours=True,
+    ),
+    Candidate(
+        "ours-bf16",
+        "unicom_ext bf16",
+        f"{_BF16}; RowAdamW inside backward",
+        _ours("bf16"),
+        ours=True,
+    ),
+    Candidate(
+        "ours-stored",
+        "unicom_ext fp32, gradient stored",
+        "fp32, a row-sparse gradient, then RowAdamW",
+        _ours("fp32", "rows"),
+        ours=True,
+    ),
+    Candidate(
+        "ours-dense",
+        "unicom_ext fp32, dense gradient",
+        "fp32, a dense gradient, then AdamW(fused=True), as the peers",
+        _ours("fp32", "fused"),
+        ours=True,
+    ),
     Candidate("partialfc", "PartialFC v2", "fp32, eager, AdamW(fused=True)", _partial_fc("fused")),
     Candidate(
         "published",

@@ -121,7 +121,7 @@ def _progress() -> Progress:
     )
 
 
-def _parse_peers(context: click.Context, option: click.Parameter, value: str) -> list[str]:
+def parse_peers(context: click.Context, option: click.Parameter, value: str) -> list[str]:
     names = PEERS if value == "all" else [name for name in value.split(",") if name]
     for name in names:
         if name not in PEERS:
@@ -150,7 +150,7 @@ def _parse_peers(context: click.Context, option: click.Parameter, value: str) ->
 )
 @click.option("--device", type=click.Choice(["cpu"]), default="cpu")
 @click.option(
-    "--peers", callback=_parse_peers, default="all", metavar="LIST",
+    "--peers", callback=parse_peers, default="all", metavar="LIST",
     help=f"Whom to compare with: a comma-separated list of {', '.join(PEERS)}.",
 )  # fmt: skip
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory too.")

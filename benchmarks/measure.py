@@ -108,7 +108,7 @@ def summary(values: list[float]) -> dict[str, float]:
 def ratios(ours: dict[str, list[float]], peer: dict[str, list[float]]) -> dict[str, dict]:
     """How many times longer the peer took, for each span, from the pairs of each round.
 
-    The update is left out: it is the same optimizer on both sides, or none.
+    There is no ratio of updates: ours may happen inside backward.
     """
     ours, peer = spans(ours), spans(peer)
     result = {}
@@ -125,7 +125,7 @@ def peak_memory(shape: Shape, name: str, threads: int) -> dict[str, int] | str:
     """Peak memory of a step in a fresh process, or in a string why there is no figure.
 
     Bytes beyond what was there before the step: parameters, inputs, optimizer state, libraries.
-    The dense gradient is part of it. Keys: "forward+backward" and "step".
+    Gradients are part of it. Keys: "forward+backward" and "step".
     """
     if not Path("/proc/self/clear_refs").exists():
         return "needs Linux"

@@ -97,6 +97,69 @@ def markdown(result: dict[str, Any]) -> str:
     return f"# Head step, {result['name']}\n\n{lines}\n\n{tables}"
 
 
+def sweep_markdown(result: dict[str, Any]) -> str:
+    """Milliseconds per step at each value of a sweep, and the ratios to our fp32."""
+    points = result["points"]
+    labels = {c["name"]: c["label"] for p in points for c in p["result"]["candidates"]}
+    times, ratios = [], []
+    for point in points:
+        by_name = {c["name"]: c for c in point["result"]["candidates"]}
+        spans = {n: by_name[n]["summary"]["step"] for n in labels if "summary" in by_name[n]}
+        times.append(
+            [f"{point['value']:g}", *(_spread(spans[n], 1e3) if n in spans else "" for n in labels)]
+        )
+        pairs = point["result"]["ratios"]["ours-fp32"]
+        ratios.append(
+            [f"{point['value']:g}", *(_spread(pairs[n]["step"], 1) if n in pairs else ""
+                                      for n in labels if not n.startswith("ours"))]
+        )  # fmt: skip
+    head = [result["label"]]
+    tables = [Table("Milliseconds per step: median (min to max)", [*head, *labels.values()], times)]
+    peers = [label for name, label in labels.items() if not name.startswith("ours")]
+    if peers:
+        title = "Step, times as long as unicom_ext fp32: median (min to max) of the pairs"
+        tables.append(Table(title, [*head, *peers], ratios))
+    lines = "\n".join(f"- {line}" for line in describe(points[-1]["result"]))
+    text = "\n".join(table.markdown() for table in tables)
+    return (
+        f"# Sweep over {result['label']}\n\n![](sweep-{result['axis']}.png)\n\n{text}\n"
+        f"The last point:\n\n{lines}\n"
+    )
+
+
+def part_tables(results: list[dict[str, Any]]) -> list[Table]:
+    """One table for each result of `parts`."""
+    return [
+        Table(
+            result["title"],
+            ["", "ms", f"times as long as {next(iter(result['seconds']))}"],
+            [
+                [
+                    label,
+                    _spread(values, 1e3),
+                    _spread(result["ratios"][label], 1) if label in result["ratios"] else "1",
+                ]
+                for label, values in result["summary"].items()
+            ],
+        )
+        for result in results
+    ]
+
+
+def parts_markdown(results: list[dict[str, Any]]) -> str:
+    lines = ["# Parts of the head step\n", "Median (min to max); ratios within a round.\n"]
+    for result, table in zip(results, part_tables(results), strict=True):
+        machine, (before, after) = result["machine"], result["load_average"]
+        lines.append(table.markdown())
+        lines += [f"- {note}" for note in result["notes"]]
+        lines.append(
+            f"- {result['rounds']} rounds, {result['threads']} threads, {machine['cpu']}, "
+            f"{machine['capability']}; load average {_load(before)} before and {_load(after)} "
+            f"after; {machine['date']}\n"
+        )
+    return "\n".join(lines)
+
+
 def _memory(memory: dict[str, int] | str, gradient: int) -> list[str]:
     if isinstance(memory, str):
         return [memory, "", ""]

@@ -101,13 +101,22 @@ def test_candidates_do_the_work_that_is_timed(candidate, uncompiled):
         torch.testing.assert_close(head.grad_x, head.logits @ head.w)
         torch.testing.assert_close(head.grad_w, head.logits.T @ head.x)
         return
-    rows = problem.weight.grad.abs().sum(dim=1) != 0
-    assert 100 <= rows.sum() <= 116
-    assert rows[problem.labels].all()
-    assert (problem.weight.grad.abs().sum(dim=0) != 0).sum() == 12
+    # What the head moves: sampled rows in the sampled dimensions, and moments and decay elsewhere.
     assert problem.embeddings.grad.abs().sum() > 0
+    gradient = problem.weight.grad
+    if candidate.name in ("ours-fp32", "ours-bf16"):
+        assert gradient is None  # the update has happened already
+    else:
+        gradient = gradient.to_dense()
+        rows = gradient.abs().sum(dim=1) != 0
+        assert 100 <= rows.sum() <= 116
+        assert rows[problem.labels].all()
+        assert (gradient.abs().sum(dim=0) != 0).sum() == 12
     head.update()
-    assert not torch.equal(problem.weight.detach(), before)
+    # So small a learning rate does not show in every row, but no row moves that was not sampled.
+    moved = (problem.weight.detach() != before).any(dim=1)
+    assert moved[problem.labels].any()
+    assert moved.sum() <= 116
     assert problem.weight.grad is None
     assert problem.embeddings.grad is None
 
@@ -139,7 +148,7 @@ def test_a_run_writes_json_and_markdown(tmp_path, set_threads):
     assert result["shape"]["num_features"] == 16
     assert result["machine"]["torch"] == torch.__version__
     assert [c["name"] for c in result["candidates"]] == [
-        "ours-fp32", "ours-bf16", "partialfc", "published", "gemm",
+        "ours-fp32", "ours-bf16", "ours-stored", "ours-dense", "partialfc", "published", "gemm",
     ]  # fmt: skip
     for candidate in result["candidates"]:
         assert candidate["skipped"] is None
@@ -148,7 +157,7 @@ def test_a_run_writes_json_and_markdown(tmp_path, set_threads):
             assert min(candidate["seconds"][phase]) >= 0
         step = candidate["summary"]["step"]
         assert 0 < step["min"] <= step["median"] <= step["max"]
-    assert set(result["ratios"]) == {"ours-fp32", "ours-bf16"}
+    assert set(result["ratios"]) == {"ours-fp32", "ours-bf16", "ours-stored", "ours-dense"}
     assert set(result["ratios"]["ours-fp32"]) == {"partialfc", "published", "gemm"}
     assert len(result["ratios"]["ours-fp32"]["gemm"]["forward"]["pairs"]) == 3
 
