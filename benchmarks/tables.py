@@ -59,9 +59,9 @@ def make_tables(result: dict[str, Any]) -> list[Table]:
         gradient = result["shape"]["weight_bytes"]
         tables.append(
             Table(
-                f"Peak extra memory in MB; the dense gradient is {gradient / 1e6:.1f} MB of it",
-                ["", "forward+backward", "beyond the gradient", "step"],
-                [[c["label"], *_memory(c["memory"], gradient)] for c in measured],
+                f"Peak extra memory in MB; a dense gradient is {gradient / 1e6:.1f} MB",
+                ["", "forward+backward", "step"],
+                [[c["label"], *_memory(c["memory"])] for c in measured],
             )
         )
     return tables
@@ -160,11 +160,10 @@ def parts_markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _memory(memory: dict[str, int] | str, gradient: int) -> list[str]:
+def _memory(memory: dict[str, int] | str) -> list[str]:
     if isinstance(memory, str):
-        return [memory, "", ""]
-    forward_backward, step = memory["forward+backward"], memory["step"]
-    return [f"{b / 1e6:.1f}" for b in (forward_backward, forward_backward - gradient, step)]
+        return [memory, ""]
+    return [f"{memory[span] / 1e6:.1f}" for span in ("forward+backward", "step")]
 
 
 def _spread(values: dict[str, float], unit: float) -> str:

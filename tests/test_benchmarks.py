@@ -7,11 +7,13 @@ import sys
 
 import head_step
 import measure
+import parts
 import pytest
+import sweep
 import tables
 import torch
 import torch.nn.functional as F
-from candidates import CANDIDATES, Problem, Shape
+from candidates import CANDIDATES, Problem, Shape, Unavailable
 from click.testing import CliRunner
 from helpers import random_problem, relative_error, truth
 from partial_fc import CompiledPartialFC, PartialFC
@@ -207,3 +209,70 @@ def test_bad_options(arguments, message, tmp_path):
     assert run.exit_code == 2
     assert message in run.output
     assert not output.exists()
+
+
+SMALL = {
+    "selection": lambda: [parts.selection(3000, 0.1, batch=8)],
+    "pack": lambda: [parts.pack(500, 0.1, 24, 12)],
+    "optimizer": lambda: [parts.optimizer(500, 0.1, 24)],
+    "forward": lambda: list(parts.products(8, 200, 24, backward=False)),
+    "backward": lambda: list(parts.products(8, 200, 24, backward=True)),
+    "full": lambda: [parts.full_softmax(8, 200, 24)],
+}
+
+
+@pytest.mark.parametrize("kind", parts.KINDS)
+def test_parts_write_json_and_markdown(kind, tmp_path, monkeypatch, set_threads):
+    set_threads(1)
+    monkeypatch.setattr(parts, "parts", lambda quick, kinds: SMALL[kinds[0]]())
+    arguments = ["--only", kind, "--rounds", "2", "--output", str(tmp_path)]
+    run = CliRunner().invoke(parts.main, arguments, catch_exceptions=False)
+    assert run.exit_code == 0, run.output
+    written = sorted(tmp_path.glob("parts-*.json"))
+    assert len(written) == (2 if kind in ("forward", "backward") else 1)
+    text = (tmp_path / "parts.md").read_text()
+    for path in written:
+        result = json.loads(path.read_text())
+        assert len(result["seconds"]) >= 2
+        assert len(result["ratios"]) == len(result["seconds"]) - 1
+        assert result["title"] in text
+        assert all(len(times) == 2 and min(times) > 0 for times in result["seconds"].values())
+
+
+def test_contestants_of_the_full_softmax_do_the_same_work():
+    part = parts.full_softmax(16, 50, 24)
+    assert "unicom_ext fp32" in part.contestants
+    # Without a margin all of them are one loss.
+    weight = torch.nn.Parameter(torch.randn(50, 24))
+    x, labels = torch.randn(16, 24), torch.randint(50, (16,))
+    ours = parts._loss(weight)
+    ours.margin = ArcFace(0.0)
+    expected = ours(x, labels)
+    if hasattr(F, "linear_cross_entropy"):
+        unit = 64.0 * F.normalize(x), F.normalize(weight)
+        torch.testing.assert_close(F.linear_cross_entropy(*unit, labels), expected)
+    try:
+        peer = parts._metric_learning(weight)
+    except Unavailable:
+        return
+    torch.testing.assert_close(peer(x, labels), parts._loss(weight)(x, labels), rtol=1e-4, atol=0)
+
+
+def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, set_threads):
+    set_threads(1)
+    shapes = {b: Shape(300, b, 24, sample_rate=0.2, feature_rate=0.5) for b in (4, 8)}
+    monkeypatch.setitem(sweep.AXES, "batch", ("batch B", shapes))
+    for values in ("4", "8"):
+        arguments = ["--axis", "batch", "--rounds", "2", "--values", values]
+        run = CliRunner().invoke(
+            sweep.main, [*arguments, "--output", str(tmp_path)], catch_exceptions=False
+        )
+        assert run.exit_code == 0, run.output
+    result = json.loads((tmp_path / "sweep-batch.json").read_text())
+    assert [point["value"] for point in result["points"]] == [4, 8]
+    assert [point["result"]["shape"]["batch"] for point in result["points"]] == [4, 8]
+    assert (tmp_path / "sweep-batch.md").read_text() == tables.sweep_markdown(result)
+    assert (tmp_path / "sweep-batch.png").stat().st_size > 10_000
+    run = CliRunner().invoke(sweep.main, ["--axis", "batch", "--values", "5"])
+    assert run.exit_code == 2
+    assert "5 not among 4, 8" in run.output

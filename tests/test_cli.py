@@ -157,12 +157,15 @@ def test_threads_wait_as_the_user_says(monkeypatch, given, expected):
 # ---- bench ---------------------------------------------------------------------------------------
 
 
-def test_bench_runs_the_script_of_the_checkout(tmp_path, monkeypatch, capfd):
-    script = tmp_path / "benchmarks" / "head_step.py"
+@pytest.mark.parametrize(
+    ("first", "name"), [([], "head_step"), (["parts"], "parts"), (["sweep"], "sweep")]
+)
+def test_bench_runs_the_script_of_the_checkout(first, name, tmp_path, monkeypatch, capfd):
+    script = tmp_path / "benchmarks" / f"{name}.py"
     script.parent.mkdir()
     script.write_text("import sys; print('ran with', sys.argv[1:]); sys.exit(3)")
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "unicom_ext" / "cli.py"))
-    result = invoke("bench", "--classes", "100", "--help")
+    result = invoke("bench", *first, "--classes", "100", "--help")
     assert result.exit_code == 3
     assert "ran with ['--classes', '100', '--help']" in capfd.readouterr().out
 

@@ -326,13 +326,19 @@ def split(file: Path, directory: Path) -> None:
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def bench(arguments: tuple[str, ...]) -> None:
-    """Time the loss against PartialFC v2; --help lists options."""
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "head_step.py"
+    """Time the loss against PartialFC v2; --help lists options.
+
+    `bench parts` times the parts of a step alone, `bench sweep` steps of many sizes.
+    """
+    name = "head_step"
+    if arguments and arguments[0] in ("parts", "sweep"):
+        name, *arguments = arguments
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
     if not script.is_file():
         raise click.ClickException(
             f"{script} is not there: the benchmarks are not part of the installed package. Clone "
             "the source repository, install from it with `pip install --no-build-isolation -e .`, "
-            "and run this again, or run benchmarks/head_step.py itself."
+            "and run this again."
         )
     sys.exit(subprocess.call([sys.executable, str(script), *arguments]))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from unicom_ext.settings import ConfigError, Settings, not_negative, positive, rate, setting, whole
 
 BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.retrieval.baselines has them
+UPDATES = ("dense", "rows")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -48,6 +49,10 @@ class Config(Settings):
     precision: str = setting(
         "auto", "operands of the loss", " or ".join(PRECISIONS), PRECISIONS.__contains__
     )
+    prototype_update: str = setting(
+        "dense", "all prototypes in each step (AdamW), or the sampled ones (RowAdamW)",
+        " or ".join(UPDATES), UPDATES.__contains__,
+    )  # fmt: skip
 
     epochs: int = whole(14, "passes over the training images", 1)
     batch_size: int = whole(128, "images per step", 2)

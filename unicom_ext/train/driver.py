@@ -36,6 +36,7 @@ import unicom_ext
 from unicom_ext import CombinedMargin, PartialMarginSoftmax, checkpoint
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.optim import RowAdamW
 from unicom_ext.files import CheckpointError, write_atomically
 from unicom_ext.retrieval import Result, baselines, evaluate
 from unicom_ext.settings import ConfigError
@@ -93,6 +94,7 @@ class Trainer:
                 sample_rate=config.sample_rate,
                 feature_rate=config.feature_rate,
                 precision=config.precision,
+                sparse_grad=config.prototype_update == "rows",
                 seed=config.seed,
                 process_group=group,
             )
@@ -105,7 +107,8 @@ class Trainer:
             self.model = DistributedDataParallel(
                 self.encoder, process_group=group, find_unused_parameters=True
             )
-        self.optimizer = torch.optim.AdamW(
+        optimizer = RowAdamW if self.loss.sparse_grad else torch.optim.AdamW
+        self.optimizer = optimizer(
             [
                 {"params": list(self.encoder.parameters()), "weight_decay": config.weight_decay},
                 # Only the directions of prototypes count, so shrinking them would do nothing.
