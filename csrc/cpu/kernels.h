@@ -132,6 +132,10 @@ struct Kernels {
   //   rows[lane][k] = scale[lane] * (g_k - (g . u) u_k),   u the packed unit vector.
   void (*unit_backward)(const Real* gradient, const Unit* panel, int64_t dim, const double* scale,
                         Real* rows /* [16][height] */);
+
+  // Rows [count][height] of selected columns to whole rows: out[r][columns[k]] = rows[r][k].
+  void (*spread_rows)(const Real* rows, int64_t height, int64_t count, const int64_t* columns,
+                      int64_t dim, Real* out, int64_t out_stride);
 };
 
 struct KernelSet {

@@ -242,23 +242,22 @@ bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first,
 // Selected columns of fp32 rows, where the instruction set can pick them out of whole lines.
 class ColumnPicker {
  public:
-  explicit ColumnPicker(const RowSource& source) {
+  ColumnPicker(const int64_t* columns, int64_t dim) {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    if (source.dtype != DType::kFloat32 || source.columns == nullptr) return;
-    const int64_t width = source.columns[source.dim - 1] / kLanes + 1;
+    if (columns == nullptr) return;
+    const int64_t width = columns[dim - 1] / kLanes + 1;
     if (width > kMostGroups) return;
     groups_ = width;
     std::memset(mask_, 0, static_cast<size_t>(width) * sizeof(*mask_));
-    for (int64_t k = 0; k < source.dim; ++k)
-      mask_[source.columns[k] / kLanes] |=
-          static_cast<uint16_t>(1u << (source.columns[k] % kLanes));
+    for (int64_t k = 0; k < dim; ++k)
+      mask_[columns[k] / kLanes] |= static_cast<uint16_t>(1u << (columns[k] % kLanes));
 #else
-    (void)source;
+    (void)columns, (void)dim;
 #endif
   }
   bool works() const { return groups_ > 0; }
 
-  // Writes source.dim values.
+  // The selected values of a row, beside each other.
   UNICOM_INLINE void pick(const float* row, float* out) const {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
     for (int64_t g = 0; g < groups_; ++g) {
@@ -271,6 +270,21 @@ class ColumnPicker {
     }
 #else
     (void)row, (void)out;
+#endif
+  }
+
+  // The reverse; columns that are not selected are left alone.
+  UNICOM_INLINE void put(const float* values, float* row) const {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    for (int64_t g = 0; g < groups_; ++g) {
+      const __mmask16 mask = mask_[g];
+      const int count = __builtin_popcount(mask);
+      const __m512 dense = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), values);
+      _mm512_mask_storeu_ps(row + g * kLanes, mask, _mm512_maskz_expand_ps(mask, dense));
+      values += count;
+    }
+#else
+    (void)values, (void)row;
 #endif
   }
 
@@ -293,7 +307,7 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
   const auto id_of = [&](int64_t lane) {
     return ids != nullptr ? ids[first + lane] : first + lane;
   };
-  const ColumnPicker picker(source);
+  const ColumnPicker picker(source.dtype == DType::kFloat32 ? source.columns : nullptr, source.dim);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
@@ -691,6 +705,24 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
   }
 }
 
+// ---- rows back to where their columns were
+// -----------------------------------------------------
+
+template <class Real>
+void spread_rows(const Real* rows, int64_t height, int64_t count, const int64_t* columns,
+                 int64_t dim, Real* out, int64_t out_stride) {
+  const ColumnPicker picker(columns, dim);
+  for (int64_t r = 0; r < count; ++r, rows += height, out += out_stride) {
+    if constexpr (std::is_same_v<Real, float>) {
+      if (picker.works()) {
+        picker.put(rows, out);
+        continue;
+      }
+    }
+    for (int64_t k = 0; k < dim; ++k) out[columns[k]] = rows[k];
+  }
+}
+
 template <class Unit>
 constexpr Kernels<Unit> make_kernels() {
   Kernels<Unit> k{};
@@ -704,6 +736,7 @@ constexpr Kernels<Unit> make_kernels() {
   k.probabilities = probabilities<Unit>;
   if constexpr (std::is_same_v<RealOf<Unit>, float>) k.nearest = nearest<Unit>;
   k.unit_backward = unit_backward<Unit>;
+  k.spread_rows = spread_rows<RealOf<Unit>>;
   return k;
 }
 

@@ -117,59 +117,81 @@ class TargetGradient {
   Buffer<double> x_, w_;
 };
 
-// Where the finished rows of the prototype gradient go: to a matrix, or to the optimizer at once.
+// Where the finished rows of the prototype gradient go, panel by panel: to a matrix, or to the
+// optimizer at once.
+template <class Unit>
 class PrototypeRows {
+  using Real = RealOf<Unit>;
+
  public:
   PrototypeRows(const Problem& p, const BackwardArgs& args)
-      : p_(p), args_(args), width_(args.prototypes.row_stride), row_(whole() ? width_ : 0) {
-    if (whole()) std::fill_n(row_.get(), width_, 0.0);
+      : p_(p),
+        args_(args),
+        width_(args.prototypes.row_stride),
+        spread_(whole() && args.prototypes.columns != nullptr),
+        rows_(spread_ ? kLanes * width_ : 0),
+        converted_(args.update != nullptr ? width_ : 0) {
+    std::fill_n(rows_.get(), spread_ ? kLanes * width_ : 0, Real(0));
   }
-
 #if defined(__SSE2__)
   ~PrototypeRows() { _mm_sfence(); }
 #endif
 
-  // values [dim], of the selected columns
-  template <class Real>
-  void put(int64_t slot, const Real* values) {
-    const int64_t id = p_.class_index ? p_.class_index[slot] : slot;
-    if (!whole()) return write_row(args_.prototypes, id, values);
-    // The selected columns of a whole row; the others stay zero.
-    RowSink sink = args_.prototypes;
-    sink.data = row_.get();
-    if (args_.update == nullptr) {
-      write_row(sink, 0, values);
-      store_past_caches(args_.prototypes, slot);
+  // rows [count][height] of the selected columns, of the slots from `first` on
+  void put(int64_t first, int64_t count, const Real* rows, int64_t height) {
+    if (!whole()) {
+      for (int64_t r = 0; r < count; ++r)
+        write_row(args_.prototypes, id_of(first + r), rows + r * height);
       return;
     }
-    sink.dtype = arithmetic(sink.dtype);
-    write_row(sink, 0, values);
-    args_.update->step(id, row_.get());
+    if (spread_) {
+      kernels_for<Unit>().spread_rows(rows, height, count, args_.prototypes.columns,
+                                      p_.prototypes.dim, rows_.get(), width_);
+      rows = rows_.get();
+      height = width_;
+    }
+    RowSink sink{args_.prototypes.data, args_.prototypes.dtype, width_, nullptr, width_};
+    for (int64_t r = 0; r < count; ++r) {
+      const Real* row = rows + r * height;
+      if (args_.update == nullptr) {
+        if (!store_past_caches(sink, first + r, row)) write_row(sink, first + r, row);
+        continue;
+      }
+      const cpu::DType dtype = arithmetic(sink.dtype);
+      const void* gradient = row;
+      if (cpu::bytes_of(dtype) != sizeof(Real)) {
+        write_row({converted_.get(), dtype, 0, nullptr, width_}, 0, row);
+        gradient = converted_.get();
+      }
+      args_.update->step(id_of(first + r), gradient);
+    }
   }
 
  private:
   bool whole() const { return args_.compact || args_.update != nullptr; }
+  int64_t id_of(int64_t slot) const { return p_.class_index ? p_.class_index[slot] : slot; }
 
   // A gradient larger than the caches gains nothing from passing through them.
-  void store_past_caches(const RowSink& sink, int64_t slot) const {
-    const int64_t bytes = width_ * cpu::bytes_of(sink.dtype);
-    char* to = static_cast<char*>(sink.data) + slot * bytes;
+  bool store_past_caches(const RowSink& sink, int64_t slot, const Real* row) const {
 #if defined(__SSE2__)
-    if (bytes * p_.sampled > kCacheBytes && bytes % 16 == 0 &&
-        reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      const auto* from = reinterpret_cast<const __m128i*>(row_.get());
-      for (int64_t i = 0; i < bytes / 16; ++i)
-        _mm_stream_si128(reinterpret_cast<__m128i*>(to) + i, _mm_loadu_si128(from + i));
-      return;
+    const int64_t bytes = width_ * static_cast<int64_t>(sizeof(Real));
+    auto* to = reinterpret_cast<__m128i*>(static_cast<char*>(sink.data) + slot * bytes);
+    if (sink.dtype == cpu::DType::kFloat32 && sizeof(Real) == 4 && bytes % 16 == 0 &&
+        bytes * p_.sampled > kCacheBytes && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      const auto* from = reinterpret_cast<const __m128i*>(row);
+      for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
+      return true;
     }
 #endif
-    std::memcpy(to, row_.get(), static_cast<size_t>(bytes));
+    return false;
   }
 
   const Problem& p_;
   const BackwardArgs& args_;
-  const int64_t width_;  // of a whole row
-  Buffer<double> row_;   // wide enough for any type
+  const int64_t width_;       // of a whole row
+  const bool spread_;         // columns were selected
+  Buffer<Real> rows_;         // [16][width], zero where columns were not selected
+  Buffer<double> converted_;  // wide enough for any type
 };
 
 // Works through the sampled classes in runs. For each run, over all rows of the batch:
@@ -183,7 +205,7 @@ class Backward {
   static constexpr int64_t kValues = Shape<Unit>::kValues;
   static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
   static constexpr int64_t kPanelsPerItem = 4;
-  static constexpr int64_t kTilesBetweenPrefetches = 2;
+  static constexpr int64_t kTilesBetweenPrefetches = 1;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
@@ -196,10 +218,10 @@ class Backward {
         k_(kernels_for<Unit>()),
         rows_(p, s_, parallel),
         classes_(const_cast<void*>(args.packed), s_),
-        run_panels_(
-            std::min(round_up(s_.panels, kPanelsPerItem),
-                     std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
-                                         kPanelsPerItem, 64))),
+        run_panels_(std::min(
+            round_up(s_.panels, kPanelsPerItem),
+            std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
+                                kPanelsPerItem, 256))),
         row_units_(s_.tiles * kTile / kValues),
         row_stride_(s_.padded_rows / kValues),
         row_panels_(s_.padded_rows / kLanes),
@@ -343,7 +365,7 @@ class Backward {
       k_.product(a);
     }
     TargetGradient target(p_, args_);
-    PrototypeRows out(p_, args_);
+    PrototypeRows<Unit> out(p_, args_);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t panel = first_panel + offset + j;
       k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
@@ -351,12 +373,10 @@ class Backward {
       const int64_t lanes = std::min(kLanes, p_.sampled - panel * kLanes);
       auto sample = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
                                      [&](int64_t i, int64_t slot) { return p_.slot[i] < slot; });
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t slot = panel * kLanes + lane;
-        for (; sample != by_slot_.end() && p_.slot[*sample] == slot; ++sample)
-          target.add_to_prototype(*sample, rows.get() + lane * s_.height);
-        out.put(slot, rows.get() + lane * s_.height);
-      }
+      for (; sample != by_slot_.end() && p_.slot[*sample] < panel * kLanes + lanes; ++sample)
+        target.add_to_prototype(*sample,
+                                rows.get() + (p_.slot[*sample] - panel * kLanes) * s_.height);
+      out.put(panel * kLanes, lanes, rows.get(), s_.height);
     }
   }
 
@@ -434,9 +454,9 @@ template <class Unit>
 void backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel) {
   if (p.batch > 0) return Backward<Unit>(p, args, parallel).run();
   if (args.update != nullptr) {  // to the optimizer a gradient of zeros is a step all the same
-    PrototypeRows out(p, args);
-    const std::vector<float> zeros(static_cast<size_t>(p.prototypes.dim));
-    for (int64_t j = 0; j < p.sampled; ++j) out.put(j, zeros.data());
+    PrototypeRows<Unit> out(p, args);
+    const std::vector<RealOf<Unit>> zeros(static_cast<size_t>(p.prototypes.dim));
+    for (int64_t j = 0; j < p.sampled; ++j) out.put(j, 1, zeros.data(), p.prototypes.dim);
   }
 }
 

@@ -19,7 +19,7 @@ constexpr int64_t kRowsAhead = 2;
 void prefetch_row(const RowArray& array, int64_t id, int64_t dim) {
   const char* row = static_cast<const char*>(array.row(id));
   const int64_t bytes = dim * cpu::bytes_of(array.dtype);
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 1);
+  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
 }
 
 }  // namespace
