@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -47,59 +48,75 @@ class Shape:
         return self.classes * self.dim * 4
 
 
-class Problem:
-    """The tensors that the heads share, so that a million classes fit in memory once.
+class Prototypes:
+    """A weight and its optimizers, which share their moments.
 
     The learning rate is tiny: the prototypes hardly move, and every round is the same work.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
         generator = torch.Generator().manual_seed(0)
-        # Everyone's prototypes and moments lie where the package would put them.
-        weight = memory.empty(shape.classes, shape.dim).normal_(0, 0.01, generator=generator)
-        self.weight = nn.Parameter(weight)
-        embeddings = torch.empty(shape.batch, shape.dim).normal_(generator=generator)
-        self.embeddings = embeddings.requires_grad_()
-        self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator)
+        self.weight = nn.Parameter(weight.normal_(0, 0.01, generator=generator))
+        moments = {"exp_avg": exp_avg.zero_(), "exp_avg_sq": exp_avg_sq.fill_(1e-8)}
+        rows = RowAdamW([self.weight], lr=1e-6)
         self.optimizers = {
-            "rows": RowAdamW([self.weight], lr=1e-6),
+            "rows": rows,
             "in backward": RowAdamW([self.weight], lr=1e-6),
             "fused": torch.optim.AdamW([self.weight], lr=1e-6, fused=True),
             "plain": torch.optim.AdamW([self.weight], lr=1e-6),
         }
-        rows = self.optimizers["rows"]
-        rows.init_row_state([self.weight])
-        state = rows.state[self.weight]
-        state["exp_avg_sq"].fill_(1e-8)
         for name in ("fused", "plain"):
-            self.optimizers[name].state[self.weight] = {
-                "step": torch.tensor(1.0),
-                "exp_avg": state["exp_avg"],
-                "exp_avg_sq": state["exp_avg_sq"],
-            }
+            state = {"step": torch.tensor(1.0), **moments}
+            self.optimizers[name].state[self.weight] = state
+        rows.state[self.weight] = {"step": torch.tensor(0.0), **moments}
+        rows.init_row_state([self.weight])
         self.optimizers["in backward"].state = rows.state
 
-    def zero_grad(self) -> None:
-        self.weight.grad = self.embeddings.grad = None
+
+class Problem:
+    """The tensors that the heads share, so that a million classes fit in memory.
+
+    Prototypes and moments are there twice: ours where the package puts them, and the peers' where
+    torch does.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        generator = torch.Generator().manual_seed(1)
+        embeddings = torch.empty(shape.batch, shape.dim).normal_(generator=generator)
+        self.embeddings = embeddings.requires_grad_()
+        self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator)
+
+    @cached_property
+    def ours(self) -> Prototypes:
+        return self._prototypes(memory.empty)
+
+    @cached_property
+    def theirs(self) -> Prototypes:
+        return self._prototypes(torch.empty)
+
+    def _prototypes(self, empty: Callable[..., Tensor]) -> Prototypes:
+        return Prototypes(*(empty(self.shape.classes, self.shape.dim) for _ in range(3)))
 
 
 class Head:
     """Forward, backward and update of a loss module whose `weight` are the prototypes."""
 
-    def __init__(self, problem: Problem, module: nn.Module, optimizer: str) -> None:
+    def __init__(
+        self, problem: Problem, prototypes: Prototypes, module: nn.Module, optimizer: str
+    ) -> None:
         self.problem = problem
         self.module = module
-        self.module.weight = problem.weight
-        self.optimizer = problem.optimizers[optimizer]
+        self.module.weight = prototypes.weight
+        self.optimizer = prototypes.optimizers[optimizer]
         self.updater = None
         if optimizer == "in backward":
             self.optimizer.update_in_backward(module)
-            self.updater = updater_of(problem.weight)
-            attach(problem.weight, None)
+            self.updater = updater_of(module.weight)
+            attach(module.weight, None)
 
     def forward(self) -> None:
-        attach(self.problem.weight, self.updater)  # the heads take turns on one parameter
+        attach(self.module.weight, self.updater)  # the heads take turns on one parameter
         self.loss = self.module(self.problem.embeddings, self.problem.labels)
 
     def backward(self) -> None:
@@ -107,8 +124,11 @@ class Head:
 
     def update(self) -> None:
         self.optimizer.step()
-        self.problem.zero_grad()
+        self.zero_grad()
         self.loss = None
+
+    def zero_grad(self) -> None:
+        self.module.weight.grad = self.problem.embeddings.grad = None
 
 
 class BareProducts:
@@ -118,7 +138,7 @@ class BareProducts:
         shape = problem.shape
         size = (shape.num_sampled, shape.num_features)
         self.x: Tensor = F.normalize(problem.embeddings.detach()[:, : size[1]])
-        self.w: Tensor = F.normalize(problem.weight.detach()[: size[0], : size[1]])
+        self.w: Tensor = F.normalize(torch.randn(size))
         self.logits = torch.empty(len(self.x), len(self.w))
         self.grad_x, self.grad_w = torch.empty_like(self.x), torch.empty_like(self.w)
 
@@ -169,7 +189,7 @@ def _ours(precision: str, optimizer: str = "in backward") -> Callable[[Problem],
             precision=precision,
             sparse_grad=optimizer != "fused",
         )
-        return Head(problem, module, optimizer)
+        return Head(problem, problem.ours, module, optimizer)
 
     return build
 
@@ -189,7 +209,7 @@ def _partial_fc(
                 feature_rate=shape.feature_rate,
                 **options,
             )
-        return Head(problem, module, optimizer)
+        return Head(problem, problem.theirs, module, optimizer)
 
     return build
 

@@ -66,7 +66,7 @@ def prepare(candidate: Candidate, problem: Problem) -> Head | BareProducts:
     except Exception as error:
         if not candidate.fragile:
             raise
-        problem.zero_grad()
+        head.zero_grad()
         reason = str(error).strip() or type(error).__name__
         raise Unavailable(f"{type(error).__name__}: {reason.splitlines()[0]}") from error
     return head
