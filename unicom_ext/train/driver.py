@@ -36,8 +36,8 @@ import unicom_ext
 from unicom_ext import CombinedMargin, PartialMarginSoftmax, checkpoint
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
-from unicom_ext.optim import RowAdamW
 from unicom_ext.files import CheckpointError, write_atomically
+from unicom_ext.optim import RowAdamW
 from unicom_ext.retrieval import Result, baselines, evaluate
 from unicom_ext.settings import ConfigError
 from unicom_ext.sharding import agree
