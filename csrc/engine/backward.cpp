@@ -218,10 +218,10 @@ class Backward {
         k_(kernels_for<Unit>()),
         rows_(p, s_, parallel),
         classes_(const_cast<void*>(args.packed), s_),
-        run_panels_(std::min(
-            round_up(s_.panels, kPanelsPerItem),
-            std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
-                                kPanelsPerItem, 256))),
+        run_panels_(
+            std::min(round_up(s_.panels, kPanelsPerItem),
+                     std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
+                                         kPanelsPerItem, 256))),
         row_units_(s_.tiles * kTile / kValues),
         row_stride_(s_.padded_rows / kValues),
         row_panels_(s_.padded_rows / kLanes),
