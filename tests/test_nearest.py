@@ -15,7 +15,7 @@ import unicom_ext
 from unicom_ext import _core
 from unicom_ext.cluster import Centroids, add_unit_rows, nearest
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def cosines(rows: Tensor, centroids: Tensor) -> Tensor:

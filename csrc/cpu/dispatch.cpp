@@ -8,9 +8,10 @@
 namespace unicom::cpu {
 
 extern const Kernels<double> kernels_fp64_portable;
-#define UNICOM_DECLARE(isa)                        \
-  extern const Kernels<float> kernels_fp32_##isa;  \
-  extern const Kernels<BfPair> kernels_bf16_##isa; \
+#define UNICOM_DECLARE(isa)                          \
+  extern const Kernels<float> kernels_fp32_##isa;    \
+  extern const Kernels<BfPair> kernels_bf16_##isa;   \
+  extern const Kernels<ByteQuad> kernels_int8_##isa; \
   extern const UpdateKernels update_##isa;
 UNICOM_DECLARE(portable)
 UNICOM_DECLARE(emulated_avx512)
@@ -23,8 +24,13 @@ UNICOM_DECLARE(avx512_bf16)
 
 namespace {
 
-#define UNICOM_SET(isa) \
-  {#isa, &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable, &update_##isa}
+#define UNICOM_SET(isa)    \
+  {#isa,                   \
+   &kernels_fp32_##isa,    \
+   &kernels_bf16_##isa,    \
+   &kernels_int8_##isa,    \
+   &kernels_fp64_portable, \
+   &update_##isa}
 const KernelSet kSets[] = {
     UNICOM_SET(portable),
 #if defined(UNICOM_X86)
@@ -47,7 +53,8 @@ bool supported(int set) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 =
+      avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   const bool have[] = {true, avx2, avx512, bf16};
   return have[set];
 #else

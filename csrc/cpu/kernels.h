@@ -84,17 +84,23 @@ struct Probabilities : LogitBlock<Unit> {
   int64_t along_classes_stride;  // [ceil(6 tiles / 16)][class units][16]
 };
 
-// Nearest class of each row, lane by lane: class j falls into lane j % kBestLanes. So many lanes
-// that two of a row's best classes seldom share one.
-constexpr int64_t kBestPanels = 4;
-constexpr int64_t kBestLanes = kBestPanels * kLanes;
-
+// The classes that may be the nearest of each row. With the accumulated product p of row r and
+// class j (an integer for bytes, from which class_offset is subtracted first), its score is
+//   row_scale[r] * class_scale[j] * p + class_bias[j]
+// where scales are 1 but for bytes. A class whose score is above the row's floor becomes a
+// candidate, and the floor rises to the score less the row's window.
 template <class Unit>
 struct Nearest : CosineBlock<Unit> {
-  // [6 tiles][kBestLanes], written whole; kNoCosine and -1 in a lane that holds no class
-  float* best;     // largest cosine
-  float* second;   // second largest; equal to `best` where two classes have the same cosine
-  int32_t* panel;  // panel of the largest, the first of equal ones
+  const float* class_bias;  // [16 panels], -infinity for the padding
+  const float* class_scale;
+  const int32_t* class_offset;
+  const float* row_scale;  // [6 tiles]
+  const float* window;     // [6 tiles]
+  float* floor;  // [6 tiles]; starts at -infinity, or +infinity for rows that do not count
+  int64_t capacity;
+  int32_t* candidate;  // [6 tiles][capacity]
+  float* score;        // [6 tiles][capacity]
+  int32_t* count;      // [6 tiles]; capacity + 1 where the candidates were too many
 };
 
 template <class Unit>
@@ -128,6 +134,9 @@ struct Kernels {
   void (*probabilities)(const Probabilities<Unit>&);
   void (*nearest)(const Nearest<Unit>&);  // nullptr for double
 
+  // Dot product in double, in the same order of summation everywhere.
+  double (*dot)(const float* a, const float* b, int64_t count);
+
   // Derivative of the normalisation for one gradient panel, in rows: for each lane
   //   rows[lane][k] = scale[lane] * (g_k - (g . u) u_k),   u the packed unit vector.
   void (*unit_backward)(const Real* gradient, const Unit* panel, int64_t dim, const double* scale,
@@ -142,6 +151,7 @@ struct KernelSet {
   const char* name;
   const Kernels<float>* fp32;
   const Kernels<BfPair>* bf16;
+  const Kernels<ByteQuad>* int8;  // has `nearest` only
   const Kernels<double>* fp64;
   const struct UpdateKernels* update;  // update.h
 };

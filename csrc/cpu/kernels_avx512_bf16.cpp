@@ -5,8 +5,10 @@ namespace unicom::cpu {
 
 extern const Kernels<float> kernels_fp32_avx512_bf16;
 extern const Kernels<BfPair> kernels_bf16_avx512_bf16;
+extern const Kernels<ByteQuad> kernels_int8_avx512_bf16;
 const Kernels<float> kernels_fp32_avx512_bf16 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_avx512_bf16 = make_kernels<BfPair>();
+const Kernels<ByteQuad> kernels_int8_avx512_bf16 = make_byte_kernels();
 
 extern const UpdateKernels update_avx512_bf16;
 const UpdateKernels update_avx512_bf16 = make_update_kernels();

@@ -601,45 +601,81 @@ void probabilities(const Probabilities<Unit>& args) {
 // ---- nearest class
 // --------------------------------------------------------------------------------
 
+double dot(const float* a, const float* b, int64_t count) { return dot_in_double(a, b, count); }
+
+// Takes in the classes first, first + 1, ... whose scores are above the floor.
+template <class Unit>
+__attribute__((noinline)) void add_candidates(const Nearest<Unit>& args, int64_t row,
+                                              const float* scores, int64_t lanes, int64_t first) {
+  float& floor = args.floor[row];
+  int32_t* candidate = args.candidate + row * args.capacity;
+  float* score = args.score + row * args.capacity;
+  int32_t count = args.count[row];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (!(scores[lane] > floor)) continue;
+    if (count == args.capacity) {
+      // The floor has risen since the first ones came.
+      count = 0;
+      for (int32_t i = 0; i < args.capacity; ++i)
+        if (score[i] > floor) {
+          candidate[count] = candidate[i];
+          score[count++] = score[i];
+        }
+      if (count == args.capacity) {
+        args.count[row] = static_cast<int32_t>(args.capacity) + 1;
+        floor = std::numeric_limits<float>::infinity();
+        return;
+      }
+    }
+    candidate[count] = static_cast<int32_t>(first + lane);
+    score[count++] = scores[lane];
+    const float next = scores[lane] - args.window[row];
+    floor = next > floor ? next : floor;
+  }
+  args.count[row] = count;
+}
+
 template <class Unit>
 void nearest(const Nearest<Unit>& args) {
+  constexpr bool kBytes = UnitTraits<Unit>::kValues == 4;
   constexpr int P = kRegisterPanels<float>;
   constexpr int kV = kVectors<float>;
   constexpr int kW = kWidth<float>;
   constexpr int64_t kSize = kTile * kLanes;
-  alignas(64) float cosines[P * kSize];
-  const int64_t lanes = args.tiles * kTile * kBestLanes;
-  for (int64_t i = 0; i < lanes; ++i) {
-    args.best[i] = args.second[i] = static_cast<float>(kNoCosine);
-    args.panel[i] = -1;
-  }
+  alignas(64) float products[P * kSize];
+  for (int64_t r = 0; r < args.tiles * kTile; ++r) args.count[r] = 0;
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
+    const int64_t first = panel * kLanes;
     for (int64_t t = 0; t < args.tiles; ++t) {
       multiply_tile<Unit, kCount>({args.rows + t * args.row_tile_stride, 0, 0},
                                   args.classes + panel * args.panel_stride, args.panel_stride,
-                                  args.units, cosines, kSize, false);
-      for (int64_t m = 0; m < kTile; ++m)
-        for (int p = 0; p < kCount; ++p) {
-          float* line = cosines + p * kSize + m * kLanes;
-          for (int64_t lane = args.num_classes - (panel + p) * kLanes; lane < kLanes; ++lane)
-            line[lane] = static_cast<float>(kNoCosine);
-          const int64_t place = (t * kTile + m) * kBestLanes + (panel + p) % kBestPanels * kLanes;
-          const IntVec<float> here = broadcast_int<float>(static_cast<int32_t>(panel + p));
-          for (int v = 0; v < kV; ++v) {
-            const int64_t at = place + v * kW;
-            const Vec<float> c = load(line + v * kW), best = load(args.best + at);
-            const Vec<float> second = load(args.second + at);
-            IntVec<float> index;
-            std::memcpy(&index, args.panel + at, sizeof(index));
-            const IntVec<float> better = c > best;
-            const Vec<float> lesser = better ? best : c;
-            index = better ? here : index;
-            store(args.best + at, better ? c : best);
-            store(args.second + at, lesser > second ? lesser : second);
-            std::memcpy(args.panel + at, &index, sizeof(index));
+                                  args.units, products, kSize, false);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        const Vec<float> floor = broadcast(args.floor[r]);
+        const Vec<float> scale = broadcast(args.row_scale[r]);
+        Vec<float> scores[kCount * kV];
+        IntVec<float> above{};
+        for (int i = 0; i < kCount * kV; ++i) {
+          const float* product = products + i / kV * kSize + m * kLanes + i % kV * kW;
+          const int64_t at = first + i * kW;
+          Vec<float> value = load(product);
+          if constexpr (kBytes) {
+            IntVec<float> offset;
+            std::memcpy(&offset, args.class_offset + at, sizeof(offset));
+            value = __builtin_convertvector((IntVec<float>)value - offset, Vec<float>) *
+                    (scale * load(args.class_scale + at));
           }
+          scores[i] = value + load(args.class_bias + at);
+          above |= scores[i] > floor;
         }
+        if (any(above)) {
+          alignas(64) float lanes[kCount * kLanes];
+          for (int i = 0; i < kCount * kV; ++i) store(lanes + i * kW, scores[i]);
+          add_candidates(args, r, lanes, kCount * kLanes, first);
+        }
+      }
     }
   };
   int64_t panel = 0;
@@ -734,9 +770,16 @@ constexpr Kernels<Unit> make_kernels() {
   k.product = product<Unit>;
   k.sum_exp = sum_exp<Unit>;
   k.probabilities = probabilities<Unit>;
+  k.dot = dot;
   if constexpr (std::is_same_v<RealOf<Unit>, float>) k.nearest = nearest<Unit>;
   k.unit_backward = unit_backward<Unit>;
   k.spread_rows = spread_rows<RealOf<Unit>>;
+  return k;
+}
+
+constexpr Kernels<ByteQuad> make_byte_kernels() {
+  Kernels<ByteQuad> k{};
+  k.nearest = nearest<ByteQuad>;
   return k;
 }
 

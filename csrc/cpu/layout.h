@@ -7,8 +7,9 @@
 //   tile panels     [tile][unit][6]    six rows side by side; the kernels broadcast from these
 //   gradient panels [panel][dim][16]   like vector panels, accumulated in Real
 //
-// A unit is what one multiply-add consumes along the summed dimension: one float, one double, or a
-// pair of consecutive bf16 values.
+// A unit is what one multiply-add consumes along the summed dimension: one float, one double, a
+// pair of consecutive bf16 values, or four 8-bit integers (unsigned in tiles, signed in vector
+// panels).
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,10 @@ struct BfPair {
   uint16_t even, odd;
 };
 
+struct ByteQuad {
+  uint8_t byte[4];
+};
+
 template <class Unit>
 struct UnitTraits {
   using Real = Unit;
@@ -34,6 +39,11 @@ template <>
 struct UnitTraits<BfPair> {
   using Real = float;
   static constexpr int64_t kValues = 2;
+};
+template <>
+struct UnitTraits<ByteQuad> {
+  using Real = float;  // the accumulators are int32, in the same registers
+  static constexpr int64_t kValues = 4;
 };
 template <class Unit>
 using RealOf = typename UnitTraits<Unit>::Real;

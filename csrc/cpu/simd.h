@@ -101,6 +101,18 @@ UNICOM_INLINE Real horizontal_max(Vec<Real> v) {
   return largest;
 }
 
+// Whether any lane of a comparison is true.
+UNICOM_INLINE bool any(IntVec<float> mask) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  uint64_t words[UNICOM_VECTOR_BYTES / 8], all = 0;
+  std::memcpy(words, &mask, sizeof(words));
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+#endif
+}
+
 // exp(scale * c) as mantissa * 2^power: mantissa in [0.7, 1.42), power a whole number kept in Real.
 // Splitting off the power of two before rounding keeps the relative error near 1e-7 however large
 // scale * c is, and lets a shift of the exponent be a whole number that costs no accuracy.
@@ -258,6 +270,25 @@ UNICOM_INLINE double sum_of_squares(const float* row, int64_t count) {
 UNICOM_INLINE double sum_of_squares(const double* row, int64_t count) {
   double total = 0;
   for (int64_t k = 0; k < count; ++k) total += row[k] * row[k];
+  return total;
+}
+
+// Products of fp32 values are exact in double, and eight sums run side by side: the same on every
+// CPU.
+typedef double Double8 __attribute__((vector_size(64)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float8Load __attribute__((vector_size(32), aligned(4), may_alias));
+UNICOM_INLINE double dot_in_double(const float* a, const float* b, int64_t count) {
+  Double8 sum{};
+  int64_t k = 0;
+  for (; k + 8 <= count; k += 8) {
+    const Float8 x = *reinterpret_cast<const Float8Load*>(a + k);
+    const Float8 y = *reinterpret_cast<const Float8Load*>(b + k);
+    sum += __builtin_convertvector(x, Double8) * __builtin_convertvector(y, Double8);
+  }
+  double total = 0;
+  for (; k < count; ++k) total += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  for (int i = 0; i < 8; ++i) total += sum[i];
   return total;
 }
 

@@ -1,11 +1,16 @@
 // Nearest centroid by cosine: the forward pass with an arg-max in place of the exponentials.
 // The N x k cosines are never stored.
 //
-// The kernels multiply rounded unit vectors and leave, per row, the best cosine of each of
-// kBestLanes lanes of centroids. How far those can be from the truth is known (the norm of what
-// rounding took from each vector bounds what it can do to a cosine), so every centroid that may be
-// the nearest is known too: these few are compared in double, from the rows as they were given. The
-// result is that of double arithmetic, at any precision, instruction set and number of threads.
+// The kernels multiply rounded vectors, fp32, bf16 or 8-bit integers, and keep for each row the
+// centroids that may be the nearest: those whose score is not further below the best one than
+// rounding can explain. How far that is, is known and not estimated: what rounding takes from a
+// vector, times the norm of the other one, bounds what it can do to their product. These few are
+// compared in double, from the rows as they were given, so the result is that of double arithmetic
+// at any precision, instruction set and number of threads.
+//
+// Before rounding, the mean of the unit centroids is taken off rows and centroids: embeddings tend
+// to lie in a narrow cone, and what they share neither decides nor should cost accuracy. With
+// a = x - mean and b = w - mean, x . w = a . b + mean . b + (a part that all w have in common).
 //
 // The boundary to another device: packed centroids and rows in; index and score out.
 #pragma once
@@ -25,7 +30,9 @@ struct Rows {
   const float* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// Bytes of the packed centroids: vector panels of Unit, and an inverse norm for each.
+// The longest sum of products of two bytes that an int32 holds.
+constexpr int64_t kMaxByteDim = 65536;
+
 template <class Unit>
 int64_t packed_centroid_bytes(int64_t count, int64_t dim);
 

@@ -10,7 +10,7 @@ from unicom_ext.settings import ConfigError, Settings, not_negative, rate, setti
 JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")
 ENGINES = ("unicom", "faiss")
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
 FREE_TO_CHANGE = ("passes", "tolerance", "precision", "threads", "min_size", "min_cosine")

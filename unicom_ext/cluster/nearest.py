@@ -10,7 +10,7 @@ from torch import Tensor
 from unicom_ext import _core
 from unicom_ext.functional import _ops
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}
 
 
 class Centroids:
@@ -20,20 +20,21 @@ class Centroids:
         centroids: [k, d] floating point, finite, any norm; k >= 1. A zero row has cosine 0 with
             everything. Kept in float32.
         precision: of the products that find the few centroids that may be the nearest: ``"fp32"``,
-            ``"bf16"``, or ``"auto"``, bf16 where the CPU has instructions for it. These few are
-            compared in double, so the result is the same with either.
+            ``"bf16"``, ``"int8"`` or ``"auto"``, which is int8 where the CPU has instructions for
+            it and fp32 elsewhere. These few are compared in double, so the result is the same with
+            each.
 
-    Memory: the centroids and their packed copy, k * d values of 4 and of 4 or 2 bytes.
+    Memory: the centroids and their packed copy, k * d values of 4 and of 4, 2 or 1 bytes.
     """
 
     def __init__(self, centroids: Tensor, precision: str = "auto") -> None:
+        if precision == "auto":
+            precision = "int8" if _core.cpu_capability() == "avx512_bf16" else "fp32"
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+            raise ValueError(f"precision must be one of {('auto', *PRECISIONS)}, got {precision!r}")
         self.values = _fp32_rows("centroids", centroids)
-        self._bf16 = precision == "bf16" or (
-            precision == "auto" and _core.cpu_capability() == "avx512_bf16"
-        )
-        self._packed = _ops.pack_centroids(self.values, self._bf16)
+        self._precision = PRECISIONS[precision]
+        self._packed = _ops.pack_centroids(self.values, self._precision)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -51,7 +52,7 @@ class Centroids:
             Both are those of double arithmetic on the float32 values, whatever the instruction set,
             the precision and the number of threads.
         """
-        return _ops.nearest(_fp32_rows("rows", rows), self.values, self._packed, self._bf16)
+        return _ops.nearest(_fp32_rows("rows", rows), self.values, self._packed, self._precision)
 
 
 def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[Tensor, Tensor]:
