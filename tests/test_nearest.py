@@ -148,6 +148,66 @@ def test_the_same_labels_everywhere(set_threads):
         assert torch.equal(score, results[0][1])
 
 
+@given(
+    st.integers(1, 200), st.integers(1, 70), st.sampled_from(PRECISIONS), st.integers(0, 2**20)
+)
+def test_values_of_any_size_within_a_row(k, d, precision, seed):
+    """Most of a row rounds to nothing beside its largest value, and yet decides."""
+    generator = torch.Generator().manual_seed(seed)
+    power = torch.randint(-44, 2, (k + 30, d), generator=generator)
+    values = gaussian(k + 30, d, seed + 1) * 10.0**power
+    values[:, 0] = 1  # the same in all
+    check(values[:30], values[30:], precision)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_to_bytes_at_its_worst(capability, seed):
+    """One centroid loses .49 of a step in every value, another one gains .45 of a step, all in the
+    direction of the row: as far off as the two scores can be. The first one is nearer."""
+    d = 64
+    row = torch.where(gaussian(1, d, seed) > 0, 1.0, -1.0)[0].double()
+    whole = (30 * gaussian(1, d, seed + 100)[0] + 30 * row).clamp(-99, 99).round().double()
+    whole[0] = 127 * row[0]  # a step is 1
+    aside = row.clone()
+    aside[0] = 0
+    other = whole + 0.55 * aside
+    for steps in range(1, 20):  # a few whole steps, which rounding keeps
+        near = whole + 0.49 * aside
+        near[1 : 1 + steps] += row[1 : 1 + steps]
+        if near @ row / near.norm() > other @ row / other.norm():
+            break
+    assert steps < 10
+    rounded = [w.round() @ row / w.norm() for w in (near, other)]
+    assert rounded[1] - rounded[0] > 0.9 * (0.49 + 0.45) * (d - 1) / near.norm()
+    pair = torch.stack([other, near])
+    index = check(row[None].float(), torch.cat([pair, -pair]).float(), "int8")  # of mean 0
+    assert index.item() == 1
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_left_of_the_mean_is_denormal(precision):
+    centroids = torch.tensor([[1.0, 1e-40], [1.0, 1.2e-40], [1.0, 0.0]])
+    rows = torch.tensor([[1.0, 1e-40], [1.0, -1e-40], [2.0, 0.0], [0.0, 1e-45]])
+    for k in (1, 2, 3):
+        index = check(rows, centroids[:k], precision)
+        assert index[:3].tolist() == [0, 0, 0]  # the same cosine, in double
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_no_guess_changes_the_result(capability, precision):
+    rows, centroids = gaussian(300, 24, 0), gaussian(170, 24, 1)
+    rows[5], rows[6, 3], rows[7] = 0, math.nan, rows[8]
+    centroids[90:] = centroids[:80]  # the first of equals wins, even where another was guessed
+    found = Centroids(centroids, precision)
+    index, score = found.nearest(rows)
+    twin = torch.where((index >= 0) & (index < 80), index + 90, index)
+    random = torch.randint(-1, 170, (300,), generator=torch.Generator().manual_seed(2))
+    for guess in (index, twin, random, torch.zeros_like(index), torch.full_like(index, 169)):
+        again, again_score = found.nearest(rows, guess)
+        assert torch.equal(again, index)
+        assert torch.equal(again_score.nan_to_num(7), score.nan_to_num(7))
+
+
 def test_rows_of_other_dtypes_and_strides():
     rows, centroids = gaussian(30, 16, 0), Centroids(gaussian(40, 16, 1))
     index, score = centroids.nearest(rows)
@@ -231,6 +291,28 @@ def test_bad_input(rows, centroids, precision, error, words):
         nearest(rows, centroids, precision)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_bad_guess():
+    found = Centroids(torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"guess must be in \[-1, 2\), got 2 at position 1"):
+        found.nearest(torch.ones(3, 4), torch.tensor([0, 2, 1]))
+    with pytest.raises(ValueError, match=r"guess must be Long of shape \[3\]"):
+        found.nearest(torch.ones(3, 4), torch.tensor([0, 1]))
+
+
+def test_other_devices_are_refused():
+    with pytest.raises(ValueError, match="centroids must be on the CPU, got meta"):
+        Centroids(torch.ones(2, 4, device="meta"))
+    with pytest.raises(ValueError, match="rows must be on the CPU, got meta"):
+        Centroids(torch.ones(2, 4)).nearest(torch.ones(3, 4, device="meta"))
+
+
+def test_longer_than_bytes_can_sum():
+    rows = gaussian(2, 65537, 0)
+    assert check(rows, rows, "auto").tolist() == [0, 1]
+    with pytest.raises(ValueError, match="at most 65536 columns at precision int8"):
+        Centroids(rows, "int8")
 
 
 def test_bad_sums():

@@ -2,6 +2,7 @@
 #include "../engine/nearest.h"
 
 #include <cmath>
+#include <optional>
 #include <tuple>
 
 #include "common.h"
@@ -54,17 +55,30 @@ Tensor pack_centroids_op(Tensor centroids, int64_t precision) {
   return packed;
 }
 
+// Indices of centroids, -1 for none.
+const int64_t* checked_index(const Tensor& index, const char* name, int64_t rows, int64_t count) {
+  check_vector(index, name, rows, ScalarType::Long);
+  check(index.is_contiguous(), name, " must be contiguous");
+  const int64_t* ids = index_data(index);
+  for (int64_t i = 0; i < rows; ++i)
+    check(ids[i] >= -1 && ids[i] < count, name, " must be in [-1, ", count, "), got ", ids[i],
+          " at position ", i);
+  return ids;
+}
+
 std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tensor packed,
-                                      int64_t precision) {
+                                      int64_t precision, std::optional<Tensor> guess_in) {
   const Rows rows = fp32_rows(rows_in, "rows"), centroids = fp32_rows(centroids_in, "centroids");
   check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
         centroids.count, ", ", centroids.dim, "]");
   check(packed.numel() == packed_bytes_of(centroids, precision),
         "packed must come from pack_centroids with the same centroids and precision");
+  const int64_t* guess =
+      guess_in ? checked_index(*guess_in, "guess", rows.count, centroids.count) : nullptr;
   Tensor index = empty_like_device(rows_in, {rows.count}, ScalarType::Long);
   Tensor score = empty_like_device(rows_in, {rows.count}, ScalarType::Float);
   with_unit(precision, [&](auto unit) {
-    nearest<decltype(unit)>(rows, centroids, packed.const_data_ptr(),
+    nearest<decltype(unit)>(rows, guess, centroids, packed.const_data_ptr(),
                             index.mutable_data_ptr<int64_t>(), score.mutable_data_ptr<float>(),
                             TorchParallel());
   });
@@ -81,12 +95,8 @@ void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) 
       sums.size(1) == rows.dim && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
       "sums must be contiguous, Double, of shape [k, ", rows.dim, "]");
   check_vector(counts, "counts", num_sums, ScalarType::Long);
-  check_vector(index, "index", rows.count, ScalarType::Long);
-  check(counts.is_contiguous() && index.is_contiguous(), "counts and index must be contiguous");
-  const int64_t* ids = index_data(index);
-  for (int64_t i = 0; i < rows.count; ++i)
-    check(ids[i] >= -1 && ids[i] < num_sums, "index must be in [-1, ", num_sums, "), got ", ids[i],
-          " at position ", i);
+  check(counts.is_contiguous(), "counts must be contiguous");
+  const int64_t* ids = checked_index(index, "index", rows.count, num_sums);
   add_unit_rows(rows, ids, num_sums, sums.mutable_data_ptr<double>(),
                 counts.mutable_data_ptr<int64_t>(), TorchParallel());
 }
@@ -97,9 +107,8 @@ void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) 
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
   m.def("pack_centroids(Tensor centroids, int precision) -> Tensor");
   m.def(
-      "nearest(Tensor rows, Tensor centroids, Tensor packed, int precision) -> (Tensor index, "
-      "Tensor "
-      "score)");
+      "nearest(Tensor rows, Tensor centroids, Tensor packed, int precision, Tensor? guess=None) -> "
+      "(Tensor index, Tensor score)");
   m.def("add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()");
 }
 

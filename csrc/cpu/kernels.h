@@ -85,18 +85,20 @@ struct Probabilities : LogitBlock<Unit> {
 };
 
 // The classes that may be the nearest of each row. With the accumulated product p of row r and
-// class j (an integer for bytes, from which class_offset is subtracted first), its score is
+// class j (an integer for bytes, where the sum starts at class_start), its score is
 //   row_scale[r] * class_scale[j] * p + class_bias[j]
 // where scales are 1 but for bytes. A class whose score is above the row's floor becomes a
-// candidate, and the floor rises to the score less the row's window.
+// candidate, and the floor rises to the score less the row's window. Candidates come in increasing
+// order; the first ones may be below where the floor is in the end.
 template <class Unit>
 struct Nearest : CosineBlock<Unit> {
   const float* class_bias;  // [16 panels], -infinity for the padding
   const float* class_scale;
-  const int32_t* class_offset;
+  const int32_t* class_start;
   const float* row_scale;  // [6 tiles]
   const float* window;     // [6 tiles]
-  float* floor;  // [6 tiles]; starts at -infinity, or +infinity for rows that do not count
+  float* floor;  // [6 tiles]; starts at a lower bound of the best score, or +infinity for rows
+                 // that do not count
   int64_t capacity;
   int32_t* candidate;  // [6 tiles][capacity]
   float* score;        // [6 tiles][capacity]

@@ -5,6 +5,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "nearest_impl.h"
 #include "product.h"
 
 namespace unicom::cpu {
@@ -592,91 +593,6 @@ void probabilities(const Probabilities<Unit>& args) {
     for (int i = 0; i < kCount; ++i)
       emit<Unit>(p[i], rows, args.along_rows + (panel + i) * args.along_rows_stride,
                  args.along_classes + (panel + i) * kGroup * kLanes, args.along_classes_stride);
-  };
-  int64_t panel = 0;
-  for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
-  for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
-}
-
-// ---- nearest class
-// --------------------------------------------------------------------------------
-
-double dot(const float* a, const float* b, int64_t count) { return dot_in_double(a, b, count); }
-
-// Takes in the classes first, first + 1, ... whose scores are above the floor.
-template <class Unit>
-__attribute__((noinline)) void add_candidates(const Nearest<Unit>& args, int64_t row,
-                                              const float* scores, int64_t lanes, int64_t first) {
-  float& floor = args.floor[row];
-  int32_t* candidate = args.candidate + row * args.capacity;
-  float* score = args.score + row * args.capacity;
-  int32_t count = args.count[row];
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    if (!(scores[lane] > floor)) continue;
-    if (count == args.capacity) {
-      // The floor has risen since the first ones came.
-      count = 0;
-      for (int32_t i = 0; i < args.capacity; ++i)
-        if (score[i] > floor) {
-          candidate[count] = candidate[i];
-          score[count++] = score[i];
-        }
-      if (count == args.capacity) {
-        args.count[row] = static_cast<int32_t>(args.capacity) + 1;
-        floor = std::numeric_limits<float>::infinity();
-        return;
-      }
-    }
-    candidate[count] = static_cast<int32_t>(first + lane);
-    score[count++] = scores[lane];
-    const float next = scores[lane] - args.window[row];
-    floor = next > floor ? next : floor;
-  }
-  args.count[row] = count;
-}
-
-template <class Unit>
-void nearest(const Nearest<Unit>& args) {
-  constexpr bool kBytes = UnitTraits<Unit>::kValues == 4;
-  constexpr int P = kRegisterPanels<float>;
-  constexpr int kV = kVectors<float>;
-  constexpr int kW = kWidth<float>;
-  constexpr int64_t kSize = kTile * kLanes;
-  alignas(64) float products[P * kSize];
-  for (int64_t r = 0; r < args.tiles * kTile; ++r) args.count[r] = 0;
-  auto panels_at = [&](auto count, int64_t panel) {
-    constexpr int kCount = decltype(count)::value;
-    const int64_t first = panel * kLanes;
-    for (int64_t t = 0; t < args.tiles; ++t) {
-      multiply_tile<Unit, kCount>({args.rows + t * args.row_tile_stride, 0, 0},
-                                  args.classes + panel * args.panel_stride, args.panel_stride,
-                                  args.units, products, kSize, false);
-      for (int64_t m = 0; m < kTile; ++m) {
-        const int64_t r = t * kTile + m;
-        const Vec<float> floor = broadcast(args.floor[r]);
-        const Vec<float> scale = broadcast(args.row_scale[r]);
-        Vec<float> scores[kCount * kV];
-        IntVec<float> above{};
-        for (int i = 0; i < kCount * kV; ++i) {
-          const float* product = products + i / kV * kSize + m * kLanes + i % kV * kW;
-          const int64_t at = first + i * kW;
-          Vec<float> value = load(product);
-          if constexpr (kBytes) {
-            IntVec<float> offset;
-            std::memcpy(&offset, args.class_offset + at, sizeof(offset));
-            value = __builtin_convertvector((IntVec<float>)value - offset, Vec<float>) *
-                    (scale * load(args.class_scale + at));
-          }
-          scores[i] = value + load(args.class_bias + at);
-          above |= scores[i] > floor;
-        }
-        if (any(above)) {
-          alignas(64) float lanes[kCount * kLanes];
-          for (int i = 0; i < kCount * kV; ++i) store(lanes + i * kW, scores[i]);
-          add_candidates(args, r, lanes, kCount * kLanes, first);
-        }
-      }
-    }
   };
   int64_t panel = 0;
   for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);

@@ -113,6 +113,19 @@ UNICOM_INLINE bool any(IntVec<float> mask) {
 #endif
 }
 
+// A bit for each lane of a comparison that is true.
+UNICOM_INLINE uint32_t lane_bits(IntVec<float> mask) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__) && UNICOM_VECTOR_BYTES == 32
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kWidth<float>; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // exp(scale * c) as mantissa * 2^power: mantissa in [0.7, 1.42), power a whole number kept in Real.
 // Splitting off the power of two before rounding keeps the relative error near 1e-7 however large
 // scale * c is, and lets a shift of the exponent be a whole number that costs no accuracy.

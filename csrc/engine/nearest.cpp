@@ -53,7 +53,8 @@ Rounded round_vector(float* values, int64_t height) {
         largest[i] = size > largest[i] ? size : largest[i];
       }
     const float top = *std::max_element(largest, largest + kSums);
-    scale = top > 0 ? top / 127 : 1;
+    // All but equal to the mean: below what 1 / scale can be taken of, nothing remains.
+    scale = top > 1e-30f ? top / 127 : 1;
     inverse = 1 / scale;
   }
   for (int64_t k = 0; k < height; k += kSums)
@@ -99,7 +100,7 @@ struct PackedCentroids {
   double* inverse_norm;                // [lanes] of the centroids
   Unit* panels;
   float *bias, *scale;  // [lanes] see cpu::Nearest
-  int32_t* offset;      // [lanes]
+  int32_t* start;       // [lanes]
   float* mean;          // [height]
   int64_t bytes;
 
@@ -120,7 +121,7 @@ struct PackedCentroids {
     take(panels, lanes * units);
     take(bias, lanes);
     take(scale, lanes);
-    take(offset, lanes);
+    take(start, lanes);
     take(mean, height);
     bytes = at - begin;
   }
@@ -130,25 +131,31 @@ struct PackedCentroids {
 template <class Unit>
 class Block {
  public:
-  Block(const Rows& rows, const Rows& centroids, const PackedCentroids<Unit>& packed, int64_t first,
-        int64_t count)
+  Block(const Rows& rows, const int64_t* guess, const Rows& centroids,
+        const PackedCentroids<Unit>& packed, int64_t first, int64_t count)
       : rows_(rows),
+        guess_(guess),
         centroids_(centroids),
         packed_(packed),
         first_(first),
         count_(count),
         tiles_(ceil_div(count, kTile)),
         tile_values_(tiles_ * packed.units * kTile),
+        known_(tiles_ * kTile),
         found_(tiles_, kCapacity) {}
 
   void run(int64_t* index, float* score) {
     Buffer<float> row(packed_.height);
-    for (int64_t r = 0; r < tiles_ * kTile; ++r) pack_row(r, row.get());
+    for (int64_t r = 0; r < tiles_ * kTile; ++r) {
+      if (guess_ != nullptr && r + 2 < count_) fetch(guess_[first_ + r + 2]);
+      pack_row(r, row.get());
+      start(found_, r, r);
+    }
     search(tile_values_.get(), tiles_, found_);
     int64_t crowded[kTile], waiting = 0;
     for (int64_t r = 0; r < count_; ++r) {
       if (found_.count[r] <= kCapacity)
-        decide(first_ + r, found_, r, index, score);
+        decide(r, found_, r, index, score);
       else
         crowded[waiting++] = r;
       if (waiting == kTile || (waiting > 0 && r + 1 == count_)) {
@@ -159,6 +166,16 @@ class Block {
   }
 
  private:
+  // What is known of a row before the search.
+  struct Known {
+    double norm;    // 0 or not finite for rows that do not count
+    double shared;  // with x the unit row: x . mean, which no score contains
+    double error;   // bound of |score + shared - cosine|
+    double cosine;  // of the guess, times norm; -infinity without one
+    float scale;    // of the row as the kernels multiply it
+    bool counts;
+  };
+
   // What the kernels need and leave for each row of some tiles.
   struct Found {
     Buffer<float> scale, window, floor, score;
@@ -179,25 +196,56 @@ class Block {
     return tiles + r / kTile * packed_.units * kTile + r % kTile;
   }
 
+  // Asks for a centroid to come into the cache.
+  void fetch(int64_t j) const {
+    if (j < 0) return;
+    for (int64_t k = 0; k < rows_.dim; k += 16) __builtin_prefetch(centroids_[j] + k);
+  }
+
+  // Cosine times the norm of the row, which is the same for all centroids.
+  double cosine(const float* row, int64_t j) const {
+    return dot(row, centroids_[j], rows_.dim) * packed_.inverse_norm[j];
+  }
+
   void pack_row(int64_t r, float* row) {
     constexpr int kShift = kBytes<Unit> ? 128 : 0;
-    const int64_t dim = rows_.dim;
-    const double inverse = r < count_ ? kernels_for<float>().unit_row(source_of(rows_), first_ + r,
-                                                                      row, packed_.height)
-                                      : 0.0;
-    const bool counts = inverse > 0 && std::isfinite(inverse);
-    for (int64_t k = 0; k < packed_.height; ++k) row[k] = counts ? row[k] - packed_.mean[k] : 0.0f;
+    Known& known = known_[r];
+    known = {0, 0, 0, -std::numeric_limits<double>::infinity(), 1, false};
+    if (r < count_) {
+      const float* given = rows_[first_ + r];
+      known.norm = std::sqrt(dot(given, given, rows_.dim));
+      known.counts = known.norm > 0 && std::isfinite(known.norm);
+    }
+    if (known.counts) {
+      kernels_for<float>().unit_row(source_of(rows_), first_ + r, row, packed_.height);
+      known.shared = dot(row, packed_.mean, packed_.height);
+      const int64_t guess = guess_ != nullptr ? guess_[first_ + r] : -1;
+      if (guess >= 0) known.cosine = cosine(rows_[first_ + r], guess);
+    }
+    for (int64_t k = 0; k < packed_.height; ++k)
+      row[k] = known.counts ? row[k] - packed_.mean[k] : 0.0f;
     const Rounded rounded = round_vector<Unit>(row, packed_.height);
     write_units(row, packed_.units, row_units(tile_values_.get(), r), kTile, kShift);
-    found_.scale[r] = rounded.scale;
-    // Sums of fp32 products may lose a rounding error in each; those of bytes are exact.
-    const double steps = 128 + (kBytes<Unit> ? 0 : static_cast<double>(dim));
-    const double error = 1.001 * (rounded.lost * *packed_.largest_norm +
-                                  (rounded.norm + rounded.lost) * *packed_.largest_lost) +
-                         steps * 0x1p-24;
-    // Two scores can each be off by the error, in opposite directions.
-    found_.window[r] = static_cast<float>(2.001 * error);
-    found_.floor[r] = counts ? -kInfinity : kInfinity;
+    known.scale = rounded.scale;
+    const double norm = rounded.norm + rounded.lost;
+    const double largest = *packed_.largest_norm, largest_lost = *packed_.largest_lost;
+    known.error = 1.001 * (rounded.lost * largest + norm * largest_lost) + kSlack;
+    // Sums of bytes are exact; those of fp32 lose up to a rounding error in each step.
+    if (!kBytes<Unit>)
+      known.error +=
+          2.002 * static_cast<double>(rows_.dim) * 0x1p-24 * norm * (largest + largest_lost);
+  }
+
+  // Before a search: candidates are what may be better than the guess, or than the best one found,
+  // whose score can be off by the error too, in the other direction.
+  void start(const Found& found, int64_t slot, int64_t r) const {
+    const Known& known = known_[r];
+    found.scale[slot] = known.scale;
+    found.window[slot] = static_cast<float>(2.001 * known.error);
+    found.floor[slot] =
+        !known.counts
+            ? kInfinity
+            : static_cast<float>(known.cosine / known.norm - known.shared - 1.001 * known.error);
   }
 
   void search(const Unit* tiles, int64_t count, const Found& found) const {
@@ -212,7 +260,7 @@ class Block {
     args.num_classes = centroids_.count;
     args.class_bias = packed_.bias;
     args.class_scale = packed_.scale;
-    args.class_offset = packed_.offset;
+    args.class_start = packed_.start;
     args.row_scale = found.scale.get();
     args.window = found.window.get();
     args.floor = found.floor.get();
@@ -231,41 +279,60 @@ class Block {
       const int64_t r = rows[std::min(m, count - 1)];
       const Unit* from = row_units(tile_values_.get(), r);
       for (int64_t u = 0; u < packed_.units; ++u) tile[u * kTile + m] = from[u * kTile];
-      found.scale[m] = found_.scale[r];
-      found.window[m] = found_.window[r];
-      found.floor[m] = m < count ? -kInfinity : kInfinity;
+      start(found, m, r);
+      if (m >= count) found.floor[m] = kInfinity;
     }
     search(tile.get(), 1, found);
-    for (int64_t m = 0; m < count; ++m) decide(first_ + rows[m], found, m, index, score);
+    for (int64_t m = 0; m < count; ++m) decide(rows[m], found, m, index, score);
   }
 
   // Compares the candidates in double.
-  void decide(int64_t i, const Found& found, int64_t r, int64_t* index, float* score) const {
-    const float* row = rows_[i];
-    const double square = dot(row, row, rows_.dim);
-    if (!(square > 0 && std::isfinite(square))) {
+  void decide(int64_t r, const Found& found, int64_t slot, int64_t* index, float* score) const {
+    const int64_t i = first_ + r;
+    const Known& known = known_[r];
+    if (!known.counts) {
       index[i] = -1;
-      score[i] = square == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+      score[i] = known.norm == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
       return;
     }
-    double largest = -std::numeric_limits<double>::infinity();
-    for (int64_t c = 0; c < found.count[r]; ++c) {
-      if (found.score[r * found.capacity + c] <= found.floor[r]) continue;
-      const int64_t j = found.candidate[r * found.capacity + c];
-      const double cosine = dot(row, centroids_[j], rows_.dim) * packed_.inverse_norm[j];
-      if (cosine > largest) {  // candidates come in increasing order: the first of equals stays
-        largest = cosine;
-        index[i] = j;
+    const float* scores = found.score.get() + slot * found.capacity;
+    const int32_t* candidates = found.candidate.get() + slot * found.capacity;
+    const int64_t count = found.count[slot];
+    int64_t best = guess_ != nullptr ? guess_[i] : -1;
+    double largest = known.cosine;
+    if (best < 0) {
+      best = candidates[std::max_element(scores, scores + count) - scores];
+      largest = cosine(rows_[i], best);
+    }
+    // Only what might be as near as the best one is looked at.
+    const int64_t certain = best;
+    const double floor = largest / known.norm - known.shared - 1.001 * known.error;
+    for (int64_t c = 0; c < count; ++c)
+      if (scores[c] >= floor && candidates[c] != certain) fetch(candidates[c]);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t j = candidates[c];
+      if (scores[c] < floor || j == certain) continue;
+      const double other = cosine(rows_[i], j);
+      if (other > largest || (other == largest && j < best)) {  // the first of equals
+        largest = other;
+        best = j;
       }
     }
-    score[i] = static_cast<float>(largest / std::sqrt(square));
+    index[i] = best;
+    score[i] = static_cast<float>(largest / known.norm);
   }
 
+  // What fp32 arithmetic may do to a score outside the sum of products, for unit vectors and their
+  // mean: some seventy rounding errors at worst.
+  static constexpr double kSlack = 128 * 0x1p-24;
+
   const Rows& rows_;
+  const int64_t* guess_;
   const Rows& centroids_;
   const PackedCentroids<Unit>& packed_;
   int64_t first_, count_, tiles_;
   Buffer<Unit> tile_values_;
+  Buffer<Known> known_;
   Found found_;
 };
 
@@ -317,7 +384,7 @@ void pack_centroids(const Rows& centroids, void* packed, const Parallel& paralle
       out.scale[j] = rounded.scale;
       float sum = 0;  // of whole numbers, exact
       for (int64_t k = 0; k < dim; ++k) sum += row[k];
-      out.offset[j] = kBytes<Unit> ? 128 * static_cast<int32_t>(sum) : 0;
+      out.start[j] = kBytes<Unit> ? -128 * static_cast<int32_t>(sum) : 0;
       write_units(row.get(), out.units, out.panels + p * out.units * kLanes + lane, kLanes, 0);
     }
   });
@@ -326,24 +393,24 @@ void pack_centroids(const Rows& centroids, void* packed, const Parallel& paralle
 }
 
 template <class Unit>
-void nearest(const Rows& rows, const Rows& centroids, const void* packed, int64_t* index,
-             float* score, const Parallel& parallel) {
+void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
+             int64_t* index, float* score, const Parallel& parallel) {
   const PackedCentroids<Unit> classes(packed, centroids.count, centroids.dim);
   // As many rows as the caches hold, and at least a block for every thread.
   const int64_t share = round_up(ceil_div(rows.count, parallel.threads()), kTile);
   const int64_t block = std::min(cpu::kBlockTiles * kTile, std::max(share, kTile));
   parallel.run(ceil_div(rows.count, block), [&](int64_t item) {
     const int64_t first = item * block;
-    Block<Unit>(rows, centroids, classes, first, std::min(block, rows.count - first))
+    Block<Unit>(rows, guess, centroids, classes, first, std::min(block, rows.count - first))
         .run(index, score);
   });
 }
 
-#define UNICOM_NEAREST(Unit)                                                           \
-  template int64_t packed_centroid_bytes<Unit>(int64_t, int64_t);                      \
-  template void pack_centroids<Unit>(const Rows&, void*, const Parallel&);             \
-  template void nearest<Unit>(const Rows&, const Rows&, const void*, int64_t*, float*, \
-                              const Parallel&);
+#define UNICOM_NEAREST(Unit)                                                                   \
+  template int64_t packed_centroid_bytes<Unit>(int64_t, int64_t);                              \
+  template void pack_centroids<Unit>(const Rows&, void*, const Parallel&);                     \
+  template void nearest<Unit>(const Rows&, const int64_t*, const Rows&, const void*, int64_t*, \
+                              float*, const Parallel&);
 UNICOM_NEAREST(float)
 UNICOM_NEAREST(cpu::BfPair)
 UNICOM_NEAREST(cpu::ByteQuad)

@@ -41,10 +41,12 @@ void pack_centroids(const Rows& centroids, void* packed, const Parallel&);
 
 // For each row the centroid of largest cosine, the lowest index among equals, and the cosine.
 // A zero row gets index -1 and score 0, a row with NaN or infinity -1 and NaN.
+//   guess   of the nearest centroid of each row, or -1; nullptr for none. Good ones save time, and
+//           no guess changes the result.
 //   packed  of the same centroids, which are finite
 template <class Unit>
-void nearest(const Rows& rows, const Rows& centroids, const void* packed, int64_t* index,
-             float* score, const Parallel&);
+void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
+             int64_t* index, float* score, const Parallel&);
 
 // sums[index[i]] += rows[i] / |rows[i]| in double and in the order of the rows,
 // counts[index[i]] += 1; rows with index -1 are left out. The result does not depend on the number

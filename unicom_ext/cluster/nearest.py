@@ -11,6 +11,7 @@ from unicom_ext import _core
 from unicom_ext.functional import _ops
 
 PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}
+MAX_INT8_DIM = 65536  # longer sums of products of bytes might leave int32
 
 
 class Centroids:
@@ -28,22 +29,26 @@ class Centroids:
     """
 
     def __init__(self, centroids: Tensor, precision: str = "auto") -> None:
+        self.values = _fp32_rows("centroids", centroids)
         if precision == "auto":
-            precision = "int8" if _core.cpu_capability() == "avx512_bf16" else "fp32"
+            fast = _core.cpu_capability() == "avx512_bf16"
+            fits = self.values.shape[1] <= MAX_INT8_DIM
+            precision = "int8" if fast and fits else "fp32"
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {('auto', *PRECISIONS)}, got {precision!r}")
-        self.values = _fp32_rows("centroids", centroids)
         self._precision = PRECISIONS[precision]
         self._packed = _ops.pack_centroids(self.values, self._precision)
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The centroid of largest cosine to each row, the lowest index among equals.
 
         Args:
             rows: [N, d] floating point, any norm; taken in float32.
+            guess: [N] int64 in [-1, k), the index that each row is likely to get, -1 for rows
+                without a guess. Good ones save some time; none changes the result.
 
         Returns:
             index: [N] int64; -1 for a zero row and for one with NaN or infinity.
@@ -52,7 +57,9 @@ class Centroids:
             Both are those of double arithmetic on the float32 values, whatever the instruction set,
             the precision and the number of threads.
         """
-        return _ops.nearest(_fp32_rows("rows", rows), self.values, self._packed, self._precision)
+        return _ops.nearest(
+            _fp32_rows("rows", rows), self.values, self._packed, self._precision, guess
+        )
 
 
 def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[Tensor, Tensor]:
@@ -76,6 +83,8 @@ def _fp32_rows(name: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {x.device}: there is no kernel for others")
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, got shape {list(x.shape)}")
     x = x.detach().float()
