@@ -148,9 +148,7 @@ def test_the_same_labels_everywhere(set_threads):
         assert torch.equal(score, results[0][1])
 
 
-@given(
-    st.integers(1, 200), st.integers(1, 70), st.sampled_from(PRECISIONS), st.integers(0, 2**20)
-)
+@given(st.integers(1, 200), st.integers(1, 70), st.sampled_from(PRECISIONS), st.integers(0, 2**20))
 def test_values_of_any_size_within_a_row(k, d, precision, seed):
     """Most of a row rounds to nothing beside its largest value, and yet decides."""
     generator = torch.Generator().manual_seed(seed)

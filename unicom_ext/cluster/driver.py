@@ -156,13 +156,10 @@ class _Run:
         else:
             # Labels of this pass and the last: a pass that is cut short spoils nothing.
             labels = LabelFiles(self.state_dir / f"pass-{number % 2}")
-            before = LabelFiles(self.state_dir / f"pass-{(number - 1) % 2}")
             with self.ranks.together():
                 if self.ranks.is_first:
                     labels.create(self.source.shards)
-            last = self.state["passes"][-1]["kind"] if self.state["passes"] else None
-            known = last in ("lloyd", "coarse") and before.exist(self.source.shards)
-            how = {"labels": labels, "before": before if known else None}
+            how = {"labels": labels, "before": self._last_labels()}
         return lloyd_pass(
             self.source,
             self.state["centroids"],
@@ -172,6 +169,14 @@ class _Run:
             self.config.seed + number,
             **how,
         )
+
+    def _last_labels(self) -> LabelFiles | None:
+        """Of the last pass, if it was a whole one."""
+        passes = self.state["passes"]
+        if not passes or passes[-1]["kind"] not in ("lloyd", "coarse"):
+            return None
+        labels = LabelFiles(self.state_dir / f"pass-{len(passes) % 2}")
+        return labels if labels.exist(self.source.shards) else None
 
     def _minibatch(self, number: int, progress: PassProgress) -> tuple[Tensor, int, Totals]:
         now, centroids = self.state, self.state["centroids"]
@@ -247,7 +252,9 @@ class _Run:
 
     # ---- results ---------------------------------------------------------------------------------
 
-    def _label(self, centroids: Tensor, labels: LabelFiles) -> tuple[Totals, Tensor, Tensor]:
+    def _label(
+        self, centroids: Tensor, labels: LabelFiles, before: LabelFiles | None = None
+    ) -> tuple[Totals, Tensor, Tensor]:
         """Label every row; returns totals, and each cluster's size and sum of cosines."""
         with self.ranks.together():
             if self.ranks.is_first:
@@ -271,6 +278,7 @@ class _Run:
                 self.ranks,
                 progress.watch,
                 labels=labels,
+                before=before,
                 visit=visit,
                 block_rows=block_rows,
             )
@@ -289,7 +297,9 @@ class _Run:
         config = self.config
         centroids = self.state["centroids"]
         labels = LabelFiles(self.state_dir / "final")
-        totals, sizes, scores = self._label(centroids, labels)
+        whole = "coarse" not in self.state  # a pass has labelled all rows with these clusters
+        before = self._last_labels() if whole else None
+        totals, sizes, scores = self._label(centroids, labels, before)
         merged = 0
         if config.merge_above < 1:
             fewer = refine.merge(centroids, sizes, scores, config.merge_above)

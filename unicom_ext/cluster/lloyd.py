@@ -83,7 +83,8 @@ def assign(
 ) -> Totals:
     """The nearest centroid of every row of this process; returns the totals of all.
 
-    labels  where to write them; `before` the labels to compare with
+    labels  where to write them
+    before  the labels to compare with, and what a row's label is guessed to be
     part    takes some of the rows of a block
     visit   called with (block, index, score) of each block
     """
@@ -91,13 +92,16 @@ def assign(
     with ranks.together():
         for block in source.blocks(*ranks.share(source.rows), size=block_rows):
             block = part(block) if part is not None else block
-            index, score = centroids.nearest(block.rows)
+            last = guess = None
+            if before is not None:
+                last = before.read(block.shard, block.start, block.start + len(block.rows))
+                guess = torch.from_numpy(last.astype(np.int64))
+            index, score = centroids.nearest(block.rows, guess)
             totals.add(index, score)
             visit(block, index, score)
             now = index.numpy().astype(np.int32)
-            if before is not None:
-                stop = block.start + len(now)
-                totals.compare(before.read(block.shard, block.start, stop), now)
+            if last is not None:
+                totals.compare(last, now)
             if labels is not None:
                 labels.write(block.shard, block.start, now)
             watch(totals)

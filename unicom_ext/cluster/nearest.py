@@ -84,7 +84,9 @@ def _fp32_rows(name: str, x: Tensor) -> Tensor:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
     if x.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU, got {x.device}: there is no kernel for others")
+        raise ValueError(
+            f"{name} must be on the CPU, got {x.device}: there is no kernel for others"
+        )
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, got shape {list(x.shape)}")
     x = x.detach().float()

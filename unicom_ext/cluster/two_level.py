@@ -72,8 +72,8 @@ class TwoLevel:
         self._coarse = engine(coarse[self._kept])
         self._cells = [engine(fine[first[c] : first[c + 1]]) for c in self._kept.tolist()]
 
-    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centroid of the cell whose coarse centroid is nearest."""
+    def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nearest centroid of the cell whose coarse centroid is nearest. Ignores guesses."""
         cell, score = self._coarse.nearest(rows)
         index = torch.full_like(cell, -1)
         order = cell.argsort(stable=True)
