@@ -119,6 +119,32 @@ print("done")
 """
 )
 
+FULL = (
+    COMMON
+    + """
+import resource
+
+run("out", config(passes=3))
+run("whole", config(passes=5))
+output = folder / "out"
+def files():
+    return {p: p.read_bytes() for p in [*output.glob("*.*"), output / "state" / "state.pt"]}
+before = files()
+state_bytes = len(before[output / "state" / "state.pt"])
+
+# No file may grow beyond a size, which fails as a full disk does: in the middle of a write.
+for limit in (200, 1000, state_bytes - 100):
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run("out", config(passes=5), resume=True)
+    assert os.waitpid(child(work), 0)[1] != 0
+    assert files() == before
+    assert not list(output.rglob("*.tmp"))
+run("out", config(passes=5), resume=True)
+print("done")
+"""
+)
+
 
 def python(program: str, *arguments: object) -> str:
     command = [sys.executable, "-c", program, *map(str, arguments)]
@@ -159,6 +185,7 @@ def test_one_two_and_four_processes_agree(tmp_path):
         (0, {}),
         (1, {"method": "two-level", "coarse": 4}),
         (2, {"method": "minibatch", "batch_rows": 64}),
+        (3, {"early_passes": 4, "early_fraction": 0.5}),
     ],
 )
 def test_killed_five_times(tmp_path, seed, settings):
@@ -170,6 +197,18 @@ def test_killed_five_times(tmp_path, seed, settings):
     steady = ("pass", "kind", "rows", "objective", "changed", "empty")
     for a, b in zip(whole[2]["passes"], killed[2]["passes"], strict=True):
         assert {name: a[name] for name in steady} == {name: b[name] for name in steady}
+
+
+def test_files_that_cannot_grow(tmp_path):
+    make_dump(tmp_path / "dump")
+    errors = [line for line in python(FULL, tmp_path).splitlines() if "Error" in line]
+    assert len(errors) == 3
+    for error, file in zip(errors, ("labels_0000.npy", "labels_0000.npy", "state.pt"), strict=True):
+        assert error.startswith("OSError: [Errno 27]")
+        assert f"{file} cannot be written: File too large" in error
+    whole, resumed = load(tmp_path / "whole"), load(tmp_path / "out")
+    assert np.array_equal(whole[0], resumed[0])
+    assert np.array_equal(whole[1], resumed[1])
 
 
 # ---- command line --------------------------------------------------------------------------------
