@@ -47,6 +47,7 @@ struct LogitBlock : CosineBlock<Unit> {
   RealOf<Unit>* cosines = nullptr;
   int64_t kept = 0;
   int64_t cosines_panel_stride = 0;
+  bool past_caches = false;  // there are more of them than caches hold
 };
 
 constexpr double kNoCosine = -1e30;  // below every cosine: exp gives 0 and max ignores it

@@ -5,6 +5,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 #include "nearest_impl.h"
 #include "product.h"
 
@@ -258,10 +262,12 @@ class ColumnPicker {
   }
   bool works() const { return groups_ > 0; }
 
-  // The selected values of a row, beside each other.
-  UNICOM_INLINE void pick(const float* row, float* out) const {
+  // The selected values of a row, beside each other. Asks for the row `ahead` on the way, line by
+  // line: many requests at once would wait for one another.
+  UNICOM_INLINE void pick(const float* row, const float* ahead, float* out) const {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
     for (int64_t g = 0; g < groups_; ++g) {
+      __builtin_prefetch(ahead + g * kLanes);
       const __mmask16 mask = mask_[g];
       const int count = __builtin_popcount(mask);
       const __m512 picked =
@@ -270,7 +276,7 @@ class ColumnPicker {
       out += count;
     }
 #else
-    (void)row, (void)out;
+    (void)row, (void)ahead, (void)out;
 #endif
   }
 
@@ -313,15 +319,18 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
       // Sampled rows lie scattered in memory: ask for those to come while this one is worked on.
-      if (first + lane + kPrefetchRows < total) prefetch_row(source, id_of(lane + kPrefetchRows));
       const int64_t id = id_of(lane);
+      const int64_t last = total - 1 - first;
+      const int64_t ahead = id_of(lane + kPrefetchRows < last ? lane + kPrefetchRows : last);
       if constexpr (std::is_same_v<RealOf<Unit>, float>) {
         if (picker.works()) {
-          picker.pick(static_cast<const float*>(source.data) + id * source.row_stride, row);
+          const float* data = static_cast<const float*>(source.data);
+          picker.pick(data + id * source.row_stride, data + ahead * source.row_stride, row);
           inverse_norm[lane] = normalize(row, source.dim, height);
           continue;
         }
       }
+      prefetch_row(source, ahead);
       inverse_norm[lane] = unit_row(source, id, row, height);
     } else {
       inverse_norm[lane] = 0;
@@ -376,26 +385,45 @@ void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
 // ---- logits
 // ----------------------------------------------------------------------------------------
 
-// Cosines of one tile with the panels [panel, panel + P): [P][6][16], multiplied or kept ones. The
-// engine sees to it that P panels beside each other are all kept or none.
+// Whole lines to memory; past the caches they are not read from there first.
+template <class Real>
+UNICOM_INLINE void keep(const Real* from, int64_t count, bool past_caches, Real* to) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    if (past_caches) {
+      for (int64_t i = 0; i < count; i += kLanes)
+        _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+      return;
+    }
+#else
+  (void)past_caches;
+#endif
+  std::memcpy(to, from, count * sizeof(Real));
+}
+
+// Cosines of one tile with the panels [panel, panel + P), multiplied or kept ones: where they are,
+// [P][6][16], and how far from one panel to the next. The engine sees to it that P panels beside
+// each other are all kept or none.
+template <class Real>
+struct TileCosines {
+  const Real* data;
+  int64_t panel_stride;
+};
 enum class Kept { kWrite, kRead };
 template <class Unit, int P, Kept kKept>
-UNICOM_INLINE void tile_cosines(const LogitBlock<Unit>& block, int64_t panel, int64_t tile,
-                                RealOf<Unit>* out) {
+UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
+                                                     int64_t tile, RealOf<Unit>* out) {
   constexpr int64_t kSize = kTile * kLanes;
   const bool kept = panel + P <= block.kept;
-  auto place = [&](int p) {
-    return block.cosines + (panel + p) * block.cosines_panel_stride + tile * kSize;
-  };
-  if (kept && kKept == Kept::kRead) {
-    for (int p = 0; p < P; ++p) std::memcpy(out + p * kSize, place(p), kSize * sizeof(*out));
-    return;
-  }
+  RealOf<Unit>* place = block.cosines + panel * block.cosines_panel_stride + tile * kSize;
+  if (kept && kKept == Kept::kRead) return {place, block.cosines_panel_stride};
   multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
                          block.classes + panel * block.panel_stride, block.panel_stride,
                          block.units, out, kSize, false);
   if (kept)
-    for (int p = 0; p < P; ++p) std::memcpy(place(p), out + p * kSize, kSize * sizeof(*out));
+    for (int p = 0; p < P; ++p, place += block.cosines_panel_stride)
+      keep(out + p * kSize, kSize, block.past_caches, place);
+  return {out, kSize};
 }
 
 // The sixteen cosines of one row and panel, with the target and the padding struck out.
@@ -464,10 +492,11 @@ void sum_exp(const SumExp<Unit>& args) {
     row.exponent = power;
   };
 
-  auto panels_at = [&](auto count, int64_t panel) {
+  auto panels_at = [&](auto is_running, auto count, int64_t panel) {
+    constexpr bool kRunning = decltype(is_running)::value;
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, cosines);
+      const auto tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, cosines);
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
         Vec<Real> best[kV], sum[kV];
@@ -477,14 +506,14 @@ void sum_exp(const SumExp<Unit>& args) {
         }
         for (int p = 0; p < kCount; ++p) {
           const int64_t first = (panel + p) * kLanes;
-          Negatives<Unit> c(cosines + (p * kTile + m) * kLanes, args.target[r] - first,
+          Negatives<Unit> c(tile.data + p * tile.panel_stride + m * kLanes, args.target[r] - first,
                             args.num_classes - first);
           for (int v = 0; v < kV; ++v) {
-            best[v] = c.value[v] > best[v] ? c.value[v] : best[v];
+            best[v] = larger<Real>(c.value[v], best[v]);
             c.value[v] = c.value[v] > filter ? Vec<Real>{} : c.value[v];
           }
           Vec<Real> exponent = fixed;
-          if (running) {
+          if constexpr (kRunning) {
             for (int v = 0; v < kV; ++v) store(sums[r] + v * kWidth<Real>, sum[v]);
             raise(r, c.value);
             for (int v = 0; v < kV; ++v) sum[v] = load(sums[r] + v * kWidth<Real>);
@@ -510,14 +539,19 @@ void sum_exp(const SumExp<Unit>& args) {
       unflushed = 0;
     }
   };
-  while (panel + P <= args.panels) {
-    panels_at(std::integral_constant<int, P>{}, panel);
-    advance(P);
-  }
-  while (panel < args.panels) {
-    panels_at(std::integral_constant<int, 1>{}, panel);
-    advance(1);
-  }
+  auto all_panels = [&](auto is_running) {
+    for (; panel + P <= args.panels; advance(P))
+      panels_at(is_running, std::integral_constant<int, P>{}, panel);
+    for (; panel < args.panels; advance(1))
+      panels_at(is_running, std::integral_constant<int, 1>{}, panel);
+  };
+  if (running)
+    all_panels(std::true_type{});
+  else
+    all_panels(std::false_type{});
+#if defined(__SSE2__)
+  _mm_sfence();  // what was kept past the caches
+#endif
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t i = 0; i < kLanes; ++i)
       if (largest[r][i] > args.result[r].largest) args.result[r].largest = largest[r][i];
@@ -529,9 +563,7 @@ UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows, U
                         int64_t along_classes_stride) {
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
   constexpr int64_t kGroup = kLanes / kValues;
-  if constexpr (kValues == 1) {
-    std::memcpy(along_rows, p, rows * kLanes * sizeof(Unit));
-  } else {
+  if constexpr (kValues == 2) {
     constexpr int kV = kVectors<float>;
     for (int64_t r = 0; r < rows; r += 2)
       for (int v = 0; v < kV; ++v) {
@@ -543,6 +575,12 @@ UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows, U
   for (int64_t r = 0; r < rows; r += kLanes) {
     Unit* out = along_classes + r / kLanes * along_classes_stride;
     const int64_t count = rows - r < kLanes ? rows - r : kLanes;
+    if constexpr (kValues == 1) {
+      if (count == kLanes) {
+        transpose(p + r * kLanes, kGroup, kLanes, kGroup, out, kLanes);
+        continue;
+      }
+    }
     Unit units[kLanes * kGroup];
     if constexpr (kValues == 2) {
       round_to_pairs(p + r * kLanes, count * kLanes, units);
@@ -565,23 +603,36 @@ void probabilities(const Probabilities<Unit>& args) {
   constexpr int kV = kVectors<Real>;
   constexpr int64_t kGroup = kLanes / UnitTraits<Unit>::kValues;
   constexpr int64_t kMaxRows = kBlockTiles * kTile;
+  constexpr bool kPaired = UnitTraits<Unit>::kValues == 2;
   alignas(64) Real cosines[P * kTile * kLanes];
-  alignas(64) Real p[P][kMaxRows * kLanes];
+  // Pairs are rounded from here; single values are written to their place along the rows at once.
+  alignas(64) Real rounded[kPaired ? P : 1][kPaired ? kMaxRows * kLanes : 1];
   const int64_t rows = args.tiles * kTile;
   const Vec<Real> filter = broadcast(args.filter);
 
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
+    Real* p[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kPaired)
+        p[i] = rounded[i];
+      else
+        p[i] = args.along_rows + (panel + i) * args.along_rows_stride;
+    }
     for (int64_t t = 0; t < args.tiles; ++t) {
-      tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, cosines);
+      const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, cosines);
+      if (tile.data != cosines && t + 1 < args.tiles)
+        for (int i = 0; i < kCount; ++i)
+          for (int64_t k = 0; k < kTile * kLanes; k += 64 / sizeof(Real))
+            __builtin_prefetch(tile.data + i * tile.panel_stride + kTile * kLanes + k);
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
         const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
         const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
         for (int i = 0; i < kCount; ++i) {
           const int64_t first = (panel + i) * kLanes;
-          const Negatives<Unit> c(cosines + (i * kTile + m) * kLanes, args.target[r] - first,
-                                  args.num_classes - first);
+          const Negatives<Unit> c(tile.data + i * tile.panel_stride + m * kLanes,
+                                  args.target[r] - first, args.num_classes - first);
           for (int v = 0; v < kV; ++v) {
             const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
             store(p[i] + r * kLanes + v * kWidth<Real>,

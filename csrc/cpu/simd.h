@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -90,9 +91,23 @@ UNICOM_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { ret
 
 template <class Real>
 UNICOM_INLINE Real horizontal_sum(Vec<Real> v) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#endif
   Real sum = 0;
   for (int i = 0; i < kWidth<Real>; ++i) sum += v[i];
   return sum;
+}
+// The larger of each two; of b where either is NaN.
+template <class Real>
+UNICOM_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> b) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    return reinterpret_cast<Vec<float>>(
+        _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#endif
+  return a > b ? a : b;
 }
 template <class Real>
 UNICOM_INLINE Real horizontal_max(Vec<Real> v) {
@@ -192,6 +207,14 @@ UNICOM_INLINE Vec<double> exp2_whole(Vec<double> power) {
 // mantissa * 2^(power - exponent), zero on underflow; NaN stays NaN.
 template <class Real>
 UNICOM_INLINE Vec<Real> exp_scaled(ExpParts<Real> e, Vec<Real> exponent) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>) {
+    const auto power = reinterpret_cast<__m512>(e.power - exponent);
+    const __mmask16 normal = _mm512_cmp_ps_mask(power, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return reinterpret_cast<Vec<float>>(
+        _mm512_maskz_scalef_ps(normal, reinterpret_cast<__m512>(e.mantissa), power));
+  }
+#endif
   const Vec<Real> scale = exp2_whole(e.power - exponent);
   return scale == Vec<Real>{} ? Vec<Real>{} : e.mantissa * scale;
 }

@@ -7,12 +7,15 @@
 
 namespace unicom::cpu {
 
-// Arithmetic is in double for double parameters and in float for all others: `Real` below.
+// Arithmetic is in double for double parameters and in float for all others: `Real` below. `ahead`
+// is a row that will be wanted soon: its lines are asked for one by one, on the way, as many
+// requests at once would wait for one another.
 struct AdamWRow {
   const void* gradient;    // [dim] Real
   void* parameter;         // [dim]
   void* first;             // [dim] moments: Real, or bf16
   void* second;            // [dim] the same, or one Real
+  const void* ahead[3];    // parameter, first, second
   DType parameter_dtype;   //
   bool bf16_moments;       //
   bool second_per_row;     //
@@ -25,6 +28,7 @@ struct SgdRow {
   const void* gradient;  // [dim] Real
   void* parameter;       // [dim]
   void* buffer;          // [dim] Real, or nullptr without momentum
+  const void* ahead[2];  // parameter, buffer
   DType parameter_dtype;
   int64_t dim;
   SgdStep<double> step;

@@ -15,8 +15,6 @@ namespace unicom {
 
 namespace {
 
-constexpr int64_t kCacheBytes = int64_t{32} << 20;
-
 // A gradient larger than the caches gains nothing from passing through them: stores that go past
 // them do not read the memory first.
 void zero_piece(char* data, size_t bytes) {
@@ -163,7 +161,8 @@ class PrototypeRows {
         write_row({converted_.get(), dtype, 0, nullptr, width_}, 0, row);
         gradient = converted_.get();
       }
-      args_.update->step(id_of(first + r), gradient);
+      args_.update->step(id_of(first + r), gradient,
+                         id_of(first + std::min(r + kRowsAhead, count - 1)));
     }
   }
 

@@ -10,6 +10,9 @@
 
 namespace unicom {
 
+// What is larger than this passes the caches by.
+constexpr int64_t kCacheBytes = int64_t{32} << 20;
+
 using cpu::ceil_div;
 using cpu::kLanes;
 using cpu::kTile;
@@ -112,6 +115,8 @@ void keep_cosines(const Problem& p, const Shape<Unit>& s, void* kept, int64_t fi
   block->cosines_panel_stride = s.tiles * kTile * kLanes;
   block->cosines = static_cast<RealOf<Unit>*>(kept) + first_panel * block->cosines_panel_stride +
                    first_tile * kTile * kLanes;
+  block->past_caches =
+      p.kept_panels * block->cosines_panel_stride * int64_t{sizeof(RealOf<Unit>)} > kCacheBytes;
 }
 
 }  // namespace unicom

@@ -13,7 +13,6 @@ namespace unicom {
 namespace {
 
 constexpr int64_t kRowsPerItem = 64;
-constexpr int64_t kRowsAhead = 2;
 
 // Rows lie scattered in memory: ask for all their lines while others are worked on.
 void prefetch_row(const RowArray& array, int64_t id, int64_t dim) {
@@ -32,16 +31,23 @@ void* RowArray::row(int64_t id) const {
   return static_cast<char*>(data) + id * row_stride * cpu::bytes_of(dtype);
 }
 
-void RowAdamW::step(int64_t id, const void* gradient) const {
+void RowAdamW::step(int64_t id, const void* gradient, int64_t ahead) const {
   const int64_t count = ++row_step[id];
   double decay = 1;
   if (log_decay != nullptr) {
     decay = std::exp(total_log_decay - log_decay[id]);
     log_decay[id] = total_log_decay;
   }
-  cpu::update_kernels().adamw({gradient, parameter.row(id), first.row(id), second.row(id),
-                               parameter.dtype, first.dtype == cpu::DType::kBFloat16,
-                               second_per_row, dim, rounding_key(id, count),
+  cpu::update_kernels().adamw({gradient,
+                               parameter.row(id),
+                               first.row(id),
+                               second.row(id),
+                               {parameter.row(ahead), first.row(ahead), second.row(ahead)},
+                               parameter.dtype,
+                               first.dtype == cpu::DType::kBFloat16,
+                               second_per_row,
+                               dim,
+                               rounding_key(id, count),
                                adamw_step<double>(options, count, decay)});
 }
 
@@ -51,7 +57,7 @@ void RowAdamW::prefetch(int64_t id) const {
   prefetch_row(second, id, second_per_row ? 1 : dim);
 }
 
-void RowSgd::step(int64_t id, const void* gradient) const {
+void RowSgd::step(int64_t id, const void* gradient, int64_t ahead) const {
   Transition before = Transition::identity();
   if (last_step != nullptr) {
     before = missed[now - 1 - last_step[id]];
@@ -60,9 +66,14 @@ void RowSgd::step(int64_t id, const void* gradient) const {
     before.pp = std::exp(decay_before - log_decay[id]);
     log_decay[id] = decay_after;
   }
-  cpu::update_kernels().sgd({gradient, parameter.row(id),
-                             buffer.data != nullptr ? buffer.row(id) : nullptr, parameter.dtype,
-                             dim, sgd_step<double>(options, before)});
+  const RowArray& other = buffer.data != nullptr ? buffer : parameter;
+  cpu::update_kernels().sgd({gradient,
+                             parameter.row(id),
+                             buffer.data != nullptr ? buffer.row(id) : nullptr,
+                             {parameter.row(ahead), other.row(ahead)},
+                             parameter.dtype,
+                             dim,
+                             sgd_step<double>(options, before)});
 }
 
 void RowSgd::prefetch(int64_t id) const {
@@ -77,13 +88,12 @@ void update_rows(const RowUpdate& update, const RowGradient& gradient, const Par
     Buffer<double> scratch(plain ? 0 : gradient.dim);  // also wide enough for floats
     const int64_t end = std::min(gradient.count, (item + 1) * kRowsPerItem);
     for (int64_t j = item * kRowsPerItem; j < end; ++j) {
-      if (j + kRowsAhead < gradient.count) update.prefetch(gradient.ids[j + kRowsAhead]);
       const void* row = gradient.rows.row(j);
       if (!plain) {
         cpu::update_kernels().add_row(row, gradient.rows.dtype, gradient.dim, true, scratch.get());
         row = scratch.get();
       }
-      update.step(gradient.ids[j], row);
+      update.step(gradient.ids[j], row, gradient.ids[std::min(j + kRowsAhead, gradient.count - 1)]);
     }
   });
 }

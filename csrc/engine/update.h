@@ -34,8 +34,10 @@ struct RowGradient {
 class RowUpdate {
  public:
   virtual ~RowUpdate() = default;
-  // One step of row `id`; gradient [dim] is float, or double for double parameters.
-  virtual void step(int64_t id, const void* gradient) const = 0;
+  // One step of row `id`; gradient [dim] is float, or double for double parameters. `ahead` is a
+  // row that will have its step soon.
+  virtual void step(int64_t id, const void* gradient, int64_t ahead) const = 0;
+  // Brings a row closer that will have its step later.
   virtual void prefetch(int64_t id) const = 0;
 };
 
@@ -50,7 +52,7 @@ class RowAdamW final : public RowUpdate {
   double total_log_decay = 0;  // of a row that missed no step, this one included
   int64_t dim;
 
-  void step(int64_t id, const void* gradient) const override;
+  void step(int64_t id, const void* gradient, int64_t ahead) const override;
   void prefetch(int64_t id) const override;
 };
 
@@ -68,9 +70,11 @@ class RowSgd final : public RowUpdate {
   int64_t now = 0;                     // this step's number
   int64_t dim;
 
-  void step(int64_t id, const void* gradient) const override;
+  void step(int64_t id, const void* gradient, int64_t ahead) const override;
   void prefetch(int64_t id) const override;
 };
+
+constexpr int64_t kRowsAhead = 2;
 
 void update_rows(const RowUpdate&, const RowGradient&, const Parallel&);
 
