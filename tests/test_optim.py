@@ -245,6 +245,23 @@ def test_the_fused_pass_is_its_reference(make, dtype, capability):
                 torch.testing.assert_close(ours[name], theirs[name], atol=bound, rtol=bound)
 
 
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_roots_and_quotients_of_any_size(eps, capability):
+    # Zeros, squares that underflow, are subnormal or overflow: at every place in a vector.
+    sizes = torch.tensor([0, 1e-40, 1e-25, 3e-21, 1e-19, 1e-10, 1, 1e10, 1e18, 1e25, math.inf])
+    gradient = sizes.repeat(6)[None] * torch.linspace(-2, 3, 66)
+    values = []
+    for fused in (True, False):
+        param = nn.Parameter(torch.zeros(1, 66))
+        optimizer = RowAdamW([param], lr=0.01, eps=eps, fused=fused)
+        for _ in range(2):
+            param.grad = sparse([0], gradient, 1)
+            optimizer.step()
+        values.append(param.detach())
+    torch.testing.assert_close(*values, rtol=2e-6, atol=0, equal_nan=True)
+    assert values[0].isfinite().sum() >= 36
+
+
 def test_bf16_moments_are_rounded_by_the_documented_bits(capability):
     torch.manual_seed(0)
     param = nn.Parameter(torch.zeros(300, 50))
