@@ -73,6 +73,7 @@ def _cuda():
     library = torch.library.Library("unicom_ext_on_gpu", "DEF")
     for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
                  "select_classes", "select_features", "label_slots",
+                 "loss_backward_adamw_", "loss_backward_sgd_",
                  "merge_rows", "row_adamw_", "row_sgd_"):  # fmt: skip
         overload = getattr(torch.ops.unicom_ext, name).default
         library.define(str(overload._schema).removeprefix("unicom_ext::"))

@@ -197,7 +197,8 @@ def test_kernels_compile_without_warnings_and_spills(tmp_path, record_property):
 def test_the_binding_compiles(tmp_path):
     torch_include = Path(torch.__path__[0]) / "include"
     for source in (
-        "csrc/bind/cuda_ops.cpp",
+        "csrc/bind/cuda_loss_ops.cpp",
+        "csrc/bind/cuda_selection_ops.cpp",
         "csrc/bind/cuda_update_ops.cpp",
         "csrc/engine/cuda.cpp",
     ):

@@ -8,9 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_update_in_backward import OPTIMIZERS, batch
+from test_update_in_backward import make as make_module
 from torch import nn
 
 from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_, rows
+from unicom_ext.optim.in_backward import UpdateInBackward
 from unicom_ext.row_sparse import _note_merged, is_merged
 
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -275,3 +278,66 @@ def test_what_the_host_reads_stays_on_the_host():
     assert rows._restored(torch.zeros(3), param).device.type == "meta"
     assert rows._restored(torch.zeros(()), param).device.type == "cpu"
     assert rows._restored(True, param) is True
+
+
+# --- inside backward
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float64, {"sample_rate": 1.0, "reduction": "sum"}),
+        (torch.bfloat16, {"feature_rate": 1.0, "precision": "fp16"}),
+    ],
+    ids=["float32", "all-classes", "bfloat16"],
+)
+def test_an_update_in_backward_is_the_update_after_it(make, dtype, options, emulated):
+    results = []
+    for inside in (False, True):
+        module = make_module(dtype, **options)
+        optimizer = make([module.weight])
+        if inside:
+            optimizer.update_in_backward(module)
+        gradients = []
+        for step in range(3):
+            size = 0 if step == 1 else 40
+            x, labels = batch(step, size, torch.promote_types(dtype, torch.float32))
+            labels[::7], labels[1::5] = labels[:1], -100
+            module(x, labels).backward()
+            assert (module.weight.grad is None) == inside
+            optimizer.step()
+            optimizer.zero_grad()
+            gradients.append(x.grad)
+        results.append((*gradients, module.weight.detach(), optimizer.state[module.weight]))
+    (*stored, state), (*inside, state_inside) = results
+    for a, b in zip(stored, inside, strict=True):
+        assert torch.equal(a, b)
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, state_inside[name])
+
+
+@pytest.mark.parametrize("make", [OPTIMIZERS["adamw"], OPTIMIZERS["sgd-exact"]])
+def test_a_scaled_loss_updates_nothing_and_says_so_with_nan(make, emulated, monkeypatch):
+    # What the host sees on a CPU, it would have to wait for on CUDA.
+    monkeypatch.setattr(UpdateInBackward, "_refuse_all_but_plain_steps", lambda *_: None)
+    module = make_module()
+    optimizer = make([module.weight])
+    optimizer.update_in_backward(module)
+    optimizer.init_row_state([module.weight])
+    x, labels = batch(0)
+    labels[3] = -100
+    steps = optimizer.state[module.weight].get("row_step", torch.zeros(1)).clone()
+    before = module.weight.detach().clone()
+    (module(x, labels) * 4).backward()
+    assert torch.equal(module.weight, before)
+    assert torch.equal(steps, optimizer.state[module.weight].get("row_step", torch.zeros(1)))
+    rows = x.grad[labels >= 0]
+    assert rows.isnan().any(dim=1).all()
+    assert not rows[:, module.last_selection.feature_index].isfinite().any()
+    x, labels = batch(0)
+    module(x, labels).backward()
+    assert x.grad.isfinite().all()
+    assert not torch.equal(module.weight, before)

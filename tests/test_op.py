@@ -72,7 +72,7 @@ def test_shapes_of_selections(shape, capability):
 def test_what_is_kept_for_backward_changes_nothing(shape, options, capability):
     problem = random_problem(*shape, closeness=0.5, interclass_filter=0.3, ignored=1, **options)
     kept = solve(partial_margin_softmax, problem)
-    for workspace_bytes in (0, 1, 10_000, 100_000, 1_000_000):
+    for workspace_bytes in (0, 1, 10_000, 100_000, 300_000):
         again = solve(partial_margin_softmax, problem.having(workspace_bytes=workspace_bytes))
         for a, b in zip(again, kept, strict=True):
             assert torch.equal(a, b), workspace_bytes

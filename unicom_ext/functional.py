@@ -101,7 +101,8 @@ def partial_margin_softmax(
             of a sample with a bad label is NaN too, and the sample has no part in gradients.
         workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
             multiplies three times instead of four; the rest it computes again. The result is the
-            same bit for bit. Nothing is kept where no gradient is wanted, nor on CUDA.
+            same bit for bit. Nothing is kept where no gradient is wanted, nor on CUDA in fp16 and
+            bf16, where multiplying again is as fast as reading.
         return_metrics: also return the `Metrics` of each sample, which cost nothing.
 
     Returns:
@@ -308,7 +309,7 @@ torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_se
 # ---- shapes, for torch.compile ----
 
 _LANES, _TILE = 16, 6  # csrc/cpu/layout.h
-_CUDA_CLASSES, _CUDA_DEPTH = 256, 64  # csrc/cuda/logits.h
+_CUDA_ROWS, _CUDA_CLASSES, _CUDA_DEPTH = 128, 256, 64  # csrc/cuda/logits.h
 
 
 def _round_up(a, b):
@@ -322,9 +323,13 @@ def _packed_bytes(num_sampled, dim, bytes_per_value, device_type):
     return classes * height * bytes_per_value + classes * 8
 
 
-def _kept_bytes(num_sampled, batch, real_bytes, workspace_bytes, device_type):
-    if device_type == "cuda":  # cosines are computed again there
-        return 0
+def _kept_bytes(num_sampled, batch, real_bytes, value_bytes, workspace_bytes, device_type):
+    if device_type == "cuda":  # kept_classes in csrc/engine/cuda.h
+        class_bytes = _round_up(batch, _CUDA_ROWS) * real_bytes
+        if value_bytes == 2 or class_bytes == 0:
+            return 0
+        fit = workspace_bytes // (class_bytes * _CUDA_CLASSES) * _CUDA_CLASSES
+        return torch.sym_min(fit, _round_up(num_sampled, _CUDA_CLASSES)) * class_bytes
     panels = (num_sampled + _LANES - 1) // _LANES
     panel_bytes = _round_up(batch, _TILE) * _LANES * real_bytes
     if workspace_bytes == 0 or panel_bytes == 0:
@@ -370,7 +375,9 @@ def _saved_sizes(embeddings, prototypes, class_index, feature_index, precision, 
     num_features = dim if feature_index is None else feature_index.shape[0]
     return (
         _packed_bytes(num_sampled, num_features, value_bytes, device_type),
-        _kept_bytes(num_sampled, batch, 8 if double else 4, workspace_bytes, device_type),
+        _kept_bytes(
+            num_sampled, batch, 8 if double else 4, value_bytes, workspace_bytes, device_type
+        ),
     )
 
 

@@ -1,5 +1,5 @@
-// Row-sparse optimizer steps on CUDA tensors, and over the emulation of CUDA, see cuda_ops.cpp.
-// None of them waits for the device, so none can look at what the ids are:
+// Row-sparse optimizer steps on CUDA tensors, and over the emulation of CUDA, see
+// cuda_loss_ops.cpp. None of them waits for the device, so none can look at what the ids are:
 //
 // - merge_rows returns as many entries as it was given: ids ascend, the first of equal ones has the
 //   sum, the others rows of zeros.
@@ -7,23 +7,19 @@
 //   its last id with rows of zeros. Ids that are not rows of the parameter are passed over.
 #include <tuple>
 
-#include "../cuda/update.h"
-#include "on_device.h"
+#include "cuda_row_updates.h"
 #include "schemas.h"
 
 namespace unicom::cuda {
 namespace {
 
-// A parameter and its gradient, checked; `state` checks and describes what belongs to its rows.
-struct Target {
-  Tensor param, ids, rows;
-  ScalarType real;  // of the arithmetic
+// A gradient by rows, checked; keeps its tensors alive.
+struct Gradient {
+  Tensor ids, rows;
+  SparseRows described;
 
-  Target(const Tensor& param_in, const Tensor& ids_in, const Tensor& rows_in)
-      : param(param_in),
-        ids(torch::stable::contiguous(ids_in)),
-        rows(torch::stable::contiguous(rows_in)),
-        real(param.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float) {
+  Gradient(const Tensor& param, const Tensor& ids_in, const Tensor& rows_in)
+      : ids(torch::stable::contiguous(ids_in)), rows(torch::stable::contiguous(rows_in)) {
     check_matrix(param, "param");
     const int64_t count = ids.numel(), dim = param.size(1);
     check(ids.dim() == 1 && ids.scalar_type() == ScalarType::Long, "ids must be an int64 vector");
@@ -32,60 +28,29 @@ struct Target {
           "rows must be [", count, ", ", dim, "] and of the parameter's dtype");
     check_device(ids, param, "ids");
     check_device(rows, param, "rows");
-  }
-  SparseRows gradient() const {
-    return {index_data(ids), rows.const_data_ptr(), ids.numel(), param.size(1), param.size(0)};
-  }
-  Rows matrix(const Tensor& t, const char* name) const {
-    check(t.dim() == 2 && t.size(0) == param.size(0) && t.size(1) == param.size(1), name,
-          " must be [", param.size(0), ", ", param.size(1), "] like the parameter");
-    check(t.size(1) <= 1 || t.stride(1) == 1, name, " must have contiguous rows");
-    check_device(t, param, name);
-    return {t.mutable_data_ptr(), dtype_of(t, name), t.stride(0)};
-  }
-  template <class T>
-  T* vector(const std::optional<Tensor>& t, const char* name, ScalarType dtype) const {
-    if (!t) return nullptr;
-    check_vector(*t, name, param.size(0), dtype);
-    check(t->is_contiguous(), name, " must be contiguous");
-    check_device(*t, param, name);
-    return static_cast<T*>(t->mutable_data_ptr());
-  }
-  Tensor workspace(int64_t bytes) const {
-    return empty_like_device(param, {bytes}, ScalarType::Byte);
+    described = {index_data(ids), rows.const_data_ptr(), count, dim, param.size(0)};
   }
 };
+
+template <class Update>
+void run_update(const Tensor& param, Update update, const Gradient& gradient,
+                int64_t workspace_bytes) {
+  OnDevice on(param);
+  Tensor workspace = empty_like_device(param, {workspace_bytes}, ScalarType::Byte);
+  update.gradient = gradient.described;
+  update.workspace = workspace.mutable_data_ptr();
+  update_rows(on.queue, update);
+  on.finish();
+}
 
 void row_adamw_op(Tensor param, Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step,
                   Tensor log_decay, Tensor ids, Tensor rows, double total_log_decay, double lr,
                   double beta1, double beta2, double eps, bool maximize) {
-  const Target target(param, ids, rows);
-  const auto real_name = torch::headeronly::toString(target.real);
-  check(exp_avg.scalar_type() == target.real ||
-            (exp_avg.scalar_type() == ScalarType::BFloat16 && target.real == ScalarType::Float),
-        "exp_avg must be ", real_name, " or, for Float, BFloat16");
-  AdamWUpdate a{};
-  a.gradient = target.gradient();
-  a.options = {lr, beta1, beta2, eps, maximize};
-  a.parameter = target.matrix(param, "param");
-  a.first = target.matrix(exp_avg, "exp_avg");
-  a.second_per_row = exp_avg_sq.dim() == 1;
-  if (a.second_per_row) {
-    a.second = {target.vector<void>(exp_avg_sq, "exp_avg_sq", target.real),
-                dtype_of(exp_avg_sq, "exp_avg_sq"), 1};
-  } else {
-    a.second = target.matrix(exp_avg_sq, "exp_avg_sq");
-    check(exp_avg_sq.scalar_type() == exp_avg.scalar_type(),
-          "exp_avg_sq must be of the dtype of exp_avg");
-  }
-  a.row_step = target.vector<int32_t>(row_step, "row_step", ScalarType::Int);
-  a.log_decay = target.vector<double>(log_decay, "log_decay", ScalarType::Double);
-  a.total_log_decay = total_log_decay;
-  OnDevice on(param);
-  Tensor workspace = target.workspace(adamw_workspace(a.gradient.count, a.parameter.dtype));
-  a.workspace = workspace.mutable_data_ptr();
-  update_rows(on.queue, a);
-  on.finish();
+  const Gradient gradient(param, ids, rows);
+  const AdamWUpdate update = adamw_update(param, exp_avg, exp_avg_sq, row_step, log_decay,
+                                          total_log_decay, {lr, beta1, beta2, eps, maximize});
+  run_update(param, update, gradient,
+             adamw_workspace(gradient.described.count, update.parameter.dtype));
 }
 
 void row_sgd_op(Tensor param, std::optional<Tensor> momentum_buffer,
@@ -93,36 +58,12 @@ void row_sgd_op(Tensor param, std::optional<Tensor> momentum_buffer,
                 std::optional<Tensor> history, Tensor ids, Tensor rows, double decay_before,
                 double decay_after, int64_t step, double lr, double momentum, double weight_decay,
                 bool nesterov, bool maximize) {
-  const Target target(param, ids, rows);
-  SgdUpdate a{};
-  a.gradient = target.gradient();
-  a.options = {lr, momentum, weight_decay, nesterov, maximize};
-  a.parameter = target.matrix(param, "param");
-  if (momentum_buffer) {
-    a.buffer = target.matrix(*momentum_buffer, "momentum_buffer");
-    check(momentum_buffer->scalar_type() == target.real, "momentum_buffer must be ",
-          torch::headeronly::toString(target.real));
-  }
-  a.log_decay = target.vector<double>(log_decay, "log_decay", ScalarType::Double);
-  a.decay_before = decay_before;
-  a.decay_after = decay_after;
-  a.last_step = target.vector<int32_t>(last_step, "last_step", ScalarType::Int);
-  a.now = step;
-  if (last_step) {
-    static_assert(sizeof(Transition) == 4 * sizeof(double));
-    check(history && history->dim() == 2 && history->size(1) == 4 && history->is_contiguous() &&
-              history->scalar_type() == ScalarType::Double,
-          "history must be a contiguous Double tensor [steps, 4]");
-    check_device(*history, param, "history");
-    a.steps = static_cast<const Transition*>(history->const_data_ptr());
-    a.remembered = history->size(0);
-  }
-  OnDevice on(param);
-  Tensor workspace =
-      target.workspace(sgd_workspace(a.gradient.count, a.remembered, a.parameter.dtype));
-  a.workspace = workspace.mutable_data_ptr();
-  update_rows(on.queue, a);
-  on.finish();
+  const Gradient gradient(param, ids, rows);
+  const SgdUpdate update =
+      sgd_update(param, momentum_buffer, log_decay, last_step, history, decay_before, decay_after,
+                 step, {lr, momentum, weight_decay, nesterov, maximize});
+  run_update(param, update, gradient,
+             sgd_workspace(gradient.described.count, update.remembered, update.parameter.dtype));
 }
 
 // The sorted keys, and where each of them was.

@@ -33,6 +33,7 @@ class OnDevice {
         std::string("a CUDA kernel could not be started: ") + cudaGetErrorString(queue.error);
 #ifndef UNICOM_EMULATE_CUDA
     if (queue.error == cudaErrorNoKernelImageForDevice ||
+        queue.error == cudaErrorInvalidDeviceFunction ||
         queue.error == cudaErrorUnsupportedPtxVersion)
       message += ". unicom_ext needs a GPU of compute capability 8.0 (Ampere) or newer";
     cudaGetLastError();  // so that it is not reported again elsewhere

@@ -30,6 +30,13 @@ UNICOM_DEVICE T warp_sum(T value) {
   return value;
 }
 template <class T>
+UNICOM_DEVICE T warp_max(T value) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2)
+    value = max_of(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+template <class T>
 UNICOM_DEVICE T warp_or(T value) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) value |= __shfl_xor_sync(kAllLanes, value, step);
@@ -44,6 +51,17 @@ UNICOM_DEVICE T* dynamic_shared() {
 #else
   extern __shared__ __align__(128) unsigned char unicom_dynamic_shared[];
   return reinterpret_cast<T*>(unicom_dynamic_shared);
+#endif
+}
+
+// Its size.
+UNICOM_DEVICE uint32_t dynamic_shared_bytes() {
+#ifdef UNICOM_EMULATE_CUDA
+  return emulation::dynamic_shared_bytes();
+#else
+  uint32_t bytes;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
+  return bytes;
 #endif
 }
 

@@ -114,7 +114,13 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
   tile.run(
       tiles, static_cast<int>(a.logits.depth / T::kDepth),
       class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
-        mask_tile(tile, a.logits, first_row, first_class + int64_t{t} * T::kCols, count);
+        const int64_t begin = first_class + int64_t{t} * T::kCols;
+        mask_tile(tile, a.logits, first_row, begin, count);
+        if constexpr (!UnitTraits<Unit>::kTensorCores) {
+          if (begin < a.kept_classes)
+            tile.store(static_cast<Real*>(a.kept) + first_row * a.kept_classes + begin,
+                       a.kept_classes, [](int, Real c) { return c; });
+        }
 #pragma unroll
         for (int i = 0; i < T::kThreadRows; ++i) {
           Real peak = Real(kNoCosine);
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
 
   __syncthreads();
   auto* shared = dynamic_shared<RowSum<Real>>();  // [kRows][kTeam]
-  static_assert(sizeof(RowSum<Real>) * T::kRows * T::kTeam <= T::kSharedBytes);
+  static_assert(sizeof(RowSum<Real>) * T::kRows * T::kTeam <= T::kLeastSharedBytes);
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i)
     shared[tile.row(i) * T::kTeam + tile.member()] = {sum[i], exponent[i], largest[i]};
@@ -153,6 +159,27 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
   static_cast<RowSum<Real>*>(a.out)[blockIdx.y * a.logits.rows + first_row + r] = total;
 }
 
+// A probability as it is stored, from a cosine that is kNoCosine where there is no negative.
+template <class Unit>
+struct Probability {
+  using Real = RealOf<Unit>;
+  Exponential<Unit> exponential;
+  Real filter;
+
+  UNICOM_DEVICE explicit Probability(const Logits& a)
+      : exponential(a.scale), filter(static_cast<Real>(a.filter)) {}
+  UNICOM_DEVICE Unit operator()(Real c, const RowScale<Real>& row) const {
+    const Real p =
+        exponential(c, row.exponent) * (row.factor * Real(UnitTraits<Unit>::kProbabilityScale));
+    return narrow<Unit>(c > filter ? Real(0) : p);
+  }
+};
+
+UNICOM_HD inline int64_t kept_of_chunk(const Probabilities& a) {
+  return min_of(max_of<int64_t>(a.kept_classes - a.first, 0), a.chunk);
+}
+
+// The classes of the chunk whose cosines were not kept.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads, 1)
     probabilities_kernel(__grid_constant__ const Probabilities a) {
@@ -160,36 +187,43 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Real = typename T::Real;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
   const int64_t count = class_count(a.logits);
-  const int64_t run_tiles = (a.chunk / T::kCols + a.runs - 1) / a.runs;
-  const int64_t first = blockIdx.y * run_tiles * T::kCols;  // within the chunk
+  const int64_t kept = kept_of_chunk(a);
+  const int64_t run_tiles = ((a.chunk - kept) / T::kCols + a.runs - 1) / a.runs;
+  const int64_t first = kept + blockIdx.y * run_tiles * T::kCols;  // within the chunk
   const int64_t end = min_of(a.chunk, first + run_tiles * T::kCols);
   const int tiles = static_cast<int>(max_of<int64_t>(end - first, 0) / T::kCols);
-  const Exponential<Unit> exponential(a.logits.scale);
-  const auto filter = static_cast<Real>(a.logits.filter);
+  const Probability<Unit> probability(a.logits);
+  RowScale<Real> scale[T::kThreadRows];
   T tile;
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i)
+    scale[i] = static_cast<const RowScale<Real>*>(a.row)[first_row + tile.row(i)];
   tile.run(tiles, static_cast<int>(a.logits.depth / T::kDepth),
            class_tiles<Unit, T>(a.logits, first_row, a.first + first), [&](int t) {
              const int64_t begin = first + int64_t{t} * T::kCols;
              mask_tile(tile, a.logits, first_row, a.first + begin, count);
-#pragma unroll
-             for (int i = 0; i < T::kThreadRows; ++i) {
-               const int64_t row = first_row + tile.row(i);
-               const auto scale = static_cast<const RowScale<Real>*>(a.row)[row];
-               const Real factor = scale.factor * UnitTraits<Unit>::kProbabilityScale;
-               Unit* out = static_cast<Unit*>(a.out) + row * a.chunk + begin;
-#pragma unroll
-               for (int j = 0; j < T::kThreadCols; j += T::kRun) {
-                 Pack<Unit, T::kRun> pack;
-#pragma unroll
-                 for (int e = 0; e < T::kRun; ++e) {
-                   const Real c = tile.at(i, j + e);
-                   const Real p = exponential(c, scale.exponent) * factor;
-                   pack.values[e] = narrow<Unit>(c > filter ? Real(0) : p);
-                 }
-                 *reinterpret_cast<Pack<Unit, T::kRun>*>(out + tile.col(j)) = pack;
-               }
-             }
+             tile.store(static_cast<Unit*>(a.out) + first_row * a.chunk + begin, a.chunk,
+                        [&](int i, Real c) { return probability(c, scale[i]); });
            });
+}
+
+// The classes of the chunk whose cosines were kept: a thread takes sixteen bytes of a row.
+template <class Unit>
+__global__ void kept_probabilities_kernel(__grid_constant__ const Probabilities a) {
+  using Real = RealOf<Unit>;
+  constexpr int kRun = 16 / sizeof(Real);
+  using Run = Pack<Real, kRun>;
+  const int64_t runs = kept_of_chunk(a) / kRun;  // of a row
+  const int64_t row = global_thread() / runs, begin = global_thread() % runs * kRun;
+  if (row >= a.logits.rows) return;
+  const Probability<Unit> probability(a.logits);
+  const auto scale = static_cast<const RowScale<Real>*>(a.row)[row];
+  const auto* kept = static_cast<const Real*>(a.kept) + row * a.kept_classes + a.first;
+  const Run in = *reinterpret_cast<const Run*>(kept + begin);
+  Pack<Unit, kRun> out;
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) out.values[e] = probability(in.values[e], scale);
+  *reinterpret_cast<Pack<Unit, kRun>*>(static_cast<Unit*>(a.out) + row * a.chunk + begin) = out;
 }
 
 dim3 logit_grid(const Logits& a, int64_t tile_rows, int64_t runs) {
@@ -202,14 +236,20 @@ template <class Unit>
 void sum_exp(Queue& queue, const SumExp& a) {
   using T = LogitTile<Unit>;
   queue.launch(sum_exp_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
-               T::kSharedBytes, a);
+               T::shared_bytes(queue.shared_limit()), a);
 }
 
 template <class Unit>
 void probabilities(Queue& queue, const Probabilities& a) {
   using T = LogitTile<Unit>;
-  queue.launch(probabilities_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
-               T::kSharedBytes, a);
+  const int64_t kept = kept_of_chunk(a);
+  if constexpr (!UnitTraits<Unit>::kTensorCores) {
+    const int64_t runs = a.logits.rows * kept * int64_t{sizeof(Unit)} / 16;
+    queue.launch(kept_probabilities_kernel<Unit>, thread_grid(runs), kThreads, 0, a);
+  }
+  if (kept < a.chunk)
+    queue.launch(probabilities_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
+                 T::shared_bytes(queue.shared_limit()), a);
 }
 
 #define UNICOM_INSTANTIATE(Unit)                      \

@@ -34,8 +34,10 @@ constexpr float kNoExponent = -1e15f;
 
 struct SumExp {
   Logits logits;
-  int64_t runs;  // the classes are cut into this many runs, which blocks sum apart
-  void* out;     // [runs][rows] RowSum<RealOf<Unit>>
+  int64_t runs;          // the classes are cut into this many runs, which blocks sum apart
+  void* out;             // [runs][rows] RowSum<RealOf<Unit>>
+  void* kept;            // [rows][kept_classes] cosines of the first classes, for backward; float
+  int64_t kept_classes;  // and double only. kNoCosine for targets and past count. Whole granules
 };
 template <class Unit>
 void sum_exp(Queue&, const SumExp&);
@@ -49,6 +51,8 @@ struct RowScale {
 struct Probabilities {
   Logits logits;
   int64_t first, chunk;  // classes [first, first + chunk), whole granules
+  const void* kept;      // what sum_exp kept
+  int64_t kept_classes;
   int64_t runs;
   const void* row;  // [rows] RowScale<RealOf<Unit>>
   void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count

@@ -40,10 +40,25 @@ struct Queue {
     error = cudaLaunchKernelEx(&config, kernel, args);
   }
 
+  // Most shared memory that a block may have.
+  size_t shared_limit() {
+    if (shared_limit_ == 0 && error == cudaSuccess) {
+      int device = 0, bytes = 0;
+      error = cudaGetDevice(&device);
+      if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+      shared_limit_ = static_cast<size_t>(bytes);
+    }
+    return shared_limit_;
+  }
+
   void fill_zero(void* data, int64_t bytes) {
     if (error != cudaSuccess || bytes == 0) return;
     error = cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream);
   }
+
+ private:
+  size_t shared_limit_ = 0;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

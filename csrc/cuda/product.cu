@@ -63,7 +63,8 @@ void launch(Queue& queue, const Product& a) {
   const int64_t out_rows = kOf == ProductOf::kEmbeddings ? a.rows : a.chunk;
   const dim3 grid(static_cast<unsigned>(out_rows / T::kRows),
                   static_cast<unsigned>(a.depth / kCols), static_cast<unsigned>(a.splits));
-  queue.launch(product_kernel<Unit, kCols, kOf>, grid, kThreads, T::kSharedBytes, a);
+  queue.launch(product_kernel<Unit, kCols, kOf>, grid, kThreads,
+               T::shared_bytes(queue.shared_limit()), a);
 }
 
 template <class Unit, ProductOf kOf>

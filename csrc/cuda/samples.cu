@@ -27,23 +27,26 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
           read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
     cosine = warp_sum(cosine);
   }
-  if (lane != 0) return;
 
   const auto* partial = static_cast<const RowSum<Real>*>(a.partial) + i;
   double exponent = kNoExponent, largest = kNoCosine, sum = 0;
-  for (int64_t run = 0; run < a.runs; ++run) {
+  for (int64_t run = lane; run < a.runs; run += kWarp) {
     exponent = max_of<double>(exponent, partial[run * a.rows].exponent);
     largest = max_of<double>(largest, partial[run * a.rows].largest);
   }
+  exponent = warp_max(exponent);
+  largest = warp_max(largest);
   int64_t constant;
   const bool is_constant = constant_exponent(a.scale, a.total_sampled, &constant);
   const double target = is_constant ? static_cast<double>(constant) : exponent;
-  for (int64_t run = 0; run < a.runs; ++run) {
+  for (int64_t run = lane; run < a.runs; run += kWarp) {
     const RowSum<Real> part = partial[run * a.rows];
     const double power = part.exponent - target;
     sum += std::ldexp(static_cast<double>(part.sum),
                       static_cast<int>(min_of(max_of(power, -3000.0), 3000.0)));
   }
+  sum = warp_sum(sum);
+  if (lane != 0) return;
   const bool counted = is_counted(slot);
   const bool none = largest <= kNoCosine;
   a.sum[i * a.stride] = counted ? sum : 0.0;
@@ -125,8 +128,9 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
     RowScale<Real> row{0, static_cast<Real>(highest)};
     if (i < a.batch && is_counted(a.slot[i])) {
       const SampleState state = a.state[i];
-      const double weight =
+      double weight =
           factor * static_cast<double>(a.reduction == Reduction::kNone ? grad[i] : grad[0]);
+      if (a.upstream != nullptr && grad[0] != Real(1)) weight = NAN;
       negative = weight * a.scale * state.miss;
       target = negative * state.slope;
       if (state.factor != 0)
@@ -140,7 +144,9 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   largest = block_reduce(largest, Max{});
   for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads)
     a.folded[i] = largest > 0 ? a.negative_weight[i] / largest : 0.0;
-  if (threadIdx.x == 0) *a.largest = largest;
+  if (threadIdx.x != 0) return;
+  *a.largest = largest;
+  if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
 }
 
 // Every sample counts those that come before it.

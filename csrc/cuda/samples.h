@@ -66,6 +66,8 @@ struct PrepareBackward {
   double* folded;           // [rows] negative_weight / largest: what the operands can hold
   double* largest;          // [1] absolute value of negative_weight
   void* row;                // [rows] RowScale<Real>
+  double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
+                     // all weights become NaN
 };
 template <class Real>
 void prepare_backward(Queue&, const PrepareBackward&);

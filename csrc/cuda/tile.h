@@ -8,8 +8,9 @@
 // it is padded: no access needs a bound. A thread holds kThreadRows x kThreadCols results; kTeam
 // threads share each row, and columns come in runs of kRun neighbours.
 //
-// run(tiles, steps, source, epilogue) goes through `tiles` products of `steps` * kDepth. The copies
-// of the next product are under way during the epilogue of the last.
+// store(to, stride, convert) writes convert(i, result) of each of its rows i as Units, sixteen
+// bytes at a time. run(tiles, steps, source, epilogue) goes through `tiles` products of `steps` *
+// kDepth. The copies of the next product are under way during the epilogue of the last.
 #pragma once
 
 #include "tile_simt.h"

@@ -21,7 +21,8 @@ class SimtTile {
   // A padded line keeps stores that turn rows into columns from meeting in one bank.
   static constexpr int kALine = kRows + kRun, kBLine = kCols + kRun;
   static constexpr int kStageUnits = kDepth * (kALine + kBLine);
-  static constexpr size_t kSharedBytes = sizeof(Unit) * 2 * kStageUnits;
+  static constexpr size_t kLeastSharedBytes = sizeof(Unit) * 2 * kStageUnits;
+  static size_t shared_bytes(size_t) { return kLeastSharedBytes; }
 
   UNICOM_DEVICE SimtTile()
       : team_row_(static_cast<int>(threadIdx.x) / 16),
@@ -71,6 +72,19 @@ class SimtTile {
         ++tile;
       }
     }
+  }
+
+  template <class Convert>
+  UNICOM_DEVICE void store(Unit* to, int64_t stride, const Convert& convert) const {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kThreadCols; j += kRun) {
+        Run out;
+#pragma unroll
+        for (int e = 0; e < kRun; ++e) out.values[e] = convert(i, sums_[i][j + e]);
+        *reinterpret_cast<Run*>(to + row(i) * stride + col(j)) = out;
+      }
   }
 
   UNICOM_DEVICE void clear() {

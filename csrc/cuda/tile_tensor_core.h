@@ -1,7 +1,7 @@
 // Tile of sixteen-bit operands on tensor cores: eight warps, two along the rows and four along the
-// columns; operands come by asynchronous copies in a ring of stages. A line of shared memory is cut
-// into chunks of 16 bytes, and chunk c of line l lies at c ^ (l % 8), so that the eight lines that
-// one matrix load touches lie in different banks.
+// columns; operands come by asynchronous copies in a ring of two or three stages. A line of shared
+// memory is cut into chunks of 16 bytes, and chunk c of line l lies at c ^ (l % 8), so that the
+// eight lines that one matrix load touches lie in different banks.
 #pragma once
 
 #include "operand.h"
@@ -14,7 +14,7 @@ class TensorCoreTile {
  public:
   using Real = float;
   static constexpr int kRows = 128, kCols = kCols_;
-  static constexpr int kDepth = 64, kStages = 3;
+  static constexpr int kDepth = 64;
   static constexpr int kWarpRows = kRows / 2, kWarpCols = kCols / 4;
   static constexpr int kMmaRows = kWarpRows / 16, kMmaCols = kWarpCols / 8;
   static constexpr int kThreadRows = 2 * kMmaRows, kThreadCols = 2 * kMmaCols;
@@ -22,7 +22,12 @@ class TensorCoreTile {
   static_assert(kMmaCols % 2 == 0, "matrices of B are loaded in pairs");
 
   static constexpr int kAUnits = kRows * kDepth, kStageUnits = kAUnits + kCols * kDepth;
-  static constexpr size_t kSharedBytes = sizeof(Unit) * kStages * kStageUnits;
+  static constexpr int kStageBytes = static_cast<int>(sizeof(Unit)) * kStageUnits;
+  // Three stages where a block may have the shared memory (data centre GPUs), else two.
+  static constexpr size_t kLeastSharedBytes = 2 * kStageBytes;
+  static size_t shared_bytes(size_t limit) {
+    return limit >= 3 * kStageBytes ? 3 * kStageBytes : kLeastSharedBytes;
+  }
 
   UNICOM_DEVICE TensorCoreTile()
       : lane_(lane_index()),
@@ -39,12 +44,14 @@ class TensorCoreTile {
   template <class Source, class Epilogue>
   UNICOM_DEVICE void run(int tiles, int steps, const Source& source, const Epilogue& epilogue) {
     const SharedAddress shared = shared_address(dynamic_shared<Unit>());
+    const int ring = static_cast<int>(dynamic_shared_bytes());  // whole stages
+    const bool three = ring > static_cast<int>(kLeastSharedBytes);
     const int total = tiles * steps;
     int load_tile = 0, load_step = 0;
     OperandPair<Unit> from = tiles > 0 ? source(0) : OperandPair<Unit>{};
     auto copy_next = [&](int stage) {
       if (load_tile < tiles) {
-        const SharedAddress a = shared + stage * static_cast<int>(kStageUnits * sizeof(Unit));
+        const SharedAddress a = shared + stage;
         const SharedAddress b = a + static_cast<int>(kAUnits * sizeof(Unit));
         copy<kRows, kADepthInner>(a, from.a, from.a_stride, load_step);
         copy<kCols, kBDepthInner>(b, from.b, from.b_stride, load_step);
@@ -55,16 +62,23 @@ class TensorCoreTile {
       }
       commit_copies();
     };
-#pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) copy_next(stage);
+    // Offsets of the stage that is multiplied and of the one that is filled, the last to be free.
+    int stage = 0, free = ring - kStageBytes;
+    copy_next(0);
+    if (three) copy_next(kStageBytes);
     clear();
-    int stage = 0, step = 0, tile = 0;
+    int step = 0, tile = 0;
     for (int i = 0; i < total; ++i) {
-      wait_copies<kStages - 2>();
+      if (three)
+        wait_copies<1>();
+      else
+        wait_copies<0>();
       __syncthreads();
-      copy_next((stage + kStages - 1) % kStages);
-      multiply(shared + stage * static_cast<int>(kStageUnits * sizeof(Unit)));
-      stage = (stage + 1) % kStages;
+      copy_next(free);
+      multiply(shared + stage);
+      free = stage;
+      stage += kStageBytes;
+      if (stage == ring) stage = 0;
       if (++step == steps) {
         epilogue(tile);
         clear();
@@ -73,6 +87,32 @@ class TensorCoreTile {
       }
     }
     wait_copies<0>();
+  }
+
+  // Results of two neighbours fill four bytes; a team of four lanes transposes what it has of four
+  // parts of the columns, so that each lane has the whole of one.
+  template <class Convert>
+  UNICOM_DEVICE void store(Unit* to, int64_t stride, const Convert& convert) const {
+    static_assert(kMmaCols % 4 == 0);
+    const int member = lane_ % 4;
+    to += warp_col_ + member * 8;
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i)
+#pragma unroll
+      for (int n = 0; n < kMmaCols; n += 4) {
+        Pack<uint32_t, 4> words;
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          const Unit low = convert(i, sums_[i / 2][n + w][i % 2 * 2]);
+          const Unit high = convert(i, sums_[i / 2][n + w][i % 2 * 2 + 1]);
+          words.values[w] = low.bits | static_cast<uint32_t>(high.bits) << 16;
+        }
+        exchange<1>(words.values[0], words.values[1], member);
+        exchange<1>(words.values[2], words.values[3], member);
+        exchange<2>(words.values[0], words.values[2], member);
+        exchange<2>(words.values[1], words.values[3], member);
+        *reinterpret_cast<Pack<uint32_t, 4>*>(to + row(i) * stride + n * 8) = words;
+      }
   }
 
   UNICOM_DEVICE void clear() {
@@ -85,6 +125,14 @@ class TensorCoreTile {
   }
 
  private:
+  // The lane without bit kLane gives its second word for the first of the lane that has it.
+  template <int kLane>
+  UNICOM_DEVICE static void exchange(uint32_t& first, uint32_t& second, int member) {
+    const bool has = (member & kLane) != 0;
+    const uint32_t got = __shfl_xor_sync(kAllLanes, has ? first : second, kLane);
+    (has ? first : second) = got;
+  }
+
   // One operand of one step: kLines lines, of rows with the depth inside or of depths with rows.
   template <int kCount, bool kDepthInner>
   UNICOM_DEVICE void copy(SharedAddress to, const Unit* from, int stride, int step) const {

@@ -42,7 +42,7 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
   int64_t id = 0;
   double w_inverse = 0, cosine = 0, target = 0;
   if (slot >= 0) {
-    id = a.class_index != nullptr ? a.class_index[slot] : slot;
+    id = a.by_sample ? i : a.class_index != nullptr ? a.class_index[slot] : slot;
     w_inverse = a.class_inverse_norm[slot];
     cosine = a.state[i].cosine;
     target = -a.target_weight[i] * x_inverse;
@@ -54,6 +54,17 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
                          cosine * (read_any(a.embeddings, i, k) * x_inverse));
     write_any(a.sink, i, k, value);
   }
+}
+
+template <class T>
+__global__ void copy_targets_kernel(__grid_constant__ const CopyTargets a) {
+  const int64_t i = global_warp();
+  if (i >= a.batch || a.slot[i] < 0) return;
+  const int64_t id = a.class_index != nullptr ? a.class_index[a.slot[i]] : a.slot[i];
+  const T* row = static_cast<const T*>(a.prototypes.data) + id * a.prototypes.row_stride;
+  T* out = static_cast<T*>(a.out) + i * a.prototypes.dim;
+  for (int64_t k = lane_index(); k < a.prototypes.dim; k += kWarp)
+    out[k] = row[a.prototypes.columns != nullptr ? a.prototypes.columns[k] : k];
 }
 
 template <class Unit>
@@ -84,7 +95,7 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
                (read_any(a.embeddings, i, k) * a.row_inverse_norm[i] -
                 a.state[i].cosine * (read_any(a.prototypes, id, k) * w_inverse));
     }
-    write_any(a.sink, p.compact ? slot : id, k, value);
+    write_any(a.sink, p.compact ? slot - p.sink_first : id, k, value);
   }
 }
 
@@ -93,6 +104,11 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
 template <class Unit>
 void unpack_embeddings(Queue& queue, const Unpack& a) {
   queue.launch(unpack_embeddings_kernel<Unit>, warp_grid(a.batch), kThreads, 0, a);
+}
+void copy_targets(Queue& queue, const CopyTargets& a) {
+  with_type(a.prototypes.dtype, [&](auto value) {
+    queue.launch(copy_targets_kernel<decltype(value)>, warp_grid(a.batch), kThreads, 0, a);
+  });
 }
 template <class Unit>
 void unpack_prototypes(Queue& queue, const UnpackPrototypes& a) {

@@ -12,6 +12,7 @@ namespace unicom::cuda {
 // d loss / d cosine = -target_weight, and d cosine / d x = (w^ - c x^) / |x|.
 struct Unpack {
   RowSource embeddings, prototypes;
+  bool by_sample;  // row i of prototypes is the target of sample i, whatever its class
   const int64_t* class_index;
   const int64_t* slot;
   int64_t batch, depth;
@@ -27,6 +28,16 @@ struct Unpack {
 template <class Unit>
 void unpack_embeddings(Queue&, const Unpack&);
 
+// The selected columns of each sample's target, as `by_sample` wants them once prototypes change.
+struct CopyTargets {
+  RowSource prototypes;
+  const int64_t* class_index;
+  const int64_t* slot;
+  int64_t batch;
+  void* out;  // [batch][prototypes.dim], of its type; samples without a target are left alone
+};
+void copy_targets(Queue&, const CopyTargets&);
+
 struct UnpackPrototypes {
   Unpack common;
   int64_t first, chunk;  // classes of this chunk
@@ -34,7 +45,8 @@ struct UnpackPrototypes {
   int64_t bound;
   const int64_t* by_slot;  // [batch]
   const double* largest;   // what the weights in the operands were divided by
-  bool compact;            // row j of the sink is class j of the list, not class_index[j]
+  bool compact;            // row j of the sink is class sink_first + j of the list, not of all
+  int64_t sink_first;
 };
 template <class Unit>
 void unpack_prototypes(Queue&, const UnpackPrototypes&);

@@ -55,8 +55,11 @@ UNICOM_DEVICE void store_moment(Moment* to, const Real (&values)[kCount],
 // The row that entry j updates, or -1.
 UNICOM_DEVICE int64_t updated_row(const SparseRows& g, int64_t j) {
   if (j >= g.count) return -1;
-  const int64_t id = g.ids[j];
-  if (id < 0 || id >= g.num_rows || (j > 0 && g.ids[j - 1] == id)) return -1;
+  if (g.upstream != nullptr && *g.upstream != 1) return -1;
+  const int64_t at = g.first + j;
+  if (g.ids == nullptr) return at;
+  const int64_t id = g.ids[at];
+  if (id < 0 || id >= g.num_rows || (at > 0 && g.ids[at - 1] == id)) return -1;
   return id;
 }
 
@@ -327,7 +330,8 @@ int64_t sgd_workspace(int64_t count, int64_t remembered, DType parameter) {
 }
 
 void update_rows(Queue& queue, const SgdUpdate& a) {
-  if (a.last_step != nullptr) queue.launch(missed_steps_kernel, dim3(1), kThreads, 0, a);
+  if (a.last_step != nullptr && a.gradient.first == 0)
+    queue.launch(missed_steps_kernel, dim3(1), kThreads, 0, a);
   with_type(a.parameter.dtype, [&](auto value) {
     using T = decltype(value);
     queue.launch(sgd_entries_kernel<RealOf<T>>, thread_grid(a.gradient.count), kThreads, 0, a);

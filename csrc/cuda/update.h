@@ -14,12 +14,14 @@ struct Rows {
   int64_t stride;  // in elements
 };
 
-// Entry j is the gradient of row ids[j]. Equal ids lie beside each other, and only the first of
-// them counts: the others' rows are zero. Ids outside [0, num_rows) are passed over.
+// Entry j is the gradient of row ids[first + j]. Equal ids lie beside each other, and only the
+// first of them counts: the others' rows are not read. Ids outside [0, num_rows) are passed over.
 struct SparseRows {
-  const int64_t* ids;  // [count]
+  const int64_t* ids;  // [first + count]; nullptr: row j has id j
   const void* rows;    // [count][dim], of the parameter's type
   int64_t count, dim, num_rows;
+  int64_t first = 0;                 // entries before these, of which other calls take care
+  const double* upstream = nullptr;  // [1] on the device: unless it is 1, no row is updated
 };
 
 struct AdamWUpdate {
@@ -47,7 +49,7 @@ struct SgdUpdate {
   const Transition* steps;  // [remembered] the steps before this one, oldest first
   int64_t remembered;
   int64_t now;      // this step's number
-  void* workspace;  // sgd_workspace bytes
+  void* workspace;  // sgd_workspace bytes; the same for all parts of one gradient
 };
 int64_t sgd_workspace(int64_t count, int64_t remembered, DType parameter);
 void update_rows(Queue&, const SgdUpdate&);

@@ -37,6 +37,7 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid value" : "no error"; }
 using cudaStream_t = void*;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -53,6 +54,10 @@ void set_schedule(uint64_t seed);
 
 void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
 void* dynamic_shared();
+uint32_t dynamic_shared_bytes();
+// What a block may have: that of a data centre GPU by default; 99 KiB is that of the others.
+void set_shared_limit(int bytes);
+int shared_limit();
 void barrier();
 
 constexpr int kExchangeBytes = 40;
@@ -156,7 +161,15 @@ T atomicOr(T* address, T value) {
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
-  return bytes <= (227 << 10) ? cudaSuccess : cudaErrorInvalidValue;
+  return bytes <= emulation::shared_limit() ? cudaSuccess : cudaErrorInvalidValue;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::shared_limit();
+  return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
   std::memset(data, value, bytes);

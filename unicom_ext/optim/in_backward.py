@@ -50,7 +50,7 @@ class UpdateInBackward:
             )
         elif param.grad is not None:
             problem = "weight.grad is there already, and gradients cannot be accumulated"
-        elif float(grad_loss) != 1:
+        elif grad_loss.device.type == "cpu" and float(grad_loss) != 1:
             problem = (
                 f"the loss was multiplied by {float(grad_loss):g} before backward (GradScaler, "
                 "accumulation, or a weight)"

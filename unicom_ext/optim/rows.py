@@ -168,6 +168,11 @@ class RowOptimizer(torch.optim.Optimizer):
         hooks; `clip_grad_norm_` refuses prototypes that have been updated already. Under
         `torch.compile` gradients are stored as ever, and `step` updates.
 
+        On CUDA the host would have to wait to see that a loss was scaled, so there is no error at
+        once: the prototypes are left as they are, the gradients of the embeddings are NaN, and so
+        is whatever is made of them. (A GradScaler skips such steps and lowers its factor, and the
+        next backward raises as no step has been made.)
+
         Raises ValueError: the loss cannot be updated so.
         """
         param = loss_fn.weight

@@ -1,102 +1,17 @@
-// The operators on CUDA tensors. None of them waits for the device.
+// The operators of the loss on CUDA tensors. None of them waits for the device.
 //
 // The tests compile this file too, over the emulation of CUDA: then the same operators take CPU
 // tensors and live in the namespace unicom_ext_emulated.
 #include <tuple>
 
 #include "../core/selection.h"
-#include "../cuda/selection.h"
 #include "../engine/cuda.h"
-#include "on_device.h"
+#include "cuda_row_updates.h"
 #include "options.h"
 #include "schemas.h"
 
 namespace unicom::cuda {
 namespace {
-
-// ---- selection ----
-
-Labels labels_of(const Tensor& labels, int64_t num_classes, int64_t ignore_index, int64_t start,
-                 int64_t stop) {
-  check(labels.dim() == 1, "labels must be a vector, got ", labels.dim(), " dimensions");
-  const bool is_64_bit = labels.scalar_type() == ScalarType::Long;
-  check(is_64_bit || labels.scalar_type() == ScalarType::Int, "labels must be int32 or int64, got ",
-        torch::headeronly::toString(labels.scalar_type()));
-  check(num_classes >= 1 && num_classes <= kMaxClasses, "num_classes must be in [1, ", kMaxClasses,
-        "], got ", num_classes);
-  check(0 <= start && start <= stop && stop <= num_classes,
-        "start and stop must satisfy 0 <= start <= stop <= ", num_classes, ", got ", start, " and ",
-        stop);
-  return {
-      labels.const_data_ptr(), is_64_bit, labels.numel(), num_classes, ignore_index, start, stop};
-}
-
-const int64_t* step_data(const Tensor& step) {
-  check(step.numel() == 1 && step.scalar_type() == ScalarType::Long,
-        "step must be one int64 value");
-  return index_data(step);
-}
-
-std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
-                                                     int64_t num_classes, int64_t num_sampled,
-                                                     int64_t seed, int64_t ignore_index,
-                                                     int64_t start, int64_t stop) {
-  labels = torch::stable::contiguous(labels);
-  check_device(step, labels, "step");
-  const Labels described = labels_of(labels, num_classes, ignore_index, start, stop);
-  check(num_sampled >= 1 && num_sampled <= num_classes, "num_sampled must be in [1, ", num_classes,
-        "], got ", num_sampled);
-  OnDevice on(labels);
-  const int64_t batch = labels.numel();
-  const int64_t bound = selection_bound(num_classes, num_sampled, batch, start, stop);
-  Tensor class_index = empty_like_device(labels, {bound}, ScalarType::Long);
-  Tensor count = empty_like_device(labels, {}, ScalarType::Long);
-  Tensor slot = empty_like_device(labels, {batch}, ScalarType::Long);
-  Tensor workspace = empty_like_device(labels, {selection_workspace(described)}, ScalarType::Long);
-  select_classes(on.queue, {described, num_sampled, seed, step_data(step), bound,
-                            class_index.mutable_data_ptr<int64_t>(),
-                            count.mutable_data_ptr<int64_t>(), slot.mutable_data_ptr<int64_t>(),
-                            static_cast<uint64_t*>(workspace.mutable_data_ptr())});
-  on.finish();
-  return {class_index, count, slot};
-}
-
-Tensor select_features_op(Tensor step, int64_t dim, int64_t num_selected, int64_t seed) {
-  check(num_selected >= 1 && num_selected <= dim, "num_selected must be in [1, ", dim, "], got ",
-        num_selected);
-  check(dim <= kMaxFeatures, "dim must be at most ", kMaxFeatures, " on CUDA, got ", dim);
-  OnDevice on(step);
-  Tensor out = empty_like_device(step, {num_selected}, ScalarType::Long);
-  select_features(on.queue,
-                  {dim, num_selected, seed, step_data(step), out.mutable_data_ptr<int64_t>()});
-  on.finish();
-  return out;
-}
-
-Tensor label_slots_op(Tensor labels, std::optional<Tensor> class_index, int64_t num_classes,
-                      int64_t ignore_index, int64_t start, int64_t stop) {
-  labels = torch::stable::contiguous(labels);
-  const Labels described = labels_of(labels, num_classes, ignore_index, start, stop);
-  SlotSearch search{described, nullptr, 0, nullptr};
-  if (class_index) {
-    check(class_index->dim() == 1 && class_index->scalar_type() == ScalarType::Long,
-          "class_index must be an int64 vector, got ",
-          torch::headeronly::toString(class_index->scalar_type()), " with ", class_index->dim(),
-          " dimensions");
-    check_device(*class_index, labels, "class_index");
-    class_index = torch::stable::contiguous(*class_index);
-    search.class_index = index_data(*class_index);
-    search.count = class_index->numel();
-  }
-  OnDevice on(labels);
-  Tensor slot = empty_like_device(labels, {labels.numel()}, ScalarType::Long);
-  search.slot = slot.mutable_data_ptr<int64_t>();
-  find_slots(on.queue, search);
-  on.finish();
-  return slot;
-}
-
-// ---- the loss ----
 
 // Everything the operators share, checked as far as shapes go; keeps the tensors alive that
 // `problem` points into.
@@ -106,6 +21,7 @@ struct Call {
   Problem problem;
   bool is_double;
   Precision precision;
+  int64_t kept_size;  // bytes
 
   Call(const Tensor& embeddings_in, const Tensor& slot_in, const Tensor& prototypes_in,
        const std::optional<Tensor>& class_index_in, const std::optional<Tensor>& count_in,
@@ -140,6 +56,11 @@ struct Call {
     problem.scale = scale;
     problem.filter = filter;
     problem.total_sampled = problem.bound;
+    with_unit([&](auto unit) {
+      using Unit = decltype(unit);
+      problem.kept_classes = kept_classes<Unit>(problem.bound, batch, workspace_bytes);
+      kept_size = kept_bytes<Unit>(problem.kept_classes, batch);
+    });
   }
 
   int64_t packed_size() const {
@@ -212,13 +133,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
   const int64_t batch = call.problem.batch;
   Tensor sums = doubles(embeddings, {batch, 2}), exponent = doubles(embeddings, {batch});
   Tensor largest = doubles(embeddings, {batch}), inverse_norm = doubles(embeddings, {batch});
-  Tensor packed = call.bytes(call.packed_size());
+  Tensor packed = call.bytes(call.packed_size()), kept = call.bytes(call.kept_size);
   double* pairs = sums.mutable_data_ptr<double>();
   call.run_forward(on, {pairs, pairs + 1, 2, exponent.mutable_data_ptr<double>(),
                         largest.mutable_data_ptr<double>(), inverse_norm.mutable_data_ptr<double>(),
-                        packed.mutable_data_ptr()});
+                        packed.mutable_data_ptr(), kept.mutable_data_ptr()});
   on.finish();
-  return {sums, exponent, largest, inverse_norm, packed, call.bytes(0)};
+  return {sums, exponent, largest, inverse_norm, packed, kept};
 }
 
 std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor inverse_norm,
@@ -256,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
   Tensor loss = reduction == Reduction::kNone ? real({batch}) : real({});
   Tensor sample_loss = real({batch}), target_cosine = real({batch}), largest = real({batch});
   Tensor state = doubles(embeddings, {batch, kSampleStateSize});
-  Tensor packed = call.bytes(call.packed_size());
+  Tensor packed = call.bytes(call.packed_size()), kept = call.bytes(call.kept_size);
   Tensor scratch = doubles(embeddings, {6, batch});
   double* values = scratch.mutable_data_ptr<double>();
   const ShardSums sums{values,
@@ -265,7 +186,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
                        values + 2 * batch,
                        values + 3 * batch,
                        values + 4 * batch,
-                       packed.mutable_data_ptr()};
+                       packed.mutable_data_ptr(),
+                       kept.mutable_data_ptr()};
   double* losses = values + 5 * batch;
   call.run_forward(on, sums);
   join_targets(on.queue,
@@ -278,30 +200,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
                    target_cosine.mutable_data_ptr(), largest.mutable_data_ptr()});
   });
   on.finish();
-  return {loss, sample_loss, target_cosine, largest, state, packed, call.bytes(0)};
+  return {loss, sample_loss, target_cosine, largest, state, packed, kept};
 }
 
-std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings, Tensor slot,
-                                            Tensor prototypes, std::optional<Tensor> class_index,
-                                            std::optional<Tensor> count,
-                                            std::optional<Tensor> feature_index, Tensor state,
-                                            Tensor packed, Tensor /* kept */, double scale,
-                                            double filter, int64_t precision, int64_t reduction_in,
-                                            int64_t workspace_bytes, bool want_embeddings,
-                                            bool want_prototypes, bool compact) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+// Backward of one call. With `take` the prototypes' gradient goes there and is not returned.
+std::tuple<Tensor, Tensor> run_backward(OnDevice& on, const Call& call, Tensor grad_loss,
+                                        const Tensor& state, const Tensor& packed,
+                                        const Tensor& kept, Reduction reduction,
+                                        bool want_embeddings, bool want_prototypes, bool compact,
+                                        const TakeRows* take) {
   const Problem& p = call.problem;
-  const auto reduction = static_cast<Reduction>(reduction_in);
-  check(packed.numel() == call.packed_size() && state.numel() == p.batch * kSampleStateSize,
-        "state and packed must come from the forward call with the same arguments");
+  check(packed.numel() == call.packed_size() && kept.numel() == call.kept_size &&
+            state.numel() == p.batch * kSampleStateSize,
+        "state, packed and kept must come from the forward call with the same arguments");
   grad_loss = torch::stable::contiguous(grad_loss);
   check(grad_loss.numel() == (reduction == Reduction::kNone ? p.batch : 1),
         "grad_loss must match the loss, got ", grad_loss.numel(), " values");
   check(grad_loss.scalar_type() == call.real(), "grad_loss must have the dtype of the loss, got ",
         torch::headeronly::toString(grad_loss.scalar_type()));
-  check(!compact || class_index, "compact needs class_index");
-  OnDevice on(embeddings);
+  check_device(grad_loss, call.embeddings, "grad_loss");
+  check(!compact || call.class_index, "compact needs class_index");
 
   // Gradients start at zero, unless each of their values will be written.
   auto gradient = [&](const Tensor& like, const RowSource& source, int64_t rows, bool wanted,
@@ -322,16 +240,103 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
                             reduction,
                             static_cast<const SampleState*>(state.const_data_ptr()),
                             packed.const_data_ptr(),
+                            kept.const_data_ptr(),
                             embedding_sink,
                             prototype_sink,
-                            compact};
+                            compact,
+                            take,
+                            call.prototypes.size(1)};
   call.with_unit([&](auto unit) {
     using Unit = decltype(unit);
-    Tensor workspace = call.bytes(backward_workspace<Unit>(p, want_embeddings, want_prototypes));
+    Tensor workspace = call.bytes(backward_workspace<Unit>(p, gradients));
     backward<Unit>(on.queue, p, gradients, workspace.mutable_data_ptr());
   });
   on.finish();
   return {grad_embeddings, grad_prototypes};
+}
+
+std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings, Tensor slot,
+                                            Tensor prototypes, std::optional<Tensor> class_index,
+                                            std::optional<Tensor> count,
+                                            std::optional<Tensor> feature_index, Tensor state,
+                                            Tensor packed, Tensor kept, double scale, double filter,
+                                            int64_t precision, int64_t reduction,
+                                            int64_t workspace_bytes, bool want_embeddings,
+                                            bool want_prototypes, bool compact) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  OnDevice on(embeddings);
+  return run_backward(on, call, grad_loss, state, packed, kept, static_cast<Reduction>(reduction),
+                      want_embeddings, want_prototypes, compact, nullptr);
+}
+
+// Backward that updates the prototypes: chunk by chunk, from rows that no one keeps. The host
+// cannot see here whether the upstream gradient is 1, as the update needs it: otherwise nothing is
+// updated, and the gradient of the embeddings is NaN.
+template <class Update>
+Tensor update_in_backward(OnDevice& on, const Call& call, const Tensor& grad_loss,
+                          const Tensor& state, const Tensor& packed, const Tensor& kept,
+                          int64_t reduction, bool want_embeddings, Update update,
+                          int64_t (*workspace_of)(const Update&)) {
+  check(static_cast<Reduction>(reduction) != Reduction::kNone,
+        "prototypes are updated in the backward of a loss that is reduced");
+  const Problem& p = call.problem;
+  update.gradient = {p.class_index, nullptr, 0, call.prototypes.size(1), call.prototypes.size(0)};
+  call.with_unit([&](auto unit) {
+    update.gradient.count = std::min(p.bound, backward_chunk<decltype(unit)>(p));
+  });
+  Tensor workspace = call.bytes(workspace_of(update));
+  update.workspace = workspace.mutable_data_ptr();
+  const TakeRows take = [&](Queue& queue, const GradientRows& part) {
+    update.gradient.rows = part.rows;
+    update.gradient.first = part.first;
+    update.gradient.count = part.count;
+    update.gradient.upstream = part.upstream;
+    update_rows(queue, update);
+  };
+  return std::get<0>(run_backward(on, call, grad_loss, state, packed, kept,
+                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
+                                  &take));
+}
+
+Tensor loss_backward_adamw_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
+                              std::optional<Tensor> class_index, std::optional<Tensor> count,
+                              std::optional<Tensor> feature_index, Tensor state, Tensor packed,
+                              Tensor kept, double scale, double filter, int64_t precision,
+                              int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
+                              Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step, Tensor log_decay,
+                              double total_log_decay, double lr, double beta1, double beta2,
+                              double eps, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  const AdamWUpdate update = adamw_update(prototypes, exp_avg, exp_avg_sq, row_step, log_decay,
+                                          total_log_decay, {lr, beta1, beta2, eps, maximize});
+  OnDevice on(embeddings);
+  return update_in_backward<AdamWUpdate>(
+      on, call, grad_loss, state, packed, kept, reduction, want_embeddings, update,
+      [](const AdamWUpdate& a) { return adamw_workspace(a.gradient.count, a.parameter.dtype); });
+}
+
+Tensor loss_backward_sgd_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
+                            std::optional<Tensor> class_index, std::optional<Tensor> count,
+                            std::optional<Tensor> feature_index, Tensor state, Tensor packed,
+                            Tensor kept, double scale, double filter, int64_t precision,
+                            int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
+                            std::optional<Tensor> momentum_buffer, std::optional<Tensor> log_decay,
+                            std::optional<Tensor> last_step, std::optional<Tensor> history,
+                            double decay_before, double decay_after, int64_t step, double lr,
+                            double momentum, double weight_decay, bool nesterov, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
+                  precision, workspace_bytes);
+  const SgdUpdate update =
+      sgd_update(prototypes, momentum_buffer, log_decay, last_step, history, decay_before,
+                 decay_after, step, {lr, momentum, weight_decay, nesterov, maximize});
+  OnDevice on(embeddings);
+  return update_in_backward<SgdUpdate>(on, call, grad_loss, state, packed, kept, reduction,
+                                       want_embeddings, update, [](const SgdUpdate& a) {
+                                         return sgd_workspace(a.gradient.count, a.remembered,
+                                                              a.parameter.dtype);
+                                       });
 }
 
 }  // namespace
@@ -340,7 +345,6 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
 #ifdef UNICOM_EMULATE_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext_emulated, m) {
   for (const char* schema : unicom::kLossSchemas) m.def(schema);
-  for (const char* schema : unicom::kSelectionSchemas) m.def(schema);
 }
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext_emulated, CPU, m) {
 #else
@@ -348,9 +352,8 @@ STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CUDA, m) {
 #endif
   m.impl("loss", TORCH_BOX(&unicom::cuda::loss_op));
   m.impl("loss_backward", TORCH_BOX(&unicom::cuda::loss_backward_op));
+  m.impl("loss_backward_adamw_", TORCH_BOX(&unicom::cuda::loss_backward_adamw_op));
+  m.impl("loss_backward_sgd_", TORCH_BOX(&unicom::cuda::loss_backward_sgd_op));
   m.impl("loss_sums", TORCH_BOX(&unicom::cuda::loss_sums_op));
   m.impl("loss_merge", TORCH_BOX(&unicom::cuda::loss_merge_op));
-  m.impl("select_classes", TORCH_BOX(&unicom::cuda::select_classes_op));
-  m.impl("select_features", TORCH_BOX(&unicom::cuda::select_features_op));
-  m.impl("label_slots", TORCH_BOX(&unicom::cuda::label_slots_op));
 }
