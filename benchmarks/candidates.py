@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class Prototypes:
     """
 
     def __init__(self, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(weight.device).manual_seed(0)
         self.weight = nn.Parameter(weight.normal_(0, 0.01, generator=generator))
         moments = {"exp_avg": exp_avg.zero_(), "exp_avg_sq": exp_avg_sq.fill_(1e-8)}
         rows = RowAdamW([self.weight], lr=1e-6)
@@ -66,7 +67,9 @@ class Prototypes:
             "plain": torch.optim.AdamW([self.weight], lr=1e-6),
         }
         for name in ("fused", "plain"):
-            state = {"step": torch.tensor(1.0), **moments}
+            # Fused, the count of steps is where the parameter is.
+            device = weight.device if name == "fused" else "cpu"
+            state = {"step": torch.tensor(1.0, device=device), **moments}
             self.optimizers[name].state[self.weight] = state
         rows.state[self.weight] = {"step": torch.tensor(0.0), **moments}
         rows.init_row_state([self.weight])
@@ -76,16 +79,16 @@ class Prototypes:
 class Problem:
     """The tensors that the heads share, so that a million classes fit in memory.
 
-    Prototypes and moments are there twice: ours where the package puts them, and the peers' where
-    torch does.
+    On the CPU prototypes and moments are there twice: ours where the package puts them, and the
+    peers' where torch does.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, device: torch.device | str = "cpu") -> None:
+        self.shape, self.device = shape, torch.device(device)
         generator = torch.Generator().manual_seed(1)
         embeddings = torch.empty(shape.batch, shape.dim).normal_(generator=generator)
-        self.embeddings = embeddings.requires_grad_()
-        self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator)
+        self.embeddings = embeddings.to(device).requires_grad_()
+        self.labels = torch.randint(shape.classes, (shape.batch,), generator=generator).to(device)
 
     @cached_property
     def ours(self) -> Prototypes:
@@ -93,10 +96,11 @@ class Problem:
 
     @cached_property
     def theirs(self) -> Prototypes:
-        return self._prototypes(torch.empty)
+        return self.ours if self.device.type == "cuda" else self._prototypes(torch.empty)
 
     def _prototypes(self, empty: Callable[..., Tensor]) -> Prototypes:
-        return Prototypes(*(empty(self.shape.classes, self.shape.dim) for _ in range(3)))
+        size = self.shape.classes, self.shape.dim
+        return Prototypes(*(empty(*size, device=self.device) for _ in range(3)))
 
 
 class Head:
@@ -176,25 +180,30 @@ class Unavailable(Exception):
     """A candidate cannot run here; the message is the reason."""
 
 
-def _ours(precision: str, optimizer: str = "in backward") -> Callable[[Problem], Head]:
+def ours(
+    precision: str, optimizer: str = "in backward", kind: type[Head] = Head, **options: Any
+) -> Callable[[Problem], Head]:
     def build(problem: Problem) -> Head:
         shape = problem.shape
-        module = PartialMarginSoftmax(
-            shape.dim,
-            shape.classes,
-            margin=ArcFace(MARGIN),
-            scale=SCALE,
-            sample_rate=shape.sample_rate,
-            feature_rate=shape.feature_rate,
-            precision=precision,
-            sparse_grad=optimizer != "fused",
-        )
-        return Head(problem, problem.ours, module, optimizer)
+        with torch.device("meta"):  # its own prototypes are not needed
+            module = PartialMarginSoftmax(
+                shape.dim,
+                shape.classes,
+                margin=ArcFace(MARGIN),
+                scale=SCALE,
+                sample_rate=shape.sample_rate,
+                feature_rate=shape.feature_rate,
+                precision=precision,
+                sparse_grad=optimizer != "fused",
+                **options,
+            )
+        module.step = torch.zeros((), dtype=torch.int64, device=problem.device)
+        return kind(problem, problem.ours, module, optimizer)
 
     return build
 
 
-def _partial_fc(
+def partial_fc(
     optimizer: str, kind: type[PartialFC] = PartialFC, **options
 ) -> Callable[[Problem], Head]:
     def build(problem: Problem) -> Head:
@@ -214,11 +223,14 @@ def _partial_fc(
     return build
 
 
-def _compiled(problem: Problem) -> Head:
-    compiler = os.environ.get("CXX")
-    if not any(map(shutil.which, [compiler] if compiler else ["g++", "clang++"])):
-        raise Unavailable(f"torch.compile needs a C++ compiler: {compiler or 'g++'} not found")
-    return _partial_fc("fused", CompiledPartialFC)(problem)
+def compiled(**options: Any) -> Callable[[Problem], Head]:
+    def build(problem: Problem) -> Head:
+        compiler = os.environ.get("CXX")
+        if not any(map(shutil.which, [compiler] if compiler else ["g++", "clang++"])):
+            raise Unavailable(f"torch.compile needs a C++ compiler: {compiler or 'g++'} not found")
+        return partial_fc("fused", CompiledPartialFC, **options)(problem)
+
+    return build
 
 
 _BF16 = "bf16 against fp32: unit vectors in bf16, parameters and moments in fp32"
@@ -229,42 +241,42 @@ CANDIDATES = [
         "ours-fp32",
         "unicom_ext fp32",
         "fp32, RowAdamW inside backward",
-        _ours("fp32"),
+        ours("fp32"),
         ours=True,
     ),
     Candidate(
         "ours-bf16",
         "unicom_ext bf16",
         f"{_BF16}; RowAdamW inside backward",
-        _ours("bf16"),
+        ours("bf16"),
         ours=True,
     ),
     Candidate(
         "ours-stored",
         "unicom_ext fp32, gradient stored",
         "fp32, a row-sparse gradient, then RowAdamW",
-        _ours("fp32", "rows"),
+        ours("fp32", "rows"),
         ours=True,
     ),
     Candidate(
         "ours-dense",
         "unicom_ext fp32, dense gradient",
         "fp32, a dense gradient, then AdamW(fused=True), as the peers",
-        _ours("fp32", "fused"),
+        ours("fp32", "fused"),
         ours=True,
     ),
-    Candidate("partialfc", "PartialFC v2", "fp32, eager, AdamW(fused=True)", _partial_fc("fused")),
+    Candidate("partialfc", "PartialFC v2", "fp32, eager, AdamW(fused=True)", partial_fc("fused")),
     Candidate(
         "published",
         "PartialFC v2 as published",
         "fp32, eager, arccos and cos of all logits, plain AdamW",
-        _partial_fc("plain", whole_matrix=True),
+        partial_fc("plain", whole_matrix=True),
     ),
     Candidate(
         "compile",
         "PartialFC v2 compiled",
         "fp32, torch.compile, AdamW(fused=True)",
-        _compiled,
+        compiled(),
         fragile=True,
     ),
     Candidate(

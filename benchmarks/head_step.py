@@ -148,7 +148,15 @@ def parse_peers(context: click.Context, option: click.Parameter, value: str) -> 
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of torch.  [default: torch's own]"
 )
-@click.option("--device", type=click.Choice(["cpu"]), default="cpu")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
+    help="cuda: a grid of sizes on a GPU, see README.md; of the options --quick, --minutes, "
+    "--rounds and --output count then.",
+)  # fmt: skip
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), default=60.0,
+    help="On CUDA: begin no further shape after this time.",
+)  # fmt: skip
 @click.option(
     "--peers", callback=parse_peers, default="all", metavar="LIST",
     help=f"Whom to compare with: a comma-separated list of {', '.join(PEERS)}.",
@@ -164,6 +172,7 @@ def main(
     rounds: int | None,
     threads: int | None,
     device: str,
+    minutes: float,
     peers: list[str],
     memory: bool,
     output: Path,
@@ -174,6 +183,8 @@ def main(
     The candidates take turns in every round, and ratios are formed within a round. Writes
     NAME.json (every raw figure) and NAME.md to the output directory.
     """
+    if device == "cuda":
+        return _on_cuda(output, quick, minutes, rounds or (5 if quick else 10))
     preset = "quick" if quick else preset
     sizes = {key: value for key, value in sizes.items() if value is not None}
     try:
@@ -201,6 +212,25 @@ def main(
     (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (output / f"{name}.md").write_text(markdown(result))
     console.print(f"Written: {output / name}.json and {name}.md", highlight=False)
+
+
+def _on_cuda(output: Path, quick: bool, minutes: float, rounds: int) -> None:
+    if not torch.cuda.is_available():
+        raise click.UsageError("--device cuda needs a GPU, and torch finds none")
+    import cuda_step
+    from device import Cuda
+
+    results = cuda_step.run(
+        output,
+        plan=cuda_step.QUICK_PLAN if quick else cuda_step.WHOLE_PLAN,
+        minutes=minutes,
+        rounds=rounds,
+        where=Cuda(),
+        say=lambda line: click.echo(line),
+    )
+    click.echo(f"Written: {output}/cuda.md, and a JSON file for each of {len(results)} runs")
+    if failures := cuda_step.failures(results):
+        raise click.ClickException("; ".join(failures))
 
 
 def _name(shape: Shape) -> str:

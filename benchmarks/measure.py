@@ -9,7 +9,6 @@ import os
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from candidates import CANDIDATES, BareProducts, Candidate, Head, Problem, Shape, Unavailable
+from device import CPU, Cpu, Cuda
 
 import unicom_ext
 from unicom_ext import _core
@@ -43,18 +43,12 @@ _ENVIRONMENT = (
 )
 
 
-def time_step(head: Head | BareProducts) -> tuple[float, float, float]:
+def time_step(head: Head | BareProducts, where: Cpu | Cuda = CPU) -> tuple[float, ...]:
     """Seconds of forward, backward and update. Freeing the gradients belongs to the update."""
-    start = time.perf_counter()
-    head.forward()
-    forward = time.perf_counter()
-    head.backward()
-    backward = time.perf_counter()
-    head.update()
-    return forward - start, backward - forward, time.perf_counter() - backward
+    return where.time(head.forward, head.backward, head.update)
 
 
-def prepare(candidate: Candidate, problem: Problem) -> Head | BareProducts:
+def prepare(candidate: Candidate, problem: Problem, where: Cpu | Cuda = CPU) -> Head | BareProducts:
     """A head after two steps, so that it has compiled, allocated and chosen what it will.
 
     Raises Unavailable if the candidate cannot run here.
@@ -62,7 +56,7 @@ def prepare(candidate: Candidate, problem: Problem) -> Head | BareProducts:
     head = candidate.build(problem)
     try:
         for _ in range(2):
-            time_step(head)
+            time_step(head, where)
     except Exception as error:
         if not candidate.fragile:
             raise
@@ -73,7 +67,10 @@ def prepare(candidate: Candidate, problem: Problem) -> Head | BareProducts:
 
 
 def time_rounds(
-    heads: dict[str, Head | BareProducts], rounds: int, advance: Callable[[str], None]
+    heads: dict[str, Head | BareProducts],
+    rounds: int,
+    advance: Callable[[str], None],
+    where: Cpu | Cuda = CPU,
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds of each phase of each head in each round; within a round the heads take turns.
 
@@ -86,7 +83,7 @@ def time_rounds(
         for _ in range(rounds):
             for name, head in heads.items():
                 advance(name)
-                for phase, value in zip(PHASES, time_step(head), strict=True):
+                for phase, value in zip(PHASES, time_step(head, where), strict=True):
                     seconds[name][phase].append(value)
     finally:
         gc.enable()

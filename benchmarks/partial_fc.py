@@ -48,6 +48,8 @@ class PartialFC(nn.Module):
         sample_rate: share of the classes, in (0, 1].
         feature_rate: share of the dimensions, in (0, 1].
         whole_matrix: take arccos and cos of all logits, as the released programs do.
+        linear_dtype: normalise and multiply under autocast to this, and go on in float32, as the
+            released programs do with `fp16`.
 
     Attributes:
         weight: Parameter [C, d], the prototypes.
@@ -63,6 +65,7 @@ class PartialFC(nn.Module):
         sample_rate: float = 1.0,
         feature_rate: float = 1.0,
         whole_matrix: bool = False,
+        linear_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.margin = margin
@@ -70,6 +73,7 @@ class PartialFC(nn.Module):
         self.num_sampled = max(1, int(sample_rate * num_classes + 0.5))
         self.num_features = int(feature_rate * embedding_size + 0.5)
         self.whole_matrix = whole_matrix
+        self.linear_dtype = linear_dtype
         self.weight = nn.Parameter(torch.normal(0, 0.01, (num_classes, embedding_size)))
 
     def forward(
@@ -99,14 +103,15 @@ class PartialFC(nn.Module):
         positives = torch.unique(labels, sorted=True)
         if len(positives) > self.num_sampled:
             return positives
-        priority = torch.rand(len(self.weight))
+        priority = torch.rand(len(self.weight), device=self.weight.device)
         priority[positives] = 2.0
         return priority.topk(self.num_sampled).indices.sort().values
 
     @torch.no_grad()
     def sample_features(self) -> Tensor:
         """Sorted dimensions of one step, [d'] int64."""
-        return torch.rand(self.weight.shape[1]).argsort()[: self.num_features].sort().values
+        order = torch.rand(self.weight.shape[1], device=self.weight.device).argsort()
+        return order[: self.num_features].sort().values
 
     def _loss(
         self,
@@ -115,8 +120,27 @@ class PartialFC(nn.Module):
         class_index: Tensor | None,
         feature_index: Tensor | None,
     ) -> Tensor:
-        cosines = _cosines(embeddings, self.weight, class_index, feature_index)
+        cosines = self._cosines(embeddings, self.weight, class_index, feature_index)
         return _CrossEntropy.apply(self._add_margin(cosines, labels), labels)
+
+    def _cosines(
+        self,
+        embeddings: Tensor,
+        weight: Tensor,
+        class_index: Tensor | None,
+        feature_index: Tensor | None,
+    ) -> Tensor:
+        """Cosines [B, |S|] of embeddings [B, d] and the sampled rows, on the sampled columns."""
+        if class_index is not None:
+            weight = weight[class_index]
+        if feature_index is not None:
+            weight = weight.index_select(1, feature_index)
+            embeddings = embeddings.index_select(1, feature_index)
+        if self.linear_dtype is None:
+            return F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
+        with torch.autocast(embeddings.device.type, self.linear_dtype):
+            cosines = F.linear(F.normalize(embeddings), F.normalize(weight))
+        return cosines.float().clamp(-1, 1)
 
     def _add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, |S|] from cosines, which are overwritten; labels [B, 1] of columns."""
@@ -142,30 +166,18 @@ class CompiledPartialFC(PartialFC):
     have one), nothing in place.
     """
 
-    def __init__(self, *args, **options) -> None:
+    def __init__(self, *args, mode: str | None = None, **options) -> None:
         super().__init__(*args, **options)
-        self._loss_of_rows = torch.compile(self._loss_of_rows, fullgraph=True)
+        self._loss_of_rows = torch.compile(self._loss_of_rows, fullgraph=True, mode=mode)
 
     def _loss(self, embeddings, labels, class_index, feature_index):
         return self._loss_of_rows(embeddings, self.weight, labels, class_index, feature_index)
 
     def _loss_of_rows(self, embeddings, weight, labels, class_index, feature_index):
-        cosines = _cosines(embeddings, weight, class_index, feature_index)
+        cosines = self._cosines(embeddings, weight, class_index, feature_index)
         target = cosines.detach().gather(1, labels)
         change = torch.cos(torch.arccos(target) + self.margin) - target
         return _PureCrossEntropy.apply(self.scale * cosines.scatter_add(1, labels, change), labels)
-
-
-def _cosines(
-    embeddings: Tensor, weight: Tensor, class_index: Tensor | None, feature_index: Tensor | None
-) -> Tensor:
-    """Cosines [B, |S|] of the embeddings [B, d] and the sampled rows, on the sampled columns."""
-    if class_index is not None:
-        weight = weight[class_index]
-    if feature_index is not None:
-        weight = weight.index_select(1, feature_index)
-        embeddings = embeddings.index_select(1, feature_index)
-    return F.linear(F.normalize(embeddings), F.normalize(weight)).clamp(-1, 1)
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,82 @@ def markdown(result: dict[str, Any]) -> str:
     lines = "\n".join(f"- {line}" for line in describe(result))
     tables = "\n".join(table.markdown() for table in make_tables(result))
     return f"# Head step, {result['name']}\n\n{lines}\n\n{tables}"
+
+
+def cuda_table(result: dict[str, Any]) -> Table:
+    """One shape of `cuda_step`: times, how much of each is the floor, memory."""
+    columns = ("forward", "backward", "optimizer", "step")
+    rows = []
+    for c in result["candidates"]:
+        if c["skipped"] is not None:
+            continue
+        times, memory = c["summary"], c["memory"]
+        shares = (
+            f"{c['floor'][s] / times[s]['median']:.2f}" if times[s]["median"] > 0 else ""
+            for s in ("forward", "backward", "forward+backward", "step")
+        )
+        rows.append(
+            [
+                c["label"],
+                *(_spread(times[s], 1e3) for s in columns),
+                *shares,
+                _spread(c["ratios"]["step"], 1) if "ratios" in c else "1",
+                f"{memory['step'] / 1e6:.0f}" if memory else "",
+            ]
+        )
+    shape = result["shape"]
+    title = (
+        f"B = {shape['batch']}, |S| = {shape['num_sampled']} of C = {shape['classes']}, "
+        f"d' = {shape['num_features']} of {shape['dim']}: ms, median (min to max)"
+    )
+    first = result["candidates"][0]["label"]
+    shares = [f"floor of {s}" for s in ("forward", "backward", "both", "step")]
+    return Table(title, ["", *columns, *shares, f"step, times {first}", "peak MB"], rows)
+
+
+def _plain_table(records: list[dict[str, Any]]) -> Table:
+    rows = []
+    for r in records:
+        if r["skipped"] is None:
+            pairs = [theirs / ours for ours, theirs in zip(r["ours_seconds"], r["seconds"],
+                                                           strict=True)]  # fmt: skip
+            rows.append(
+                [
+                    r["label"],
+                    _spread(_summary(r["seconds"]), 1e3),
+                    _spread(_summary(pairs), 1),
+                    f"{r['memory'] / 1e6:.0f}",
+                ]
+            )
+    title = "Plain softmax over all of these classes, forward + backward"
+    return Table(title, ["", "ms", "times ours", "peak MB"], rows)
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def cuda_markdown(results: list[dict[str, Any]]) -> str:
+    machine, rates = results[-1]["machine"], results[-1]["ceilings"]
+    products = ", ".join(f"{n} {rates[n] / 1e12:.0f}" for n in ("fp16", "bf16", "fp32"))
+    lines = [
+        "# Head step on a GPU\n",
+        *(f"- {key}: {value}" for key, value in machine["gpu"].items()),
+        f"- torch {machine['torch']}, commit {machine['git_commit']}, {machine['date']}",
+        f"- ceilings: products {products} TFLOP/s, copy {rates['copy'] / 1e12:.2f} TB/s",
+        f"- {results[-1]['rounds']} rounds; each candidate takes turns with the first one; the "
+        "last columns are ratios of these pairs and peak memory beyond what is there between steps",
+        "- a floor is the arithmetic of the step at the ceilings; a share of 1 would be the floor",
+        "",
+    ]
+    for result in results:
+        lines.append(cuda_table(result).markdown())
+        skipped = [c for c in result["candidates"] if c["skipped"] is not None]
+        if plain := result.get("plain_softmax"):
+            lines.append(_plain_table(plain).markdown())
+            skipped += [r for r in plain if r["skipped"] is not None]
+        lines += [f"- SKIPPED {c['label']}: {c['skipped']}" for c in skipped] + [""]
+    return "\n".join(lines)
 
 
 def sweep_markdown(result: dict[str, Any]) -> str:
