@@ -83,11 +83,16 @@ class CudaCandidate(Candidate):
 
     precision: str = "fp16"
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether backward updates the prototypes."""
+        return "in backward" in self.description
+
     def extra_bytes(self, shape: Shape) -> int:
         """About what a step needs beside parameters and moments."""
         rows = shape.num_sampled * shape.dim * 4
         if self.ours:
-            stored = 0 if "in backward" in self.description else rows
+            stored = 0 if self.in_backward else rows
             return stored + shape.num_sampled * shape.num_features * 4 + SPARE_BYTES
         # Logits in fp32, in fp16, exponentials, their gradient, one-hot; rows, and their gradient.
         logits = shape.batch * shape.num_sampled * 4
@@ -220,6 +225,9 @@ def compare(
     reference, records = None, []
     for candidate in chosen:
         floor = floors(shape, ceilings, candidate.precision)
+        if candidate.in_backward:
+            floor["backward"] += floor["optimizer"]
+            floor["forward+backward"] += floor["optimizer"]
         record: dict[str, Any] = {
             "name": candidate.name,
             "label": candidate.label,
@@ -227,6 +235,7 @@ def compare(
             "skipped": None,
             "failed": False,  # the reason is an error
             "floor": floor,
+            "phases_apart": True,  # forward and backward were timed apart
         }
         records.append(record)
         needed, free = candidate.extra_bytes(shape), where.free_bytes()
@@ -236,7 +245,9 @@ def compare(
             if floor["step"] > MOST_SECONDS:
                 raise Unavailable(f"a step would take more than {floor['step']:.1f} s")
             head = prepare(candidate, problem, where)
-            record["memory"] = None if isinstance(head, GraphHead) else _peaks(head, where)
+            record["phases_apart"] = not isinstance(head, GraphHead)
+            # What a graph holds, it holds between steps too.
+            record["memory"] = _peaks(head, where) if record["phases_apart"] else None
             heads = {candidate.name: head}
             if reference is not None:
                 heads = {REFERENCE: reference, **heads}

@@ -107,7 +107,9 @@ def cuda_table(result: dict[str, Any]) -> Table:
             continue
         times, memory = c["summary"], c["memory"]
         shares = (
-            f"{c['floor'][s] / times[s]['median']:.2f}" if times[s]["median"] > 0 else ""
+            f"{c['floor'][s] / times[s]['median']:.2f}"
+            if times[s]["median"] > 0 and (c["phases_apart"] or s not in ("forward", "backward"))
+            else ""
             for s in ("forward", "backward", "forward+backward", "step")
         )
         rows.append(

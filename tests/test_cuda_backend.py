@@ -78,6 +78,19 @@ def test_a_bad_label_is_named_when_values_are_checked(emulated):
     assert loss_fn(torch.randn(3, 8), torch.tensor([1, 2, 49])).isfinite()
 
 
+def test_no_memory_is_torch_s_error_of_no_memory(emulated):
+    # So many classes, which all lie on one row, that the packed ones have no place anywhere.
+    prototypes = torch.ones(1, 1 << 14).expand((1 << 32) - 1, 1 << 14)
+    with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. .* allocate Byte \["):
+        op(
+            torch.randn(3, 64),
+            torch.tensor([1, 2, 3]),
+            prototypes,
+            margin=CombinedMargin(),
+            scale=1,
+        )
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_probabilities_of_a_million_classes_keep_their_digits(precision, emulated):
     # A few classes hold nearly all of the probability, and the others about a millionth each, as

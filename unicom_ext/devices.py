@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,3 +29,18 @@ def check_device(device: torch.device) -> None:
             "pip install --no-build-isolation --force-reinstall --no-deps unicom_ext again"
         )
     raise ValueError(f"embeddings must be on the CPU or a CUDA device, got {device}")
+
+
+def run(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """operator(*arguments); raises torch.OutOfMemoryError where a device has no memory left.
+
+    Operators cannot: the stable ABI lets errors of the allocator through as RuntimeErrors.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError as error:
+        if type(error) is RuntimeError and str(error).startswith("CUDA out of memory"):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise

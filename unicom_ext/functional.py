@@ -220,7 +220,8 @@ def call_loss(
         refuse_dense_optimizers()
     m2, m3 = margin.m2, margin.m3
     wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
-    loss, sample_loss, target_cosine, largest_negative, *_ = _ops.loss(
+    loss, sample_loss, target_cosine, largest_negative, *_ = devices.run(
+        _ops.loss,
         embeddings,
         slot,
         prototypes,
@@ -286,7 +287,8 @@ def _backward(ctx, grad_loss, *_):
         grads[0] = grad_embeddings if ctx.needs_input_grad[0] else None
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
-    grad_embeddings, grad_prototypes = _ops.loss_backward(
+    grad_embeddings, grad_prototypes = devices.run(
+        _ops.loss_backward,
         grad_loss,
         *saved,
         *ctx.options,

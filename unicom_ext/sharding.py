@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext import _core
+from unicom_ext import _core, devices
 from unicom_ext.functional import _PRECISION, _REDUCTION, _resolve_precision
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.reference import Metrics
@@ -559,7 +559,8 @@ def _shard_sums(
         # Gradients of half-precision embeddings are summed over ranks in float32.
         if x.dtype in (torch.float16, torch.bfloat16):
             x = x.float()
-        pairs, exponent, largest_negative, inverse_norm, *saved = _ops.loss_sums(
+        pairs, exponent, largest_negative, inverse_norm, *saved = devices.run(
+            _ops.loss_sums,
             x,
             selected.slot,
             prototypes,
@@ -623,7 +624,8 @@ class _Attach(torch.autograd.Function):
             padding = grad_loss.new_zeros(size - local)
             grad_loss = shard.gather(torch.cat([grad_loss, padding]))
         compact = options.sparse_grad and class_index is not None
-        grad_embeddings, grad_prototypes = _ops.loss_backward(
+        grad_embeddings, grad_prototypes = devices.run(
+            _ops.loss_backward,
             grad_loss.contiguous(),
             x,
             slot,

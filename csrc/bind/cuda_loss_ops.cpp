@@ -68,9 +68,7 @@ struct Call {
     return packed_bytes(problem.bound, problem.embeddings.dim, bytes);
   }
   ScalarType real() const { return is_double ? ScalarType::Double : ScalarType::Float; }
-  Tensor bytes(int64_t size) const {
-    return empty_like_device(embeddings, {size}, ScalarType::Byte);
-  }
+  Tensor bytes(int64_t size) const { return allocate(embeddings, {size}, ScalarType::Byte); }
 
   template <class F>
   void with_unit(const F& f) const {
@@ -115,7 +113,7 @@ struct Call {
 };
 
 Tensor doubles(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return empty_like_device(like, sizes, ScalarType::Double);
+  return allocate(like, sizes, ScalarType::Double);
 }
 
 SampleState* state_data(Tensor& state) {
@@ -172,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
   const auto reduction = static_cast<Reduction>(reduction_in);
   OnDevice on(embeddings);
   auto real = [&](std::initializer_list<int64_t> sizes) {
-    return empty_like_device(embeddings, sizes, call.real());
+    return allocate(embeddings, sizes, call.real());
   };
   Tensor loss = reduction == Reduction::kNone ? real({batch}) : real({});
   Tensor sample_loss = real({batch}), target_cosine = real({batch}), largest = real({batch});
@@ -225,7 +223,7 @@ std::tuple<Tensor, Tensor> run_backward(OnDevice& on, const Call& call, Tensor g
   auto gradient = [&](const Tensor& like, const RowSource& source, int64_t rows, bool wanted,
                       bool all_rows) {
     const int64_t dim = wanted ? like.size(1) : 0;
-    Tensor out = empty_like_device(like, {wanted ? rows : 0, dim}, like.scalar_type());
+    Tensor out = allocate(like, {wanted ? rows : 0, dim}, like.scalar_type());
     if (wanted && (!all_rows || source.columns != nullptr))
       on.queue.fill_zero(out.mutable_data_ptr(), rows * dim * bytes_of(source.dtype));
     return std::make_pair(out, RowSink{wanted ? out.mutable_data_ptr() : nullptr, source.dtype, dim,

@@ -43,10 +43,10 @@ std::tuple<Tensor, Tensor, Tensor> select_classes_op(Tensor labels, Tensor step,
   OnDevice on(labels);
   const int64_t batch = labels.numel();
   const int64_t bound = selection_bound(num_classes, num_sampled, batch, start, stop);
-  Tensor class_index = empty_like_device(labels, {bound}, ScalarType::Long);
-  Tensor count = empty_like_device(labels, {}, ScalarType::Long);
-  Tensor slot = empty_like_device(labels, {batch}, ScalarType::Long);
-  Tensor workspace = empty_like_device(labels, {selection_workspace(described)}, ScalarType::Long);
+  Tensor class_index = allocate(labels, {bound}, ScalarType::Long);
+  Tensor count = allocate(labels, {}, ScalarType::Long);
+  Tensor slot = allocate(labels, {batch}, ScalarType::Long);
+  Tensor workspace = allocate(labels, {selection_workspace(described)}, ScalarType::Long);
   select_classes(on.queue, {described, num_sampled, seed, step_data(step), bound,
                             class_index.mutable_data_ptr<int64_t>(),
                             count.mutable_data_ptr<int64_t>(), slot.mutable_data_ptr<int64_t>(),
@@ -60,7 +60,7 @@ Tensor select_features_op(Tensor step, int64_t dim, int64_t num_selected, int64_
         num_selected);
   check(dim <= kMaxFeatures, "dim must be at most ", kMaxFeatures, " on CUDA, got ", dim);
   OnDevice on(step);
-  Tensor out = empty_like_device(step, {num_selected}, ScalarType::Long);
+  Tensor out = allocate(step, {num_selected}, ScalarType::Long);
   select_features(on.queue,
                   {dim, num_selected, seed, step_data(step), out.mutable_data_ptr<int64_t>()});
   on.finish();
@@ -83,7 +83,7 @@ Tensor label_slots_op(Tensor labels, std::optional<Tensor> class_index, int64_t 
     search.count = class_index->numel();
   }
   OnDevice on(labels);
-  Tensor slot = empty_like_device(labels, {labels.numel()}, ScalarType::Long);
+  Tensor slot = allocate(labels, {labels.numel()}, ScalarType::Long);
   search.slot = slot.mutable_data_ptr<int64_t>();
   find_slots(on.queue, search);
   on.finish();

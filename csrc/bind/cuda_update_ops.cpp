@@ -36,7 +36,7 @@ template <class Update>
 void run_update(const Tensor& param, Update update, const Gradient& gradient,
                 int64_t workspace_bytes) {
   OnDevice on(param);
-  Tensor workspace = empty_like_device(param, {workspace_bytes}, ScalarType::Byte);
+  Tensor workspace = allocate(param, {workspace_bytes}, ScalarType::Byte);
   update.gradient = gradient.described;
   update.workspace = workspace.mutable_data_ptr();
   update_rows(on.queue, update);
@@ -86,9 +86,9 @@ std::tuple<Tensor, Tensor> merge_rows_op(Tensor ids, Tensor rows) {
   check_device(rows, ids, "rows");
   OnDevice on(ids);
   const int64_t count = ids.numel(), dim = rows.size(1);
-  Tensor keys = empty_like_device(ids, {count}, ScalarType::Long), order;
-  Tensor merged_ids = empty_like_device(ids, {count}, ScalarType::Long);
-  Tensor merged_rows = empty_like_device(rows, {count, dim}, rows.scalar_type());
+  Tensor keys = allocate(ids, {count}, ScalarType::Long), order;
+  Tensor merged_ids = allocate(ids, {count}, ScalarType::Long);
+  Tensor merged_rows = allocate(rows, {count, dim}, rows.scalar_type());
   Merge merge{index_data(ids),
               rows.const_data_ptr(),
               dtype_of(rows, "rows"),

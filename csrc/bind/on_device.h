@@ -49,6 +49,30 @@ class OnDevice {
 #endif
 };
 
+// Memory of the caching allocator. Through the stable ABI its errors have lost their type and their
+// message: where the device still answers, it was out of memory, and unicom_ext/devices.py makes
+// torch's error of ours.
+inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  try {
+    return empty_like_device(like, sizes, dtype);
+  } catch (const std::exception&) {
+#ifndef UNICOM_EMULATE_CUDA
+    size_t free = 0, total = 0;
+    if (cudaMemGetInfo(&free, &total) != cudaSuccess) throw;
+#endif
+    std::ostringstream message;
+    message << "CUDA out of memory. unicom_ext tried to allocate "
+            << torch::headeronly::toString(dtype) << " [";
+    const char* separator = "";
+    for (int64_t size : sizes) {
+      message << separator << size;
+      separator = ", ";
+    }
+    message << "]";
+    throw std::runtime_error(message.str());
+  }
+}
+
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {
   check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
 }

@@ -215,7 +215,9 @@ __global__ void kept_probabilities_kernel(__grid_constant__ const Probabilities 
   using Run = Pack<Real, kRun>;
   const int64_t runs = kept_of_chunk(a) / kRun;  // of a row
   const int64_t row = global_thread() / runs, begin = global_thread() % runs * kRun;
-  if (row >= a.logits.rows) return;
+  // Tiles behind the count were not multiplied, and nobody will read them here either.
+  constexpr int64_t kTile = kClassCols<Unit>;
+  if (row >= a.logits.rows || (a.first + begin) / kTile * kTile >= class_count(a.logits)) return;
   const Probability<Unit> probability(a.logits);
   const auto scale = static_cast<const RowScale<Real>*>(a.row)[row];
   const auto* kept = static_cast<const Real*>(a.kept) + row * a.kept_classes + a.first;

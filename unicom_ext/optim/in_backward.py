@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from unicom_ext.devices import run
+
 if TYPE_CHECKING:
     from unicom_ext.optim.rows import RowOptimizer
 
@@ -35,7 +37,7 @@ class UpdateInBackward:
         self.optimizer._check_group(self.group)
         self.optimizer._init_row_state(self.group, param)
         tensors, numbers = self.optimizer._row_operands(self.group, param)
-        grad_embeddings = self.operator(grad_loss, *operands, *tensors, *numbers)
+        grad_embeddings = run(self.operator, grad_loss, *operands, *tensors, *numbers)
         increment_version(param)
         self.optimizer._finish_row_step(self.group, param, numbers)
         self.pending = True
