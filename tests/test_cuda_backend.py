@@ -83,7 +83,7 @@ def test_no_memory_is_torch_s_error_of_no_memory(emulated):
     prototypes = torch.ones(1, 1 << 14).expand((1 << 32) - 1, 1 << 14)
     with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. .* allocate Byte \["):
         op(
-            torch.randn(3, 64),
+            torch.ones(3, 1 << 14),
             torch.tensor([1, 2, 3]),
             prototypes,
             margin=CombinedMargin(),
