@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
         for (int i = 0; i < T::kThreadRows; ++i) {
           Real peak = Real(kNoCosine);
 #pragma unroll
-          for (int j = 0; j < T::kThreadCols; ++j) peak = max_of(peak, tile.at(i, j));
+          for (int j = 0; j < T::kThreadCols; ++j) peak = larger(peak, tile.at(i, j));
           largest[i] = max_of(largest[i], peak);
           if (filtered) {
             peak = Real(kNoCosine);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
             for (int j = 0; j < T::kThreadCols; ++j) {
               Real& c = tile.at(i, j);
               c = c > filter ? Real(0) : c;
-              peak = max_of(peak, c);
+              peak = larger(peak, c);
             }
           }
           const Real raised = max_of(exponent[i], Real(std::ceil(peak * exponential.scale_log2)));

@@ -34,20 +34,26 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
     const auto* operand = static_cast<const Unit*>(a.operand) + depth * a.depth + first_col;
     return OperandPair<Unit>{p, operand, static_cast<int>(a.chunk), static_cast<int>(a.depth)};
   };
+  // What is there is read row by row before any of it is needed: one wait for a row, not for a run.
   auto write = [&](int) {
+    constexpr int kRuns = T::kThreadCols / T::kRun;
+    using Run = Pack<Real, T::kRun>;
 #pragma unroll
-    for (int i = 0; i < T::kThreadRows; ++i)
+    for (int i = 0; i < T::kThreadRows; ++i) {
+      Real* row = out + tile.row(i) * static_cast<int>(a.depth);
+      Run runs[kRuns] = {};
+      if (a.accumulate) {
 #pragma unroll
-      for (int j = 0; j < T::kThreadCols; j += T::kRun) {
-        using Run = Pack<Real, T::kRun>;
-        Run* to =
-            reinterpret_cast<Run*>(out + tile.row(i) * static_cast<int>(a.depth) + tile.col(j));
-        Run run{};
-        if (a.accumulate) run = *to;
-#pragma unroll
-        for (int e = 0; e < T::kRun; ++e) run.values[e] += tile.at(i, j + e);
-        *to = run;
+        for (int r = 0; r < kRuns; ++r)
+          runs[r] = *reinterpret_cast<const Run*>(row + tile.col(r * T::kRun));
       }
+#pragma unroll
+      for (int r = 0; r < kRuns; ++r) {
+#pragma unroll
+        for (int e = 0; e < T::kRun; ++e) runs[r].values[e] += tile.at(i, r * T::kRun + e);
+        *reinterpret_cast<Run*>(row + tile.col(r * T::kRun)) = runs[r];
+      }
+    }
   };
   if (begin < end) {
     tile.run(1, static_cast<int>(end - begin), source, write);
