@@ -58,17 +58,6 @@ UNICOM_DEVICE T* dynamic_shared() {
 #endif
 }
 
-// Its size.
-UNICOM_DEVICE uint32_t dynamic_shared_bytes() {
-#ifdef UNICOM_EMULATE_CUDA
-  return emulation::dynamic_shared_bytes();
-#else
-  uint32_t bytes;
-  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
-  return bytes;
-#endif
-}
-
 // A few values that are written at once.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {

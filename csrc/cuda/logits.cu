@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
     largest[i] = Real(kNoCosine);
   }
   tile.run(
-      tiles, static_cast<int>(a.logits.depth / T::kDepth),
+      a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
       class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
         const int64_t begin = first_class + int64_t{t} * T::kCols;
         mask_tile(tile, a.logits, first_row, begin, count);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i)
     scale[i] = static_cast<const RowScale<Real>*>(a.row)[first_row + tile.row(i)];
-  tile.run(tiles, static_cast<int>(a.logits.depth / T::kDepth),
+  tile.run(a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
            class_tiles<Unit, T>(a.logits, first_row, a.first + first), [&](int t) {
              const int64_t begin = first + int64_t{t} * T::kCols;
              mask_tile(tile, a.logits, first_row, a.first + begin, count);
@@ -235,15 +235,19 @@ dim3 logit_grid(const Logits& a, int64_t tile_rows, int64_t runs) {
 }  // namespace
 
 template <class Unit>
-void sum_exp(Queue& queue, const SumExp& a) {
+void sum_exp(Queue& queue, const SumExp& given) {
   using T = LogitTile<Unit>;
-  queue.launch(sum_exp_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
-               T::shared_bytes(queue.shared_limit()), a);
+  SumExp a = given;
+  a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);
+  queue.launch(sum_exp_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads, a.plan.bytes,
+               a);
 }
 
 template <class Unit>
-void probabilities(Queue& queue, const Probabilities& a) {
+void probabilities(Queue& queue, const Probabilities& given) {
   using T = LogitTile<Unit>;
+  Probabilities a = given;
+  a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);
   const int64_t kept = kept_of_chunk(a);
   if constexpr (!UnitTraits<Unit>::kTensorCores) {
     const int64_t runs = a.logits.rows * kept * int64_t{sizeof(Unit)} / 16;
@@ -251,7 +255,7 @@ void probabilities(Queue& queue, const Probabilities& a) {
   }
   if (kept < a.chunk)
     queue.launch(probabilities_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
-                 T::shared_bytes(queue.shared_limit()), a);
+                 a.plan.bytes, a);
 }
 
 #define UNICOM_INSTANTIATE(Unit)                      \

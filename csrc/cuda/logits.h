@@ -38,6 +38,7 @@ struct SumExp {
   void* out;             // [runs][rows] RowSum<RealOf<Unit>>
   void* kept;            // [rows][kept_classes] cosines of the first classes, for backward; float
   int64_t kept_classes;  // and double only. kNoCosine for targets and past count. Whole granules
+  TilePlan plan{};       // by the launch
 };
 template <class Unit>
 void sum_exp(Queue&, const SumExp&);
@@ -56,6 +57,7 @@ struct Probabilities {
   int64_t runs;
   const void* row;  // [rows] RowScale<RealOf<Unit>>
   void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count
+  TilePlan plan{};  // by the launch
 };
 template <class Unit>
 void probabilities(Queue&, const Probabilities&);

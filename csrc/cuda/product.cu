@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
     }
   };
   if (begin < end) {
-    tile.run(1, static_cast<int>(end - begin), source, write);
+    tile.run(a.plan, 1, static_cast<int>(end - begin), source, write);
   } else if (!a.accumulate) {
     tile.clear();
     write(0);
@@ -64,13 +64,14 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
 }
 
 template <class Unit, int kCols, ProductOf kOf>
-void launch(Queue& queue, const Product& a) {
+void launch(Queue& queue, const Product& given) {
   using T = Tile<Unit, kCols, kOf == ProductOf::kEmbeddings, false>;
+  Product a = given;
+  a.plan = T::plan(queue.shared_limit(), 0);
   const int64_t out_rows = kOf == ProductOf::kEmbeddings ? a.rows : a.chunk;
   const dim3 grid(static_cast<unsigned>(out_rows / T::kRows),
                   static_cast<unsigned>(a.depth / kCols), static_cast<unsigned>(a.splits));
-  queue.launch(product_kernel<Unit, kCols, kOf>, grid, kThreads,
-               T::shared_bytes(queue.shared_limit()), a);
+  queue.launch(product_kernel<Unit, kCols, kOf>, grid, kThreads, a.plan.bytes, a);
 }
 
 template <class Unit, ProductOf kOf>

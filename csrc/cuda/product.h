@@ -20,6 +20,7 @@ struct Product {
   int64_t splits;        // the sum is cut into this many parts, each with its own result
   bool accumulate;       // add to what out holds
   void* out;             // [splits][rows or chunk][depth] RealOf<Unit>
+  TilePlan plan{};       // by the launch
 };
 template <class Unit>
 void product(Queue&, const Product&);

@@ -9,8 +9,10 @@
 // threads share each row, and columns come in runs of kRun neighbours.
 //
 // store(to, stride, convert) writes convert(i, result) of each of its rows i as Units, sixteen
-// bytes at a time. run(tiles, steps, source, epilogue) goes through `tiles` products of `steps` *
-// kDepth. The copies of the next product are under way during the epilogue of the last.
+// bytes at a time. run(plan, tiles, steps, source, epilogue) goes through `tiles` products of
+// `steps` * kDepth. The copies of the next product are under way during the epilogue of the last.
+// plan(limit, steps) says how it uses shared memory where a block may have `limit` bytes of it;
+// steps: those of a tile if A is the same for all tiles, else 0.
 #pragma once
 
 #include "tile_simt.h"

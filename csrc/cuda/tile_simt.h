@@ -22,7 +22,7 @@ class SimtTile {
   static constexpr int kALine = kRows + kRun, kBLine = kCols + kRun;
   static constexpr int kStageUnits = kDepth * (kALine + kBLine);
   static constexpr size_t kLeastSharedBytes = sizeof(Unit) * 2 * kStageUnits;
-  static size_t shared_bytes(size_t) { return kLeastSharedBytes; }
+  static TilePlan plan(size_t, int64_t) { return {2, false, kLeastSharedBytes}; }
 
   UNICOM_DEVICE SimtTile()
       : team_row_(static_cast<int>(threadIdx.x) / 16),
@@ -34,7 +34,8 @@ class SimtTile {
   UNICOM_DEVICE Unit& at(int i, int j) { return sums_[i][j]; }
 
   template <class Source, class Epilogue>
-  UNICOM_DEVICE void run(int tiles, int steps, const Source& source, const Epilogue& epilogue) {
+  UNICOM_DEVICE void run(const TilePlan&, int tiles, int steps, const Source& source,
+                         const Epilogue& epilogue) {
     Unit* shared = dynamic_shared<Unit>();
     const int total = tiles * steps;
     int load_tile = 0, load_step = 0;

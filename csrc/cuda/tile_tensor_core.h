@@ -22,11 +22,20 @@ class TensorCoreTile {
   static_assert(kMmaCols % 2 == 0, "matrices of B are loaded in pairs");
 
   static constexpr int kAUnits = kRows * kDepth, kStageUnits = kAUnits + kCols * kDepth;
+  static constexpr int kABytes = static_cast<int>(sizeof(Unit)) * kAUnits;  // of a step
   static constexpr int kStageBytes = static_cast<int>(sizeof(Unit)) * kStageUnits;
-  // Three stages where a block may have the shared memory (data centre GPUs), else two.
-  static constexpr size_t kLeastSharedBytes = 2 * kStageBytes;
-  static size_t shared_bytes(size_t limit) {
-    return limit >= 3 * kStageBytes ? 3 * kStageBytes : kLeastSharedBytes;
+  static constexpr size_t kLeastSharedBytes = 2 * (kStageBytes - kABytes);
+
+  // Three stages where a block may have the shared memory (data centre GPUs), else two. A that
+  // stays spares a third of what comes from the second-level cache.
+  static TilePlan plan(size_t limit, int64_t steps) {
+    for (const int stages : {3, 2}) {
+      const size_t kept = static_cast<size_t>(steps) * kABytes + stages * (kStageBytes - kABytes);
+      if (steps > 0 && kept <= limit) return {stages, true, kept};
+      const size_t streamed = static_cast<size_t>(stages) * kStageBytes;
+      if (streamed <= limit || stages == 2) return {stages, false, streamed};
+    }
+    return {};
   }
 
   UNICOM_DEVICE TensorCoreTile()
@@ -42,18 +51,21 @@ class TensorCoreTile {
 
   // source(tile) gives an OperandPair; epilogue(tile) reads the results.
   template <class Source, class Epilogue>
-  UNICOM_DEVICE void run(int tiles, int steps, const Source& source, const Epilogue& epilogue) {
-    const SharedAddress shared = shared_address(dynamic_shared<Unit>());
-    const int ring = static_cast<int>(dynamic_shared_bytes());  // whole stages
-    const bool three = ring > static_cast<int>(kLeastSharedBytes);
+  UNICOM_DEVICE void run(const TilePlan& plan, int tiles, int steps, const Source& source,
+                         const Epilogue& epilogue) {
+    const SharedAddress all_of_a = shared_address(dynamic_shared<Unit>());
+    const SharedAddress shared = all_of_a + (plan.keeps_a ? steps * kABytes : 0);
+    const int stage_bytes = plan.keeps_a ? kStageBytes - kABytes : kStageBytes;
+    const int ring = plan.stages * stage_bytes;
     const int total = tiles * steps;
     int load_tile = 0, load_step = 0;
     OperandPair<Unit> from = tiles > 0 ? source(0) : OperandPair<Unit>{};
     auto copy_next = [&](int stage) {
       if (load_tile < tiles) {
-        const SharedAddress a = shared + stage;
-        const SharedAddress b = a + static_cast<int>(kAUnits * sizeof(Unit));
-        copy<kRows, kADepthInner>(a, from.a, from.a_stride, load_step);
+        const SharedAddress a = plan.keeps_a ? all_of_a + load_step * kABytes : shared + stage;
+        const SharedAddress b = plan.keeps_a ? shared + stage : a + kABytes;
+        if (!plan.keeps_a || load_tile == 0)
+          copy<kRows, kADepthInner>(a, from.a, from.a_stride, load_step);
         copy<kCols, kBDepthInner>(b, from.b, from.b_stride, load_step);
         if (++load_step == steps) {
           load_step = 0;
@@ -63,21 +75,22 @@ class TensorCoreTile {
       commit_copies();
     };
     // Offsets of the stage that is multiplied and of the one that is filled, the last to be free.
-    int stage = 0, free = ring - kStageBytes;
+    int stage = 0, free = ring - stage_bytes;
     copy_next(0);
-    if (three) copy_next(kStageBytes);
+    if (plan.stages == 3) copy_next(stage_bytes);
     clear();
     int step = 0, tile = 0;
     for (int i = 0; i < total; ++i) {
-      if (three)
+      if (plan.stages == 3)
         wait_copies<1>();
       else
         wait_copies<0>();
       __syncthreads();
       copy_next(free);
-      multiply(shared + stage);
+      const SharedAddress now = shared + stage;
+      multiply(plan.keeps_a ? all_of_a + step * kABytes : now, plan.keeps_a ? now : now + kABytes);
       free = stage;
-      stage += kStageBytes;
+      stage += stage_bytes;
       if (stage == ring) stage = 0;
       if (++step == steps) {
         epilogue(tile);
@@ -171,8 +184,7 @@ class TensorCoreTile {
           r, b + chunk_offset<kCols / 8>(depth + lane_ % 16, col / 8 + lane_ / 16));
   }
 
-  UNICOM_DEVICE void multiply(SharedAddress a) {
-    const SharedAddress b = a + static_cast<int>(kAUnits * sizeof(Unit));
+  UNICOM_DEVICE void multiply(SharedAddress a, SharedAddress b) {
 #pragma unroll
     for (int depth = 0; depth < kDepth; depth += 16) {
       uint32_t left[kMmaRows][4], right[kMmaCols / 2][4];

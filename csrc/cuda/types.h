@@ -39,6 +39,13 @@ struct UnitTraits<double> {
 template <class Unit>
 using RealOf = typename UnitTraits<Unit>::Real;
 
+// How a tile uses shared memory.
+struct TilePlan {
+  int stages;    // of operands under way
+  bool keeps_a;  // all of A stays there, for every tile of columns
+  size_t bytes;
+};
+
 // Calls f with a value of the type that `dtype` names.
 template <class F>
 void with_type(DType dtype, const F& f) {

@@ -84,7 +84,6 @@ uint64_t schedule = 1;
 std::vector<Fibre> fibres;
 std::vector<WarpExchange> warps;
 std::unique_ptr<char[]> shared;
-size_t shared_size = 0;
 int limit_of_shared = 227 << 10;
 const std::function<void()>* body = nullptr;
 void* scheduler_stack_pointer = nullptr;
@@ -199,7 +198,6 @@ void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t
   if (static_cast<int>(fibres.size()) < threads) fibres.resize(static_cast<size_t>(threads));
   warps.resize(static_cast<size_t>(threads / kWarp));
   shared.reset(shared_bytes > 0 ? new char[shared_bytes] : nullptr);
-  shared_size = shared_bytes;
   body = &kernel;
   blockDim = block;
   gridDim = grid;
@@ -212,7 +210,6 @@ void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t
 }
 
 void* dynamic_shared() { return shared.get(); }
-uint32_t dynamic_shared_bytes() { return static_cast<uint32_t>(shared_size); }
 void set_shared_limit(int bytes) { limit_of_shared = bytes; }
 int shared_limit() { return limit_of_shared; }
 

@@ -54,7 +54,6 @@ void set_schedule(uint64_t seed);
 
 void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
 void* dynamic_shared();
-uint32_t dynamic_shared_bytes();
 // What a block may have: that of a data centre GPU by default; 99 KiB is that of the others.
 void set_shared_limit(int bytes);
 int shared_limit();
