@@ -98,6 +98,40 @@ def test_row_optimizers_never_wait_and_do_what_they_do_on_the_cpu(
     assert relative_error(on_gpu - start, on_cpu - start) < 1e-4
 
 
+def test_an_update_in_backward_never_waits_and_is_the_update_after_it(no_waiting):
+    results = []
+    for inside in (False, True):
+        module = make(sparse_grad=True)
+        optimizer = RowAdamW([module.weight], lr=0.01)
+        if inside:
+            optimizer.update_in_backward(module)
+        for _ in range(4):
+            x, labels = batch()
+            module(x, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((module.weight.detach(), x.grad))
+    torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    (module(x, labels) * 2).backward()  # nobody waits to see it, so nothing is updated
+    assert torch.equal(module.weight.detach(), results[1][0])
+    assert x.grad.isnan().any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_is_kept_for_backward_changes_nothing(precision):
+    results = []
+    for workspace_bytes in (0, 1 << 20, 1 << 28):
+        module = make(precision=precision, workspace_bytes=workspace_bytes, sample_rate=0.9)
+        x, labels = batch(size=300)
+        module(x, labels).backward()
+        results.append((x.grad, module.weight.grad))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_twenty_replays_of_a_graph_draw_twenty_selections(precision):
     module, eager = make(precision=precision), make(precision=precision)
