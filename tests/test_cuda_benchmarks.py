@@ -94,14 +94,17 @@ def where(monkeypatch):
 
 
 NAMES = tuple(c.name for c in cuda_step.CANDIDATES)
-PLAN = [cuda_step.Run(size, NAMES, plain=True) for size in [(16, 300, 16), (8, 300, 32)]]
+PLAN = [
+    cuda_step.Run((16, 300, 16), NAMES, plain=True),
+    cuda_step.Run((8, 300, 32), NAMES[:2], plain=False),
+]
 
 
 def run(where, path, said, monkeypatch, **options):
     monkeypatch.setattr(cuda_step, "DIM", 32)
     # Rates of the stand-in would make every step too slow to be tried.
     monkeypatch.setattr(cuda_step, "MOST_SECONDS", 1e9)
-    options = {"plan": PLAN, "minutes": 1.0, "rounds": 2, **options}
+    options = {"plan": PLAN, "minutes": 1.0, "rounds": 1, **options}
     return cuda_step.run(path, where=where, say=said.append, **options)
 
 
@@ -114,17 +117,17 @@ def test_a_run_writes_every_shape(where, tmp_path, monkeypatch, set_threads):
     for result in results:
         assert json.loads((tmp_path / f"{result['name']}.json").read_text()) == result
         assert result["shape"]["classes"] == 3000
-        assert tuple(c["name"] for c in result["candidates"]) == NAMES
         assert set(result["ceilings"]) == {"fp16", "bf16", "fp32", "copy", "seconds"}
         for c in result["candidates"]:
             if c["skipped"] is not None:  # fp16 exists on CUDA alone, where it says so
                 assert "fp16" in c["skipped"]
                 continue
-            assert all(len(c["seconds"][phase]) == 2 for phase in c["seconds"])
+            assert all(len(c["seconds"][phase]) == 1 for phase in c["seconds"])
             assert ("ratios" in c) == (c["name"] != cuda_step.REFERENCE)
+    assert tuple(c["name"] for c in results[0]["candidates"]) == NAMES
     text = (tmp_path / "cuda.md").read_text()
     assert text == tables.cuda_markdown(results)
-    assert text.count("Plain softmax") == 2
+    assert text.count("Plain softmax") == 1
     for name in ("cut-cross-entropy", "Liger"):
         assert f"SKIPPED {name}: pip install" in text
     assert Graph.replays > 0

@@ -71,8 +71,7 @@ std::tuple<Tensor, Tensor> sort_stably(const Tensor& keys) {
   using torch::stable::detail::from;
   StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t{0}),
                            from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
