@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,10 @@ def run_faiss(data: Path, clusters: int, passes: int, output: Path) -> dict[str,
     total = time.perf_counter() - began
     output.mkdir(parents=True, exist_ok=True)
     np.save(output / "centroids.npy", k_means.centroids)
+    after = np.array([s["time"] for s in k_means.iteration_stats])  # since the beginning
     return {
-        "seconds": [total / passes] * passes,
-        "search_seconds": [s["time_search"] for s in k_means.iteration_stats],
+        "seconds": np.diff(after, prepend=0).tolist(),
+        "total_seconds": total,
         "options": faiss.get_compile_options(),
         "version": faiss.__version__,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -156,18 +158,27 @@ def table(result: dict[str, Any]) -> Table:
     ours = result["runs"]["ours"]
     best = ours[-1]["objective"]
     flops = 2 * result["rows"] * result["dim"] * result["clusters"]
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    def ratios(runs: list[dict[str, Any]], of: Callable[[list[float]], float]) -> str:
+        pairs = zip(runs, ours, strict=True)
+        return spread([of(run["seconds"]) / of(own["seconds"]) for run, own in pairs])
+
     lines = []
     for name, runs in result["runs"].items():
-        seconds = [statistics.mean(run["seconds"]) for run in runs]
-        ratios = [s / statistics.mean(o["seconds"]) for s, o in zip(seconds, ours, strict=True)]
-        middle = statistics.median(seconds)
+        first = [run["seconds"][0] for run in runs]
+        means = [statistics.mean(run["seconds"]) for run in runs]
         objective = runs[-1]["objective"]
         lines.append(
             [
                 name,
-                f"{middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                f"{flops / middle / 1e9:,.0f}",
+                spread(first),
+                ratios(runs, lambda seconds: seconds[0]),
+                spread(means),
+                ratios(runs, statistics.mean),
+                f"{flops / statistics.median(means) / 1e9:,.0f}",
                 f"{objective:.6f}",
                 f"{100 * (objective / best - 1):+.4f} %",
                 f"{max(run['peak_bytes'] for run in runs) / 2**30:.2f}",
@@ -176,16 +187,38 @@ def table(result: dict[str, Any]) -> Table:
     return Table(
         f"{result['rows']:,} x {result['dim']} rows into {result['clusters']:,} clusters, "
         f"{result['passes']} passes",
-        ["", "s / pass", "times ours", "GFLOP/s", "objective", "against ours", "peak GiB"],
+        [
+            "", "s, first pass", "times ours", "s, mean pass", "times ours", "GFLOP/s",
+            "objective", "against ours", "peak GiB",
+        ],
         lines,
-    )
+    )  # fmt: skip
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Seconds of each pass."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="pass", ylabel="seconds", xticks=range(1, result["passes"] + 1),
+        title=f"{result['rows']:,} x {result['dim']} rows, {result['clusters']:,} clusters",
+    )  # fmt: skip
+    for name, runs in result["runs"].items():
+        seconds = np.median([run["seconds"] for run in runs], axis=0)
+        axes.plot(range(1, len(seconds) + 1), seconds, "o-", label=name)
+        for number, value in enumerate(seconds, start=1):
+            axes.annotate(f"{value:.1f}", (number, value), (0, 5), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=130)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--rows", type=click.IntRange(min=1), default=1_000_000)
 @click.option("--dim", type=click.IntRange(min=1), default=256)
 @click.option("--clusters", type=click.IntRange(min=1), default=10_000)
-@click.option("--passes", type=click.IntRange(min=1), default=2, help="Passes of each run.")
+@click.option("--passes", type=click.IntRange(min=1), default=3, help="Passes of each run.")
 @click.option("--rounds", type=click.IntRange(min=1), default=1, help="Runs of each.")
 @click.option(
     "--blas", multiple=True, type=click.Choice(list(BLAS)), default=["SkylakeX"],
@@ -204,7 +237,7 @@ def main(
     rows: int, dim: int, clusters: int, passes: int, rounds: int, blas: tuple[str, ...],
     data: Path, output: Path, name: str,
 ) -> None:  # fmt: skip
-    """Compare time per pass, objective and peak memory. Writes NAME.json and NAME.md."""
+    """Compare time per pass, objective and peak memory. Writes NAME.json, NAME.md and NAME.png."""
     data = data / f"{rows}x{dim}-{clusters}"
     if not (data / "init" / "init.npy").exists():
         make_rows(data, rows, dim, clusters)
@@ -213,6 +246,7 @@ def main(
     Console().print(shown.rich())
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, output / f"{name}.png")
     machine = result["machine"]
     (output / f"{name}.md").write_text(
         f"# Clustering\n\n- {machine['cpu']}, {machine['cores']} cores, kernels for "
