@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+import cluster_stream
+import clustering
 import head_step
 import measure
 import parts
@@ -277,3 +279,38 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, set_threads):
     run = CliRunner().invoke(sweep.main, ["--axis", "batch", "--values", "5"])
     assert run.exit_code == 2
     assert "5 not among 4, 8" in run.output
+
+
+def test_clustering_compares_within_a_round(tmp_path):
+    def run(*seconds, **more):
+        return {"seconds": list(seconds), "objective": 0.5, "peak_bytes": 2**30, **more}
+
+    result = {
+        "rows": 1000, "dim": 10, "clusters": 100, "passes": 2,
+        "runs": {
+            "ours": [run(2.0, 1.0), run(4.0, 2.0)],
+            "faiss": [run(6.0, 6.0), run(20.0, 4.0, objective=0.49)],
+        },
+    }  # fmt: skip
+    ours, peer = clustering.table(result).rows
+    assert ours[1] == "3.00 (2.00 to 4.00)"
+    assert ours[2] == ours[4] == "1.00 (1.00 to 1.00)"
+    assert peer[2] == "4.00 (3.00 to 5.00)"
+    assert peer[4] == "4.00 (4.00 to 4.00)"
+    assert peer[7] == "-2.0000 %"
+    clustering.draw(result, tmp_path / "seconds.png")
+    assert (tmp_path / "seconds.png").stat().st_size > 1000
+
+
+def test_streaming_writes_rates_and_deletes_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster_stream, "ALONE_SECONDS", 0.01)
+    monkeypatch.setattr(cluster_stream, "SHARD_ROWS", 300)
+    arguments = ["--rows=700", "--dim=16", "--clusters=8", f"--output={tmp_path / 'results'}"]
+    done = CliRunner().invoke(cluster_stream.main, [*arguments, f"--data={tmp_path / 'data'}"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "results" / "cluster-stream.json").read_text())
+    assert (result["rows"], result["dim"], result["clusters"]) == (700, 16, 8)
+    assert set(result["rows_per_second"]) == {"read", "search", "pass"}
+    assert all(rate > 0 for rate in result["rows_per_second"].values())
+    assert "nearest centroids alone" in (tmp_path / "results" / "cluster-stream.md").read_text()
+    assert not list((tmp_path / "data").iterdir())
