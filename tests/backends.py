@@ -18,8 +18,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import unicom_ext
-from unicom_ext import functional, loss, sharding
+from unicom_ext import functional, loss
 from unicom_ext.optim import rows
+from unicom_ext.sharding import loss as sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"

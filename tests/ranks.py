@@ -33,7 +33,7 @@ class Ranks:
     def _start(self) -> None:
         most = self._most
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "unicom_ext.sharding", "helpers"])
+        context.set_forkserver_preload(["torch.distributed", "unicom_ext.sharding.loss", "helpers"])
         port = free_port()
         self._workers = []
         for rank in range(most):

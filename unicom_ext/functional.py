@@ -166,7 +166,7 @@ def partial_margin_softmax(
         "workspace_bytes": workspace_bytes,
     }
     if process_group is not None:
-        from unicom_ext import sharding
+        from unicom_ext.sharding import loss as sharding
 
         loss, metrics = sharding.partial_margin_softmax(
             embeddings,

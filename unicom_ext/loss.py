@@ -309,7 +309,7 @@ class PartialMarginSoftmax(nn.Module):
         options: dict[str, Any],
     ) -> Tensor:
         """`forward` together with the other ranks."""
-        from unicom_ext import sharding
+        from unicom_ext.sharding import loss as sharding
 
         shard = self.shard
 
@@ -318,21 +318,15 @@ class PartialMarginSoftmax(nn.Module):
             this_step = self._step_tensor(step)
             return this_step if self.training else None
 
-        def select(labels: Tensor) -> sharding.Selected:
-            drawn = self._draw(labels, self._step_tensor(step))
-            class_index, count, slot, feature_index = drawn
-            # What fills the list up behind the count need not lie in this shard.
-            rows = None if class_index is None else (class_index - shard.start).clamp_(min=0)
-            return sharding.Selected(rows, count, slot, feature_index)
-
         loss, self._metrics, selected = sharding.call_loss(
             shard,
             embeddings,
             labels,
             self.weight,
-            select,
             check=check_all,
-            total_sampled=lambda samples: min(self.num_classes, self.num_sampled + samples),
+            num_sampled=self.num_sampled if self.training else None,
+            num_features=self.num_features if self.training else None,
+            seed=self.seed,
             ignore_index=self.ignore_index,
             grad_average=self.grad_average,
             uneven_batches=self.uneven_batches,
@@ -347,9 +341,8 @@ class PartialMarginSoftmax(nn.Module):
     def _draw(
         self, labels: Tensor, step: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Sampled classes (those of this rank, as global ids), how many of them are valid, where
-        the labels are among them, and the sampled dimensions. None for all."""
-        start, stop = self._start, self._start + len(self.weight)
+        """Sampled classes, how many of them are valid, where the labels are among them, and the
+        sampled dimensions. None for all."""
         class_index = count = feature_index = None
         if self.training and self.num_sampled < self.num_classes:
             class_index, count, slot = _ops.select_classes(
@@ -359,11 +352,13 @@ class PartialMarginSoftmax(nn.Module):
                 self.num_sampled,
                 self.seed,
                 self.ignore_index,
-                start,
-                stop,
+                0,
+                self.num_classes,
             )
         else:
-            slot = _ops.label_slots(labels, None, self.num_classes, self.ignore_index, start, stop)
+            slot = _ops.label_slots(
+                labels, None, self.num_classes, self.ignore_index, 0, self.num_classes
+            )
         if self.training and self.num_features < self.embedding_size:
             feature_index = _ops.select_features(
                 step, self.embedding_size, self.num_features, self.seed

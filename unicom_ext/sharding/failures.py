@@ -1,0 +1,128 @@
+"""A rank that cannot go on makes every rank raise, and none wait for it.
+
+Between steps `agree` says who failed and why; it sends Python objects, and is slow. Within a step
+of the loss see `Failures`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def agree(
+    settings: Mapping[str, object], failure: Exception | None, group: dist.ProcessGroup | None
+) -> None:
+    """Raise on every rank if one has failed, or if the settings differ between ranks.
+
+    Slow (it sends Python objects): for construction, checkpoints, and to say what went wrong.
+    group: None for one process alone.
+    """
+    reason = None if failure is None else f"{type(failure).__name__}: {failure}"
+    reports: list[Any] = [(reason, dict(settings))]
+    if group is not None:
+        reports *= dist.get_world_size(group)
+        dist.all_gather_object(reports, reports[0], group=group)
+    if failure is not None:
+        raise failure
+    for rank, (reason, _) in enumerate(reports):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank} of the process group raised {reason}")
+    for name in settings:
+        check_same(name, [theirs.get(name) for _, theirs in reports])
+
+
+def check_same(name: str, values: list[object]) -> None:
+    """ValueError unless the ranks' values are the same, with which rank has which."""
+    if all(value == values[0] for value in values):
+        return
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(str(value), []).append(str(rank))
+    listed = ", ".join(
+        f"{value} on rank{'s' if len(of) > 1 else ''} {', '.join(of)}"
+        for value, of in ranks.items()
+    )
+    raise ValueError(f"{name} must be the same on every rank, got {listed}")
+
+
+def _host_sees(device: torch.device) -> bool:
+    """Whether the host can read a number there without waiting for what was queued before it."""
+    return device.type == "cpu"
+
+
+class Failures:
+    """What went wrong on a rank within a step of the loss, until every rank has raised.
+
+    No rank leaves a step in its middle. One that fails (bad arguments, no memory) goes on with
+    nothing to contribute and counts itself, in a number that is summed along with the softmax.
+
+    - On CPUs the host then looks at the number, and all raise.
+    - On CUDA looking would make the host wait. The step ends with the loss NaN and all gradients
+      zero, backward included, and every rank raises at the beginning of the next step (or of
+      `checkpoint.save`), when the number has long been there. The rank that failed warns at once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.own: Exception | None = None
+        self._count: Tensor | None = None  # on the host, of ranks that failed in the last step
+        self._arrival: torch.cuda.Event | None = None
+
+    def keep(self, error: Exception, device: torch.device) -> None:
+        """This rank has failed in this step."""
+        self.own = error
+        if not _host_sees(device):
+            warnings.warn(
+                f"{type(error).__name__}: {error} (on rank {dist.get_rank(self.group)}; every rank "
+                "raises when it calls the loss again)",
+                stacklevel=2,
+            )
+
+    def settle(self, count: Tensor) -> None:
+        """Raise on every rank if one has failed in this step: now, or in `raise_earlier`.
+
+        count: float64 scalar, of the ranks that have.
+        """
+        if _host_sees(count.device):
+            if count > 0:
+                self._raise()
+        elif count.device.type == "cuda":
+            if not torch.cuda.is_current_stream_capturing():
+                self._count = torch.empty((), dtype=count.dtype, pin_memory=True)
+                self._count.copy_(count, non_blocking=True)
+                self._arrival = torch.cuda.Event()
+                self._arrival.record()
+        else:
+            self._count = count
+
+    def raise_earlier(self) -> None:
+        """Raise on every rank if one has failed in the step before."""
+        if self._count is None or (
+            self._arrival is not None and torch.cuda.is_current_stream_capturing()
+        ):
+            return
+        count, self._count = self._count, None
+        if self._arrival is not None:
+            self._arrival.synchronize()  # for forward only, which is a backward pass ago
+        if count > 0:
+            self._raise()
+
+    def _raise(self) -> None:
+        own, self.own = self.own, None
+        agree({}, own, self.group)
+
+
+_failures: dict[str, Failures] = {}  # by the name of the group
+
+
+def failures_of(group: dist.ProcessGroup) -> Failures:
+    found = _failures.get(group.group_name)
+    if found is None or found.group is not group:  # names are used again
+        found = _failures[group.group_name] = Failures(group)
+    return found

@@ -1,0 +1,63 @@
+"""What a step sends: bytes counted from the sizes of its messages."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from unicom_ext.sharding.batch import HEADER
+
+
+class Volume(NamedTuple):
+    """Bytes that one rank sends in one step; it receives as many."""
+
+    sizes: int  # the exchange of sizes: only where batches may be uneven
+    embeddings: int  # gathered in forward
+    labels: int  # gathered, with per-sample margins
+    sums: int  # summed over ranks
+    grad_embeddings: int  # summed over ranks and scattered in backward
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def communication_volume(
+    batch_size: int,
+    embedding_size: int,
+    world_size: int,
+    *,
+    uneven_batches: bool = False,
+    embedding_bytes: int = 4,
+    grad_bytes: int = 4,
+    per_sample_margins: int = 0,
+    reduction: str = "mean",
+) -> Volume:
+    """Bytes that one rank sends in one training step of the loss, backward included.
+
+    The collectives' own minimum, which ring algorithms reach: n - 1 times its part in a gather or a
+    reduce-scatter, and 2 (n - 1) / n times the whole in an all-reduce. It depends neither on the
+    number of classes nor on the rates. Beyond the range of a constant shift (scale above about 79)
+    and with `return_metrics`, one more all-reduce of B numbers comes to `sums`.
+
+    Args:
+        batch_size: b, samples of one rank.
+        embedding_size: d.
+        world_size: n.
+        uneven_batches: whether sizes are exchanged first.
+        embedding_bytes: per value of the embeddings, 2 for half precision.
+        grad_bytes: per value of their gradient while it is summed: 8 for float64, else 4.
+        per_sample_margins: how many of m2 and m3 are per-sample tensors.
+        reduction: of the loss; ``"none"`` gathers the upstream gradients too.
+    """
+    others = world_size - 1
+    all_batches = world_size * batch_size
+    labels = others * batch_size * 8 * (1 + per_sample_margins)
+    if reduction == "none":
+        labels += others * batch_size * 4
+    return Volume(
+        sizes=others * HEADER * 8 if uneven_batches else 0,
+        embeddings=others * batch_size * embedding_size * embedding_bytes,
+        labels=labels,
+        sums=round(2 * others / world_size * (all_batches + 1) * 16),
+        grad_embeddings=others * batch_size * embedding_size * grad_bytes,
+    )
