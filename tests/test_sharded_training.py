@@ -167,6 +167,16 @@ def test_no_rank_skips_a_step_alone(ranks):
 # ---- wrappers ----
 
 
+class Model(nn.Module):
+    def __init__(self, group):
+        super().__init__()
+        self.encoder = nn.Linear(DIM, DIM)
+        self.loss = PartialMarginSoftmax(DIM, 4 * 75, process_group=group)
+
+    def forward(self, x, y):
+        return self.loss(self.encoder(x), y)
+
+
 def wrapped(group):
     loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group)
     messages = []
@@ -174,21 +184,16 @@ def wrapped(group):
         DistributedDataParallel(loss, process_group=group)
     messages.append(str(caught.value))
 
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.encoder = nn.Linear(DIM, DIM)
-            self.loss = PartialMarginSoftmax(DIM, 4 * 75, process_group=group)
-
-        def forward(self, x, y):
-            return self.loss(self.encoder(x), y)
-
-    model = DistributedDataParallel(Model(), process_group=group)
+    model = DistributedDataParallel(Model(group), process_group=group)
     with pytest.raises(TypeError) as caught:
         model(torch.ones(2, DIM), torch.zeros(2, dtype=torch.int64))
     messages.append(str(caught.value))
     with pytest.raises(TypeError) as caught:
         fully_shard(loss, mesh=DeviceMesh.from_group(group, "cpu"))
+    messages.append(str(caught.value))
+    whole_model = Model(group)
+    with pytest.raises(TypeError) as caught:
+        fully_shard(whole_model, mesh=DeviceMesh.from_group(group, "cpu"))
     messages.append(str(caught.value))
     with pytest.raises(TypeError, match="save its state_dict"):
         pickle.dumps(model.module.loss)
@@ -202,6 +207,35 @@ def test_the_loss_in_a_wrapper_is_refused(ranks):
         for message in messages:
             assert "must not be wrapped in DistributedDataParallel" in message
             assert "process_group" in message
+
+
+def around_the_loss(group):
+    """Losses with FSDP of the encoder alone, then of a model without its loss."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    losses = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = Model(group)
+        if together:
+            fully_shard(model, mesh=mesh, ignored_params=set(model.loss.parameters()))
+        else:
+            fully_shard(model.encoder, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(8, DIM, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            loss = model(x[rows], torch.arange(8)[rows])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_fsdp_of_a_model_that_leaves_the_loss_out(ranks):
+    for losses in ranks.run(2, around_the_loss):
+        assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
+        assert losses[2] < losses[1] < losses[0]
 
 
 # ---- checkpoints ----

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from unicom_ext import (
     CosFace,
     PartialMarginSoftmax,
     SphereFace,
+    checkpoint,
     functional,
     sharding,
 )
+from unicom_ext.sharding import failures
 
 WORLD_SIZES = [1, 2, 3, 4]
 
@@ -490,17 +494,108 @@ def without_exchange(group):
     x = torch.randn(4, 6, requires_grad=True)
     with torch.profiler.profile() as profile:
         module(x, torch.arange(4)).backward()
-    calls = [event.name for event in profile.events() if event.name.startswith("gloo:")]
-    label = 99 if dist.get_rank(group) == 1 else 3
-    with pytest.raises(ValueError, match="got 99 at position 6") as caught:
-        module(torch.ones(4, 6), torch.tensor([0, 1, label, 2]))
-    return calls, "".join(getattr(caught.value, "__notes__", []))
+    return [event.name for event in profile.events() if event.name.startswith("gloo:")]
 
 
 def test_equal_batches_need_no_exchange_of_sizes(ranks):
-    for calls, note in ranks.run(3, without_exchange):
+    for calls in ranks.run(3, without_exchange):
         # Labels and embeddings; one sum; the gradients, which each rank then sums.
         assert sorted(calls) == ["gloo:all_gather"] * 2 + ["gloo:all_reduce", "gloo:all_to_all"]
+
+
+BAD_WITH_EQUAL_BATCHES = [
+    ({"labels": torch.tensor([0, 1, 99, 3])}, "got 99 at position 2"),
+    ({"labels": torch.arange(5)}, "labels must have shape [4], got [5]"),
+    ({"labels": [0, 1, 2, 3]}, "labels must be an int32 or int64 tensor, got list"),
+    ({"embeddings": torch.ones(4, 7)}, "embeddings must be [B, 6]"),
+    ({"embeddings": torch.full((4, 6), torch.nan)}, "embeddings must be finite"),
+    ({"embeddings": torch.ones(4, 6, dtype=torch.int64)}, "embeddings must be a float32, float64"),
+    ({"margin": 0.3}, "margin must be a CombinedMargin"),
+    ({"step": 0.5}, "step must be an int"),
+]  # fmt: skip
+
+
+def bad_call_with_equal_batches(group, changes, seen_at_once):
+    """Messages of the call with bad arguments and of the one after it, for what they raise; the
+    loss and the gradients of the former; and whether a third call is good."""
+    module = make(
+        50, 6, process_group=group, uneven_batches=False, check_inputs=True, sample_rate=0.5,
+        sparse_grad=not seen_at_once,
+    )  # fmt: skip
+    good = {"embeddings": torch.ones(4, 6), "labels": torch.arange(4)}
+    bad = {**good, **changes} if dist.get_rank(group) == 1 else dict(good)
+    if bad["embeddings"].is_floating_point():
+        bad["embeddings"] = bad["embeddings"].clone().requires_grad_()
+    messages, loss, gradients = [], None, []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        if not seen_at_once:  # as on CUDA
+            patch.setattr(failures, "_host_sees", lambda device: False)
+        for arguments in (bad, good):
+            try:
+                result = module(**arguments)
+                if arguments is bad:
+                    result.backward()
+                    loss = float(result.detach())
+                    gradients = [module.weight.grad.to_dense(), bad["embeddings"].grad]
+                messages.append(None)
+            except (ValueError, TypeError, RuntimeError) as error:
+                notes = getattr(error, "__notes__", [])
+                messages.append(" ".join([f"{type(error).__name__}: {error}", *notes]))
+        again = bool(module(**good).isfinite())
+        failures.failures_of(group).raise_earlier()  # the good call left nothing behind
+    return messages, loss, gradients, [str(w.message) for w in warned], again
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_WITH_EQUAL_BATCHES, ids=str)
+def test_a_bad_argument_on_one_rank_with_equal_batches(ranks, changes, message):
+    for rank, outcome in enumerate(ranks.run(3, bad_call_with_equal_batches, changes, True)):
+        (first, second), *_, again = outcome
+        assert message in first
+        assert first.startswith("RuntimeError: rank") == (rank != 1)
+        assert second is None
+        assert again
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_WITH_EQUAL_BATCHES, ids=str)
+def test_a_bad_argument_where_the_host_cannot_look(ranks, changes, message):
+    """The step ends with the loss NaN and no gradients, and in the next one every rank raises."""
+    for rank, outcome in enumerate(ranks.run(3, bad_call_with_equal_batches, changes, False)):
+        (first, second), loss, gradients, warned, again = outcome
+        assert first is None
+        assert math.isnan(loss)
+        assert all(g is None or not g.any() for g in gradients)
+        assert message in second
+        assert second.startswith("RuntimeError: rank 1 of") == (rank != 1)
+        assert len(warned) == (rank == 1)
+        assert again
+
+
+def saved_after_a_failure(group, path):
+    module = make(50, 6, process_group=group, uneven_batches=False)
+    x, labels = torch.ones(4, 6), torch.arange(5 if dist.get_rank(group) == 1 else 4)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setattr(failures, "_host_sees", lambda device: False)
+        module(x, labels)
+        with pytest.raises((ValueError, RuntimeError), match=r"must have shape \[4\], got \[5\]"):
+            checkpoint.save(path, modules={"loss": module})
+        checkpoint.save(path, modules={"loss": module})
+
+
+def test_a_failed_step_is_not_saved_in_silence(ranks, tmp_path):
+    ranks.run(2, saved_after_a_failure, tmp_path / "c")
+
+
+def a_label_of_no_class(group):
+    module = make(50, 6, process_group=group, uneven_batches=False)
+    label = 99 if dist.get_rank(group) == 1 else 3
+    with pytest.raises(ValueError, match="got 99 at position 6") as caught:
+        module(torch.ones(4, 6), torch.tensor([0, 1, label, 2]))
+    return "".join(getattr(caught.value, "__notes__", []))
+
+
+def test_positions_of_bad_labels_count_through_all_batches(ranks):
+    for note in ranks.run(3, a_label_of_no_class):
         assert "in rank order" in note
 
 
@@ -532,24 +627,38 @@ def destroyed_on_the_first_two(group):
         make(50, 6, process_group=outsider)
 
 
-def compiled(group):
-    module = make(200, 6, process_group=group, sample_rate=0.5)
-    step = torch.compile(lambda x, y: module(2 * x, y) * 2, backend="eager")
+def compiled(group, whole, options):
+    """Compiled steps are those of a module that is not; returns how many selections were drawn."""
+    module = make(200, 6, process_group=group, sample_rate=0.5, feature_rate=0.5, **options)
+    torch.compiler.reset()
+    step = torch.compile(lambda x, y: module(2 * x, y) * 2, backend="aot_eager", fullgraph=whole)
+    labels = torch.arange(4) + dist.get_rank(group)
     drawn = set()
     for _ in range(3):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
-        plain = module(2 * x, torch.arange(4), step=int(module.step)) * 2
-        loss = step(x, torch.arange(4))
+        plain = module(2 * x, labels, step=int(module.step)) * 2
+        upstream = torch.ones_like(plain)
+        right = torch.autograd.grad(plain, (x, module.weight), upstream)
+        loss = step(x, labels)
         assert torch.equal(loss, plain)
-        (right,) = torch.autograd.grad(plain, x)
-        (got,) = torch.autograd.grad(loss, x)
-        torch.testing.assert_close(got, right)
-        drawn.add(tuple(module.last_selection.class_index.tolist()))
+        for got, expected in zip(
+            torch.autograd.grad(loss, (x, module.weight), upstream), right, strict=True
+        ):
+            torch.testing.assert_close(got, expected)
+        drawn.add(tuple(module.last_selection.feature_index.tolist()))
     return len(drawn)
 
 
-def test_around_it_graphs_compile(ranks):
-    assert ranks.run(1, compiled) == [3]
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"want_metrics": True}], ids=str)
+def test_one_graph_holds_the_whole_step(ranks, options):
+    options = {"uneven_batches": False, **options}
+    assert ranks.run(2, compiled, True, options) == [3, 3]
+
+
+def test_graphs_compile_around_an_exchange_of_sizes(ranks):
+    assert ranks.run(2, compiled, False, {}) == [3, 3]
+    for outcome in ranks.outcomes(2, compiled, True, {}):
+        assert "give the loss uneven_batches=False to compile it whole" in str(outcome)
 
 
 # ---- bytes on the wire ----

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from unicom_ext.files import CheckpointError, sync_directory, write_atomically
 from unicom_ext.loss import PartialMarginSoftmax
 from unicom_ext.sharding import agree
+from unicom_ext.sharding.failures import failures_of
 
 FORMAT = "unicom_ext checkpoint"
 VERSION = 1  # raise it when the content changes
@@ -65,6 +66,9 @@ def save(
     directory = Path(directory)
     temporary = directory.with_name(directory.name + ".tmp")
     parts = _Parts(modules, optimizers or {}, process_group)
+    for loss in parts.losses.values():
+        if loss.shard is not None:
+            failures_of(loss.shard.group).raise_earlier()  # in the last step
     failure = None
     state: dict[str, Tensor] = {}
     try:

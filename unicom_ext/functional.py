@@ -94,7 +94,8 @@ def partial_margin_softmax(
             data-parallel wrappers (DDP, FSDP) average over ranks. False for wrappers that sum.
         uneven_batches: whether ranks first tell each other their batch sizes (and whether their
             arguments are good), so that these may differ or be 0. None: on CPUs, where it costs
-            one small message; elsewhere the host would wait for the device.
+            one small message; elsewhere the host would wait for the device. To compile a step whole
+            (``torch.compile(fullgraph=True)``) it must be False.
         check_inputs: look at the values first: raise if an embedding is NaN or infinite, or, on
             CUDA, if a label is no class. Otherwise the loss of such an embedding is NaN. Labels are
             always looked at on the CPU; on CUDA that would wait for the device, so there the loss
@@ -115,7 +116,13 @@ def partial_margin_softmax(
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message names it, what was given and what
-            is allowed. For a label it names the first bad value and its position.
+            is allowed. For a label it names the first bad value and its position. With a process
+            group every rank raises, the others a RuntimeError that names the rank. On CUDA without
+            `uneven_batches` it cannot be known at once that another rank has failed: there the
+            step ends on every rank, with a loss of NaN and gradients of zero, and every rank raises
+            when it calls the loss again or saves a checkpoint. (The arguments must tell how many
+            samples there should have been: a rank where neither embeddings nor labels are tensors
+            raises alone.)
 
     With a process group every rank calls this with a batch of its own, and the loss and its
     gradients are those of one process with the batches of all ranks: the mean (or sum) over all of

@@ -21,8 +21,8 @@ _ops = torch.ops.unicom_ext
 _WRAPPED = (
     "PartialMarginSoftmax must not be wrapped in DistributedDataParallel or FSDP, nor be a part of "
     "a module that is: ranks own different prototypes, whose gradients need no averaging. Wrap the "
-    "encoder alone, and give the loss process_group=torch.distributed.group.WORLD to share its "
-    "classes with the other ranks"
+    "encoder alone (or fully_shard(model, ignored_params=set(loss.parameters()))), and give the "
+    "loss process_group=torch.distributed.group.WORLD to share its classes with the other ranks"
 )
 
 
@@ -84,8 +84,9 @@ class PartialMarginSoftmax(nn.Module):
     `torch.distributed.checkpoint` saves and loads at any number of ranks (`unicom_ext.checkpoint`
     does, with the optimizer); `load_state_dict` also takes the whole [C, d] as a plain tensor.
 
-    The loss must not be wrapped in `DistributedDataParallel`: its gradients are exact without, and
-    ranks own different prototypes. Wrap the encoder alone.
+    The loss must not be wrapped in `DistributedDataParallel` or FSDP: its gradients are exact
+    without, and ranks own different prototypes. Wrap the encoder alone; where the loss is a part of
+    a model, ``fully_shard(model, ignored_params=set(model.loss.parameters()))`` leaves it out.
     """
 
     def __init__(
@@ -378,6 +379,12 @@ class PartialMarginSoftmax(nn.Module):
         super().__init_subclass__(**options)
         if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
             raise TypeError(_WRAPPED)  # fully_shard makes such a class
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard of a module around this one puts its own parameter here.
+        if name == "weight" and hasattr(value, "placements"):
+            raise TypeError(_WRAPPED)
+        super().__setattr__(name, value)
 
     def _refuse_wrappers(self) -> None:
         """TypeError inside of a module that DistributedDataParallel runs."""

@@ -84,27 +84,28 @@ def stand_in(
     margin: object,
     prototypes: Tensor,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, CombinedMargin] | None:
-    """Ignored samples for a rank whose arguments are wrong, of the size that the others expect.
+) -> tuple[Tensor, Tensor, CombinedMargin, bool] | None:
+    """Ignored samples for a rank whose arguments are wrong, of the size that the others expect, and
+    whether the gradient of their embeddings is wanted.
 
-    The number of samples and the per-sample margins are those of the arguments, as far as they can
-    be told; None if there are none. Autograd reaches the embeddings that were given, with zeros.
+    All this is what the arguments say as far as it can be told; None if there are no samples.
+    Autograd reaches the embeddings that were given, with zeros.
     """
     sizes = [len(t) for t in (embeddings, labels) if isinstance(t, Tensor) and t.dim() > 0]
     if not sizes:
         return None
     size, device = sizes[0], prototypes.device
-    dtype = getattr(embeddings, "dtype", None)
-    dtype = dtype if dtype in _DTYPES else prototypes.dtype
+    usable = isinstance(embeddings, Tensor) and embeddings.dtype in _DTYPES
+    dtype = embeddings.dtype if usable else prototypes.dtype
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
-    if isinstance(embeddings, Tensor) and embeddings.requires_grad:
+    if usable:
         x = x + embeddings.flatten()[:0].sum().to(device)
     y = torch.full((size,), ignore_index, device=device)
     m2, m3 = (
-        x.new_zeros(size) if isinstance(getattr(margin, name, None), Tensor) else 0.0
+        torch.zeros(size, device=device) if isinstance(getattr(margin, name, None), Tensor) else 0.0
         for name in ("m2", "m3")
     )
-    return x, y, CombinedMargin(1.0, m2, m3)
+    return x, y, CombinedMargin(1.0, m2, m3), x.requires_grad or not usable
 
 
 class GlobalBatch(NamedTuple):

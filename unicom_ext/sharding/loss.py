@@ -88,18 +88,18 @@ def call_loss(
         step = check()
         size, grad_embeddings = len(embeddings), embeddings.requires_grad
     else:
+        step = None
         try:
-            step = check()
+            step, grad_embeddings = check(), embeddings.requires_grad
         except Exception as error:
-            step = None
             found = stand_in(embeddings, labels, margin, prototypes, ignore_index)
             if found is None:
                 raise
             failures = failures_of(shard.group)
             failures.raise_earlier()
             failures.keep(error, prototypes.device)
-            embeddings, labels, margin = found
-        size, grad_embeddings = len(embeddings), embeddings.requires_grad
+            embeddings, labels, margin, grad_embeddings = found
+        size = len(embeddings)
 
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
