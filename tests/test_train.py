@@ -18,6 +18,8 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
@@ -55,7 +57,7 @@ def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> Glyphs:
 
 
 DATA = (synthetic(20, seed=1), synthetic(12, seed=2))
-STEPS = 3 * (120 // 16)  # of a run with TINY
+STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
 
 
 def run(output, *, config=TINY, data=DATA, text=None, **options):
@@ -166,15 +168,36 @@ def test_does_not_touch_the_global_random_state(tmp_path, no_report):
     assert np.array_equal(np.random.rand(3), expected[1])
 
 
-def test_one_epoch_visits_no_image_twice():
-    trainer = driver.Trainer(TINY, DATA[0])
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [(16, [16] * 7 + [8]), (17, [17] * 6 + [18]), (20, [20] * 6), (59, [59, 59, 2]), (500, [120])],
+)
+def test_one_epoch_visits_each_image_once(batch_size, sizes):
+    trainer = driver.Trainer(dataclasses.replace(TINY, batch_size=batch_size), DATA[0])
     trainer.labels = torch.arange(len(DATA[0]))  # which image it is
-    epochs = [
-        torch.cat([trainer._batch(epoch * 7 + i)[1] for i in range(7)]).tolist()
-        for epoch in range(2)
-    ]
-    assert all(len(set(rows)) == len(rows) == 112 for rows in epochs)
+    count = trainer.steps_per_epoch
+    epochs = []
+    for epoch in range(2):
+        batches = [trainer._batch(epoch * count + i) for i in range(count)]
+        assert [len(labels) for _, labels in batches] == sizes
+        assert all(len(images) == len(labels) for images, labels in batches)
+        epochs.append(torch.cat([labels for _, labels in batches]).tolist())
+    assert all(sorted(rows) == list(range(120)) for rows in epochs)
     assert epochs[0] != epochs[1]
+    assert [trainer.images_before(i) for i in range(count + 1)] == [
+        *(i * trainer.batch_size for i in range(count)), 120,
+    ]  # fmt: skip
+
+
+@given(size=st.integers(2, 300), world_size=st.integers(1, 40))
+def test_shares_of_a_batch(size, world_size):
+    parts = [driver.share(size, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat([torch.arange(size)[p] for p in parts]), torch.arange(size))
+    sizes = [p.stop - p.start for p in parts]
+    used = [n for n in sizes if n]
+    assert sizes == used + [0] * (world_size - len(used))
+    assert min(used) >= 2
+    assert max(used) - min(used) <= 1
 
 
 def test_schedule_rises_then_falls_to_zero():
@@ -326,7 +349,7 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     assert "\r" not in text.getvalue()
     assert len(lines) < 40
     assert re.fullmatch(
-        r"step 21/21  loss \d+\.\d+  [\d,]+ images/s  0:00:00 left", lines[-2].strip()
+        rf"step {STEPS}/{STEPS}  loss \d+\.\d+  [\d,]+ images/s  0:00:00 left", lines[-2].strip()
     )
     assert sum("Recall@1" in line for line in lines) == 3
 

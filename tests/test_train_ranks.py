@@ -16,15 +16,18 @@ import pytest
 import torch.distributed as dist
 from ranks import free_port
 from rich.console import Console
-from test_train import DATA, STEPS, TINY, apart_from_timing, assert_same_bits, run, saved
+from test_train import DATA, TINY, apart_from_timing, assert_same_bits, run, saved
+from torch import nn
 
 from unicom_ext import checkpoint
 from unicom_ext.settings import ConfigError
 from unicom_ext.train import driver, launch, report
 
-# Batches that do not divide by the ranks. Each rank's batch normalisation sees its own part alone,
-# so the models of different numbers of ranks are not the same.
-CONFIG = dataclasses.replace(TINY, batch_size=17)
+# Batches of 23 do not divide by the ranks, and the last of an epoch, of 5 images, leaves some of
+# three ranks without any. Each rank's batch normalisation sees its own part alone, so the models of
+# different numbers of ranks are not the same.
+CONFIG = dataclasses.replace(TINY, batch_size=23)
+STEPS = 3 * 6
 
 
 def train(group, output, options, stop_at=None):
@@ -68,6 +71,39 @@ def test_it_trains_as_one_process_does(finished, tmp_path, monkeypatch):
     # The first loss is the same but for the statistics of smaller batches; then they drift apart.
     assert metrics["loss"][0] == pytest.approx(one["loss"][0], rel=0.05)
     assert [e["step"] for e in metrics["evaluations"]] == [e["step"] for e in one["evaluations"]]
+
+
+class WithoutStatistics(nn.Sequential):
+    """An encoder whose embeddings do not depend on what else is in the batch."""
+
+    def __init__(self, embedding_size, width):
+        super().__init__(nn.Flatten(), nn.Linear(1024, embedding_size))
+
+
+def train_without_statistics(group):
+    """Losses, and the number of samples that this rank has in each step of an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "Encoder", WithoutStatistics)
+        trainer = driver.Trainer(CONFIG, DATA[0], group)
+    sizes = [
+        len(trainer._batch(step, trainer.rank, trainer.world_size)[1])
+        for step in range(trainer.steps_per_epoch)
+    ]
+    return [trainer.step_once() for _ in range(STEPS)], sizes
+
+
+@pytest.mark.parametrize(
+    ("world_size", "last"), [(2, [2, 3]), (3, [2, 3, 0]), (4, [2, 3, 0, 0])], ids=str
+)
+def test_uneven_last_batches_train_as_one_process_does(ranks, world_size, last):
+    right, _ = train_without_statistics(None)
+    found = ranks.run(world_size, train_without_statistics)
+    for losses, _ in found:
+        assert losses == pytest.approx(right, rel=1e-5)
+    assert [sizes[-1] for _, sizes in found] == last
+    assert [sum(sizes) for sizes in zip(*(sizes for _, sizes in found), strict=True)] == [
+        *[23] * 5, 5,
+    ]  # fmt: skip
 
 
 def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished, tmp_path):

@@ -55,7 +55,7 @@ class Config(Settings):
     )  # fmt: skip
 
     epochs: int = whole(14, "passes over the training images", 1)
-    batch_size: int = whole(128, "images per step", 2)
+    batch_size: int = whole(128, "images per step; the last of an epoch takes the rest", 2)
     learning_rate: float = positive(8e-3, "of the encoder, at its highest")
     prototype_learning_rate: float = positive(5e-2, "of the class prototypes, at its highest")
     weight_decay: float = not_negative(0.05, "of the encoder (AdamW)")

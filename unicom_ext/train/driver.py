@@ -80,8 +80,10 @@ class Trainer:
                 f"batch_size: got {self.batch_size}, must be at least 2 for each of the "
                 f"{self.world_size} ranks"
             )
-        # Each epoch leaves out another random rest that does not fill a batch.
-        self.steps_per_epoch = len(train_set) // self.batch_size
+        # The last batch of an epoch is the rest. A single image, which batch normalisation cannot
+        # do with, joins the batch before it.
+        full, rest = divmod(len(train_set), self.batch_size)
+        self.steps_per_epoch = full + (rest > 1)
         self.steps = config.epochs * self.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -126,7 +128,7 @@ class Trainer:
         self._set_learning_rates(self.step)
         self.encoder.train()
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(images), labels)
+        loss = self.loss(self.model(images)[: len(labels)], labels)
         loss.backward()
         self.optimizer.step()
         self.step += 1
@@ -183,24 +185,47 @@ class Trainer:
                 dist.broadcast(buffer, group=self.group, group_src=0)
 
     def _batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Images float [b, 1, 32, 32] and labels int64 [b]: a rank's part of the step's batch."""
+        """Images float [b, 1, 32, 32] and labels int64 [b]: a rank's part of the step's batch.
+
+        A rank without a part has no labels, but two images all the same: its encoder must run for
+        the gradients to be exchanged.
+        """
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             shuffled = _random(self.config.seed, ORDER, epoch).permutation(len(self.labels))
             self._order = (epoch, torch.from_numpy(shuffled))
-        rows = self._order[1][position * self.batch_size :][: self.batch_size]
-        # Sizes differ by one where the batch does not divide by the ranks.
-        part = slice(rank * len(rows) // world_size, (rank + 1) * len(rows) // world_size)
+        last = position == self.steps_per_epoch - 1
+        stop = None if last else (position + 1) * self.batch_size
+        rows = self._order[1][position * self.batch_size : stop]
+        part = share(len(rows), rank, world_size)
+        labels = self.labels[rows[part]]
+        if len(labels) == 0:
+            part = slice(0, 2)
         random = _random(self.config.seed, DISTORTION, step)
         images = _as_input(self.images[rows[part]])
         images = distort(images, self.config.augment, random, part=part, of=len(rows))
-        return images.contiguous(memory_format=torch.channels_last), self.labels[rows[part]]
+        return images.contiguous(memory_format=torch.channels_last), labels
+
+    def images_before(self, step: int) -> int:
+        """How many images all ranks have trained on in the steps before this one."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        return epoch * len(self.labels) + position * self.batch_size
 
     def _set_learning_rates(self, step: int) -> None:
         factor = schedule(step, self.steps, self.config.warmup)
         encoder, prototypes = self.optimizer.param_groups
         encoder["lr"] = factor * self.config.learning_rate
         prototypes["lr"] = factor * self.config.prototype_learning_rate
+
+
+def share(size: int, rank: int, world_size: int) -> slice:
+    """A rank's part of a batch. Sizes differ by one where the batch does not divide by the ranks;
+    where it is too small for two images each, which batch normalisation needs, the last ranks have
+    none."""
+    ranks = min(world_size, size // 2)
+    if rank >= ranks:
+        return slice(size, size)
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
 
 
 def _random(seed: int, purpose: int, number: int) -> np.random.Generator:
@@ -323,7 +348,7 @@ def _run(
             took = time.perf_counter() - began
             trained += took
             seconds["training"] += took
-            images = (trainer.step - start) * trainer.batch_size
+            images = trainer.images_before(trainer.step) - trainer.images_before(start)
             progress.advance(trainer.step, loss, images, trained)
             if on_step is not None:
                 on_step(trainer.step)

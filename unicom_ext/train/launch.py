@@ -1,14 +1,16 @@
 """Processes that train together under torchrun, and what they say when one of them fails.
 
 A rank that dies breaks its connections, and the others learn of it at their next message, as an
-error about a socket. Here they find out whose fault it was: ranks leave their process ids in the
-store when they begin, and the reason when they fail.
+error about a socket; a rank that waits for one that waits itself learns of it later still. Here
+they find out whose fault it was: ranks leave their process ids in the store when they begin, and
+the reason when they fail, and a thread of each looks out for the others.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from .driver import Interrupted
 
 PATIENCE = 10.0  # seconds to find out which rank has failed
+_INTERVAL = 0.25  # seconds between two looks at the others
 _STORE = "unicom_ext/train"
 
 
@@ -49,6 +52,7 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[dist.ProcessG
             raise
         raise RankFailed(culprit) from error
     finally:
+        roll.close()
         dist.destroy_process_group()
 
 
@@ -58,13 +62,17 @@ def is_first() -> bool:
 
 
 class _Roll:
-    """Which process each rank is."""
+    """Which process each rank is, and which has failed."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.store = dist.PrefixStore(_STORE, dist.distributed_c10d._get_default_store())
         self.processes: list[tuple[str, int]] = [("", 0)] * world_size
         dist.all_gather_object(self.processes, (socket.gethostname(), os.getpid()))
+        self._culprit: str | None = None
+        self._found, self._done = threading.Event(), threading.Event()
+        self._lookout = threading.Thread(target=self._look_out, name="lookout", daemon=True)
+        self._lookout.start()
 
     def explain(self, error: Exception) -> str | None:
         """Which other rank failed first, for an error that may be its consequence.
@@ -74,15 +82,8 @@ class _Roll:
         if not _is_about_others(error):
             self._report(f"rank {self.rank} raised {type(error).__name__}: {error}")
             return None
-        end = time.monotonic() + PATIENCE
-        while time.monotonic() < end:
-            for rank in range(self.world_size):
-                reason = self._reason(rank) if rank != self.rank else None
-                if reason is not None:
-                    self._report(reason)
-                    return reason
-            time.sleep(0.1)
-        return f"a rank on another machine has failed, or hangs: {error}"
+        self._found.wait(PATIENCE)
+        return self._culprit or f"a rank on another machine has failed, or hangs: {error}"
 
     def wait_for_readers(self) -> None:
         """Rank 0 stays until the others know who failed: the store may be in its process, and to a
@@ -91,6 +92,21 @@ class _Roll:
         others = range(1, self.world_size) if self.rank == 0 else ()
         while any(map(self._may_still_look, others)) and time.monotonic() < end:
             time.sleep(0.1)
+
+    def close(self) -> None:
+        self._done.set()
+        self._lookout.join(PATIENCE)
+
+    def _look_out(self) -> None:
+        """Finds the first rank that fails, and says that it is known here too."""
+        while not self._done.wait(_INTERVAL):
+            for rank in range(self.world_size):
+                reason = self._reason(rank) if rank != self.rank else None
+                if reason is not None:
+                    self._report(reason)
+                    self._culprit = reason
+                    self._found.set()
+                    return
 
     def _may_still_look(self, rank: int) -> bool:
         with suppress(RuntimeError):
