@@ -18,6 +18,8 @@ from ranks import free_port
 from rich.console import Console
 from test_train import DATA, TINY, apart_from_timing, assert_same_bits, run, saved
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from unicom_ext import checkpoint
 from unicom_ext.settings import ConfigError
@@ -163,10 +165,20 @@ VICTIM = {"killed as the first": 0}  # else 1
 
 
 def rank_of_a_run(pipe, rank, world_size, port, output, failure):
-    """What torchrun starts, with a failure built in."""
+    """A process of a run without an agent, with a failure built in."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    fail_in_a_run(pipe.send, rank, output, failure)
+
+
+def rank_of_an_agent(output, failure):
+    """The same as torchrun's agent starts it."""
+    rank = int(os.environ["RANK"])
+    fail_in_a_run(lambda said: (output / f"rank-{rank}").write_text(said[0]), rank, output, failure)
+
+
+def fail_in_a_run(say, rank, output, failure):
     report.write = lambda *arguments: None
     victim = rank == VICTIM.get(failure, 1)
 
@@ -191,9 +203,9 @@ def rank_of_a_run(pipe, rank, world_size, port, output, failure):
                 on_step=on_step,
             )  # fmt: skip
     except Exception as error:
-        pipe.send((f"{type(error).__name__}: {error}", traceback.format_exc()))
+        say((f"{type(error).__name__}: {error}", traceback.format_exc()))
         sys.exit(1)
-    pipe.send(("finished", ""))
+    say(("finished", ""))
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -234,3 +246,29 @@ def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, fail
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-4"
     for metrics, _ in ranks.run(3, train, tmp_path, {"resume": True}):
         assert metrics["loss"] == finished[1]["loss"]
+
+
+@pytest.mark.parametrize("failure", ["killed in a step", "killed in a checkpoint"])
+def test_killed_under_the_agent_of_torchrun(ranks, finished, tmp_path, failure):
+    """The agent ends the others, which have said by then who was killed."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=3, start_method="forkserver", max_restarts=0,
+        rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", monitor_interval=0.1,
+    )  # fmt: skip
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    began = time.monotonic()
+    try:
+        with pytest.raises(ChildFailedError, match=r"exitcode  : -9 .*SIGKILL"):
+            elastic_launch(config, rank_of_an_agent)(tmp_path, failure)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - began < 60
+    for rank in (0, 2):
+        message = (tmp_path / f"rank-{rank}").read_text()
+        assert message.startswith("RankFailed: rank 1 (process ")
+        assert message.endswith("has died without a word")
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "step-4"
+    for metrics, _ in ranks.run(2, train, tmp_path, {"resume": True}):
+        assert metrics["loss"][:4] == finished[1]["loss"][:4]
+        assert len(metrics["loss"]) == STEPS

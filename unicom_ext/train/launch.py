@@ -9,6 +9,7 @@ the reason when they fail, and a thread of each looks out for the others.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -46,14 +47,29 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[dist.ProcessG
     except Interrupted:
         raise
     except Exception as error:
-        culprit = roll.explain(error)
-        roll.wait_for_readers()
+        with _time_to_speak():
+            culprit = roll.explain(error)
+            roll.wait_for_readers()
         if culprit is None:
             raise
         raise RankFailed(culprit) from error
     finally:
         roll.close()
         dist.destroy_process_group()
+
+
+@contextmanager
+def _time_to_speak() -> Iterator[None]:
+    """Leaves SIGTERM unheard: torchrun sends it to all others when a process has died, and kills
+    them half a minute later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def is_first() -> bool:
