@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 import unicom_ext
 from unicom_ext import functional, loss
 from unicom_ext.optim import rows
-from unicom_ext.sharding import loss as sharding
+from unicom_ext.sharding import operators as sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"

@@ -83,12 +83,14 @@ class RowOptimizer(torch.optim.Optimizer):
     own implementation, with torch's own state.
 
     The state of a parameter that is updated by rows consists of tensors whose first dimension is
-    that of the parameter, and of few numbers that are the same for all rows.
+    that of the parameter, and of few numbers that are the same for all rows (`shared_state`, where
+    they are tensors of one dimension or more).
     """
 
     _operator: str  # of the fused pass, and the name of its reference
     _backward_operator: str  # of the backward pass that updates
     _row_marker: str  # a key that only the state of row parameters has
+    shared_state: tuple[str, ...] = ()  # tensors in it that have no row for each of the parameter's
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError

@@ -65,6 +65,7 @@ class RowSGD(RowOptimizer):
     _operator = "row_sgd_"
     _backward_operator = "loss_backward_sgd_"
     _row_marker = "by_rows"
+    shared_state = ("history",)
 
     def __init__(
         self,

@@ -8,7 +8,8 @@ Every rank makes the same calls in the same order, so a rank that fails must not
 waiting: see `failures`.
 
 Modules, each on those before it: `shard` (class ranges, collectives, global tensors), `failures`
-(every rank raises), `batch` (the batch of all ranks), `loss` (the operators), `volume`.
+(every rank raises), `batch` (the batch of all ranks), `operators` (a step), `loss` (what
+`unicom_ext.loss` and `unicom_ext.functional` call), `volume`.
 """
 
 from unicom_ext.sharding.failures import agree

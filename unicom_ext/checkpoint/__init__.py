@@ -1,0 +1,147 @@
+"""Checkpoints that any number of ranks can read: modules, optimizers and plain values.
+
+    checkpoint.save("runs/a/step-1000", modules={"encoder": encoder, "loss": loss_fn},
+                    optimizers={"main": optimizer}, extra={"epoch": 3})
+    extra = checkpoint.load("runs/a/step-1000", modules=..., optimizers=...)
+
+A checkpoint is a directory of `torch.distributed.checkpoint`: every rank writes and reads its
+own rows. Prototypes, and the optimizer state that belongs to them row by row, are global tensors
+[C, ...]: eight ranks save, three load. `class_map` loads into a loss of other classes. Everything
+in it is a tensor (plain values are JSON in a tensor of bytes), so reading one runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unicom_ext.checkpoint.directory import (
+    ABOUT,
+    FORMAT,
+    VERSION,
+    latest,
+    merge,
+    read_about,
+    read_tensors,
+    show,
+    split,
+    write_tensors,
+)
+from unicom_ext.checkpoint.parts import Parts
+from unicom_ext.checkpoint.plan import Plan, RowPlanner
+from unicom_ext.files import CheckpointError, sync_directory
+from unicom_ext.sharding import agree
+from unicom_ext.sharding.failures import failures_of
+
+__all__ = ["CheckpointError", "latest", "load", "merge", "read_about", "save", "show", "split"]
+
+
+def save(
+    directory: str | os.PathLike,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write a checkpoint. Every rank calls this, and all return or all raise.
+
+    The directory appears when it is whole, under its name: a run that is killed on the way leaves
+    nothing but a directory with ``.tmp`` at its end, which the next save to the name replaces.
+
+    Args:
+        directory: on a file system that all ranks share; must not exist.
+        modules: by name. Those inside DistributedDataParallel or torch.compile are taken out of it.
+        optimizers: by name; of parameters of the modules.
+        extra: what JSON can hold: step, epoch, settings.
+        process_group: the ranks that save; default the group of a `PartialMarginSoftmax` among the
+            modules, else all ranks of a program that has initialised torch.distributed.
+
+    Raises CheckpointError, or what writing raised.
+    """
+    directory = Path(directory)
+    temporary = directory.with_name(directory.name + ".tmp")
+    parts = Parts(modules, optimizers or {}, process_group)
+    for loss in parts.losses.values():
+        if loss.shard is not None:
+            failures_of(loss.shard.group).raise_earlier()  # in the last step
+    failure = None
+    state: dict[str, Tensor] = {}
+    try:
+        state, about = parts.collect()
+        text = json.dumps({"format": FORMAT, "version": VERSION, **about, "extra": extra or {}})
+        state[ABOUT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        if parts.is_first:
+            if directory.exists():
+                raise CheckpointError(f"{directory}: is there already")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    except Exception as error:
+        failure = error
+    # Ranks that would name other tensors must not write them.
+    agree({"the tensors to save": sorted(state)}, failure, parts.group)
+    write_tensors(
+        state, checkpoint_id=temporary, process_group=parts.group, no_dist=parts.group is None
+    )
+    failure = None
+    if parts.is_first:
+        try:
+            os.rename(temporary, directory)
+            sync_directory(directory.parent)
+        except OSError as error:
+            failure = error
+    agree({}, failure, parts.group)
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, Optimizer] | None = None,
+    class_map: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Read a checkpoint into modules and optimizers, in place; returns its `extra`.
+
+    Every rank calls this; their number need not be that of the ranks that saved.
+
+    Args:
+        directory: what `save` wrote.
+        modules, optimizers, process_group: as for `save`, with the same names; those of the
+            checkpoint that are not named are left out.
+        class_map: int64 [C], for a loss of C classes that are not those of the checkpoint: the
+            class there that each class here goes on from, or -1 for a class that is new, which
+            keeps its initial prototype and gets fresh optimizer state. The others must increase.
+            ``torch.arange(C)`` with -1 past the old classes appends classes;
+            ``torch.tensor(kept_ids)`` drops those that are not in it.
+
+    Raises CheckpointError, on every rank, if something does not fit; nothing has changed then.
+    """
+    directory = Path(directory)
+    parts = Parts(modules, optimizers or {}, process_group)
+    failure, plan = None, None
+    try:
+        plan = Plan(directory, parts, class_map)
+    except Exception as error:
+        failure = error
+    agree({}, failure, parts.group)
+    where = {
+        "checkpoint_id": directory,
+        "process_group": parts.group,
+        "no_dist": parts.group is None,
+    }
+    read_tensors(plan.whole, **where)
+    if plan.rows:
+        read_tensors({key: rows.buffer for key, rows in plan.rows.items()}, **where,
+                 planner=RowPlanner(plan.rows))  # fmt: skip
+    plan.finish()
+    return plan.about["extra"]

@@ -1,0 +1,115 @@
+"""A checkpoint on disk: reading and writing it, and the commands that need no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+
+from unicom_ext.files import CheckpointError, write_atomically
+
+FORMAT = "unicom_ext checkpoint"
+VERSION = 1  # raise it when the content changes
+ABOUT = "about"  # the tensor of plain values
+
+
+def latest(directory: str | os.PathLike) -> Path | None:
+    """The checkpoint ``step-N`` in a directory with the largest N; None if there is none."""
+    found = [path for path in Path(directory).glob("step-*") if path.name[5:].isdigit()]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def read_about(directory: str | os.PathLike) -> dict[str, Any]:
+    """The plain values of a checkpoint: its losses' sizes, optimizers' settings, and `extra`."""
+    return read(Path(directory))[1]
+
+
+def show(directory: str | os.PathLike) -> None:
+    """Print what is in a checkpoint."""
+    metadata, about = read(Path(directory))
+    for key, entry in sorted(metadata.state_dict_metadata.items()):
+        if key != ABOUT:
+            parts = len(entry.chunks)
+            written = f" in {parts} parts" if parts > 1 else ""
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            print(f"{key}  {dtype} {list(entry.size)}{written}")
+    print(json.dumps(about, indent=1, ensure_ascii=False))
+
+
+def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
+    """A checkpoint as one file for `torch.load`: a dict of tensors by name."""
+    metadata, _ = read(Path(directory))
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items()
+    }
+    read_tensors(state, checkpoint_id=directory, no_dist=True)
+    write_atomically(file, lambda handle: torch.save(state, handle))
+
+
+def split(file: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """The inverse of `merge`: a directory that any number of ranks can load."""
+    directory = Path(directory)
+    if directory.exists():
+        raise CheckpointError(f"{directory}: is there already")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        about = json.loads(bytes(state[ABOUT].tolist()))
+    except Exception as error:
+        raise CheckpointError(f"{file}: is not a merged checkpoint: {_reason(error)}") from error
+    _check_format(file, about)
+    temporary = directory.with_name(directory.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_tensors(state, checkpoint_id=temporary, no_dist=True)
+    os.rename(temporary, directory)
+
+
+def read(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """Metadata and plain values."""
+    if not (directory / ".metadata").is_file():
+        raise CheckpointError(f"{directory}: there is no checkpoint")
+    try:
+        metadata = FileSystemReader(directory).read_metadata()
+        entry = metadata.state_dict_metadata[ABOUT]
+        text = {ABOUT: torch.empty(entry.size, dtype=torch.uint8)}
+        read_tensors(text, checkpoint_id=directory, no_dist=True)
+        about = json.loads(bytes(text[ABOUT].tolist()))
+    except Exception as error:  # whatever the reader's parts raise
+        raise CheckpointError(f"{directory}: cannot be read: {_reason(error)}") from error
+    _check_format(directory, about)
+    return metadata, about
+
+
+def write_tensors(state: dict[str, Tensor], **where: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
+        dcp.save(state, **where)
+
+
+def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(state, **where)
+
+
+def _check_format(path: str | os.PathLike, about: Mapping[str, Any]) -> None:
+    if about.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: is not a {FORMAT}")
+    if about["version"] != VERSION:
+        raise CheckpointError(
+            f"{path}: has version {about['version']} of the format, this program reads version "
+            f"{VERSION}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -1,0 +1,142 @@
+"""What goes into a checkpoint: modules and optimizers by name, and the names of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unicom_ext.files import CheckpointError
+from unicom_ext.loss import PartialMarginSoftmax
+
+
+class Parts:
+    """Modules and optimizers by name, and which of their parameters are prototypes."""
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.modules = {name: _unwrapped(module) for name, module in modules.items()}
+        self.optimizers = optimizers
+        self.losses: dict[str, PartialMarginSoftmax] = {}  # by the name of their weight
+        self.names: dict[Tensor, str] = {}
+        for name, module in self.modules.items():
+            for path, part in module.named_modules():
+                if isinstance(part, PartialMarginSoftmax):
+                    self.losses[joined("modules", name, path, "weight")] = part
+            for path, param in module.named_parameters():
+                self.names[param] = joined("modules", name, path)
+        groups = [loss.shard.group for loss in self.losses.values() if loss.shard is not None]
+        if process_group is None and groups:
+            process_group = groups[0]
+        elif process_group is None and dist.is_available() and dist.is_initialized():
+            process_group = dist.group.WORLD
+        self.group = process_group
+        self.is_first = process_group is None or dist.get_rank(process_group) == 0
+
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All tensors, and the plain values that belong to them."""
+        state: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            for key, value in module.state_dict().items():
+                if not isinstance(value, Tensor):
+                    raise CheckpointError(
+                        f"{name}.{key} must be a tensor to be saved, got {type(value).__name__}"
+                    )
+                state[joined("modules", name, key)] = value
+        about: dict[str, Any] = {"classes": {}, "optimizers": {}}
+        for key, loss in self.losses.items():
+            about["classes"][key] = {
+                "num_classes": loss.num_classes,
+                "embedding_size": loss.embedding_size,
+                "seed": loss.seed,
+            }
+        for name, optimizer in self.optimizers.items():
+            values: dict[str, dict[str, Any]] = {}
+            for param_name, param in self.params(name, optimizer):
+                for key, value in optimizer.state.get(param, {}).items():
+                    if isinstance(value, Tensor):
+                        full = joined("optimizers", name, param_name, key)
+                        loss = self.loss_of(optimizer, param_name, key, value.dim())
+                        state[full] = _as_global(loss, param, key, value)
+                    else:
+                        values.setdefault(param_name, {})[key] = value
+            about["optimizers"][name] = {"groups": self.groups(optimizer), "values": values}
+        return state, about
+
+    def params(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's parameters in its order."""
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param not in self.names:
+                    raise CheckpointError(
+                        f"optimizers[{name!r}] has a parameter of shape {list(param.shape)} that "
+                        "is in none of the modules"
+                    )
+                yield self.names[param], param
+
+    def loss_of(
+        self, optimizer: Optimizer, param_name: str, key: str, dim: int
+    ) -> PartialMarginSoftmax | None:
+        """The loss of whose classes each has a row in a state tensor; None where it has none."""
+        if dim == 0 or key in getattr(optimizer, "shared_state", ()):
+            return None
+        return self.losses.get(param_name)
+
+    def groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The optimizer's groups as JSON can hold them."""
+        return [
+            {
+                key: [self.names[p] for p in value] if key == "params" else _plain(value)
+                for key, value in group.items()
+            }
+            for group in optimizer.param_groups
+        ]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value)
+    return str(value) if isinstance(value, torch.dtype) else value
+
+
+def as_option(value: Any, here: Any) -> Any:
+    """An option of an optimizer's group again, from what `groups` made of it.  here: its value now,
+    which may be a tensor."""
+    if isinstance(here, Tensor):
+        return torch.as_tensor(value).to(here)
+    if isinstance(value, str) and value.startswith("torch."):
+        return getattr(torch, value.removeprefix("torch."))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_global(loss: PartialMarginSoftmax | None, param: Tensor, key: str, value: Tensor) -> Tensor:
+    if loss is None or loss.shard is None:
+        return value
+    if value.shape[0] != len(param):
+        raise CheckpointError(
+            f"the optimizer's {key} of the prototypes must have a row for each of this rank's "
+            f"{len(param)} classes, or be a scalar, to be saved; got {list(value.shape)}"
+        )
+    return loss.shard.as_global(value)
+
+
+def joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):  # torch.compile
+            module = module._orig_mod
+        else:
+            return module
