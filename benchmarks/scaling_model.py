@@ -2,16 +2,21 @@
 
     python benchmarks/scaling_model.py --output benchmarks/results/scaling
 
-A step of rank r of n, with b samples, C classes, rates r1 and r2, d dimensions:
+A step of one of n ranks, with b samples, C classes, rates r1 and r2, d dimensions:
 
-    time = t0 + (6 + 2) * B * (S / n) * d' / F + update * (S / n) * d / M + messages
-    messages = rounds(n) * alpha + bytes(n) / beta
+    time = local + rounds(n) * alpha + bytes(n) / beta
+    local = own * crowding * max(1, n / cores)
+    own = start + 8 * B * (S / n) * d' / F + B * (S / n) / E + 40 * (S / n) * d / M
 
-B = n b, S = r1 C + B, d' = r2 d. F (arithmetic), M (memory) and t0 are fitted to one process; alpha
-and beta to two processes; the runs with other shapes and with 4 processes check it, and the error
-is printed. On one machine the processes share its cores, so with more ranks than cores the local
-part takes as many times longer. For GPUs the constants are those written below, not fitted to
-anything: those predictions are only as good as they are.
+B = n b, S = r1 C + B, d' = r2 d. start, F (arithmetic), E (entries of the logits, whose exponential
+is taken twice) and M (memory) are fitted to one process; crowding, alpha and beta to two; runs of
+other shapes and those with 4 processes check it, and the error is printed. Processes on one machine
+share its memory and caches, which is what `crowding` stands for, and its cores: with more processes
+than cores they take turns. How long a message waits for a process whose turn it is not is not in
+the model, so with more processes than cores it is too fast.
+
+For GPUs the constants are those written below, not fitted to anything: those predictions are only
+as good as they are.
 """
 
 from __future__ import annotations
@@ -43,17 +48,29 @@ class Machine(NamedTuple):
 
     start: float  # s, of everything that does not grow
     flops: float  # 1/s
+    entries: float  # 1/s
     memory: float  # bytes/s, of row-wise passes
-    alpha: float  # s per message round
-    beta: float  # bytes/s sent
+    alpha: float = 0.0  # s per message round
+    beta: float = np.inf  # bytes/s sent
+    crowding: float = 1.0  # how many times longer local work takes beside that of other ranks
 
 
-# 400 Tflop/s and 2.5 TB/s, about half of an H200's measured peaks; 400 Gbit/s of network per GPU.
-GPU = Machine(start=2e-4, flops=4e14, memory=2.5e12, alpha=1.5e-5, beta=5e10)
+# 400 Tflop/s and 2.5 TB/s, about half of an H200's measured peaks; half of the rate of its special
+# function units; 400 Gbit/s of network per GPU.
+GPU = Machine(start=2e-4, flops=4e14, entries=1e12, memory=2.5e12, alpha=1.5e-5, beta=5e10)
 
 
-def work(shape: Shape, ranks: int) -> tuple[float, float, float, float]:
-    """Operations, bytes of memory traffic, message rounds, bytes sent: of one rank in one step."""
+class Work(NamedTuple):
+    """Of one rank in one step."""
+
+    flops: float
+    entries: float  # of the logits
+    traffic: float  # bytes of memory
+    rounds: float  # of messages
+    sent: float  # bytes
+
+
+def work(shape: Shape, ranks: int) -> Work:
     from unicom_ext.sharding import communication_volume
 
     everyone = ranks * shape.batch
@@ -63,22 +80,52 @@ def work(shape: Shape, ranks: int) -> tuple[float, float, float, float]:
     traffic = 10 * rows * shape.dim * 4
     rounds = 0 if ranks == 1 else 4 * (ranks - 1) if ranks <= 8 else 4 * np.log2(ranks)
     sent = communication_volume(shape.batch, shape.dim, ranks).total
-    return flops, traffic, rounds, sent
+    return Work(flops, everyone * rows, traffic, rounds, sent)
 
 
-def predict(machine: Machine, shape: Shape, ranks: int, share: float = 1.0) -> float:
-    """Seconds per step. share: of a core and its memory that each rank has for itself."""
-    flops, traffic, rounds, sent = work(shape, ranks)
-    local = machine.start + flops / machine.flops + traffic / machine.memory
-    return local / share + rounds * machine.alpha + sent / machine.beta
+def local_work(machine: Machine, shape: Shape, ranks: int, cores: int | None) -> float:
+    """Seconds of one rank's own work where it is alone.  cores: that all ranks share, None: each
+    has its own."""
+    todo = work(shape, ranks)
+    turns = 1.0 if cores is None else max(1.0, ranks / cores)
+    return turns * (
+        machine.start
+        + todo.flops / machine.flops
+        + todo.entries / machine.entries
+        + todo.traffic / machine.memory
+    )
 
 
-def memory(shape: Shape, ranks: int) -> float:
-    """Bytes of a rank: weight and two moments, packed rows, row gradients, gathered embeddings."""
-    everyone = ranks * shape.batch
-    rows = min(shape.classes, shape.sample_rate * shape.classes + everyone) / ranks
-    state = 3 * 4 * shape.classes / ranks * shape.dim
-    return state + rows * shape.dim * (2 * shape.feature_rate + 4) + 8 * everyone * shape.dim
+def predict(machine: Machine, shape: Shape, ranks: int, cores: int | None = None) -> float:
+    """Seconds per step."""
+    todo, local = work(shape, ranks), local_work(machine, shape, ranks, cores)
+    crowding = machine.crowding if ranks > 1 else 1.0
+    return local * crowding + todo.rounds * machine.alpha + todo.sent / machine.beta
+
+
+class Memory(NamedTuple):
+    """Bytes on a rank."""
+
+    state: float  # its prototypes, their two moments, and per row its steps and decay
+    sampled: float  # unit rows and ids of the classes that were drawn, and their gradient
+    samples: float  # embeddings of all ranks, their gradient, and what is known of each sample
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def memory(shape: Shape, ranks: int, unit_bytes: int = 2) -> Memory:
+    """fp32 with RowAdamW.  unit_bytes: per value of the unit rows, 2 on tensor cores."""
+    everyone, owned = ranks * shape.batch, shape.classes / ranks
+    # Room for all samples' classes lying in this shard.
+    rows = min(owned, shape.sample_rate * owned + everyone)
+    features = shape.feature_rate * shape.dim
+    return Memory(
+        state=owned * (3 * 4 * shape.dim + 4 + 8),
+        sampled=rows * (unit_bytes * features + 8 + 8 + 4 * shape.dim + 8),
+        samples=everyone * (2 * 4 * shape.dim + 8 + 6 * 8),
+    )
 
 
 def measured(rank: int, ranks: int, port: int, shapes: list[Shape], steps: int, queue) -> None:
@@ -124,48 +171,57 @@ def measure(shapes: list[Shape], ranks: int, steps: int) -> list[float]:
 
 
 def fit(shapes: list[Shape], alone: list[float], pairs: list[float], cores: int) -> Machine:
-    """Non-negative least squares, relative: start, F, M from one process; alpha, beta from two."""
+    """Start, F, E, M from one process; crowding, alpha, beta from two."""
+    alone_costs = _solve([(1.0, *work(s, 1)[:3]) for s in shapes], alone)
+    start, *rates = (float(c) for c in alone_costs)
+    machine = Machine(start, *(1 / max(cost, 1e-18) for cost in rates))
+    rows = [(local_work(machine, s, 2, cores), *work(s, 2)[3:]) for s in shapes]
+    crowding, alpha, second = (float(c) for c in _solve(rows, pairs))
+    return machine._replace(alpha=alpha, beta=1 / max(second, 1e-18), crowding=crowding)
+
+
+def _solve(rows: list[tuple[float, ...]], times: list[float]) -> np.ndarray:
+    """Non-negative least squares of relative errors."""
     from scipy.optimize import nnls
 
-    rows = np.array([[1.0, *work(s, 1)[:2]] for s in shapes])
-    scale = rows.max(axis=0)
-    times = np.array(alone)
-    start, flop, byte = nnls(rows / scale / times[:, None], np.ones(len(times)))[0] / scale
-    machine = Machine(start, 1 / max(flop, 1e-18), 1 / max(byte, 1e-18), 0.0, np.inf)
-    share = min(1.0, cores / 2)
-    rest = np.array(
-        [max(0.0, t - predict(machine, s, 2, share)) for s, t in zip(shapes, pairs, strict=True)]
-    )
-    rows = np.array([work(s, 2)[2:] for s in shapes], dtype=float)
-    scale, times = rows.max(axis=0), np.array(pairs)
-    alpha, second = nnls(rows / scale / times[:, None], rest / times)[0] / scale
-    return machine._replace(alpha=alpha, beta=1 / max(second, 1e-18))
+    matrix, target = np.array(rows, dtype=float), np.array(times)
+    scale = matrix.max(axis=0)
+    return nnls(matrix / scale / target[:, None], np.ones(len(target)))[0] / scale
 
 
 def plot(path: Path, checks: list[dict]) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for ranks in sorted({check["ranks"] for check in checks}):
         of = [check for check in checks if check["ranks"] == ranks]
         left.loglog(
-            [c["measured"] for c in of], [c["predicted"] for c in of], "o", label=f"{ranks}"
+            [1e3 * c["measured"] for c in of],
+            [1e3 * c["predicted"] for c in of],
+            "o",
+            label=f"{ranks}",
         )
-    ends = [min(c["measured"] for c in checks), max(c["measured"] for c in checks)]
+    ends = [1e3 * pick(c["measured"] for c in checks) for pick in (min, max)]
     left.loglog(ends, ends, "k:")
-    left.set(title="measured on this CPU", xlabel="measured, s", ylabel="predicted, s")
+    left.set(title="measured on this CPU", xlabel="measured, ms", ylabel="predicted, ms")
     left.legend(title="ranks")
     counts = 2 ** np.arange(11)
     for classes in (1_000_000, 10_000_000, 100_000_000):
         shape = Shape(1024, classes, dim=512)
         steps = [1e3 * predict(GPU, shape, int(n)) for n in counts]
         middle.loglog(counts, steps, label=f"{classes // 10**6}M classes")
-        right.loglog(counts, [memory(shape, int(n)) / 2**30 for n in counts])
+        right.loglog(counts, [memory(shape, int(n)).total / 2**30 for n in counts])
     middle.set(title="GPUs, assumed constants: step, ms", xlabel="ranks, 1024 samples each")
     middle.legend()
     right.axhline(80, color="k", linestyle=":")
     right.set(title="memory per rank, GiB", xlabel="ranks")
+    for axes in (left, middle, right):
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if axes is left else (1,)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=110)
 
 
@@ -173,24 +229,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="writes .json and .png")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
-    fitted = [Shape(64, 20_000), Shape(256, 20_000), Shape(64, 100_000), Shape(256, 100_000)]
+    fitted = [
+        Shape(64, 20_000), Shape(256, 20_000), Shape(64, 100_000), Shape(256, 100_000),
+        Shape(64, 20_000, 256), Shape(256, 20_000, 256),
+    ]  # fmt: skip
     unseen = [Shape(128, 50_000), Shape(512, 50_000)]
     cores = len(os.sched_getaffinity(0))
     times = {n: measure(fitted + unseen, n, options.steps) for n in sorted({1, 2, *options.ranks})}
     count = len(fitted)
     machine = fit(fitted, times[1][:count], times[2][:count], cores)
     checks = []
-    print("| ranks | b | classes | used for the fit | measured ms | predicted ms | error |")
-    print("| ---: | ---: | ---: | --- | ---: | ---: | ---: |")
+    print("| ranks | b | classes | d | used for the fit | measured ms | predicted ms | error |")
+    print("| ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |")
     for ranks, of in times.items():
         for i, (shape, measured_s) in enumerate(zip(fitted + unseen, of, strict=True)):
-            predicted = predict(machine, shape, ranks, min(1.0, cores / ranks))
+            predicted = predict(machine, shape, ranks, cores)
             used = i < count and ranks <= 2
             error = predicted / measured_s - 1
-            print(f"| {ranks} | {shape.batch} | {shape.classes:,} | {'yes' if used else 'no'} | "
-                  f"{1e3 * measured_s:.2f} | {1e3 * predicted:.2f} | {error:+.0%} |")  # fmt: skip
+            figures = f"{1e3 * measured_s:.2f} | {1e3 * predicted:.2f} | {error:+.0%}"
+            print(f"| {ranks} | {shape.batch} | {shape.classes:,} | {shape.dim} "
+                  f"| {'yes' if used else 'no'} | {figures} |")  # fmt: skip
             checks.append({"ranks": ranks, **shape._asdict(), "fitted": used,
                            "measured": measured_s, "predicted": predicted})  # fmt: skip
     off = [abs(c["predicted"] / c["measured"] - 1) for c in checks if not c["fitted"]]

@@ -11,6 +11,7 @@ import head_step
 import measure
 import parts
 import pytest
+import scaling_model
 import sweep
 import tables
 import torch
@@ -20,7 +21,9 @@ from click.testing import CliRunner
 from helpers import random_problem, relative_error, truth
 from partial_fc import CompiledPartialFC, PartialFC
 
+from unicom_ext import PartialMarginSoftmax
 from unicom_ext.margins import ArcFace
+from unicom_ext.optim import RowAdamW
 
 
 @pytest.fixture
@@ -314,3 +317,60 @@ def test_streaming_writes_rates_and_deletes_its_rows(tmp_path, monkeypatch):
     assert all(rate > 0 for rate in result["rows_per_second"].values())
     assert "nearest centroids alone" in (tmp_path / "results" / "cluster-stream.md").read_text()
     assert not list((tmp_path / "data").iterdir())
+
+
+# ---- the scaling model ----
+
+GRID = [scaling_model.Shape(b, c, d) for b in (64, 256) for c in (20_000, 100_000)
+        for d in (128, 256)]  # fmt: skip
+
+
+def test_the_fit_of_the_scaling_model_finds_the_constants_of_its_timings():
+    machine = scaling_model.Machine(
+        start=4e-4, flops=2e11, entries=1.5e9, memory=1.2e10, alpha=1e-3, beta=2e9, crowding=1.3
+    )
+    alone = [scaling_model.predict(machine, shape, 1, 2) for shape in GRID]
+    pairs = [scaling_model.predict(machine, shape, 2, 2) for shape in GRID]
+    found = scaling_model.fit(GRID, alone, pairs, cores=2)
+    assert found == pytest.approx(machine, rel=1e-6)
+    # Four ranks on two cores take turns; with cores of their own they do not.
+    crowded, free = (scaling_model.predict(machine, GRID[0], 4, cores) for cores in (2, None))
+    assert crowded - free == pytest.approx(
+        machine.crowding * scaling_model.local_work(machine, GRID[0], 4, None)
+    )
+
+
+def bytes_of_a_step(group, shape):
+    """What a rank holds: state; unit rows, ids and gradient of the drawn classes; samples."""
+    module = PartialMarginSoftmax(
+        shape.dim, shape.classes, sample_rate=shape.sample_rate, feature_rate=shape.feature_rate,
+        sparse_grad=True, workspace_bytes=0, process_group=group,
+    )  # fmt: skip
+    optimizer = RowAdamW(module.parameters())
+    x = torch.randn(shape.batch, shape.dim, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = module(x, torch.randint(shape.classes, (shape.batch,)))
+    loss.backward()
+    optimizer.step()
+
+    def size(*tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    everyone, slot, _, class_index, _, _, state, packed, _ = saved
+    gradient = torch.empty(len(class_index), shape.dim)  # on CUDA; on CPUs it is cut to the count
+    assert len(gradient) >= module.weight.grad._nnz() > 0.8 * len(gradient)
+    held = [t for t in optimizer.state[module.weight].values() if t.dim() > 0]
+    return (
+        size(module.weight, *held),
+        size(packed, class_index, gradient, class_index),
+        size(everyone, everyone, slot, state),  # the gradient of all is as large as they are
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_memory_of_the_scaling_model_is_what_tensors_hold(ranks, world_size):
+    shape = scaling_model.Shape(32, 20_000, 64)
+    expected = scaling_model.memory(shape, world_size, unit_bytes=4)
+    for held in ranks.run(world_size, bytes_of_a_step, shape):
+        assert held == pytest.approx(tuple(expected), rel=0.02)  # unit rows come in blocks of 16

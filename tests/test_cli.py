@@ -106,11 +106,11 @@ def test_ctrl_c_says_how_to_resume(tmp_path, tiny_glyphs, no_report, monkeypatch
         patch.setattr(driver.Trainer, "step_once", interrupted_step)
         stopped = invoke("train", "--output", tmp_path, *TINY)
     assert stopped.exit_code == 130
-    assert "Stopped after step 4 of 6" in stopped.output
+    assert "Stopped after step 4 of 8" in stopped.output
     assert f" train --output {tmp_path} --resume" in stopped.output
     resumed = invoke("train", "--output", tmp_path, "--resume")
     assert resumed.exit_code == 0, resumed.output
-    assert "Resuming after step 4 of 6" in resumed.output
+    assert "Resuming after step 4 of 8" in resumed.output
     uninterrupted = invoke("train", "--output", tmp_path / "other", *TINY)
     assert uninterrupted.exit_code == 0
     ours, theirs = (

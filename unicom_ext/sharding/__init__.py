@@ -7,9 +7,9 @@ embedding gradients that leaves each rank its own rows; `communication_volume` c
 Every rank makes the same calls in the same order, so a rank that fails must not leave the others
 waiting: see `failures`.
 
-Modules, each on those before it: `shard` (class ranges, collectives, global tensors), `failures`
-(every rank raises), `batch` (the batch of all ranks), `operators` (a step), `loss` (what
-`unicom_ext.loss` and `unicom_ext.functional` call), `volume`.
+Modules, each on those before it: `shard` (class ranges, collectives, global tensors), `volume`,
+`failures` (every rank raises), `batch` (the batch of all ranks), `operators` (a step), `loss` (what
+`unicom_ext.loss` and `unicom_ext.functional` call).
 """
 
 from unicom_ext.sharding.failures import agree

@@ -13,8 +13,8 @@ from unicom_ext import _core
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.sharding.failures import agree, check_same
 from unicom_ext.sharding.shard import ClassShard
+from unicom_ext.sharding.volume import HEADER
 
-HEADER = 7  # numbers that ranks exchange about their batches
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

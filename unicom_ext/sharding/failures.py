@@ -7,6 +7,7 @@ of the loss see `Failures`.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +70,7 @@ class Failures:
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        self._group = weakref.ref(group)  # which has threads that must not outlive it
         self.own: Exception | None = None
         self._count: Tensor | None = None  # on the host, of ranks that failed in the last step
         self._arrival: torch.cuda.Event | None = None
@@ -78,9 +79,10 @@ class Failures:
         """This rank has failed in this step."""
         self.own = error
         if not _host_sees(device):
+            rank = dist.get_rank(self._group())
             warnings.warn(
-                f"{type(error).__name__}: {error} (on rank {dist.get_rank(self.group)}; every rank "
-                "raises when it calls the loss again)",
+                f"{type(error).__name__}: {error} (on rank {rank}; every rank raises when it calls "
+                "the loss again)",
                 stacklevel=2,
             )
 
@@ -115,14 +117,11 @@ class Failures:
 
     def _raise(self) -> None:
         own, self.own = self.own, None
-        agree({}, own, self.group)
+        agree({}, own, self._group())
 
 
-_failures: dict[str, Failures] = {}  # by the name of the group
+_failures: weakref.WeakKeyDictionary[dist.ProcessGroup, Failures] = weakref.WeakKeyDictionary()
 
 
 def failures_of(group: dist.ProcessGroup) -> Failures:
-    found = _failures.get(group.group_name)
-    if found is None or found.group is not group:  # names are used again
-        found = _failures[group.group_name] = Failures(group)
-    return found
+    return _failures.setdefault(group, Failures(group))
