@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,6 +86,14 @@ class Failures:
                 "the loss again)",
                 stacklevel=2,
             )
+
+    @contextmanager
+    def kept(self, device: torch.device) -> Iterator[None]:
+        """`keep` what is raised within."""
+        try:
+            yield
+        except Exception as error:
+            self.keep(error, device)
 
     def settle(self, count: Tensor) -> None:
         """Raise on every rank if one has failed in this step: now, or in `raise_earlier`.

@@ -11,7 +11,7 @@ from typing import NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
-from unicom_ext import _core
+from unicom_ext import _core, devices
 from unicom_ext.functional import _REDUCTION
 from unicom_ext.row_sparse import row_sparse
 from unicom_ext.sharding.batch import gather_batch
@@ -109,33 +109,32 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
     failures = failures_of(shard.group)
     failures.raise_earlier()
     batch = gather_batch(shard, embeddings, labels, m2, m3, options.size, options.ignore_index)
-    batch.arrival.wait()
-    x, total = _in_float(batch.embeddings), _total_sampled(options, len(batch.labels))
-    part = None
-    if failures.own is None:
-        try:
+    total = _total_sampled(options, len(batch.labels))
+    selected = sums = None
+    with failures.kept(prototypes.device):
+        if failures.own is None:
             selected = _select(
                 shard, batch.labels, prototypes, step, class_index, feature_index, options
             )
-            part = (
-                selected,
-                _ops.loss_sums(
-                    x,
-                    selected.slot,
-                    prototypes,
-                    *selected[1:],
-                    options.scale,
-                    options.filter,
-                    total,
-                    options.precision,
-                    options.workspace_bytes,
-                ),
+    batch.arrival.wait()
+    x = _in_float(batch.embeddings)
+    with failures.kept(prototypes.device):
+        if selected is not None:
+            sums = devices.run(
+                _ops.loss_sums,
+                x,
+                selected.slot,
+                prototypes,
+                *selected[1:],
+                options.scale,
+                options.filter,
+                total,
+                options.precision,
+                options.workspace_bytes,
             )
-        except Exception as error:
-            failures.keep(error, x.device)
-    selected, (pairs, exponent, largest_negative, inverse_norm, packed, kept) = (
-        _nothing(batch.labels, x) if part is None else part
-    )
+    if sums is None:
+        selected, sums = _nothing(batch.labels, x)
+    pairs, exponent, largest_negative, inverse_norm, packed, kept = sums
 
     if _core.constant_exponent(options.scale, total) is None:
         # Beyond the range of a constant shift, sums have exponents of their own.
@@ -143,7 +142,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
         pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
         exponent = common
     # One row more says how many ranks have failed.
-    flag = pairs.new_full((1, 2), float(part is None))
+    flag = pairs.new_full((1, 2), float(failures.own is not None))
     pairs = shard.sum(torch.cat([pairs, flag]))
     pairs, failed = pairs[:-1], pairs[-1, 0]
     failures.settle(failed)
@@ -341,7 +340,8 @@ def _backward(
         grad_loss = shard.gather(torch.cat([grad_loss, padding]))
     compact = options.sparse_grad and class_index is not None
     if len(packed) > 0:
-        to_embeddings, to_prototypes = _ops.loss_backward(
+        to_embeddings, to_prototypes = devices.run(
+            _ops.loss_backward,
             grad_loss.contiguous(),
             x,
             slot,
