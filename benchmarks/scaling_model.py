@@ -118,8 +118,10 @@ class Memory(NamedTuple):
 def memory(shape: Shape, ranks: int, unit_bytes: int = 2) -> Memory:
     """fp32 with RowAdamW.  unit_bytes: per value of the unit rows, 2 on tensor cores."""
     everyone, owned = ranks * shape.batch, shape.classes / ranks
-    # Room for all samples' classes lying in this shard.
-    rows = min(owned, shape.sample_rate * owned + everyone)
+    # Room for all samples' classes lying in this shard, and for what is drawn from blocks of 256
+    # classes that it owns in part.
+    border = 256 if ranks > 1 else 0
+    rows = min(owned, shape.sample_rate * (owned + border) + everyone)
     features = shape.feature_rate * shape.dim
     return Memory(
         state=owned * (3 * 4 * shape.dim + 4 + 8),
@@ -158,6 +160,8 @@ def measured(rank: int, ranks: int, port: int, shapes: list[Shape], steps: int, 
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         if rank == 0:
             queue.put(float(slowest))
+    del loss, optimizer  # which hold the group
+    dist.barrier()
     dist.destroy_process_group()
 
 

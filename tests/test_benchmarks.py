@@ -373,4 +373,4 @@ def test_the_memory_of_the_scaling_model_is_what_tensors_hold(ranks, world_size)
     shape = scaling_model.Shape(32, 20_000, 96)
     expected = scaling_model.memory(shape, world_size, unit_bytes=4)
     for held in ranks.run(world_size, bytes_of_a_step, shape):
-        assert held == pytest.approx(tuple(expected), rel=0.02)  # blocks of 16 rows, 6 values
+        assert held == pytest.approx(tuple(expected), rel=0.03)  # blocks of 16 rows
