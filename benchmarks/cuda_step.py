@@ -273,6 +273,42 @@ def compare(
     return records
 
 
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Times of a step and their floors, run by run; nothing where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    width = 0.8 / len(CANDIDATES)
+    figure, axes = plt.subplots(figsize=(3 + 2 * len(results), 4.5), layout="constrained")
+    for i, candidate in enumerate(CANDIDATES):
+        points = [
+            (number + (i + 0.5) * width - 0.4, record["summary"]["step"]["median"], record["floor"])
+            for number, result in enumerate(results)
+            for record in result["candidates"]
+            if record["name"] == candidate.name and record["skipped"] is None
+        ]
+        if not points:
+            continue
+        x, seconds, floor = zip(*points, strict=True)
+        axes.bar(x, [1e3 * s for s in seconds], width, label=candidate.label)
+        axes.scatter(x, [1e3 * f["step"] for f in floor], marker="_", color="black", zorder=3)
+    names = [
+        f"B = {r['shape']['batch']}\n|S| = {r['shape']['num_sampled']}\n"
+        f"d' = {r['shape']['num_features']}"
+        for r in results
+    ]
+    axes.set_xticks(range(len(results)), names)
+    axes.set(yscale="log", ylabel="ms per step (black: floor)")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def failures(results: list[dict[str, Any]]) -> list[str]:
     """What of ours did not run, for another reason than its size."""
     return [
@@ -299,7 +335,7 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure what is planned for as long as there is time.
 
-    Writes cuda-NAME.json for each run as it is done, and cuda.md from all of them.
+    Writes cuda-NAME.json for each run as it is done, and cuda.md and cuda.png from all of them.
     """
     start = time.monotonic()
     machine = {**describe_machine(), "gpu": where.describe()}
@@ -348,5 +384,6 @@ def run(
         results.append(result)
         (output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         (output / "cuda.md").write_text(cuda_markdown(results))
+        plot(results, output / "cuda.png")
         where.release()
     return results

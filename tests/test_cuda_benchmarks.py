@@ -131,6 +131,7 @@ def test_a_run_writes_every_shape(where, tmp_path, monkeypatch, set_threads):
     for name in ("cut-cross-entropy", "Liger"):
         assert f"SKIPPED {name}: pip install" in text
     assert Graph.replays > 0
+    assert (tmp_path / "cuda.png").stat().st_size > 10_000
 
 
 def test_time_runs_out_between_shapes(where, tmp_path, monkeypatch, set_threads):
