@@ -210,11 +210,15 @@ bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first,
   const float* rows[kLanes];
   Floats4 scale[kLanes / 4];
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const int64_t position = first + lane, ahead = position + kPrefetchRows;
-    if (ahead < total) prefetch_row(source, ids != nullptr ? ids[ahead] : ahead);
-    const int64_t id = ids != nullptr ? ids[position] : position;
-    rows[lane] = static_cast<const float*>(source.data) + id * source.row_stride;
-    const double inverse = 1.0 / std::sqrt(sum_of_squares(rows[lane], source.dim));
+    const auto row_at = [&](int64_t position) {
+      const int64_t id = ids != nullptr ? ids[position] : position;
+      return static_cast<const float*>(source.data) + id * source.row_stride;
+    };
+    const int64_t ahead = first + lane + kPrefetchRows;
+    rows[lane] = row_at(first + lane);
+    const double inverse =
+        1.0 / std::sqrt(sum_of_squares(rows[lane], source.dim,
+                                       row_at(ahead < total ? ahead : total - 1)));
     if (!(inverse > 1e-30 && inverse < 1e30)) return false;
     inverse_norm[lane] = inverse;
     scale[lane / 4][lane % 4] = static_cast<float>(inverse);
@@ -301,6 +305,16 @@ class ColumnPicker {
   uint16_t mask_[kMostGroups];
 };
 
+// All values of a row; `ahead` as above.
+UNICOM_INLINE void copy_row(const float* row, const float* ahead, int64_t dim, float* out) {
+  int64_t k = 0;
+  for (; k + kWidth<float> <= dim; k += kWidth<float>) {
+    __builtin_prefetch(ahead + k);
+    store(out + k, load(row + k));
+  }
+  for (; k < dim; ++k) out[k] = row[k];
+}
+
 template <class Unit>
 void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
                 Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
@@ -323,9 +337,15 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
       const int64_t last = total - 1 - first;
       const int64_t ahead = id_of(lane + kPrefetchRows < last ? lane + kPrefetchRows : last);
       if constexpr (std::is_same_v<RealOf<Unit>, float>) {
-        if (picker.works()) {
+        const bool whole = source.dtype == DType::kFloat32 && source.columns == nullptr;
+        if (whole || picker.works()) {
           const float* data = static_cast<const float*>(source.data);
-          picker.pick(data + id * source.row_stride, data + ahead * source.row_stride, row);
+          const float* from = data + id * source.row_stride;
+          const float* next = data + ahead * source.row_stride;
+          if (whole)
+            copy_row(from, next, source.dim, row);
+          else
+            picker.pick(from, next, row);
           inverse_norm[lane] = normalize(row, source.dim, height);
           continue;
         }

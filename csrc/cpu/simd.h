@@ -283,7 +283,8 @@ UNICOM_INLINE WordVec rounded_pairs(Vec<float> even, Vec<float> odd) {
 
 // Sum of squares: lanes in fp32 over short runs, the rest in double. Rows so long or so short that
 // squares would leave the range of fp32 are summed in double altogether.
-UNICOM_INLINE double sum_of_squares(const float* row, int64_t count) {
+// `ahead`, if there, is a row that will be wanted soon: see ColumnPicker::pick.
+UNICOM_INLINE double sum_of_squares(const float* row, int64_t count, const float* ahead = nullptr) {
   constexpr int kW = kWidth<float>;
   constexpr int64_t kRun = 8 * kW;
   double total = 0;
@@ -292,6 +293,7 @@ UNICOM_INLINE double sum_of_squares(const float* row, int64_t count) {
     Vec<float> sum[2] = {};
     for (int64_t i = 0; i < kRun; i += 2 * kW)
       for (int j = 0; j < 2; ++j) {
+        if (ahead != nullptr) __builtin_prefetch(ahead + k + i + j * kW);
         const Vec<float> x = load(row + k + i + j * kW);
         sum[j] = fma(x, x, sum[j]);
       }
