@@ -1,0 +1,278 @@
+// Logits and what becomes of them while they are in registers and the first cache: sums of
+// exponentials in the forward pass, probabilities in the backward pass.
+#pragma once
+
+#include <type_traits>
+
+#include "rows_impl.h"
+
+namespace unicom::cpu {
+namespace {
+
+// Whole lines to memory; past the caches they are not read from there first.
+template <class Real>
+UNICOM_INLINE void keep(const Real* from, int64_t count, bool past_caches, Real* to) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    if (past_caches) {
+      for (int64_t i = 0; i < count; i += kLanes)
+        _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+      return;
+    }
+#else
+  (void)past_caches;
+#endif
+  std::memcpy(to, from, count * sizeof(Real));
+}
+
+// Cosines of one tile with the panels [panel, panel + P), multiplied or kept ones: where they are,
+// [P][6][16], and how far from one panel to the next. The engine sees to it that P panels beside
+// each other are all kept or none.
+template <class Real>
+struct TileCosines {
+  const Real* data;
+  int64_t panel_stride;
+};
+enum class Kept { kWrite, kRead };
+template <class Unit, int P, Kept kKept>
+UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
+                                                     int64_t tile, RealOf<Unit>* out) {
+  constexpr int64_t kSize = kTile * kLanes;
+  const bool kept = panel + P <= block.kept;
+  RealOf<Unit>* place = block.cosines + panel * block.cosines_panel_stride + tile * kSize;
+  if (kept && kKept == Kept::kRead) return {place, block.cosines_panel_stride};
+  multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
+                         block.classes + panel * block.panel_stride, block.panel_stride,
+                         block.units, out, kSize, false);
+  if (kept)
+    for (int p = 0; p < P; ++p, place += block.cosines_panel_stride)
+      keep(out + p * kSize, kSize, block.past_caches, place);
+  return {out, kSize};
+}
+
+// The sixteen cosines of one row and panel, with the target and the padding struck out.
+template <class Unit>
+struct Negatives {
+  using Real = RealOf<Unit>;
+  Vec<Real> value[kVectors<Real>];
+
+  UNICOM_INLINE Negatives(const Real* cosines, int64_t target, int64_t valid) {
+    for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(cosines + v * kWidth<Real>);
+    if (static_cast<uint64_t>(target) < kLanes || valid < kLanes) {
+      Real edited[kLanes];
+      for (int v = 0; v < kVectors<Real>; ++v) store(edited + v * kWidth<Real>, value[v]);
+      if (static_cast<uint64_t>(target) < kLanes) edited[target] = static_cast<Real>(kNoCosine);
+      for (int64_t lane = valid < 0 ? 0 : valid; lane < kLanes; ++lane)
+        edited[lane] = static_cast<Real>(kNoCosine);
+      for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(edited + v * kWidth<Real>);
+    }
+  }
+};
+
+template <class Unit>
+void sum_exp(const SumExp<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int P = kRegisterPanels<Real>;
+  constexpr int kV = kVectors<Real>;
+  constexpr int64_t kMaxRows = kBlockTiles * kTile;
+  // Lane sums in Real over a bounded number of panels, then in double.
+  constexpr int64_t kFlush = 64;
+  alignas(64) Real cosines[P * kTile * kLanes];
+  alignas(64) Real sums[kMaxRows][kLanes];
+  alignas(64) Real largest[kMaxRows][kLanes];
+  const int64_t rows = args.tiles * kTile;
+  const bool running = args.exponent == kRunningExponent;
+  const Vec<Real> fixed = broadcast(static_cast<Real>(running ? 0 : args.exponent));
+  const Vec<Real> filter = broadcast(args.filter);
+
+  for (int64_t r = 0; r < rows; ++r) {
+    args.result[r] = {0.0, args.exponent, kNoCosine};
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sums[r][i] = 0;
+      largest[r][i] = static_cast<Real>(kNoCosine);
+    }
+  }
+  auto flush = [&](int64_t r) {
+    double total = 0;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      total += static_cast<double>(sums[r][i]);
+      sums[r][i] = 0;
+    }
+    args.result[r].sum += total;
+  };
+  // Raises the row's exponent where a larger logit comes; the powers of two make it exact.
+  auto raise = [&](int64_t r, const Vec<Real>* c) {
+    Vec<Real> top = c[0];
+    for (int v = 1; v < kV; ++v) top = c[v] > top ? c[v] : top;
+    const double z = static_cast<double>(horizontal_max<Real>(top)) * args.scale;
+    if (!(z > kNoCosine)) return;
+    const int64_t power = static_cast<int64_t>(std::nearbyint(z * ExpConstants::kLog2e));
+    RowSum& row = args.result[r];
+    if (row.exponent != kRunningExponent && power <= row.exponent) return;
+    flush(r);
+    row.sum = row.exponent == kRunningExponent
+                  ? 0.0
+                  : std::ldexp(row.sum, static_cast<int>(row.exponent - power));
+    row.exponent = power;
+  };
+
+  auto panels_at = [&](auto is_running, auto count, int64_t panel) {
+    constexpr bool kRunning = decltype(is_running)::value;
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      const auto tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, cosines);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        Vec<Real> best[kV], sum[kV];
+        for (int v = 0; v < kV; ++v) {
+          best[v] = load(largest[r] + v * kWidth<Real>);
+          sum[v] = load(sums[r] + v * kWidth<Real>);
+        }
+        for (int p = 0; p < kCount; ++p) {
+          const int64_t first = (panel + p) * kLanes;
+          Negatives<Unit> c(tile.data + p * tile.panel_stride + m * kLanes, args.target[r] - first,
+                            args.num_classes - first);
+          for (int v = 0; v < kV; ++v) {
+            best[v] = larger<Real>(c.value[v], best[v]);
+            c.value[v] = c.value[v] > filter ? Vec<Real>{} : c.value[v];
+          }
+          Vec<Real> exponent = fixed;
+          if constexpr (kRunning) {
+            for (int v = 0; v < kV; ++v) store(sums[r] + v * kWidth<Real>, sum[v]);
+            raise(r, c.value);
+            for (int v = 0; v < kV; ++v) sum[v] = load(sums[r] + v * kWidth<Real>);
+            if (args.result[r].exponent != kRunningExponent)
+              exponent = broadcast(static_cast<Real>(args.result[r].exponent));
+          }
+          for (int v = 0; v < kV; ++v)
+            sum[v] += exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+        }
+        for (int v = 0; v < kV; ++v) {
+          store(largest[r] + v * kWidth<Real>, best[v]);
+          store(sums[r] + v * kWidth<Real>, sum[v]);
+        }
+      }
+    }
+  };
+  int64_t panel = 0, unflushed = 0;
+  auto advance = [&](int64_t count) {
+    panel += count;
+    unflushed += count;
+    if (unflushed >= kFlush || panel == args.panels) {
+      for (int64_t r = 0; r < rows; ++r) flush(r);
+      unflushed = 0;
+    }
+  };
+  auto all_panels = [&](auto is_running) {
+    for (; panel + P <= args.panels; advance(P))
+      panels_at(is_running, std::integral_constant<int, P>{}, panel);
+    for (; panel < args.panels; advance(1))
+      panels_at(is_running, std::integral_constant<int, 1>{}, panel);
+  };
+  if (running)
+    all_panels(std::true_type{});
+  else
+    all_panels(std::false_type{});
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  _mm_sfence();  // what was kept past the caches
+#endif
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < kLanes; ++i)
+      if (largest[r][i] > args.result[r].largest) args.result[r].largest = largest[r][i];
+}
+
+// Probabilities [rows][16] of one panel, in Real, to the two layouts the products read.
+template <class Unit>
+UNICOM_INLINE void emit(const RealOf<Unit>* p, int64_t rows, Unit* along_rows, Unit* along_classes,
+                        int64_t along_classes_stride) {
+  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  constexpr int64_t kGroup = kLanes / kValues;
+  if constexpr (kValues == 2) {
+    constexpr int kV = kVectors<float>;
+    for (int64_t r = 0; r < rows; r += 2)
+      for (int v = 0; v < kV; ++v) {
+        const Vec<float> even = load(p + r * kLanes + v * kWidth<float>);
+        const Vec<float> odd = load(p + (r + 1) * kLanes + v * kWidth<float>);
+        store_words(along_rows + r / 2 * kLanes + v * kWidth<float>, rounded_pairs(even, odd));
+      }
+  }
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    Unit* out = along_classes + r / kLanes * along_classes_stride;
+    const int64_t count = rows - r < kLanes ? rows - r : kLanes;
+    if constexpr (kValues == 1) {
+      if (count == kLanes) {
+        transpose(p + r * kLanes, kGroup, kLanes, kGroup, out, kLanes);
+        continue;
+      }
+    }
+    Unit units[kLanes * kGroup];
+    if constexpr (kValues == 2) {
+      round_to_pairs(p + r * kLanes, count * kLanes, units);
+    } else {
+      std::memcpy(units, p + r * kLanes, count * kLanes * sizeof(Unit));
+    }
+    std::memset(units + count * kGroup, 0, (kLanes - count) * kGroup * sizeof(Unit));
+    if constexpr (sizeof(Unit) == 4)
+      transpose(reinterpret_cast<const uint32_t*>(units), kGroup, kLanes, kGroup,
+                reinterpret_cast<uint32_t*>(out), kLanes);
+    else
+      transpose(units, kGroup, kLanes, kGroup, out, kLanes);
+  }
+}
+
+template <class Unit>
+void probabilities(const Probabilities<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int P = kRegisterPanels<Real>;
+  constexpr int kV = kVectors<Real>;
+  constexpr int64_t kGroup = kLanes / UnitTraits<Unit>::kValues;
+  constexpr int64_t kMaxRows = kBlockTiles * kTile;
+  constexpr bool kPaired = UnitTraits<Unit>::kValues == 2;
+  alignas(64) Real cosines[P * kTile * kLanes];
+  // Pairs are rounded from here; single values are written to their place along the rows at once.
+  alignas(64) Real rounded[kPaired ? P : 1][kPaired ? kMaxRows * kLanes : 1];
+  const int64_t rows = args.tiles * kTile;
+  const Vec<Real> filter = broadcast(args.filter);
+
+  auto panels_at = [&](auto count, int64_t panel) {
+    constexpr int kCount = decltype(count)::value;
+    Real* p[kCount];
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kPaired)
+        p[i] = rounded[i];
+      else
+        p[i] = args.along_rows + (panel + i) * args.along_rows_stride;
+    }
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, cosines);
+      if (tile.data != cosines && t + 1 < args.tiles)
+        for (int i = 0; i < kCount; ++i)
+          for (int64_t k = 0; k < kTile * kLanes; k += 64 / sizeof(Real))
+            __builtin_prefetch(tile.data + i * tile.panel_stride + kTile * kLanes + k);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
+        const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
+        for (int i = 0; i < kCount; ++i) {
+          const int64_t first = (panel + i) * kLanes;
+          const Negatives<Unit> c(tile.data + i * tile.panel_stride + m * kLanes,
+                                  args.target[r] - first, args.num_classes - first);
+          for (int v = 0; v < kV; ++v) {
+            const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+            store(p[i] + r * kLanes + v * kWidth<Real>,
+                  c.value[v] > filter ? Vec<Real>{} : e * factor);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < kCount; ++i)
+      emit<Unit>(p[i], rows, args.along_rows + (panel + i) * args.along_rows_stride,
+                 args.along_classes + (panel + i) * kGroup * kLanes, args.along_classes_stride);
+  };
+  int64_t panel = 0;
+  for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
+  for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
+}
+
+}  // namespace
+}  // namespace unicom::cpu
