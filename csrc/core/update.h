@@ -15,10 +15,6 @@ struct ScalarMath {
   UNICOM_HD static Real sqrt(Real x) {
     return std::sqrt(x);
   }
-  template <class Real>
-  UNICOM_HD static Real quotient(Real a, Real b) {
-    return a / b;
-  }
 };
 
 // ---- AdamW (Loshchilov and Hutter, arXiv:1711.05101)
@@ -74,8 +70,8 @@ UNICOM_HD_INLINED void adamw_second_moment(const AdamWStep<Real>& s, Value squar
 template <class Math, class Value, class Real>
 UNICOM_HD_INLINED void adamw_parameter(const AdamWStep<Real>& s, Value first, Value second,
                                        Value* parameter) {
-  *parameter = *parameter * s.decay -
-               Math::quotient(s.step_size * first, Math::sqrt(second) * s.root_gain + s.eps);
+  *parameter =
+      *parameter * s.decay - s.step_size * first / (Math::sqrt(second) * s.root_gain + s.eps);
 }
 
 // ---- SGD with momentum, and its missed steps

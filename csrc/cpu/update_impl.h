@@ -13,19 +13,10 @@ typedef uint16_t ShortVec __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2)));
 typedef uint16_t ShortLoad
     __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2), aligned(2), may_alias));
 
-// With 512 bits, roots and quotients are an estimate and one Newton step, which is right to about
-// two units in the last place and three times as fast as the instructions: those two would be most
-// of an AdamW step's arithmetic.
 struct VectorMath {
   static UNICOM_INLINE Vec<float> sqrt(Vec<float> x) {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    const auto v = reinterpret_cast<__m512>(x);
-    const __m512 estimate = _mm512_rsqrt14_ps(v), root = _mm512_mul_ps(v, estimate);
-    const __m512 error = _mm512_fnmadd_ps(root, estimate, _mm512_set1_ps(1.0f));
-    const __m512 half = _mm512_mul_ps(root, _mm512_set1_ps(0.5f));
-    constexpr int kZeroOrInfinity = 0x02 | 0x04 | 0x08;  // they are their own roots
-    return reinterpret_cast<Vec<float>>(_mm512_mask_mov_ps(
-        _mm512_fmadd_ps(half, error, root), _mm512_fpclass_ps_mask(v, kZeroOrInfinity), v));
+    return reinterpret_cast<Vec<float>>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
 #elif defined(__AVX__) && UNICOM_VECTOR_BYTES == 32
     return reinterpret_cast<Vec<float>>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
 #else
@@ -37,23 +28,6 @@ struct VectorMath {
     for (int i = 0; i < kWidth<double>; ++i) x[i] = std::sqrt(x[i]);
     return x;
   }
-
-  static UNICOM_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
-    const __mmask16 usual = _mm512_cmp_ps_mask(y, _mm512_set1_ps(1e-30f), _CMP_GT_OQ) &
-                            _mm512_cmp_ps_mask(y, _mm512_set1_ps(1e30f), _CMP_LT_OQ);
-    const __m512 estimate = _mm512_rcp14_ps(y);
-    const __m512 error = _mm512_fnmadd_ps(y, estimate, _mm512_set1_ps(1.0f));
-    __m512 result = _mm512_mul_ps(x, _mm512_fmadd_ps(estimate, error, estimate));
-    if (__builtin_expect(usual != 0xffff, false))
-      result = _mm512_mask_mov_ps(_mm512_div_ps(x, y), usual, result);
-    return reinterpret_cast<Vec<float>>(result);
-#else
-    return a / b;
-#endif
-  }
-  static UNICOM_INLINE Vec<double> quotient(Vec<double> a, Vec<double> b) { return a / b; }
 };
 
 // ---- values in memory as vectors of Real
