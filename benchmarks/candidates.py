@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -47,6 +47,15 @@ class Shape:
     def weight_bytes(self) -> int:
         """Size of the prototypes, and of their dense gradient."""
         return self.classes * self.dim * 4
+
+    def record(self) -> dict[str, int | float]:
+        """As it goes into the JSON."""
+        return {
+            **asdict(self),
+            "num_sampled": self.num_sampled,
+            "num_features": self.num_features,
+            "weight_bytes": self.weight_bytes,
+        }
 
 
 class Prototypes:

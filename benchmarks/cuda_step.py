@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -358,12 +358,7 @@ def run(
         result = {
             "benchmark": "head_step",
             "name": name,
-            "shape": {
-                **asdict(shape),
-                "num_sampled": shape.num_sampled,
-                "num_features": shape.num_features,
-                "weight_bytes": shape.weight_bytes,
-            },
+            "shape": shape.record(),
             "rounds": rounds,
             "machine": machine,
             "ceilings": ceilings,

@@ -92,12 +92,7 @@ def compare(
     return {
         "benchmark": "head_step",
         "name": name,
-        "shape": {
-            **asdict(shape),
-            "num_sampled": shape.num_sampled,
-            "num_features": shape.num_features,
-            "weight_bytes": shape.weight_bytes,
-        },
+        "shape": shape.record(),
         "rounds": rounds,
         "threads": threads,
         "machine": describe_machine(),

@@ -13,7 +13,7 @@ from helpers import (
     truth,
 )
 
-from unicom_ext import reference
+from unicom_ext import _core, cpu_capability, reference
 from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
@@ -76,6 +76,17 @@ def test_what_is_kept_for_backward_changes_nothing(shape, options, capability):
         again = solve(partial_margin_softmax, problem.having(workspace_bytes=workspace_bytes))
         for a, b in zip(again, kept, strict=True):
             assert torch.equal(a, b), workspace_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", _core.cpu_capabilities())
+def test_more_is_kept_than_caches_hold(name, precision):
+    problem = random_problem(513, 4200, 13, closeness=0.5, precision=precision)  # 8.6 MB
+    with cpu_capability(name):
+        kept = solve(partial_margin_softmax, problem)
+        again = solve(partial_margin_softmax, problem.having(workspace_bytes=0))
+    for a, b in zip(again, kept, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)

@@ -27,6 +27,7 @@ from unicom_ext import checkpoint
 from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.files import write_atomically
+from unicom_ext.optim import RowAdamW
 from unicom_ext.retrieval import baselines, evaluate
 from unicom_ext.settings import ConfigError, read_toml
 from unicom_ext.train import driver, report
@@ -126,6 +127,23 @@ def test_learns(tmp_path, no_report):
     after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
     assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
     assert after > before + 0.5
+
+
+def test_learns_by_rows_that_were_sampled_and_resumes(tmp_path, no_report):
+    config = dataclasses.replace(TINY, width=4, epochs=8, augment=0.0, prototype_update="rows")
+    whole = run(tmp_path / "whole", config=config)
+    assert np.mean(whole["loss"][-7:]) < 0.8 * np.mean(whole["loss"][:7])
+
+    def stop(done):
+        if done == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(driver.Interrupted):
+        run(tmp_path / "parts", config=config, on_step=stop)
+    parts = run(tmp_path / "parts", config=config, resume=True)
+    assert apart_from_timing(parts) == apart_from_timing(whole)
+    assert_same_bits(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    assert isinstance(driver.Trainer(config, DATA[0]).optimizer, RowAdamW)
 
 
 def test_metrics_file_is_complete(finished):
