@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_problem
@@ -254,12 +255,26 @@ def test_a_feature_rate_that_leaves_no_dimension():
 
 
 @pytest.mark.parametrize("name", ["embedding_size", "num_classes"])
-@pytest.mark.parametrize("size", [0, -5, 2.5, "7", None])
+@pytest.mark.parametrize("size", [0, -5, 2.5, "7", None, True])
 def test_sizes_are_positive_integers(name, size):
     sizes = {"embedding_size": D, "num_classes": C, name: size}
     with pytest.raises((ValueError, TypeError), match=name) as caught:
         PartialMarginSoftmax(**sizes)
     assert_says(str(caught.value), [">= 1", repr(size)])
+
+
+def test_sizes_and_seed_may_be_numpys():
+    labels = np.array([3, 0, 49])
+    module = PartialMarginSoftmax(np.int32(D), labels.max() + 1, seed=np.int64(3))
+    assert (module.embedding_size, module.num_classes, module.seed) == (D, 50, 3)
+    assert all(type(n) is int for n in (module.embedding_size, module.num_classes, module.seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, "float32"])
+def test_prototypes_are_floating_point(dtype):
+    with pytest.raises(TypeError, match="dtype must be") as caught:
+        PartialMarginSoftmax(D, C, dtype=dtype)
+    assert_says(str(caught.value), ["torch.bfloat16", repr(dtype)])
 
 
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 0.5, "a", None])

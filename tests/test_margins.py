@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
-numbers = st.floats(-4, 4)
+numbers = st.floats(-3, 3)
 per_sample = st.lists(numbers, min_size=1, max_size=5).map(torch.tensor)
 values = numbers | per_sample
 margins = (
@@ -108,3 +109,12 @@ def test_the_angle_factor_is_positive(m1):
 def test_the_angle_factor_is_one_number():
     with pytest.raises(TypeError, match="m1 must be a finite number > 0, got Tensor"):
         SphereFace(torch.ones(3))
+
+
+def test_degrees_are_noticed():
+    for make in (ArcFace, lambda m2: CombinedMargin(m2=m2)):
+        with pytest.warns(UserWarning, match="m2 is in radians.* 28.6 degrees would be 0.499"):
+            make(28.6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ArcFace(math.pi)

@@ -648,12 +648,17 @@ def compiled(group, whole, options):
         for got, expected in zip(
             torch.autograd.grad(loss, (x, module.weight), upstream), right, strict=True
         ):
+            got, expected = (g.to_dense() if g.is_sparse else g for g in (got, expected))
             torch.testing.assert_close(got, expected)
         drawn.add(tuple(module.last_selection.feature_index.tolist()))
     return len(drawn)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"want_metrics": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none"}, {"want_metrics": True}, {"sparse_grad": True}],
+    ids=str,
+)
 def test_one_graph_holds_the_whole_step(ranks, options):
     options = {"uneven_batches": False, **options}
     assert ranks.run(2, compiled, True, options) == [3, 3]

@@ -162,3 +162,22 @@ def test_one_optimizer_trains_encoder_and_prototypes():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("sample_rate", [0.2, 1.0])
+def test_a_compiled_step_gives_the_same_rows(sample_rate):
+    torch.compiler.reset()
+    modules = [make(sample_rate=sample_rate) for _ in range(2)]
+    optimizers = [RowAdamW([module.weight], lr=0.1) for module in modules]
+    calls = modules[0], torch.compile(modules[1], fullgraph=True)
+    for seed in range(3):
+        for call, optimizer in zip(calls, optimizers, strict=True):
+            x, labels = batch(seed)
+            optimizer.zero_grad()
+            call(x.requires_grad_(), labels).backward()
+            optimizer.step()
+        eager, compiled = (module.weight.grad for module in modules)
+        assert compiled.is_sparse
+        assert torch.equal(compiled.to_dense(), eager.to_dense())
+        assert torch.equal(modules[1].weight, modules[0].weight)
+    torch.compiler.reset()

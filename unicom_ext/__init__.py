@@ -46,15 +46,19 @@ _HOME = {
     "set_cpu_capability": "cpu",
 }
 _SUBMODULES = (
+    "checkpoint",
+    "cluster",
     "cpu",
     "data",
     "functional",
+    "gradients",
     "loss",
     "margins",
     "optim",
     "reference",
     "retrieval",
     "sampling",
+    "sharding",
 )
 
 

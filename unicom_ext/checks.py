@@ -7,12 +7,30 @@ operators do that.
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from unicom_ext.margins import CombinedMargin
+
+
+def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    """Any kind of whole number, NumPy's too, as an int in [low, high]."""
+    if (low, high) == (-(2**63), 2**63 - 1):
+        allowed = "that fits in int64"
+    else:
+        allowed = f">= {low}" if high == 2**63 - 1 else f"in [{low}, {high}]"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be an integer {allowed}, got {number}")
+    return number
 
 
 def check_options(
@@ -54,6 +72,11 @@ def check_options(
 
 
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_dtype(dtype: object) -> None:
+    if dtype is not None and dtype not in _FLOATING:
+        raise TypeError(f"dtype must be None or one of {_FLOATING}, got {dtype!r}")
 
 
 def check_tensors(

@@ -83,6 +83,7 @@ def partial_margin_softmax(
             continuation, so that psi stays monotone.
         precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
             ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
+            On CPUs ``"fp16"`` is computed as fp32.
             ``"auto"`` is fp32; under autocast it is fp16 on CUDA (unit vectors need no range, and
             fp16 has three more bits than bf16), and bf16 on CPUs that have bf16 instructions.
         sparse_grad: the gradient of `prototypes` becomes a sparse COO tensor holding the rows of S.

@@ -119,11 +119,10 @@ class PartialMarginSoftmax(nn.Module):
         margin = ArcFace(0.3) if margin is None else margin
         failure = None
         try:
-            for name, value in (("embedding_size", embedding_size), ("num_classes", num_classes)):
-                if not isinstance(value, int) or value < 1:
-                    raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-            if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-                raise ValueError(f"seed must be an integer that fits in int64, got {seed!r}")
+            embedding_size = checks.integer("embedding_size", embedding_size, 1)
+            num_classes = checks.integer("num_classes", num_classes, 1)
+            seed = checks.integer("seed", seed)
+            checks.check_dtype(dtype)
             checks.check_options(
                 margin,
                 scale,

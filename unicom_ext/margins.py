@@ -11,6 +11,7 @@ subtracted from the cosine (CosFace). They really combine: none is ignored becau
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from numbers import Real
 
@@ -30,8 +31,8 @@ class CombinedMargin:
     The margin is a constant of the loss: no gradient goes to m2 or m3. Two margins are equal when
     they are the same function psi, whichever class they were written with.
 
-    Raises TypeError for a wrong kind of value and ValueError for a wrong value; the values inside
-    a tensor are not looked at.
+    Raises TypeError for a wrong kind of value and ValueError for a wrong value, and warns of an m2
+    beyond pi, which is likely one in degrees; the values inside a tensor are not looked at.
     """
 
     m1: float = 1.0
@@ -44,6 +45,12 @@ class CombinedMargin:
             raise ValueError(f"m1 must be a finite number > 0, got {m1}")
         object.__setattr__(self, "m1", m1)
         object.__setattr__(self, "m2", _number_or_per_sample("m2", self.m2))
+        if not isinstance(self.m2, Tensor) and abs(self.m2) > math.pi:
+            warnings.warn(
+                f"m2 is in radians, and {self.m2:g} is more than half a turn; {self.m2:g} degrees "
+                f"would be {math.radians(self.m2):.3g}",
+                stacklevel=4,
+            )
         object.__setattr__(self, "m3", _number_or_per_sample("m3", self.m3))
 
     def __eq__(self, other: object) -> bool:

@@ -23,15 +23,17 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
     """Rows [n, d] of a [C, d] gradient as a COO tensor; ids None: all rows are there.
 
     Past `count` the last id is repeated with zero rows. They are cut off on the CPU, where the
-    count is at hand; elsewhere reading it would make the host wait, so they stay. Where the count
-    is 0, that is a single row's id, with zeros.
+    count is at hand; elsewhere reading it would make the host wait, so they stay, and so they do in
+    compiled graphs, where it would be a shape that depends on data. Where the count is 0, that is a
+    single row's id, with zeros.
     """
     if ids is None:
         ids = torch.arange(shape[0], device=rows.device)
+    traced = type(ids) is not Tensor
     padded = count is not None
-    if padded and count.device.type == "cpu":
+    if padded and count.device.type == "cpu" and not traced:
         ids, rows, padded = ids[:count], rows[:count], False
-    if type(ids) is Tensor:  # not while it is traced
+    if not traced:
         _note_merged(ids, count if padded else None)
     return torch.sparse_coo_tensor(
         ids.unsqueeze(0), rows, shape, is_coalesced=not padded, check_invariants=False

@@ -7,7 +7,6 @@ kept is PartialFC (arXiv:2203.15565); feature selection is UNICOM (arXiv:2304.05
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from numbers import Real
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from unicom_ext import _core
+from unicom_ext.checks import integer
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -56,9 +56,9 @@ def select_classes(
         ValueError: a value is out of range; a bad positive is named with its position.
         TypeError: an argument has the wrong type.
     """
-    num_classes = _integer("num_classes", num_classes, 1, _core.MAX_CLASSES)
-    stop = num_classes if stop is None else _integer("stop", stop, 0, num_classes)
-    start = _integer("start", start, 0, stop)
+    num_classes = integer("num_classes", num_classes, 1, _core.MAX_CLASSES)
+    stop = num_classes if stop is None else integer("stop", stop, 0, num_classes)
+    start = integer("start", start, 0, stop)
     labels = _class_ids(positives)
     # Every id must be a class: an ignore_index that is a class itself excuses nothing.
     bad = _core.find_bad_label(labels, num_classes, ignore_index=0)
@@ -71,8 +71,8 @@ def select_classes(
         labels,
         num_classes,
         num_sampled_classes(num_classes, rate, name="rate"),
-        seed=_integer("seed", seed),
-        step=_integer("step", step),
+        seed=integer("seed", seed),
+        step=integer("step", step),
         ignore_index=-1,
         start=start,
         stop=stop,
@@ -96,10 +96,10 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
         ValueError: a value is out of range, or the rate gives zero dimensions.
         TypeError: an argument has the wrong type.
     """
-    dim = _integer("dim", dim, 1)
+    dim = integer("dim", dim, 1)
     count = num_selected_features(dim, rate, name="rate")
     feature_index = _core.select_features(
-        dim, count, seed=_integer("seed", seed), step=_integer("step", step)
+        dim, count, seed=integer("seed", seed), step=integer("step", step)
     )
     return torch.from_numpy(feature_index)
 
@@ -115,16 +115,6 @@ def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") 
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count
-
-
-def _integer(name: str, value: int, low: int = -(2**63), high: int = 2**63 - 1) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {number}")
-    return number
 
 
 def _rate(name: str, value: float) -> float:
