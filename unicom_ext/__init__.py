@@ -48,6 +48,7 @@ _HOME = {
 _SUBMODULES = (
     "checkpoint",
     "cluster",
+    "compat",
     "cpu",
     "data",
     "functional",
