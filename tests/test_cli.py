@@ -11,12 +11,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from test_train import DATA
 
 import unicom_ext
-from unicom_ext import cli, devices
+from unicom_ext import cli, devices, doctor, retrieval
 from unicom_ext.data import glyphs
 
 TINY = [
@@ -54,7 +56,9 @@ def run(*arguments, **options):
 def test_help_names_the_commands_and_is_not_heavy():
     result = run("--help")
     assert result.returncode == 0, result.stderr
-    for command in ("train", "bench", "doctor"):
+    for command in (
+        "train", "cluster", "extract", "evaluate", "report", "checkpoint", "bench", "doctor"
+    ):  # fmt: skip
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
     heavy = "import sys, unicom_ext.cli; print([m for m in %r if m in sys.modules])"
     modules = ["torch", "numpy", "matplotlib", "rich"]
@@ -177,6 +181,126 @@ def test_bench_without_a_checkout_says_where_to_get_it(tmp_path, monkeypatch):
     assert "Clone the source repository" in " ".join(result.output.split())
 
 
+# ---- report --------------------------------------------------------------------------------------
+
+
+def test_report_of_a_finished_training(tmp_path, tiny_glyphs):
+    trained = invoke("train", "--output", tmp_path, *TINY)
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "report.html").read_text() == page
+    table = trained.output[trained.output.index("Recall@1 on unseen") :]
+    assert table in result.output
+
+
+def test_report_of_a_training_that_is_not_finished(tmp_path, tiny_glyphs, no_report):
+    invoke("train", "--output", tmp_path, *TINY)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "step": 3}))
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 1
+    assert "stands at step 3 of 8" in result.output
+    assert f"train --output {tmp_path} --resume" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("notes.txt", "", "neither metrics.json"),
+        ("clusters.json", "{", "cannot be read"),
+        ("metrics.json", "{}", "cannot be read"),
+    ],
+)
+def test_report_of_something_else(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    result = invoke("report", tmp_path)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.split())
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dump(tmp_path):
+    """Features of both kinds in two shards, and labels; row 3 is not labelled."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 40)
+    labels[3] = -1
+    for kind in ("img_emb", "text_emb"):
+        (tmp_path / kind).mkdir()
+        rows = (np.eye(6, 8)[labels] + 0.4 * rng.normal(size=(40, 8))).astype(np.float16)
+        np.save(tmp_path / kind / f"{kind}_0000.npy", rows[:25])
+        np.save(tmp_path / kind / f"{kind}_0001.npy", rows[25:])
+    np.save(tmp_path / "labels.npy", labels)
+    (tmp_path / "clusters").mkdir()
+    np.save(tmp_path / "clusters" / "labels_0000.npy", labels[:25])
+    np.save(tmp_path / "clusters" / "labels_0001.npy", labels[25:])
+    return tmp_path
+
+
+def rows_of(dump, kind="img_emb"):
+    shards = [np.load(dump / kind / f"{kind}_{i:04d}.npy") for i in range(2)]
+    return torch.from_numpy(np.concatenate(shards)).float()
+
+
+@pytest.mark.parametrize("labels", ["labels.npy", "clusters"])
+def test_evaluate_prints_and_writes_what_the_function_returns(dump, labels):
+    output = dump / "figures.json"
+    result = invoke(
+        "evaluate", dump, "--labels", dump / labels, "--dims=4,8", "--recall-at=1,3",
+        "--output", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    known = torch.from_numpy(np.load(dump / "labels.npy"))
+    right = retrieval.evaluate(rows_of(dump)[known >= 0], known[known >= 0], dims=[4, 8], ks=[1, 3])
+    assert 0.2 < right[0].recall[1] < right[1].recall[1] < 1
+    lines = [line.split() for line in result.output.splitlines()]
+    assert lines[0] == ["dimensions", "Recall@1", "Recall@3", "mAP@R"]
+    for line, r, saved in zip(lines[1:3], right, json.loads(output.read_text()), strict=True):
+        figures = [*r.recall.values(), r.map_at_r]
+        assert line == [str(r.dim), *(f"{x:.4f}" for x in figures)]
+        assert [*saved["recall"].values(), saved["map_at_r"]] == figures
+    assert lines[3] == ["39", "queries"]
+
+
+def test_evaluate_of_both_kinds_in_a_gallery(dump):
+    parts = ["--labels", dump / "labels.npy", "--gallery", dump, "--gallery-labels"]
+    result = invoke("evaluate", dump, *parts, dump / "clusters", "--joint=concat")
+    assert result.exit_code == 0, result.output
+    assert result.output.splitlines()[1].split()[:2] == ["16", "1.0000"]  # finds itself
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels=nowhere.npy"], "labels: nowhere.npy cannot be read"),
+        (["--labels={}/img_emb"], "there is no labels_*.npy"),
+        (["--labels={}/img_emb/img_emb_0000.npy"], "must be integers [40], one for each row"),
+        (["--labels={}/labels.npy", "--gallery={}"], "give both or neither"),
+        (["--labels={}/labels.npy", "--dims=9"], "dims: got [9], must be"),
+        (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
+        (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),
+        (["--labels={}/labels.npy", "--output={}/no/f.json"], "No such file or directory"),
+    ],
+)
+def test_bad_input_of_evaluate(dump, arguments, message):
+    result = invoke("evaluate", dump, *(a.format(dump) for a in arguments))
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.split())
+
+
+def test_help_lists_the_choices():
+    text = invoke("cluster", "--help").output
+    for choices in ("[image|text|average|concat]", "[unicom|faiss]", "[auto|fp32|bf16|int8]"):
+        assert choices in text
+    assert "[dense|rows]" in invoke("train", "--help").output
+
+
 # ---- doctor --------------------------------------------------------------------------------------
 
 
@@ -258,9 +382,9 @@ def test_doctor_tells_of_a_cuda_compiler_that_does_not_run(tmp_path, monkeypatch
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.1'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert cli._nvcc() == f"{nvcc}  Cuda compilation tools, release 13.0, V13.0.1"
+    assert doctor._nvcc() == f"{nvcc}  Cuda compilation tools, release 13.0, V13.0.1"
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert "does not run" in cli._nvcc()
+    assert "does not run" in doctor._nvcc()
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cli._nvcc() is None
+    assert doctor._nvcc() is None

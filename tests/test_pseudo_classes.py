@@ -136,11 +136,14 @@ def test_features_then_clusters(tmp_path, monkeypatch):
     dump, output = tmp_path / "dump", tmp_path / "clusters"
     text = invoke("extract", "--output", dump, "--dim", 8)
     assert f"cluster {dump}" in text
-    invoke(
+    said = invoke(
         "cluster", dump, "--joint", "concat", "--clusters", TRAIN.num_classes, "--passes", 4,
         "--true-labels", dump / "true_labels.npy", "--images", dump / "images.npy",
         "--output", output,
     )  # fmt: skip
+    summary = invoke("report", output).splitlines()
+    assert summary[0].startswith(f"{len(TRAIN):,} rows in ")
+    assert all(line in said for line in summary)
     facts = json.loads((output / "clusters.json").read_text())
     assert facts["rows"]["clustered"] == len(TRAIN)
     assert len(facts["source"]["shards"]) > 1

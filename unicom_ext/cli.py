@@ -7,21 +7,23 @@ where the rest does not.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from unicom_ext.cluster.config import ClusterConfig
+from unicom_ext.cluster.config import JOINTS, ClusterConfig
 from unicom_ext.settings import ConfigError, Settings, parse_list, read_toml, setting_types
 from unicom_ext.train.config import Config
+
+if TYPE_CHECKING:
+    from unicom_ext.retrieval import Result
 
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
@@ -43,10 +45,11 @@ def _setting_options(settings: type[Settings]) -> Callable[[Callable], Callable]
             wanted, default = types[setting.name], setting.default
             is_list = isinstance(default, tuple)
             shown = ",".join(map(str, default)) if is_list else default
+            choices = setting.metadata.get("choices")
             command = click.option(
                 f"--{setting.name.replace('_', '-')}",
                 type=str if is_list else wanted,
-                metavar="LIST" if is_list else None,
+                metavar="LIST" if is_list else choices and f"[{'|'.join(choices)}]",
                 help=f"{setting.metadata['help']}  [default: {shown}]",
             )(command)
         return command
@@ -87,6 +90,10 @@ def train(
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
 
+    _train(config, output, resume, overwrite)
+
+
+def _train(config: Config, output: Path, resume: bool, overwrite: bool = False) -> None:
     _spin_briefly()
     from rich.console import Console
 
@@ -126,6 +133,39 @@ def train(
         return
     console.print(report.table(metrics))
     console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def report(directory: Path) -> None:
+    """Show what is in DIRECTORY, the output of `train` or `cluster`.
+
+    Of a finished training, report.html is written again.
+    """
+    try:
+        if (directory / "clusters.json").exists():
+            from unicom_ext.cluster import results
+
+            facts = json.loads((directory / "clusters.json").read_text())
+            for line in results.summary(facts):
+                click.echo(line)
+            return
+        if not (directory / "metrics.json").exists():
+            raise click.ClickException(
+                f"{directory}: has neither metrics.json, as `train` writes it after its first "
+                "checkpoint, nor clusters.json of `cluster`"
+            )
+        metrics = json.loads((directory / "metrics.json").read_text())
+        config = Config.from_mapping(read_toml(directory / "config.toml"))
+        step, steps = metrics["step"], metrics["steps"]
+    except (ConfigError, OSError, ValueError, KeyError) as error:
+        raise click.ClickException(f"{directory}: cannot be read: {error}") from None
+    if step < steps:
+        raise click.ClickException(
+            f"{directory}: stands at step {step} of {steps}. To go on:\n"
+            f"  {_program()} train --output {directory} --resume"
+        )
+    _train(config, directory, resume=True)
 
 
 def _broken(error: Exception) -> str:
@@ -277,6 +317,90 @@ def cluster(
         click.echo(f"Written: {output}")
 
 
+# ---- evaluate ------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option(
+    "--labels", type=click.Path(path_type=Path), required=True,
+    help=".npy file of integers, one for each row, or a directory of labels_*.npy. Rows with a "
+    "negative label take no part.",
+)  # fmt: skip
+@click.option(
+    "--gallery", type=click.Path(path_type=Path),
+    help="Feature files to search in; without it each row is searched among the others.",
+)  # fmt: skip
+@click.option("--gallery-labels", type=click.Path(path_type=Path), help="Labels of the gallery.")
+@click.option("--dims", metavar="LIST", help="Leading dimensions to evaluate at.  [default: all]")
+@click.option(
+    "--recall-at", "ks", metavar="LIST", default="1,5,10", show_default=True,
+    help="K of Recall@K.",
+)  # fmt: skip
+@click.option(
+    "--joint", type=click.Choice(JOINTS), default="image", show_default=True,
+    help="The features: of the image, of the text, or of both.",
+)  # fmt: skip
+@click.option(
+    "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for the figures."
+)
+def evaluate(
+    features: Path,
+    labels: Path,
+    gallery: Path | None,
+    gallery_labels: Path | None,
+    dims: str | None,
+    ks: str,
+    joint: str,
+    output: Path | None,
+) -> None:
+    """Recall@K and mAP@R of the feature files FEATURES by exact cosine search.
+
+    FEATURES is what `cluster` takes; all of it is read into memory.
+    """
+    try:
+        wanted_dims = None if dims is None else _whole_numbers("dims", dims)
+        wanted_ks = _whole_numbers("recall-at", ks)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        from unicom_ext.retrieval.files import evaluate_files
+    except (ImportError, OSError) as error:
+        raise click.ClickException(_broken(error)) from None
+    try:
+        results = evaluate_files(
+            features, labels, gallery, gallery_labels, joint=joint, dims=wanted_dims, ks=wanted_ks
+        )
+        if output is not None:
+            output.write_text(json.dumps([result._asdict() for result in results], indent=1))
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    for line in _retrieval_table(results):
+        click.echo(line)
+
+
+def _retrieval_table(results: list[Result]) -> Iterator[str]:
+    columns = ["dimensions", *(f"Recall@{k}" for k in results[0].recall), "mAP@R"]
+    yield "  ".join(columns)
+    for result in results:
+        figures = [f"{x:.4f}" for x in (*result.recall.values(), result.map_at_r)]
+        cells = zip([str(result.dim), *figures], columns, strict=True)
+        yield "  ".join(cell.rjust(len(column)) for cell, column in cells)
+    counts = f"{results[0].num_queries:,} queries"
+    if results[0].num_excluded:
+        counts += f"; {results[0].num_excluded:,} without another item of their label left out"
+    yield counts
+
+
+def _whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return parse_list(tuple[int, ...], text)
+    except ValueError:
+        raise ConfigError(
+            f"{name}: got {text!r}, must be a comma-separated list of whole numbers"
+        ) from None
+
+
 # ---- checkpoint ----------------------------------------------------------------------------------
 
 
@@ -352,105 +476,10 @@ def doctor() -> None:
 
     The exit status is 1 if something is wrong.
     """
-    problems: list[str] = []
-    for section in (_show_versions, _show_build, _show_devices):
-        for line in section(problems):
-            click.echo(line)
-    click.echo()
-    for problem in problems:
-        click.echo(f"PROBLEM  {problem}")
-    if problems:
+    from unicom_ext.doctor import examine
+
+    if not examine(click.echo):
         sys.exit(1)
-    click.echo("Everything works.")
-
-
-def _line(name: str, value: object) -> str:
-    return f"{name:<16}{value}"
-
-
-def _show_versions(problems: list[str]) -> Iterator[str]:
-    yield _line("python", f"{platform.python_version()}  {sys.executable}")
-    yield _line("platform", platform.platform())
-    for package in ("unicom_ext", "torch", "numpy"):
-        try:
-            yield _line(package, metadata.version(package))
-        except metadata.PackageNotFoundError:
-            yield _line(package, "not installed")
-            # From a checkout that is merely on the path everything may work all the same.
-            if package != "unicom_ext":
-                problems.append(f"{package} is not installed.\n  To mend it: pip install {package}")
-
-
-def _show_build(problems: list[str]) -> Iterator[str]:
-    """Both extension modules; the tensor-free one loads without torch."""
-    package = Path(__file__).resolve().parent
-    try:
-        from unicom_ext import _core
-    except Exception as error:  # a broken binary may raise anything
-        yield _line("core", "does not load")
-        problems.append(_extension_problem("unicom_ext._core", package, "_core*.so", error))
-    else:
-        for name, value in _core.build_info().items():
-            yield _line(name.replace("_", " "), value)
-        yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
-    try:
-        from unicom_ext import devices
-    except Exception as error:
-        yield _line("operators", "do not load")
-        problems.append(_extension_problem("unicom_ext._C", package, "_C*.so", error))
-    else:
-        yield _line("operators", "for the CPU and CUDA" if devices.HAS_CUDA else "for the CPU")
-
-
-def _extension_problem(name: str, package: Path, pattern: str, error: Exception) -> str:
-    rebuild = "pip install --no-build-isolation -e .   (in the source checkout)"
-    if not list(package.glob(pattern)):
-        return (
-            f"{name} has not been built: there is no {package / pattern}.\n  To mend it: {rebuild}"
-        )
-    return (
-        f"{name} does not load: {type(error).__name__}: {error.__cause__ or error}\n"
-        f"  It may be of another Python, torch or machine. To mend it: {rebuild}"
-    )
-
-
-def _show_devices(problems: list[str]) -> Iterator[str]:
-    try:
-        import torch
-    except ImportError as error:
-        problems.append(f"torch does not load: {error}\n  To mend it: pip install torch")
-        return
-    yield _line("threads", f"{torch.get_num_threads()} of {os.cpu_count()} CPUs")
-    if torch.version.cuda is None:
-        yield _line("torch CUDA", "this torch is built without CUDA")
-    elif torch.cuda.is_available():
-        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        yield _line("torch CUDA", f"{torch.version.cuda}, {names}")
-        if not list(Path(__file__).resolve().parent.glob("_C_cuda.so")):
-            problems.append(
-                "torch has a GPU, but unicom_ext was built without CUDA.\n  To mend it: install "
-                f"the CUDA toolkit {torch.version.cuda} (nvcc on the PATH, or CUDA_HOME), then "
-                "pip install --no-build-isolation -e .   (in the source checkout)"
-            )
-    else:
-        yield _line("torch CUDA", f"{torch.version.cuda}, but no usable GPU was found")
-    yield _line("nvcc", _nvcc() or "not found")
-
-
-def _nvcc() -> str | None:
-    """Path and release of the CUDA compiler."""
-    home = os.environ.get("CUDA_HOME")
-    path = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
-    if not path:
-        return None
-    try:
-        text = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"{path}, which does not run: {error}"
-    release = next((line for line in text.splitlines() if "release" in line), "").strip()
-    return f"{path}  {release}"
 
 
 if __name__ == "__main__":

@@ -40,6 +40,12 @@ def rate(default: float, help: str) -> Any:
     return setting(default, help, "a number in (0, 1]", lambda v: 0 < v <= 1)
 
 
+def one_of(default: str, help: str, choices: tuple[str, ...]) -> Any:
+    allowed = " or ".join(choices)
+    metadata = {"help": help, "allowed": allowed, "accepts": choices.__contains__}
+    return field(default=default, metadata={**metadata, "choices": choices})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every command share.

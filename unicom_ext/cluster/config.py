@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unicom_ext.settings import ConfigError, Settings, not_negative, rate, setting, whole
+from unicom_ext.settings import ConfigError, Settings, not_negative, one_of, rate, setting, whole
 
 JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")
@@ -14,10 +14,6 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
 FREE_TO_CHANGE = ("passes", "tolerance", "precision", "threads", "min_size", "min_cosine")
-
-
-def _one_of(default: str, help: str, choices: tuple[str, ...]) -> str:
-    return setting(default, help, " or ".join(choices), choices.__contains__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class ClusterConfig(Settings):
     tolerance: float = not_negative(
         1e-4, "stop when a pass improves the objective by less than this share; 0: never"
     )
-    joint: str = _one_of("image", "the features: of the image, of the text, or of both", JOINTS)
+    joint: str = one_of("image", "the features: of the image, of the text, or of both", JOINTS)
     image_weight: float = setting(
         0.5, "share of the image in average and concat", "a number in (0, 1)", lambda v: 0 < v < 1
     )
@@ -38,7 +34,7 @@ class ClusterConfig(Settings):
         "kmeans++, random, or the name of a .npy file",
         lambda v: v in INITS or v.endswith(".npy"),
     )  # fmt: skip
-    method: str = _one_of(
+    method: str = one_of(
         "lloyd", "lloyd: whole passes; minibatch: an update after each batch; two-level: coarse "
         "clusters first, then fine ones inside each, for k >= 100,000", METHODS,
     )  # fmt: skip
@@ -56,8 +52,8 @@ class ClusterConfig(Settings):
         "a number in [0, 1]", lambda v: 0 <= v <= 1,
     )  # fmt: skip
     seed: int = setting(0, "of every draw", "0 .. 2^32 - 1", lambda v: 0 <= v < 2**32)
-    engine: str = _one_of("unicom", "what finds the nearest centroid", ENGINES)
-    precision: str = _one_of(
+    engine: str = one_of("unicom", "what finds the nearest centroid", ENGINES)
+    precision: str = one_of(
         "auto", "of the unicom engine's products; the result is the same", PRECISIONS
     )
     image_column: str = setting("image_embedding", "column in Parquet files", "a name", bool)

@@ -8,7 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unicom_ext.settings import ConfigError, Settings, not_negative, positive, rate, setting, whole
+from unicom_ext.settings import (
+    ConfigError,
+    Settings,
+    not_negative,
+    one_of,
+    positive,
+    rate,
+    setting,
+    whole,
+)
 
 BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.retrieval.baselines has them
 UPDATES = ("dense", "rows")
@@ -46,13 +55,10 @@ class Config(Settings):
     scale: float = positive(32.0, "s, which multiplies the cosines")
     sample_rate: float = rate(0.5, "share of the classes in each step's softmax")
     feature_rate: float = rate(0.75, "share of the dimensions in each step's softmax")
-    precision: str = setting(
-        "auto", "operands of the loss", " or ".join(PRECISIONS), PRECISIONS.__contains__
+    precision: str = one_of("auto", "operands of the loss", PRECISIONS)
+    prototype_update: str = one_of(
+        "dense", "all prototypes in each step (AdamW), or the sampled ones (RowAdamW)", UPDATES
     )
-    prototype_update: str = setting(
-        "dense", "all prototypes in each step (AdamW), or the sampled ones (RowAdamW)",
-        " or ".join(UPDATES), UPDATES.__contains__,
-    )  # fmt: skip
 
     epochs: int = whole(14, "passes over the training images", 1)
     batch_size: int = whole(128, "images per step; the last of an epoch takes the rest", 2)

@@ -36,6 +36,7 @@ import unicom_ext
 from unicom_ext import CombinedMargin, PartialMarginSoftmax, checkpoint
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.labels import read_labels
 from unicom_ext.files import CheckpointError, write_atomically
 from unicom_ext.optim import RowAdamW
 from unicom_ext.retrieval import Result, baselines, evaluate
@@ -280,7 +281,9 @@ def train(
         data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
     train_set, test_set = data
     if config.labels:
-        train_set = glyphs.relabelled(train_set, _pseudo_classes(config.labels, len(train_set)))
+        train_set = glyphs.relabelled(
+            train_set, read_labels("labels", config.labels, len(train_set))
+        )
     facts = _facts(train_set, test_set)
     console.print(
         f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
@@ -461,22 +464,6 @@ def _plain(result: Result) -> dict[str, Any]:
     """For JSON, whose keys are strings."""
     recall = {str(k): value for k, value in result.recall.items()}
     return {"dim": result.dim, "recall": recall, "map_at_r": result.map_at_r}
-
-
-def _pseudo_classes(path: str, count: int) -> np.ndarray:
-    """The labels int64 [count] in a .npy file or in the labels_*.npy of a directory."""
-    files = sorted(Path(path).glob("labels_*.npy")) if Path(path).is_dir() else [Path(path)]
-    try:
-        labels = np.concatenate([np.load(file) for file in files])
-    except (OSError, ValueError) as error:
-        reason = error if files else "there is no labels_*.npy"
-        raise ConfigError(f"labels: {path} cannot be read: {reason}") from None
-    if labels.dtype.kind not in "iu" or labels.shape != (count,) or labels.max() < 0:
-        raise ConfigError(
-            f"labels: {path} holds {labels.dtype} {list(labels.shape)}, must be integers "
-            f"[{count}], one for each training image, not all negative"
-        )
-    return labels.astype(np.int64)
 
 
 def _facts(train_set: Glyphs, test_set: Glyphs) -> dict[str, Any]:
