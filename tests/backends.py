@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_map_only
 
 import unicom_ext
 from unicom_ext import functional, loss
+from unicom_ext.cluster import Centroids
 from unicom_ext.optim import rows
 from unicom_ext.sharding import operators as sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"
+nearest = sys.modules[Centroids.__module__]  # the package has a function of this name
 
 
 @functools.cache
@@ -75,7 +77,8 @@ def _cuda():
     for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
                  "select_classes", "select_features", "label_slots",
                  "loss_backward_adamw_", "loss_backward_sgd_",
-                 "merge_rows", "row_adamw_", "row_sgd_"):  # fmt: skip
+                 "merge_rows", "row_adamw_", "row_sgd_",
+                 "pack_centroids", "nearest", "add_unit_rows"):  # fmt: skip
         overload = getattr(torch.ops.unicom_ext, name).default
         library.define(str(overload._schema).removeprefix("unicom_ext::"))
 
@@ -99,6 +102,8 @@ if torch.cuda.is_available():
 
 
 def use(monkeypatch, name: str) -> None:
-    """Sends the loss and the row optimizers to a backend for the length of a test."""
-    for module in (functional, loss, sharding, rows):
+    """Sends the loss, the row optimizers and the search for the nearest centroid to a backend for
+    the length of a test."""
+    for module in (functional, loss, sharding, rows, nearest):
         monkeypatch.setattr(module, "_ops", BACKENDS[name]())
+    monkeypatch.setitem(nearest.PRECISIONS, "cpu", nearest.PRECISIONS["cuda"])

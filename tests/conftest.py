@@ -33,7 +33,9 @@ def pytest_generate_tests(metafunc):
         names = _core.cpu_capabilities()
         if "avx512" not in names:  # the same kernels in instructions that every CPU has
             names = [*names, "emulated_avx512"]
-        metafunc.parametrize("capability", [*names, *backends.BACKENDS], indirect=True)
+        if not getattr(metafunc.module, "CPU_ONLY", False):
+            names = [*names, *backends.BACKENDS]
+        metafunc.parametrize("capability", names, indirect=True)
 
 
 @pytest.fixture

@@ -211,9 +211,11 @@ def test_the_binding_compiles(tmp_path):
     torch_include = Path(torch.__path__[0]) / "include"
     for source in (
         "csrc/bind/cuda_loss_ops.cpp",
+        "csrc/bind/cuda_nearest_ops.cpp",
         "csrc/bind/cuda_selection_ops.cpp",
         "csrc/bind/cuda_update_ops.cpp",
         "csrc/engine/cuda.cpp",
+        "csrc/engine/cuda_nearest.cpp",
     ):
         command = [
             "c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",

@@ -15,6 +15,7 @@ import unicom_ext
 from unicom_ext import _core
 from unicom_ext.cluster import Centroids, add_unit_rows, nearest
 
+CPU_ONLY = True  # test_cuda_nearest.py is about GPUs
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
@@ -300,9 +301,9 @@ def test_bad_guess():
 
 
 def test_other_devices_are_refused():
-    with pytest.raises(ValueError, match="centroids must be on the CPU, got meta"):
+    with pytest.raises(ValueError, match="centroids must be on the CPU or a CUDA device, got meta"):
         Centroids(torch.ones(2, 4, device="meta"))
-    with pytest.raises(ValueError, match="rows must be on the CPU, got meta"):
+    with pytest.raises(ValueError, match="rows must be on the CPU or a CUDA device, got meta"):
         Centroids(torch.ones(2, 4)).nearest(torch.ones(3, 4, device="meta"))
 
 

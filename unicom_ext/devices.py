@@ -18,17 +18,18 @@ if HAS_CUDA:
     torch.ops.load_library(_PACKAGE / "_C_cuda.so")
 
 
-def check_device(device: torch.device) -> None:
-    """Raises ValueError for a device without operators; the message says what to do."""
+def check_device(device: torch.device, name: str = "embeddings") -> None:
+    """Raises ValueError where what `name` names is on a device without operators; the message says
+    what to do."""
     if device.type == "cpu" or (device.type == "cuda" and HAS_CUDA):
         return
     if device.type == "cuda":
         raise ValueError(
-            f"embeddings must be on the CPU, got {device}: this unicom_ext was built without CUDA. "
+            f"{name} must be on the CPU, got {device}: this unicom_ext was built without CUDA. "
             "Install the CUDA toolkit that fits torch (nvcc on the PATH, or CUDA_HOME) and run "
             "pip install --no-build-isolation --force-reinstall --no-deps unicom_ext again"
         )
-    raise ValueError(f"embeddings must be on the CPU or a CUDA device, got {device}")
+    raise ValueError(f"{name} must be on the CPU or a CUDA device, got {device}")
 
 
 def run(operator: Callable[..., Any], *arguments: Any) -> Any:

@@ -66,15 +66,6 @@ void row_sgd_op(Tensor param, std::optional<Tensor> momentum_buffer,
              sgd_workspace(gradient.described.count, update.remembered, update.parameter.dtype));
 }
 
-// The sorted keys, and where each of them was.
-std::tuple<Tensor, Tensor> sort_stably(const Tensor& keys) {
-  using torch::stable::detail::from;
-  StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t{0}),
-                           from(false)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
 std::tuple<Tensor, Tensor> merge_rows_op(Tensor ids, Tensor rows) {
   ids = torch::stable::contiguous(ids);
   rows = torch::stable::contiguous(rows);

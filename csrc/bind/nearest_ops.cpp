@@ -6,16 +6,13 @@
 #include <tuple>
 
 #include "common.h"
+#include "schemas.h"
 
 namespace unicom {
 namespace {
 
 Rows fp32_rows(const Tensor& tensor, const char* name) {
-  check_matrix(tensor, name);
-  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-        torch::headeronly::toString(tensor.scalar_type()));
-  check(tensor.size(1) >= 1, name, " must have at least one column");
-  check(tensor.stride(1) == 1 || tensor.size(1) == 1, name, " must have unit column stride");
+  check_float_rows(tensor, name);
   return {tensor.const_data_ptr<float>(), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
@@ -105,11 +102,7 @@ void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) 
 }  // namespace unicom
 
 STABLE_TORCH_LIBRARY_FRAGMENT(unicom_ext, m) {
-  m.def("pack_centroids(Tensor centroids, int precision) -> Tensor");
-  m.def(
-      "nearest(Tensor rows, Tensor centroids, Tensor packed, int precision, Tensor? guess=None) -> "
-      "(Tensor index, Tensor score)");
-  m.def("add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()");
+  for (const char* schema : unicom::kNearestSchemas) m.def(schema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(unicom_ext, CPU, m) {

@@ -1,6 +1,8 @@
 // What the operators on CUDA tensors share.
 #pragma once
 
+#include <tuple>
+
 #include "../cuda/platform.h"
 #include "common.h"
 
@@ -70,6 +72,15 @@ inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes,
     message << "]";
     throw std::runtime_error(message.str());
   }
+}
+
+// The sorted keys, and where each of them was.
+inline std::tuple<Tensor, Tensor> sort_stably(const Tensor& keys) {
+  using torch::stable::detail::from;
+  StableIValue stack[4] = {from(keys), from(std::optional<bool>(true)), from(int64_t{0}),
+                           from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
 inline void check_device(const Tensor& tensor, const Tensor& like, const char* name) {

@@ -47,6 +47,15 @@ UNICOM_DEVICE T warp_or(T value) {
 UNICOM_DEVICE float larger(float a, float b) { return fmaxf(a, b); }
 UNICOM_DEVICE double larger(double a, double b) { return fmax(a, b); }
 
+// A product that is rounded before it is added to anything, as on the CPU.
+UNICOM_DEVICE double rounded_product(double a, double b) {
+#ifdef UNICOM_EMULATE_CUDA
+  return a * b;
+#else
+  return __dmul_rn(a, b);
+#endif
+}
+
 // The shared memory whose size the launch gives.
 template <class T>
 UNICOM_DEVICE T* dynamic_shared() {

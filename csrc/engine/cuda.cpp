@@ -5,13 +5,11 @@
 #include "../cuda/pack.h"
 #include "../cuda/product.h"
 #include "../cuda/unpack.h"
+#include "cuda_workspace.h"
 
 namespace unicom::cuda {
 
 namespace {
-
-// Blocks that fill the largest GPUs twice over: work is cut until there are about as many.
-constexpr int64_t kWantedBlocks = 528;
 
 // Probabilities in flight, and one copy of their sums. A chunk of classes has to be long enough
 // that its products fill the device, and the shorter it is, the more of it stays in the
@@ -21,23 +19,6 @@ constexpr int64_t kMaxSplits = 16;
 
 template <class Unit>
 constexpr int64_t kUnitBytes = static_cast<int64_t>(sizeof(Unit));
-
-// Hands out pieces of one block of memory; over a null block it only adds up their sizes.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base_ != nullptr ? reinterpret_cast<T*>(base_ + used_) : nullptr;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return piece;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 struct Padded {
   int64_t rows, classes, depth;

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -216,6 +217,16 @@ int shared_limit() { return limit_of_shared; }
 void barrier() {
   fibres[current].state = State::kAtBarrier;
   to_scheduler(false);
+}
+
+bool barrier_or(bool predicate) {
+  static std::vector<char> votes;
+  votes.resize(blockDim.x);
+  votes[static_cast<size_t>(current)] = predicate;
+  barrier();
+  const bool any = std::count(votes.begin(), votes.end(), 1) > 0;
+  barrier();  // before anybody votes again
+  return any;
 }
 
 const char* exchange(const void* mine, int bytes) {

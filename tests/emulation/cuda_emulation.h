@@ -15,6 +15,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <type_traits>
@@ -58,6 +59,7 @@ void* dynamic_shared();
 void set_shared_limit(int bytes);
 int shared_limit();
 void barrier();
+bool barrier_or(bool predicate);
 
 constexpr int kExchangeBytes = 40;
 // Every lane of the warp gives `bytes` and then sees what all gave: [32][kExchangeBytes].
@@ -91,6 +93,26 @@ inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
   }
 }
 
+// The sum of one instruction as tensor cores may take it at worst: terms are aligned to the
+// largest, and what is below its last digit is dropped; so is what the sum has below its own.
+inline float truncated_sum(float start, const double (&terms)[16]) {
+  double largest = std::fabs(start);
+  for (double term : terms) largest = std::fmax(largest, std::fabs(term));
+  if (largest == 0 || !std::isfinite(largest)) {
+    double sum = start;
+    for (double term : terms) sum += term;
+    return static_cast<float>(sum);
+  }
+  const uint64_t exponent = __builtin_bit_cast(uint64_t, largest) >> 52;
+  const auto digit = __builtin_bit_cast(double, (exponent - 23) << 52);
+  const auto digits = __builtin_bit_cast(double, (2046 - (exponent - 23)) << 52);  // 1 / digit
+  int64_t sum = static_cast<int64_t>(start * digits);
+  for (double term : terms) sum += static_cast<int64_t>(term * digits);
+  int64_t last = 1;  // digit of the sum that a float holds
+  while (std::abs(sum / last) >= 1 << 24) last *= 2;
+  return static_cast<float>(static_cast<double>(sum / last * last) * digit);
+}
+
 // mma.m16n8k16, rows of A times columns of B.
 template <class Widen>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -105,14 +127,14 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   };
   for (int i = 0; i < 4; ++i) {
     const int row = lane() / 4 + 8 * (i / 2), column = 2 * (lane() % 4) + i % 2;
-    float sum = 0;
+    double terms[16];
     for (int k = 0; k < 16; ++k) {
       const int holder = k % 8 / 2;  // within a group of four lanes
-      const float x = value(row % 8 * 4 + holder, row / 8 + 2 * (k / 8), k);
-      const float y = value(column * 4 + holder, 4 + k / 8, k);
-      sum += x * y;
+      const double x = value(row % 8 * 4 + holder, row / 8 + 2 * (k / 8), k);
+      const double y = value(column * 4 + holder, 4 + k / 8, k);
+      terms[k] = x * y;
     }
-    c[i] += sum;
+    c[i] = truncated_sum(c[i], terms);
   }
 }
 
@@ -135,6 +157,7 @@ inline float exp2_fast(float x) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::barrier(); }
+inline int __syncthreads_or(int predicate) { return emulation::barrier_or(predicate != 0); }
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -158,6 +181,21 @@ T atomicOr(T* address, T value) {
   *address |= value;
   return before;
 }
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T before = *address;
+  *address += value;
+  return before;
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  const T before = *address;
+  if (value > before) *address = value;
+  return before;
+}
+
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
   return bytes <= emulation::shared_limit() ? cudaSuccess : cudaErrorInvalidValue;

@@ -2,6 +2,7 @@
 #include "cuda_emulation.h"
 
 #include "../../csrc/cuda/logits.cu"
+#include "../../csrc/cuda/nearest.cu"
 #include "../../csrc/cuda/pack.cu"
 #include "../../csrc/cuda/product.cu"
 #include "../../csrc/cuda/samples.cu"

@@ -15,7 +15,9 @@
 #include "../../csrc/cuda/selection.h"
 #include "../../csrc/cuda/update.h"
 #include "../../csrc/engine/cuda.h"
+#include "../../csrc/engine/cuda_nearest.h"
 #include "../../csrc/engine/engine.h"
+#include "../../csrc/engine/nearest.h"
 #include "../../csrc/engine/selection.h"
 #include "../../csrc/engine/update.h"
 
@@ -356,6 +358,78 @@ void compare_updates(int64_t num_rows, int64_t dim, int64_t count) {
            name + ": steps of row " + std::to_string(i));
 }
 
+// ---- the nearest centroid
+
+struct Found {
+  Array<int64_t> index, counts;
+  Array<float> score;
+  Array<double> sums;
+  Found(int64_t n, int64_t k, int64_t dim) : index(n), counts(k), score(n), sums(k * dim) {}
+};
+
+template <class T>
+bool same_array(const Array<T>& a, const Array<T>& b) {
+  return std::memcmp(a.get(), b.get(), sizeof(T) * static_cast<size_t>(a.size)) == 0;
+}
+
+Found found_on_gpu(const cuda::FloatRows& rows, const cuda::FloatRows& centroids,
+                   const int64_t* guess) {
+  Found out(rows.count, centroids.count, rows.dim);
+  cuda::Queue queue;
+  Array<char> packed(cuda::packed_centroid_bytes(centroids.count, rows.dim));
+  {
+    Array<char> workspace(cuda::packing_workspace(centroids));
+    cuda::pack_centroids(queue, centroids, packed.get(), workspace.get());
+  }
+  Array<char> workspace(cuda::nearest_workspace(rows, centroids));
+  cuda::nearest(queue, rows, guess, centroids, packed.get(), out.index.get(), out.score.get(),
+                workspace.get());
+  Array<int64_t> key(rows.count), order(rows.count);
+  std::iota(order.get(), order.get() + rows.count, int64_t{0});
+  std::stable_sort(order.get(), order.get() + rows.count,
+                   [&](int64_t a, int64_t b) { return out.index.data[a] < out.index.data[b]; });
+  for (int64_t j = 0; j < rows.count; ++j) key.data[j] = out.index.data[order.data[j]];
+  Array<double> inverse_norm(rows.count);
+  cuda::inverse_norms(queue, {rows, inverse_norm.get()});
+  cuda::add_unit_rows(queue, {rows, inverse_norm.get(), key.get(), order.get(), centroids.count,
+                              out.sums.get(), out.counts.get()});
+  expect(queue.error == cudaSuccess, "a launch");
+  return out;
+}
+
+// Centroids `spread` from a common direction; the smaller it is, the more candidates there are.
+void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
+  std::mt19937 random(static_cast<unsigned>(n + k));
+  std::normal_distribution<float> normal;
+  Array<float> rows(n * dim), centroids(k * dim), common(dim);
+  for (int64_t i = 0; i < common.size; ++i) common.data[i] = normal(random);
+  for (int64_t i = 0; i < rows.size; ++i) rows.data[i] = i < dim ? 0.0f : normal(random);
+  for (int64_t i = 0; i < centroids.size; ++i)
+    centroids.data[i] = common.data[i % dim] + spread * normal(random);
+  Array<int64_t> guess(n);
+  for (int64_t i = 0; i < n; ++i) guess.data[i] = static_cast<int64_t>(random() % (k + 1)) - 1;
+
+  const Rows cpu_rows{rows.get(), n, dim, dim}, cpu_centroids{centroids.get(), k, dim, dim};
+  Found right(n, k, dim);
+  Array<char> packed(packed_centroid_bytes<float>(k, dim));
+  pack_centroids<float>(cpu_centroids, packed.get(), Serial());
+  nearest<float>(cpu_rows, nullptr, cpu_centroids, packed.get(), right.index.get(),
+                 right.score.get(), Serial());
+  add_unit_rows(cpu_rows, right.index.get(), k, right.sums.get(), right.counts.get(), Serial());
+
+  const std::string name =
+      "nearest of " + std::to_string(n) + " x " + std::to_string(k) + " x " + std::to_string(dim);
+  for (const uint64_t schedule : {0, 12345}) {
+    emulation::set_schedule(schedule);
+    const Found out = found_on_gpu({rows.get(), n, dim, dim}, {centroids.get(), k, dim, dim},
+                                   schedule == 0 ? nullptr : guess.get());
+    expect(same_array(out.index, right.index), name + ": index");
+    expect(same_array(out.score, right.score), name + ": score");
+    expect(same_array(out.sums, right.sums), name + ": sums");
+    expect(same_array(out.counts, right.counts), name + ": counts");
+  }
+}
+
 }  // namespace
 }  // namespace unicom
 
@@ -375,6 +449,12 @@ int main() {
     expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
            "features of " + std::to_string(dim));
   }
+  compare_nearest(1, 1, 1, 1);
+  compare_nearest(129, 257, 7, 1);
+  compare_nearest(3, 300, 9, 1e-7f);
+  emulation::set_shared_limit(99 << 10);
+  compare_nearest(5, 513, 66, 1e-3f);
+  emulation::set_shared_limit(227 << 10);
   compare_updates(50, 1, 7);
   compare_updates(9, 35, 70);
   compare_updates(300, 132, 40);

@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from unicom_ext import _core
+from unicom_ext import _core, devices
 from unicom_ext.functional import _ops
 
-PRECISIONS = {"fp32": 0, "bf16": 1, "int8": 2}
+# Of the products on each kind of device, as the operators number them.
+PRECISIONS = {"cpu": {"fp32": 0, "bf16": 1, "int8": 2}, "cuda": {"fp16": 3}}
 MAX_INT8_DIM = 65536  # longer sums of products of bytes might leave int32
 
 
@@ -18,48 +20,61 @@ class Centroids:
     """Centroids [k, d], packed for `nearest`.
 
     Args:
-        centroids: [k, d] floating point, finite, any norm; k >= 1. A zero row has cosine 0 with
-            everything. Kept in float32.
-        precision: of the products that find the few centroids that may be the nearest: ``"fp32"``,
-            ``"bf16"``, ``"int8"`` or ``"auto"``, which is int8 where the CPU has instructions for
-            it and fp32 elsewhere. These few are compared in double, so the result is the same with
-            each.
+        centroids: [k, d] floating point, finite, any norm, on the CPU or a CUDA device; k >= 1. A
+            zero row has cosine 0 with everything. Kept in float32.
+        precision: of the products that find the few centroids that may be the nearest. On CPUs
+            ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"auto"``, which is int8 where the CPU has
+            instructions for it and fp32 elsewhere; on CUDA ``"fp16"``, which is ``"auto"`` there.
+            These few are compared in double, so the result is the same with each.
 
-    Memory: the centroids and their packed copy, k * d values of 4 and of 4, 2 or 1 bytes.
+    Memory: the centroids and their packed copy, k * d values of 4 and of 4, 2 or 1 bytes. A search
+    on CUDA takes up to 50 MB and 2 d bytes for each of 16,384 rows at a time.
     """
 
     def __init__(self, centroids: Tensor, precision: str = "auto") -> None:
         self.values = _fp32_rows("centroids", centroids)
+        known = PRECISIONS[self.device.type]
         if precision == "auto":
             fast = _core.cpu_capability() == "avx512_bf16"
             fits = self.values.shape[1] <= MAX_INT8_DIM
-            precision = "int8" if fast and fits else "fp32"
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {('auto', *PRECISIONS)}, got {precision!r}")
-        self._precision = PRECISIONS[precision]
-        self._packed = _ops.pack_centroids(self.values, self._precision)
+            precision = "int8" if "int8" in known and fast and fits else next(iter(known))
+        if precision not in known:
+            raise ValueError(
+                f"precision must be one of {('auto', *known)} on {self.device}, got {precision!r}"
+            )
+        self._precision = known[precision]
+        if self.device.type == "cuda":
+            _check_finite(self.values)
+        self._packed = devices.run(_ops.pack_centroids, self.values, self._precision)
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
 
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The centroid of largest cosine to each row, the lowest index among equals.
 
         Args:
-            rows: [N, d] floating point, any norm; taken in float32.
+            rows: [N, d] floating point, any norm, on the device of the centroids; taken in float32.
             guess: [N] int64 in [-1, k), the index that each row is likely to get, -1 for rows
-                without a guess. Good ones save some time; none changes the result.
+                without a guess. Good ones save some time; none changes the result. On CUDA what is
+                not in [-1, k) counts as -1.
 
         Returns:
             index: [N] int64; -1 for a zero row and for one with NaN or infinity.
             score: [N] float32, the cosine; 0 for a zero row, NaN for a row that is not finite.
 
-            Both are those of double arithmetic on the float32 values, whatever the instruction set,
-            the precision and the number of threads.
+            Both are those of double arithmetic on the float32 values, whatever the device, the
+            instruction set, the precision and the number of threads. On CUDA the host does not wait
+            for them.
         """
-        return _ops.nearest(
-            _fp32_rows("rows", rows), self.values, self._packed, self._precision, guess
-        )
+        rows = _fp32_rows("rows", rows)
+        if rows.device != self.device:
+            raise ValueError(f"rows must be on {self.device} like the centroids, got {rows.device}")
+        return devices.run(_ops.nearest, rows, self.values, self._packed, self._precision, guess)
 
 
 def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[Tensor, Tensor]:
@@ -70,23 +85,29 @@ def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[T
 def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> None:
     """``sums[index[i]] += rows[i] / |rows[i]|`` and ``counts[index[i]] += 1``, in place.
 
+    All on one device. Rows are added in their order, and sums are the same bit for bit on all.
+
     Args:
         sums: [k, d] float64: float32 sums stop growing when they are 2**24 times a summand.
         counts: [k] int64.
         rows: [N, d] float32.
-        index: [N] int64 in [-1, k); rows with -1 are left out.
+        index: [N] int64 in [-1, k); rows with -1 are left out, and on CUDA what is not in [-1, k).
     """
-    _ops.add_unit_rows(sums, counts, rows, index)
+    devices.run(_ops.add_unit_rows, sums, counts, rows, index)
+
+
+def _check_finite(centroids: Tensor) -> None:
+    """The operators on CUDA do not wait to see values, so they cannot raise."""
+    bad = ~torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float64).isfinite()
+    if bad.any():
+        raise ValueError(f"centroids must be finite, but row {int(bad.nonzero()[0])} is not")
 
 
 def _fp32_rows(name: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
-    if x.device.type != "cpu":
-        raise ValueError(
-            f"{name} must be on the CPU, got {x.device}: there is no kernel for others"
-        )
+    devices.check_device(x.device, name)
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, got shape {list(x.shape)}")
     x = x.detach().float()
