@@ -67,6 +67,7 @@ def run_ours(data: Path, clusters: int, passes: int, output: Path) -> dict[str, 
     return {
         "seconds": [p["seconds"] for p in result["passes"]],
         "label_seconds": result["label_seconds"],
+        "device": result["device"],
         "objective": result["objective"],
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }

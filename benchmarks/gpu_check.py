@@ -61,7 +61,9 @@ def stages() -> list[tuple[str, int, list[str]]]:
         ("build", 240, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]),
         ("operators", 60, [sys.executable, "-m", "unicom_ext.cli", "doctor"]),
         ("tests of the GPU", 120, [*PYTEST, "tests/test_cuda.py"]),
+        ("tests of the clustering", 60, [*PYTEST, "tests/test_cuda_nearest.py", "-k", backend]),
         ("benchmark", 180, benchmark()),
+        ("benchmark of the clustering", 60, clustering_benchmark()),
         ("tests of the loss", 240, [*PYTEST, *shared, "-k", backend]),
     ]
     sanitizer = shutil.which("compute-sanitizer")
@@ -81,6 +83,13 @@ def benchmark() -> list[str]:
         return [*PYTEST, "tests/test_cuda_benchmarks.py"]
     script = str(ROOT / "benchmarks" / "head_step.py")
     return [sys.executable, script, "--device", "cuda", "--quick", "--minutes", "2"]
+
+
+def clustering_benchmark() -> list[str]:
+    script = str(ROOT / "benchmarks" / "cuda_nearest.py")
+    if GPU:
+        return [sys.executable, script, "--quick"]
+    return [*PYTEST, "tests/test_cuda_benchmarks.py", "-k", "nearest"]
 
 
 def describe() -> dict[str, object]:

@@ -6,11 +6,14 @@ from __future__ import annotations
 import contextlib
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import random_problem, relative_error, solve, truth
+from rich.console import Console
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, devices
+from unicom_ext.cluster import Centroids, ClusterConfig, add_unit_rows, cluster, pictures
 from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.optim import RowAdamW, RowSGD
 
@@ -348,3 +351,82 @@ def test_a_problem_of_ten_million_values_is_right():
     assert relative_error(loss.detach().cpu(), right.loss) < 1e-5
     assert relative_error(x.grad.cpu(), right.grad_embeddings) < 1e-5
     assert relative_error(w.grad.cpu(), right.grad_prototypes) < 1e-5
+
+
+# ---- clustering
+
+
+def search(rows, values, device):
+    rows, centroids = rows.to(device), Centroids(values.to(device))
+    index, score = centroids.nearest(rows)
+    again, _ = centroids.nearest(rows, index.flip(0))
+    sums = torch.zeros(values.shape, dtype=torch.float64, device=device)
+    counts = torch.zeros(len(values), dtype=torch.int64, device=device)
+    add_unit_rows(sums, counts, rows, index)
+    return index, score, again, sums, counts
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (7, 65, 17), (300, 1100, 200)], ids=str
+)
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
+def test_small_sizes_of_the_nearest_centroid(shape, spread):
+    """Also what `make gpu-check` runs under compute-sanitizer."""
+    check_search(*shape, spread)
+
+
+@pytest.mark.parametrize("shape", [(20_000, 300, 8), (50_000, 3000, 256)], ids=str)
+def test_more_rows_than_go_through_at_a_time(shape):
+    check_search(*shape, 1.0)
+
+
+def check_search(n, k, d, spread):
+    """Every bit is the CPU's."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, d, generator=generator)
+    rows = common + spread * torch.randn(n, d, generator=generator)
+    values = common + spread * torch.randn(k, d, generator=generator)
+    rows[n // 2] = 0
+    for got, right in zip(search(rows, values, "cuda"), search(rows, values, "cpu"), strict=True):
+        assert torch.equal(got.cpu(), right)
+
+
+def test_the_search_never_waits_for_the_device():
+    rows, centroids = torch.randn(3000, 64, device="cuda"), torch.randn(700, 64, device="cuda")
+    found = Centroids(centroids)
+    sums = torch.zeros(700, 64, dtype=torch.float64, device="cuda")
+    counts = torch.zeros(700, dtype=torch.int64, device="cuda")
+    add_unit_rows(sums, counts, rows, found.nearest(rows)[0])
+    with no_waiting():
+        index, _ = found.nearest(rows)
+        found.nearest(rows, index)
+        add_unit_rows(sums, counts, rows, index)
+    assert counts.sum() == 6000
+
+
+def test_rows_and_centroids_of_two_devices_are_refused():
+    found = Centroids(torch.ones(2, 3, device="cuda"))
+    with pytest.raises(ValueError, match="rows must be on cuda:0 like the centroids, got cpu"):
+        found.nearest(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="must be on the device of the other tensors"):
+        found.nearest(torch.ones(4, 3, device="cuda"), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="centroids must be finite, but row 1 is not"):
+        Centroids(torch.tensor([[1.0], [float("inf")]], device="cuda"))
+
+
+@pytest.mark.parametrize("method", ["lloyd", "minibatch", "two-level"])
+def test_a_clustering_is_that_of_the_cpu(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((60, 24))
+    for shard in range(3):
+        rows = centres[rng.integers(60, size=4000)] + 0.5 * rng.standard_normal((4000, 24))
+        np.save(tmp_path / f"rows_{shard:04d}.npy", rows.astype(np.float16))
+    for device in ("cpu", "cuda"):
+        settings = ClusterConfig(
+            clusters=60, passes=4, tolerance=0.0, method=method, batch_rows=3000, device=device
+        )
+        result = cluster(settings, tmp_path, tmp_path / device, console=Console(quiet=True))
+        assert result["device"].startswith(device)
+    for path in sorted((tmp_path / "cpu").glob("*.npy")):
+        assert np.array_equal(np.load(path), np.load(tmp_path / "cuda" / path.name)), path.name

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 
+import cuda_nearest
 import cuda_step
 import device
 import head_step
@@ -254,3 +255,16 @@ def test_a_graph_keeps_its_gradient_for_the_update(where):
         assert head.module.weight.grad is None
         head.update()
         assert not torch.equal(head.module.weight, before)
+
+
+def test_the_nearest_centroid(where, tmp_path, capsys):
+    shapes = ["30x7x5", "8x300x16"]
+    results = cuda_nearest.run(where, shapes, 2, tmp_path / "out.json")
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == json.loads(
+        json.dumps(results)
+    )
+    assert [r["shape"] for r in results] == shapes
+    for result in results:
+        assert result["wrong"] == 0
+        assert all(len(seconds) == 2 for seconds in result["seconds"].values())
+    assert "8x300x16" in capsys.readouterr().out

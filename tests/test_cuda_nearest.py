@@ -8,15 +8,19 @@ from __future__ import annotations
 import math
 
 import backends
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cluster import all_labels, config, make_dump, run
 from test_nearest import cosines, gaussian
 from torch import Tensor
 
-from unicom_ext.cluster import Centroids, add_unit_rows, nearest
+from unicom_ext import devices
+from unicom_ext.cluster import Centroids, add_unit_rows, engines, nearest, pictures, two_level
+from unicom_ext.settings import ConfigError
 
 CANDIDATES = 64  # room for a row's, csrc/cuda/nearest.h
 CHUNK_ROWS = 16384  # csrc/engine/cuda_nearest.cpp
@@ -295,3 +299,99 @@ def test_bad_sums(emulated):
         add_unit_rows(sums.float(), counts, torch.ones(1, 3), counts[:1])
     with pytest.raises(ValueError, match="counts must be Long of shape"):
         add_unit_rows(sums, counts[:1], torch.ones(1, 3), counts[:1])
+
+
+# ---- whole clusterings ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def features(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
+    make_dump(tmp_path / "dump")
+    return tmp_path / "dump"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_passes": 1, "early_fraction": 0.5, "min_size": 20, "merge_above": 0.9},
+        {"method": "minibatch", "batch_rows": 200},
+        {"method": "two-level", "coarse": 3, "init": "random"},
+    ],
+    ids=["lloyd", "minibatch", "two-level"],
+)
+def test_a_clustering_is_that_of_the_cpu(features, tmp_path, backend, options):
+    made = []
+
+    def cluster():
+        output = tmp_path / f"run-{len(made)}"
+        made.append(output)
+        result = run(features, output, config(joint="concat", passes=3, **options))
+        labels, centroids = all_labels(output), np.load(output / "centroids.npy")
+        facts = (result["objective"], *(p["objective"] for p in result["passes"]))
+        return map(torch.as_tensor, (labels, centroids, facts))
+
+    backend(cluster)
+
+
+def test_a_clustering_goes_on_on_another_device(features, tmp_path, monkeypatch):
+    run(features, tmp_path / "whole", config(passes=4))
+    run(features, tmp_path / "parts", config(passes=2))
+    with monkeypatch.context() as patch:
+        backends.use(patch, "emulated_cuda")
+        run(features, tmp_path / "parts", config(passes=4, device="cpu"), resume=True)
+    assert np.array_equal(all_labels(tmp_path / "whole"), all_labels(tmp_path / "parts"))
+
+
+def test_two_level_search(backend):
+    def search():
+        found = two_level.TwoLevel(
+            gaussian(3, 8, 1), gaussian(9, 8, 2), torch.tensor([0, 4, 4, 9]), Centroids
+        )
+        return found.nearest(gaussian(50, 8, 0))
+
+    backend(search)
+
+
+# ---- where to work -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as far as anybody asks."""
+    monkeypatch.setattr(devices, "HAS_CUDA", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_of_a_machine_has_its_gpu(gpus, monkeypatch, device):
+    assert engines.device_of(config(device=device)) == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert engines.device_of(config(device=device)) == torch.device("cuda", 1)
+    assert engines.device_of(config(device="cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "words"),
+    [
+        (lambda patch: patch.setattr(devices, "HAS_CUDA", False), {}, "built without CUDA"),
+        (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), {}, "no GPU"),
+        (
+            lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5)),
+            {},
+            "7.5, needed is 8.0",
+        ),
+        (lambda patch: patch.setenv("LOCAL_RANK", "2"), {}, "LOCAL_RANK is 2, and there are 2"),
+        (lambda patch: None, {"precision": "int8"}, "precision int8 is for CPUs"),
+        (lambda patch: None, {"engine": "faiss"}, "engine faiss"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used(gpus, monkeypatch, tmp_path, features, spoil, settings, words):
+    spoil(monkeypatch)
+    assert engines.device_of(config(device="auto", **settings)) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=f"device: cuda cannot be used: .*{words}"):
+        run(features, tmp_path / "output", config(device="cuda", **settings))
+    assert not (tmp_path / "output").exists()

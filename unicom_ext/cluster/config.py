@@ -10,10 +10,11 @@ from unicom_ext.settings import ConfigError, Settings, not_negative, one_of, rat
 JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")
 ENGINES = ("unicom", "faiss")
+DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
-FREE_TO_CHANGE = ("passes", "tolerance", "precision", "threads", "min_size", "min_cosine")
+FREE_TO_CHANGE = ("passes", "tolerance", "device", "precision", "threads", "min_size", "min_cosine")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class ClusterConfig(Settings):
     )  # fmt: skip
     seed: int = setting(0, "of every draw", "0 .. 2^32 - 1", lambda v: 0 <= v < 2**32)
     engine: str = one_of("unicom", "what finds the nearest centroid", ENGINES)
+    device: str = one_of(
+        "auto", "where the unicom engine works; auto: on a GPU where there is one it can use. The "
+        "result is the same", DEVICES,
+    )  # fmt: skip
     precision: str = one_of(
         "auto", "of the unicom engine's products; the result is the same", PRECISIONS
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unicom_ext.cluster import refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.engines import engine_of
+from unicom_ext.cluster.engines import device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import (
     Totals,
@@ -93,7 +93,8 @@ class _Run:
         config = self.config
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.engine = engine_of(config)
+        self.device = device_of(config)
+        self.engine = engine_of(config, self.device)
         self.source = Source(self.input, config)
         if config.clusters > self.source.rows:
             raise ConfigError(
@@ -112,7 +113,8 @@ class _Run:
         self.console.print(
             f"{self.source.rows:,} rows of {self.source.dim} dimensions in "
             f"{len(self.source.shards):,} shards, {config.clusters:,} clusters"
-            + (f", {self.ranks.size} processes" if self.ranks.size > 1 else ""),
+            + (f", {self.ranks.size} processes" if self.ranks.size > 1 else "")
+            + (f", on {self.device}" if self.device.type != "cpu" else ""),
             highlight=False,
         )
         if self.state["passes"]:
@@ -264,6 +266,7 @@ class _Run:
         scores = torch.zeros(len(centroids), dtype=torch.float64)
 
         def visit(block, index: Tensor, score: Tensor) -> None:
+            index, score = index.cpu(), score.cpu()  # where sums have an order
             good = index >= 0
             sizes.add_(index[good].bincount(minlength=len(sizes)))
             scores.index_add_(0, index[good], score[good].double())
@@ -313,6 +316,7 @@ class _Run:
             if self.ranks.is_first:
                 facts = {
                     "processes": self.ranks.size,
+                    "device": str(self.device),
                     "merged": merged,
                     "converged": self._converged(),
                     "init_seconds": self.state.get("init_seconds"),

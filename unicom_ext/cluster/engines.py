@@ -1,13 +1,15 @@
-"""What finds the nearest centroid: ours, or faiss. Both take centroids [k, d] and answer
+"""What finds the nearest centroid: ours, or faiss. Both take centroids [k, d] on the CPU and answer
 
 nearest(rows fp32 [n, d], guess int64 [n] or None)
     -> (index int64 [n], -1 for rows without direction; cosine fp32 [n])
 
-where a guess of the index may save time and changes nothing else.
+where a guess of the index may save time and changes nothing else. Rows, guess and answer are on
+`device`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,11 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unicom_ext import devices
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.nearest import Centroids
+from unicom_ext.cluster.nearest import PRECISIONS, Centroids
+from unicom_ext.settings import ConfigError
+
+CPU = torch.device("cpu")
 
 
 class Nearest(Protocol):
+    device: torch.device
+
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
 
@@ -28,6 +36,8 @@ Engine = Callable[[Tensor], Nearest]
 
 class FaissCentroids:
     """faiss' exact inner product search, on its GPUs where it has any."""
+
+    device = CPU
 
     def __init__(self, centroids: Tensor) -> None:
         import faiss
@@ -47,7 +57,42 @@ class FaissCentroids:
         return index, score
 
 
-def engine_of(config: ClusterConfig) -> Engine:
+def device_of(config: ClusterConfig) -> torch.device:
+    """Where this process searches and sums: under torchrun, each on the GPU of its LOCAL_RANK.
+
+    Raises ConfigError where CUDA is asked for and cannot be used.
+    """
+    problem = _problem_with_cuda(config)
+    if config.device == "cuda" and problem is not None:
+        raise ConfigError(f"device: cuda cannot be used: {problem}")
+    if config.device == "cpu" or problem is not None:
+        return CPU
+    return torch.device("cuda", _local_rank())
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _problem_with_cuda(config: ClusterConfig) -> str | None:
+    if config.engine == "faiss":
+        return "engine faiss chooses its GPUs itself"
+    if config.precision not in ("auto", *PRECISIONS["cuda"]):
+        return f"precision {config.precision} is for CPUs"
+    if not devices.HAS_CUDA:
+        return "this unicom_ext is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    rank, count = _local_rank(), torch.cuda.device_count()
+    if rank >= count:
+        return f"LOCAL_RANK is {rank}, and there are {count} GPUs"
+    major, minor = torch.cuda.get_device_capability(rank)
+    if major < 8:
+        return f"the GPU has compute capability {major}.{minor}, needed is 8.0 or newer"
+    return None
+
+
+def engine_of(config: ClusterConfig, device: torch.device) -> Engine:
     """Raises ModuleNotFoundError where faiss is wanted and not there."""
     if config.engine == "faiss":
         try:
@@ -56,4 +101,4 @@ def engine_of(config: ClusterConfig) -> Engine:
             message = "engine faiss needs faiss: pip install 'unicom_ext[cluster]'"
             raise ModuleNotFoundError(message, name=error.name) from None
         return FaissCentroids
-    return lambda centroids: Centroids(centroids, config.precision)
+    return lambda centroids: Centroids(centroids.to(device), config.precision)

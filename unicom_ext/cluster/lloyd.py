@@ -18,7 +18,7 @@ from unicom_ext.cluster.engines import Engine, Nearest
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.nearest import add_unit_rows
 from unicom_ext.cluster.ranks import Ranks
-from unicom_ext.cluster.source import Block, Rows
+from unicom_ext.cluster.source import Block, Rows, on_device
 
 SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
 
@@ -86,19 +86,22 @@ def assign(
     labels  where to write them
     before  the labels to compare with, and what a row's label is guessed to be
     part    takes some of the rows of a block
-    visit   called with (block, index, score) of each block
+    visit   called with (block, index, score) of each block, all on the device of the centroids
     """
     totals = Totals()
     with ranks.together():
-        for block in source.blocks(*ranks.share(source.rows), size=block_rows):
-            block = part(block) if part is not None else block
+        blocks = source.blocks(*ranks.share(source.rows), size=block_rows)
+        if part is not None:
+            blocks = map(part, blocks)
+        for block in on_device(blocks, centroids.device):
             last = guess = None
             if before is not None:
                 last = before.read(block.shard, block.start, block.start + len(block.rows))
-                guess = torch.from_numpy(last.astype(np.int64))
+                guess = torch.from_numpy(last.astype(np.int64)).to(centroids.device)
             index, score = centroids.nearest(block.rows, guess)
-            totals.add(index, score)
             visit(block, index, score)
+            index, score = index.cpu(), score.cpu()
+            totals.add(index, score)
             now = index.numpy().astype(np.int32)
             if last is not None:
                 totals.compare(last, now)
@@ -117,17 +120,18 @@ def lloyd_pass(
 
     seed: of the directions in which clusters are split. how: `before`, `labels`, `part` of assign.
     """
-    sums, counts = _zeros_like(centroids)
+    nearest = engine(centroids)
+    sums, counts = _zeros_like(centroids, nearest.device)
     totals = assign(
         source,
-        engine(centroids),
+        nearest,
         ranks,
         watch,
         visit=lambda block, index, score: add_unit_rows(sums, counts, block.rows, index),
         **how,
     )
-    ranks.sum(counts)
-    moved = ranks.unit_sums(sums)
+    counts = ranks.sum(counts.cpu())
+    moved = ranks.unit_sums(sums.cpu())
     return *_replace_empty(moved, centroids, counts, seed), totals
 
 
@@ -150,30 +154,34 @@ def minibatch_pass(
     totals = Totals()
     rng = np.random.default_rng([seed, ranks.rank])
     size = max(1, batch_rows // ranks.size)
-    blocks = source.blocks(*ranks.share(source.rows), size=size, shuffle=rng)
+    blocks = None
     while True:
-        new_sums, new_counts = _zeros_like(centroids)
         with ranks.together():
+            nearest = engine(centroids)
+            if blocks is None:
+                blocks = source.blocks(*ranks.share(source.rows), size=size, shuffle=rng)
+                blocks = on_device(blocks, nearest.device)
+            new_sums, new_counts = _zeros_like(centroids, nearest.device)
             block = next(blocks, None)
             if block is not None:
-                index, score = engine(centroids).nearest(block.rows)
-                totals.add(index, score)
+                index, score = nearest.nearest(block.rows)
                 add_unit_rows(new_sums, new_counts, block.rows, index)
+                totals.add(index.cpu(), score.cpu())
                 watch(totals)
         if not int(ranks.sum(torch.tensor(block is not None, dtype=torch.int64))):
             break
-        sums += ranks.sum(new_sums)
-        counts += ranks.sum(new_counts)
+        sums += ranks.sum(new_sums.cpu())
+        counts += ranks.sum(new_counts.cpu())
         norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
         centroids = torch.where(norm > 0, sums / norm, centroids).float()
     centroids, empty = _replace_empty(centroids, centroids, counts, seed)
     return centroids, empty, totals.over(ranks)
 
 
-def _zeros_like(centroids: Tensor) -> tuple[Tensor, Tensor]:
+def _zeros_like(centroids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     return (
-        torch.zeros(centroids.shape, dtype=torch.float64),
-        torch.zeros(len(centroids), dtype=torch.int64),
+        torch.zeros(centroids.shape, dtype=torch.float64, device=device),
+        torch.zeros(len(centroids), dtype=torch.int64, device=device),
     )
 
 

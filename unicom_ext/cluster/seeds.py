@@ -50,7 +50,9 @@ def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: E
     rows = [np.array([rng.integers(len(sample))])]
     count = 1
     # Squared distances of unit vectors, halved.
-    distance = 1 - engine(sample[rows[0]]).nearest(sample)[1].double().numpy()
+    nearest = engine(sample[rows[0]])
+    there = sample.to(nearest.device)
+    distance = 1 - nearest.nearest(there)[1].cpu().double().numpy()
     while count < k:
         distance[distance < SAME] = 0
         if not distance.any():
@@ -71,7 +73,7 @@ def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: E
                 now[now < SAME] = 0
         rows.append(drawn[taken])
         count += len(taken)
-        closest = engine(sample[rows[-1]]).nearest(sample)[1].double().numpy()
+        closest = engine(sample[rows[-1]]).nearest(there)[1].cpu().double().numpy()
         np.minimum(distance, 1 - closest, out=distance)
         distance[rows[-1]] = 0
     return sample[np.concatenate(rows)]

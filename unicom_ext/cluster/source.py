@@ -288,6 +288,24 @@ def join(image: Tensor, text: Tensor, config: ClusterConfig) -> Tensor:
     return joined
 
 
+def on_device(blocks: Iterable[Block], device: torch.device) -> Iterator[Block]:
+    """The blocks with their rows there. The next one is brought while the caller works on the last
+    one, by a thread and a stream of their own."""
+    if device.type == "cpu":
+        yield from blocks
+        return
+    own, users = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+
+    def bring(block: Block) -> Block:
+        with torch.cuda.stream(own):
+            rows = block.rows.pin_memory().to(device, non_blocking=True)
+        rows.record_stream(users)
+        own.synchronize()
+        return block._replace(rows=rows)
+
+    yield from _one_ahead(bring, blocks)
+
+
 def _one_ahead(read: Callable, items: Iterable) -> Iterator:
     """read(item) for each item, computed in a thread one item ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:

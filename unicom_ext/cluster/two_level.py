@@ -72,6 +72,10 @@ class TwoLevel:
         self._coarse = engine(coarse[self._kept])
         self._cells = [engine(fine[first[c] : first[c + 1]]) for c in self._kept.tolist()]
 
+    @property
+    def device(self) -> torch.device:
+        return self._coarse.device
+
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The nearest centroid of the cell whose coarse centroid is nearest. Ignores guesses."""
         cell, score = self._coarse.nearest(rows)
@@ -93,8 +97,9 @@ def loss_of_objective(
 ) -> dict[str, float]:
     """Mean cosine of a sample of rows to the centroid found in two steps, and to the nearest."""
     sample = seeds.unit_sample(source, MEASURED_ROWS, rng)
-    found = two_level.nearest(sample)[1].double().mean().item()
-    best = engine(fine).nearest(sample)[1].double().mean().item()
+    there = sample.to(two_level.device)
+    found = two_level.nearest(there)[1].cpu().double().mean().item()
+    best = engine(fine).nearest(there)[1].cpu().double().mean().item()
     return {"rows": len(sample), "two_level": found, "flat": best, "loss": 1 - found / best}
 
 
