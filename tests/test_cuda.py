@@ -366,9 +366,7 @@ def search(rows, values, device):
     return index, score, again, sums, counts
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (7, 65, 17), (300, 1100, 200)], ids=str
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 17), (300, 1100, 200)], ids=str)
 @pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-7])
 def test_small_sizes_of_the_nearest_centroid(shape, spread):
     """Also what `make gpu-check` runs under compute-sanitizer."""

@@ -280,7 +280,7 @@ def cluster(
     INPUT is a .npy file, a directory of them, a directory with img_emb/ and text_emb/ as public
     dumps of CLIP embeddings have them, or Parquet files. Rows stream from disk. It can be killed
     at any time; --resume goes on after the last whole pass. Under torchrun each process reads its
-    part of the rows.
+    part of the rows, and has the GPU of its LOCAL_RANK where it works on one.
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
