@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from ranks import free_port
 from test_cluster import ROWS, SIZES, make_dump
 
 from unicom_ext import cli
@@ -176,7 +178,30 @@ def test_one_two_and_four_processes_agree(tmp_path):
     assert load(tmp_path / "minibatch-3")[2]["rows"]["clustered"] == ROWS
     # Each says what happened; the one that failed in its own words.
     assert "OSError: [Errno 5] Input/output error" in text
-    assert "RuntimeError: process 1 of 2 failed: OSError: [Errno 5]" in text
+    assert "ProcessFailed: process 1 of 2 failed: OSError: [Errno 5]" in text
+
+
+def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
+    """Only the first process writes; the other must not end in a traceback."""
+    make_dump(tmp_path / "dump")
+    (tmp_path / "file").write_text("")
+    command = [
+        sys.executable, "-m", "unicom_ext.cli", "cluster", tmp_path / "dump", "--clusters=5",
+        "--output", tmp_path / "file" / "out",
+    ]  # fmt: skip
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **world, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    for process in processes:
+        _, text = process.communicate(timeout=120)
+        assert process.returncode == 1, text
+        assert "Error: " in text
+        assert "Not a directory" in text
+        assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

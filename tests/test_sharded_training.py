@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -209,6 +209,12 @@ def wrapped(group):
     with pytest.raises(TypeError) as caught:
         fully_shard(whole_model, mesh=DeviceMesh.from_group(group, "cpu"))
     messages.append(str(caught.value))
+    for original in (False, True):
+        with pytest.raises(TypeError) as caught:
+            FullyShardedDataParallel(
+                Model(group), group, device_id=torch.device("cpu"), use_orig_params=original
+            )
+        messages.append(str(caught.value))
     with pytest.raises(TypeError, match="save its state_dict"):
         pickle.dumps(model.module.loss)
     other = copy.deepcopy(model.module.loss)

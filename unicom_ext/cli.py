@@ -291,7 +291,7 @@ def cluster(
     _spin_briefly()
     try:
         from unicom_ext.cluster import driver, results
-        from unicom_ext.cluster.ranks import process_group
+        from unicom_ext.cluster.ranks import ProcessFailed, process_group
     except (ImportError, OSError) as error:
         raise click.ClickException(_broken(error)) from None
     from unicom_ext.files import CheckpointError
@@ -306,7 +306,9 @@ def cluster(
         raise click.ClickException(
             f"{error}\n(--resume goes on, --overwrite begins anew)"
         ) from None
-    except (ConfigError, driver.SourceError, OSError, ModuleNotFoundError) as error:
+    except (
+        ConfigError, driver.SourceError, ProcessFailed, OSError, ModuleNotFoundError
+    ) as error:  # fmt: skip
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("\nStopped. To go on, give the same command with --resume.")

@@ -380,8 +380,9 @@ class PartialMarginSoftmax(nn.Module):
             raise TypeError(_WRAPPED)  # fully_shard makes such a class
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # fully_shard of a module around this one puts its own parameter here.
-        if name == "weight" and hasattr(value, "placements"):
+        # fully_shard of a module around this one puts its own parameter here, FSDP1 a plain tensor.
+        plain = isinstance(value, nn.Parameter) and not hasattr(value, "placements")
+        if name == "weight" and isinstance(value, Tensor) and not plain:
             raise TypeError(_WRAPPED)
         super().__setattr__(name, value)
 

@@ -12,6 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class ProcessFailed(RuntimeError):
+    """Another process raised; the message says which, and what."""
+
+
 class Ranks:
     """All processes of the default group, if there is one; or this one alone.
 
@@ -64,7 +68,8 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one process fails on all. The block must not communicate."""
+        """What fails on one process fails on all: on the others with `ProcessFailed`. The block
+        must not communicate."""
         failure: BaseException | None = None
         try:
             yield
@@ -76,7 +81,7 @@ class Ranks:
             if failure is None:
                 for rank, text in enumerate(texts):
                     if text is not None:
-                        raise RuntimeError(f"process {rank} of {self.size} failed: {text}")
+                        raise ProcessFailed(f"process {rank} of {self.size} failed: {text}")
         if failure is not None:
             raise failure
 

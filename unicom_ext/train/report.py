@@ -6,6 +6,7 @@ import base64
 import importlib.resources
 import io
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ TOP = 5
 EXAMPLES = 12  # queries in each picture
 CELL = 40  # from one image of a picture to the next, in pixels of the images
 RIGHT, WRONG, OURS = "#1a7f37", "#cf222e", "#0969da"
+OTHERS = "#8c959f", "#bf8700", "#1a7f37", "#bf3989"  # lines of the baselines
 
 
 def methods(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -108,17 +110,18 @@ def loss_curve(metrics: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(np.arange(1, len(loss) + 1), loss, color=OURS, alpha=0.25, linewidth=0.8)
-    axes.plot(np.arange(window, len(loss) + 1), smooth, color=OURS)
+    middle = np.arange(len(smooth)) + (window + 1) / 2  # of each window
+    axes.plot(middle, smooth, color=OURS)
     axes.set(xlabel="step", ylabel="loss (faint: each step)", ylim=(0, None))
     axes.grid(alpha=0.3)
     return figure
 
 
 def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    rows = methods(metrics)
-    for name, results in rows.items():
+    others = cycle(OTHERS)
+    for name, results in methods(metrics).items():
         ours = name == MODEL
         axes.plot(
             [r["dim"] for r in results],
@@ -126,7 +129,7 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
             marker="o",
             label=name,
             linewidth=2.5 if ours else 1.2,
-            color=OURS if ours else None,
+            color=OURS if ours else next(others),
             zorder=3 if ours else 2,
         )
     dims = metrics["config"]["dims"]
@@ -135,7 +138,7 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
     axes.set_xticks([], minor=True)
     axes.set(xlabel="dimensions", ylabel="Recall@1")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center")
     return figure
 
 
