@@ -153,6 +153,7 @@ def python(program: str, *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+    assert "FutureWarning" not in done.stderr, done.stderr
     return done.stdout
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unicom_ext.sharding.shard import all_gather, reduce_scatter
+
 
 class ProcessFailed(RuntimeError):
     """Another process raised; the message says which, and what."""
@@ -61,9 +63,9 @@ class Ranks:
         if part * self.size != k:
             sums = torch.cat([sums, sums.new_zeros(part * self.size - k, d)])
         own = sums.new_empty(part, d)
-        dist.reduce_scatter_tensor(own, sums)
+        reduce_scatter(own, sums)
         units = torch.empty(part * self.size, d)
-        dist.all_gather_into_tensor(units, _unit(own))
+        all_gather(units, _unit(own))
         return units[:k].clone()
 
     @contextmanager

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 # torch 2.13 renamed them.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -81,7 +81,7 @@ class ClassShard:
         With ``wait=False`` also what must be waited for before the result is read.
         """
         result = rows.new_empty((self.world_size * len(rows), *rows.shape[1:]))
-        work = _all_gather(result, rows.contiguous(), group=self.group, async_op=not wait)
+        work = all_gather(result, rows.contiguous(), group=self.group, async_op=not wait)
         return result if wait else (result, work)
 
     def sum_scatter(self, rows: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class ClassShard:
             dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
             return parts.view(shape).sum(dim=0)
         result = rows.new_empty(shape[1:])
-        _reduce_scatter(result, rows.contiguous(), group=self.group)
+        reduce_scatter(result, rows.contiguous(), group=self.group)
         return result
 
     def sum(self, values: Tensor) -> Tensor:
