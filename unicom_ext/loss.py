@@ -381,8 +381,7 @@ class PartialMarginSoftmax(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard of a module around this one puts its own parameter here, FSDP1 a plain tensor.
-        plain = isinstance(value, nn.Parameter) and not hasattr(value, "placements")
-        if name == "weight" and isinstance(value, Tensor) and not plain:
+        if name == "weight" and (hasattr(value, "placements") or type(value) is Tensor):
             raise TypeError(_WRAPPED)
         super().__setattr__(name, value)
 
