@@ -273,12 +273,6 @@ def test_indices_out_of_range_are_passed_over(emulated):
     torch.testing.assert_close(sums[1], F.normalize(rows[2].double(), dim=0))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_other_precisions_are_refused(emulated, precision):
-    with pytest.raises(ValueError, match=r"precision must be one of \('auto', 'fp16'\) on cpu"):
-        Centroids(gaussian(2, 4, 0), precision)
-
-
 @pytest.mark.parametrize(
     ("rows", "centroids", "guess", "words"),
     [
@@ -385,7 +379,6 @@ def test_each_process_of_a_machine_has_its_gpu(gpus, monkeypatch, device):
             "7.5, needed is 8.0",
         ),
         (lambda patch: patch.setenv("LOCAL_RANK", "2"), {}, "LOCAL_RANK is 2, and there are 2"),
-        (lambda patch: None, {"precision": "int8"}, "precision int8 is for CPUs"),
         (lambda patch: None, {"engine": "faiss"}, "engine faiss"),
     ],
 )

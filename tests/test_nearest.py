@@ -1,4 +1,4 @@
-"""The nearest centroid, at every instruction set and precision, against float64."""
+"""The nearest centroid, at every instruction set, against float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from unicom_ext import _core
 from unicom_ext.cluster import Centroids, add_unit_rows, nearest
 
 CPU_ONLY = True  # test_cuda_nearest.py is about GPUs
-PRECISIONS = ("fp32", "bf16", "int8")
 
 
 def cosines(rows: Tensor, centroids: Tensor) -> Tensor:
@@ -24,9 +23,9 @@ def cosines(rows: Tensor, centroids: Tensor) -> Tensor:
     return F.normalize(rows.double(), eps=1e-300) @ F.normalize(centroids.double(), eps=1e-300).T
 
 
-def check(rows: Tensor, centroids: Tensor, precision: str) -> Tensor:
+def check(rows: Tensor, centroids: Tensor) -> Tensor:
     """The index is float64's but where two cosines are the same within its rounding."""
-    index, score = nearest(rows, centroids, precision)
+    index, score = nearest(rows, centroids)
     cosine = cosines(rows, centroids)
     right = cosine.max(dim=1).values
     chosen = cosine.gather(1, index[:, None])[:, 0]
@@ -39,29 +38,26 @@ def gaussian(n: int, d: int, seed: int) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("n", "k", "d"),
     [(1, 1, 1), (7, 3, 2), (5, 16, 129), (100, 65, 5), (193, 64, 130), (300, 1000, 64)],
 )
-def test_awkward_sizes(capability, precision, n, k, d):
-    check(gaussian(n, d, 0), gaussian(k, d, 1), precision)
+def test_awkward_sizes(capability, n, k, d):
+    check(gaussian(n, d, 0), gaussian(k, d, 1))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_cosines_closer_than_bf16_can_tell_apart(capability, precision):
+def test_cosines_closer_than_bf16_can_tell_apart(capability):
     """All centroids within 1e-3 of each other: bf16 alone gets most of these rows wrong."""
     d = 48
     rows = F.normalize(gaussian(1, d, 0) + 1e-3 * gaussian(200, d, 1))
     centroids = F.normalize(gaussian(1, d, 0) + 1e-3 * gaussian(300, d, 2))
-    check(rows, centroids, precision)
+    check(rows, centroids)
     rounded = (rows.bfloat16().float() @ centroids.bfloat16().float().T).argmax(dim=1)
     wrong = rounded != cosines(rows, centroids).argmax(dim=1)
     assert wrong.float().mean() > 0.5
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_gaps_of_one_part_in_a_hundred_million(capability, precision):
+def test_gaps_of_one_part_in_a_hundred_million(capability):
     """The winner leads by 1e-8, less than fp32 resolves near 1; its neighbours share its lane."""
     d, k = 32, 256
     direction = F.normalize(gaussian(1, d, 3).double())
@@ -69,52 +65,48 @@ def test_gaps_of_one_part_in_a_hundred_million(capability, precision):
     other = F.normalize(other - (other @ direction.T) * direction)
     angle = 0.5 + 1e-8 * torch.randperm(k, generator=torch.Generator().manual_seed(5))
     centroids = (angle.cos()[:, None] * direction + angle.sin()[:, None] * other).float()
-    index = check(direction.float(), centroids, precision)
+    index = check(direction.float(), centroids)
     assert index == cosines(direction.float(), centroids).argmax()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_first_of_equal_centroids_wins(capability, precision):
+def test_the_first_of_equal_centroids_wins(capability):
     centroids = gaussian(150, 20, 0)
     centroids[[70, 71, 134, 149]] = centroids[6].clone()  # 70 and 134 in the lane of 6
     centroids[100:120] = centroids[20:40] * 7  # the same directions
-    index = check(gaussian(400, 20, 1), centroids, precision)
+    index = check(gaussian(400, 20, 1), centroids)
     assert not set(index.tolist()) & {70, 71, 134, 149}
-    assert check(centroids, centroids, precision).tolist()[70] == 6
+    assert check(centroids, centroids).tolist()[70] == 6
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_all_cosines_negative(capability, precision):
+def test_all_cosines_negative(capability):
     """Padding of the last panel has cosine 0 and must not win."""
     centroids = -gaussian(17, 6, 0).abs()
-    index = check(gaussian(40, 6, 1).abs(), centroids, precision)
+    index = check(gaussian(40, 6, 1).abs(), centroids)
     assert index.min() >= 0
     assert index.max() < 17
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_rows_without_direction(capability, precision):
+def test_rows_without_direction(capability):
     rows = gaussian(9, 5, 0)
     rows[2], rows[4, 1], rows[6, 0] = 0, math.nan, -math.inf
-    index, score = nearest(rows, gaussian(20, 5, 1), precision)
+    index, score = nearest(rows, gaussian(20, 5, 1))
     bad = torch.tensor([2, 4, 6])
     assert index[bad].tolist() == [-1, -1, -1]
     assert score[2] == 0
     assert score[[4, 6]].isnan().all()
     good = torch.tensor([0, 1, 3, 5, 7, 8])
-    alone = nearest(rows[good], gaussian(20, 5, 1), precision)
+    alone = nearest(rows[good], gaussian(20, 5, 1))
     assert torch.equal(index[good], alone[0])
     assert torch.equal(score[good], alone[1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_norms_at_the_ends_of_fp32(precision):
+def test_norms_at_the_ends_of_fp32():
     rows, centroids = gaussian(50, 12, 0), gaussian(40, 12, 1)
-    index = check(rows, centroids, precision)
+    index = check(rows, centroids)
     for scale in (1e-38, 1e-25, 1e25, 3e37):
         scaled = torch.rand(50, 1, generator=torch.Generator().manual_seed(2)) + 0.5
-        assert torch.equal(nearest(rows * (scale * scaled), centroids, precision)[0], index)
-        assert torch.equal(nearest(rows, centroids * scale, precision)[0], index)
+        assert torch.equal(nearest(rows * (scale * scaled), centroids)[0], index)
+        assert torch.equal(nearest(rows, centroids * scale)[0], index)
 
 
 @given(
@@ -122,26 +114,24 @@ def test_norms_at_the_ends_of_fp32(precision):
     st.integers(1, 200),
     st.integers(1, 40),
     st.sampled_from([0.0, 1e-4, 1e-2, 1.0]),
-    st.sampled_from(PRECISIONS),
     st.integers(0, 2**20),
 )
-def test_any_problem(n, k, d, spread, precision, seed):
+def test_any_problem(n, k, d, spread, seed):
     centre = gaussian(1, d, seed)
     check(
         centre + spread * gaussian(n, d, seed + 1),
         centre + spread * gaussian(k, d, seed + 2),
-        precision,
     )
 
 
 def test_the_same_labels_everywhere(set_threads):
-    """Not merely as good: the same, at any instruction set, precision and number of threads."""
+    """Not merely as good: the same, at any instruction set and number of threads."""
     rows = F.normalize(gaussian(500, 40, 0) + 3)
     centroids = rows[::3] + 1e-5 * gaussian(167, 40, 1)
     results = []
     for name in [*_core.cpu_capabilities(), "emulated_avx512"]:
         with unicom_ext.cpu_capability(name):
-            results += [nearest(rows, centroids, precision) for precision in PRECISIONS]
+            results.append(nearest(rows, centroids))
     set_threads(2)
     results.append(nearest(rows, centroids))
     for index, score in results[1:]:
@@ -149,24 +139,27 @@ def test_the_same_labels_everywhere(set_threads):
         assert torch.equal(score, results[0][1])
 
 
-@given(st.integers(1, 200), st.integers(1, 70), st.sampled_from(PRECISIONS), st.integers(0, 2**20))
-def test_values_of_any_size_within_a_row(k, d, precision, seed):
+@given(st.integers(1, 200), st.integers(1, 70), st.integers(0, 2**20))
+def test_values_of_any_size_within_a_row(k, d, seed):
     """Most of a row rounds to nothing beside its largest value, and yet decides."""
     generator = torch.Generator().manual_seed(seed)
     power = torch.randint(-44, 2, (k + 30, d), generator=generator)
     values = gaussian(k + 30, d, seed + 1) * 10.0**power
     values[:, 0] = 1  # the same in all
-    check(values[:30], values[30:], precision)
+    check(values[:30], values[30:])
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rounding_to_bytes_at_its_worst(capability, seed):
+def test_rounding_at_its_worst(capability, seed):
     """One centroid loses .49 of a step in every value, another one gains .45 of a step, all in the
     direction of the row: as far off as the two scores can be. The first one is nearer."""
     d = 64
+    largest = 127 if capability == "avx512_bf16" else 63  # steps in the largest value
+    size = largest / 4
     row = torch.where(gaussian(1, d, seed) > 0, 1.0, -1.0)[0].double()
-    whole = (30 * gaussian(1, d, seed + 100)[0] + 30 * row).clamp(-99, 99).round().double()
-    whole[0] = 127 * row[0]  # a step is 1
+    whole = size * (gaussian(1, d, seed + 100)[0] + row)
+    whole = whole.clamp(-0.75 * largest, 0.75 * largest).round().double()
+    whole[0] = largest * row[0]  # a step is 1
     aside = row.clone()
     aside[0] = 0
     other = whole + 0.55 * aside
@@ -179,25 +172,41 @@ def test_rounding_to_bytes_at_its_worst(capability, seed):
     rounded = [w.round() @ row / w.norm() for w in (near, other)]
     assert rounded[1] - rounded[0] > 0.9 * (0.49 + 0.45) * (d - 1) / near.norm()
     pair = torch.stack([other, near])
-    index = check(row[None].float(), torch.cat([pair, -pair]).float(), "int8")  # of mean 0
+    index = check(row[None].float(), torch.cat([pair, -pair]).float())  # of mean 0
     assert index.item() == 1
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_what_is_left_of_the_mean_is_denormal(precision):
+@pytest.mark.parametrize("d", [16, 1000, 1_100_000])
+def test_largest_sums(capability, d):
+    """All values of one sign and as large as they can be. Sums that left their integers would be
+    smaller than those of half as many products."""
+    ones, half = torch.ones(d), torch.arange(d) % 2.0
+    centroids = torch.stack([ones, -ones, half, -half])  # of mean 0
+    index = check(torch.stack([ones, -2 * ones, half]), centroids)
+    assert index.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("d", [1, 3, 40])
+def test_one_direction_and_single_values(capability, d):
+    unit = torch.eye(d)
+    assert check(unit, torch.cat([unit, -unit])).tolist() == list(range(d))
+    same = torch.full((20, d), 3.0)
+    assert check(same, same[:17] * 5).tolist() == [0] * 20
+
+
+def test_what_is_left_of_the_mean_is_denormal():
     centroids = torch.tensor([[1.0, 1e-40], [1.0, 1.2e-40], [1.0, 0.0]])
     rows = torch.tensor([[1.0, 1e-40], [1.0, -1e-40], [2.0, 0.0], [0.0, 1e-45]])
     for k in (1, 2, 3):
-        index = check(rows, centroids[:k], precision)
+        index = check(rows, centroids[:k])
         assert index[:3].tolist() == [0, 0, 0]  # the same cosine, in double
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_guess_changes_the_result(capability, precision):
+def test_no_guess_changes_the_result(capability):
     rows, centroids = gaussian(300, 24, 0), gaussian(170, 24, 1)
     rows[5], rows[6, 3], rows[7] = 0, math.nan, rows[8]
     centroids[90:] = centroids[:80]  # the first of equals wins, even where another was guessed
-    found = Centroids(centroids, precision)
+    found = Centroids(centroids)
     index, score = found.nearest(rows)
     twin = torch.where((index >= 0) & (index < 80), index + 90, index)
     random = torch.randint(-1, 170, (300,), generator=torch.Generator().manual_seed(2))
@@ -268,26 +277,24 @@ def test_sums_beyond_what_fp32_can_count():
 
 
 @pytest.mark.parametrize(
-    ("rows", "centroids", "precision", "error", "words"),
+    ("rows", "centroids", "error", "words"),
     [
-        (torch.zeros(3, 4), torch.ones(2, 5), "auto", ValueError, ["centroids", "[k, 4]", "5"]),
-        (torch.zeros(3, 4), torch.ones(0, 4), "auto", ValueError, ["centroids", "one row"]),
-        (torch.zeros(3, 4), torch.ones(2, 4), "fp16", ValueError, ["precision", "fp16", "bf16"]),
-        (torch.zeros(3), torch.ones(2, 4), "auto", ValueError, ["rows", "matrix", "[3]"]),
-        (torch.zeros(3, 4).long(), torch.ones(2, 4), "auto", TypeError, ["rows", "int64"]),
-        (torch.zeros(3, 4), [[1.0]], "auto", TypeError, ["centroids", "list"]),
+        (torch.zeros(3, 4), torch.ones(2, 5), ValueError, ["centroids", "[k, 4]", "5"]),
+        (torch.zeros(3, 4), torch.ones(0, 4), ValueError, ["centroids", "one row"]),
+        (torch.zeros(3), torch.ones(2, 4), ValueError, ["rows", "matrix", "[3]"]),
+        (torch.zeros(3, 4).long(), torch.ones(2, 4), TypeError, ["rows", "int64"]),
+        (torch.zeros(3, 4), [[1.0]], TypeError, ["centroids", "list"]),
         (
             torch.zeros(3, 2),
             torch.tensor([[1, 2], [3, math.nan]]),
-            "auto",
             ValueError,
             ["centroids", "finite", "row 1"],
         ),
     ],
 )
-def test_bad_input(rows, centroids, precision, error, words):
+def test_bad_input(rows, centroids, error, words):
     with pytest.raises(error) as caught:
-        nearest(rows, centroids, precision)
+        nearest(rows, centroids)
     for word in words:
         assert word in str(caught.value)
 
@@ -307,11 +314,12 @@ def test_other_devices_are_refused():
         Centroids(torch.ones(2, 4)).nearest(torch.ones(3, 4, device="meta"))
 
 
-def test_longer_than_bytes_can_sum():
-    rows = gaussian(2, 65537, 0)
-    assert check(rows, rows, "auto").tolist() == [0, 1]
-    with pytest.raises(ValueError, match="at most 65536 columns at precision int8"):
-        Centroids(rows, "int8")
+@pytest.mark.skipif("avx512_bf16" not in _core.cpu_capabilities(), reason="packs larger values")
+def test_packed_for_other_kernels():
+    with unicom_ext.cpu_capability("avx512_bf16"):
+        found = Centroids(torch.ones(2, 4))
+    with unicom_ext.cpu_capability("avx2"), pytest.raises(ValueError, match="another CPU cap"):
+        found.nearest(torch.ones(3, 4))
 
 
 def test_bad_sums():

@@ -13,19 +13,12 @@
 namespace unicom::cuda {
 namespace {
 
-constexpr int64_t kFp16 = 3;  // the one precision here
-
 FloatRows float_rows(const Tensor& tensor, const char* name) {
   check_float_rows(tensor, name);
   return {tensor.const_data_ptr<float>(), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-void check_precision(int64_t precision) {
-  check(precision == kFp16, "precision must be fp16 on CUDA");
-}
-
-Tensor pack_centroids_op(Tensor centroids, int64_t precision) {
-  check_precision(precision);
+Tensor pack_centroids_op(Tensor centroids) {
   const FloatRows from = float_rows(centroids, "centroids");
   check(from.count >= 1 && from.count <= INT32_MAX, "centroids must have from 1 to ", INT32_MAX,
         " rows, got ", from.count);
@@ -46,14 +39,13 @@ const int64_t* index_of_rows(const Tensor& index, const char* name, const Tensor
 }
 
 std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tensor packed,
-                                      int64_t precision, std::optional<Tensor> guess_in) {
-  check_precision(precision);
+                                      std::optional<Tensor> guess_in) {
   const FloatRows rows = float_rows(rows_in, "rows");
   const FloatRows centroids = float_rows(centroids_in, "centroids");
   check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
         centroids.count, ", ", centroids.dim, "]");
   check(packed.numel() == packed_centroid_bytes(centroids.count, centroids.dim),
-        "packed must come from pack_centroids with the same centroids and precision");
+        "packed must come from pack_centroids with the same centroids");
   check_device(centroids_in, rows_in, "centroids");
   check_device(packed, rows_in, "packed");
   const int64_t* guess = guess_in ? index_of_rows(*guess_in, "guess", rows_in) : nullptr;

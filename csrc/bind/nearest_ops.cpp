@@ -16,39 +16,17 @@ Rows fp32_rows(const Tensor& tensor, const char* name) {
   return {tensor.const_data_ptr<float>(), tensor.size(0), tensor.size(1), tensor.stride(0)};
 }
 
-// Of the vectors that are multiplied.
-enum class Precision : int64_t { kFp32, kBf16, kInt8 };
-
-template <class F>
-auto with_unit(int64_t precision, const F& f) {
-  check(precision >= 0 && precision <= 2, "precision must be 0, 1 or 2, got ", precision);
-  switch (static_cast<Precision>(precision)) {
-    case Precision::kBf16: return f(cpu::BfPair{});
-    case Precision::kInt8: return f(cpu::ByteQuad{});
-    default: return f(float{});
-  }
-}
-
-int64_t packed_bytes_of(const Rows& centroids, int64_t precision) {
-  return with_unit(precision, [&](auto unit) {
-    return packed_centroid_bytes<decltype(unit)>(centroids.count, centroids.dim);
-  });
-}
-
-Tensor pack_centroids_op(Tensor centroids, int64_t precision) {
+Tensor pack_centroids_op(Tensor centroids) {
   const Rows from = fp32_rows(centroids, "centroids");
   check(from.count >= 1, "centroids must have at least one row");
-  check(precision != static_cast<int64_t>(Precision::kInt8) || from.dim <= kMaxByteDim,
-        "centroids must have at most ", kMaxByteDim, " columns at precision int8, got ", from.dim);
   for (int64_t j = 0; j < from.count; ++j) {
     bool finite = true;
     for (int64_t k = 0; k < from.dim; ++k) finite &= std::isfinite(from[j][k]);
     check(finite, "centroids must be finite, but row ", j, " is not");
   }
-  Tensor packed = pooled(centroids, {packed_bytes_of(from, precision)}, ScalarType::Byte, 1);
-  with_unit(precision, [&](auto unit) {
-    pack_centroids<decltype(unit)>(from, packed.mutable_data_ptr(), TorchParallel());
-  });
+  Tensor packed =
+      pooled(centroids, {packed_centroid_bytes(from.count, from.dim)}, ScalarType::Byte, 1);
+  pack_centroids(from, packed.mutable_data_ptr(), TorchParallel());
   return packed;
 }
 
@@ -64,21 +42,20 @@ const int64_t* checked_index(const Tensor& index, const char* name, int64_t rows
 }
 
 std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tensor packed,
-                                      int64_t precision, std::optional<Tensor> guess_in) {
+                                      std::optional<Tensor> guess_in) {
   const Rows rows = fp32_rows(rows_in, "rows"), centroids = fp32_rows(centroids_in, "centroids");
   check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
         centroids.count, ", ", centroids.dim, "]");
-  check(packed.numel() == packed_bytes_of(centroids, precision),
-        "packed must come from pack_centroids with the same centroids and precision");
+  check(packed.numel() == packed_centroid_bytes(centroids.count, centroids.dim),
+        "packed must come from pack_centroids with the same centroids");
+  check(fits_kernels(packed.const_data_ptr()),
+        "centroids were packed for another CPU capability than is in use now");
   const int64_t* guess =
       guess_in ? checked_index(*guess_in, "guess", rows.count, centroids.count) : nullptr;
   Tensor index = empty_like_device(rows_in, {rows.count}, ScalarType::Long);
   Tensor score = empty_like_device(rows_in, {rows.count}, ScalarType::Float);
-  with_unit(precision, [&](auto unit) {
-    nearest<decltype(unit)>(rows, guess, centroids, packed.const_data_ptr(),
-                            index.mutable_data_ptr<int64_t>(), score.mutable_data_ptr<float>(),
-                            TorchParallel());
-  });
+  nearest(rows, guess, centroids, packed.const_data_ptr(), index.mutable_data_ptr<int64_t>(),
+          score.mutable_data_ptr<float>(), TorchParallel());
   return {index, score};
 }
 

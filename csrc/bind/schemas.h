@@ -56,8 +56,8 @@ inline constexpr const char* kSelectionSchemas[] = {
     "int stop) -> Tensor"};
 
 inline constexpr const char* kNearestSchemas[] = {
-    "pack_centroids(Tensor centroids, int precision) -> Tensor",
-    "nearest(Tensor rows, Tensor centroids, Tensor packed, int precision, Tensor? guess=None) -> "
+    "pack_centroids(Tensor centroids) -> Tensor",
+    "nearest(Tensor rows, Tensor centroids, Tensor packed, Tensor? guess=None) -> "
     "(Tensor index, Tensor score)",
     "add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()"};
 

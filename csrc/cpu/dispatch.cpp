@@ -8,10 +8,10 @@
 namespace unicom::cpu {
 
 extern const Kernels<double> kernels_fp64_portable;
-#define UNICOM_DECLARE(isa)                          \
-  extern const Kernels<float> kernels_fp32_##isa;    \
-  extern const Kernels<BfPair> kernels_bf16_##isa;   \
-  extern const Kernels<ByteQuad> kernels_int8_##isa; \
+#define UNICOM_DECLARE(isa)                        \
+  extern const Kernels<float> kernels_fp32_##isa;  \
+  extern const Kernels<BfPair> kernels_bf16_##isa; \
+  extern const NearestKernels nearest_##isa;       \
   extern const UpdateKernels update_##isa;
 UNICOM_DECLARE(portable)
 UNICOM_DECLARE(emulated_avx512)
@@ -24,13 +24,9 @@ UNICOM_DECLARE(avx512_bf16)
 
 namespace {
 
-#define UNICOM_SET(isa)    \
-  {#isa,                   \
-   &kernels_fp32_##isa,    \
-   &kernels_bf16_##isa,    \
-   &kernels_int8_##isa,    \
-   &kernels_fp64_portable, \
-   &update_##isa}
+#define UNICOM_SET(isa)                                                              \
+  {#isa,           &kernels_fp32_##isa, &kernels_bf16_##isa, &kernels_fp64_portable, \
+   &nearest_##isa, &update_##isa}
 const KernelSet kSets[] = {
     UNICOM_SET(portable),
 #if defined(UNICOM_X86)

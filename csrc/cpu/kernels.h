@@ -85,15 +85,14 @@ struct Probabilities : LogitBlock<Unit> {
   int64_t along_classes_stride;  // [ceil(6 tiles / 16)][class units][16]
 };
 
-// The classes that may be the nearest of each row. With the accumulated product p of row r and
-// class j (an integer for bytes, where the sum starts at class_start), its score is
+// The classes that may be the nearest of each row. With the sum p of class_start and the products
+// of row r and class j, an integer, its score is
 //   row_scale[r] * class_scale[j] * p + class_bias[j]
-// where scales are 1 but for bytes. A class whose score is above the row's floor becomes a
-// candidate, and the floor rises to the score less the row's window. Candidates come in increasing
-// order; the first ones may be below where the floor is in the end.
-template <class Unit>
-struct Nearest : CosineBlock<Unit> {
-  const float* class_bias;  // [16 panels], -infinity for the padding
+// A class whose score is above the row's floor becomes a candidate, and the floor rises to the
+// score less the row's window. Candidates come in increasing order; the first ones may be below
+// where the floor is in the end.
+struct Nearest : CosineBlock<ByteQuad> {  // units: a multiple of four
+  const float* class_bias;                // [16 panels], -infinity for the padding
   const float* class_scale;
   const int32_t* class_start;
   const float* row_scale;  // [6 tiles]
@@ -135,7 +134,6 @@ struct Kernels {
   void (*product)(const Product<Unit>&);
   void (*sum_exp)(const SumExp<Unit>&);
   void (*probabilities)(const Probabilities<Unit>&);
-  void (*nearest)(const Nearest<Unit>&);  // nullptr for double
 
   // Dot product in double, in the same order of summation everywhere.
   double (*dot)(const float* a, const float* b, int64_t count);
@@ -150,12 +148,18 @@ struct Kernels {
                       int64_t dim, Real* out, int64_t out_stride);
 };
 
+struct NearestKernels {
+  int32_t
+      largest;  // size of a value that they multiply: -largest to largest, in tiles 0 to twice it
+  void (*nearest)(const Nearest&);
+};
+
 struct KernelSet {
   const char* name;
   const Kernels<float>* fp32;
   const Kernels<BfPair>* bf16;
-  const Kernels<ByteQuad>* int8;  // has `nearest` only
   const Kernels<double>* fp64;
+  const NearestKernels* nearest;
   const struct UpdateKernels* update;  // update.h
 };
 

@@ -23,15 +23,8 @@ constexpr Kernels<Unit> make_kernels() {
   k.sum_exp = sum_exp<Unit>;
   k.probabilities = probabilities<Unit>;
   k.dot = dot;
-  if constexpr (std::is_same_v<RealOf<Unit>, float>) k.nearest = nearest<Unit>;
   k.unit_backward = unit_backward<Unit>;
   k.spread_rows = spread_rows<RealOf<Unit>>;
-  return k;
-}
-
-constexpr Kernels<ByteQuad> make_byte_kernels() {
-  Kernels<ByteQuad> k{};
-  k.nearest = nearest<ByteQuad>;
   return k;
 }
 

@@ -40,11 +40,6 @@ struct UnitTraits<BfPair> {
   using Real = float;
   static constexpr int64_t kValues = 2;
 };
-template <>
-struct UnitTraits<ByteQuad> {
-  using Real = float;  // the accumulators are int32, in the same registers
-  static constexpr int64_t kValues = 4;
-};
 template <class Unit>
 using RealOf = typename UnitTraits<Unit>::Real;
 

@@ -12,9 +12,8 @@ namespace {
 double dot(const float* a, const float* b, int64_t count) { return dot_in_double(a, b, count); }
 
 // Takes in the classes first, first + 1, ... whose scores are above the floor.
-template <class Unit>
-__attribute__((noinline)) void add_candidates(const Nearest<Unit>& args, int64_t row,
-                                              const float* scores, int64_t lanes, int64_t first) {
+__attribute__((noinline)) void add_candidates(const Nearest& args, int64_t row, const float* scores,
+                                              int64_t lanes, int64_t first) {
   constexpr int kW = kWidth<float>;
   float& floor = args.floor[row];
   int32_t* candidate = args.candidate + row * args.capacity;
@@ -53,10 +52,85 @@ __attribute__((noinline)) void add_candidates(const Nearest<Unit>& args, int64_t
   args.count[row] = count;
 }
 
+typedef int16_t Int16Vec __attribute__((vector_size(UNICOM_VECTOR_BYTES)));
+
+#if defined(__AVX512VNNI__)
+constexpr int32_t kLargest = 127;
+constexpr int kRun = 1;  // units that are added up before they join the 32-bit sums
+constexpr int kRows = 6;
+#else
+// Sums of 16 bits, for as long as they hold: four products of at most 126 * 63 are 31,752.
+constexpr int32_t kLargest = 63;
+constexpr int kRun = 2;
+constexpr int kRows = 3;  // few, as the lines of a run need registers too
+
+// The sums of two products each: of unsigned bytes and signed ones.
+UNICOM_INLINE Int16Vec pair_products(WordVec a, WordVec b) {
+#if defined(__AVX512BW__) && UNICOM_VECTOR_BYTES == 64
+  return (Int16Vec)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__) && UNICOM_VECTOR_BYTES == 32
+  return (Int16Vec)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#else
+  const Int16Vec low = (Int16Vec)(a & 0x00ff00ffu), high = (Int16Vec)((a >> 8) & 0x00ff00ffu);
+  return low * (((Int16Vec)b << 8) >> 8) + high * ((Int16Vec)b >> 8);
+#endif
+}
+
+// The sums of two neighbours each.
+UNICOM_INLINE IntVec<float> pair_sums(Int16Vec x) {
+#if defined(__AVX512BW__) && UNICOM_VECTOR_BYTES == 64
+  return (IntVec<float>)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#elif defined(__AVX2__) && UNICOM_VECTOR_BYTES == 32
+  return (IntVec<float>)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
+#else
+  return (((IntVec<float>)x << 16) >> 16) + ((IntVec<float>)x >> 16);
+#endif
+}
+#endif
+
+// acc[m][.] += sum over u of a[6 u + m] * b[p * b_stride + u], the four products of each
+template <int P>
+UNICOM_INLINE void multiply_bytes(IntVec<float> (&acc)[kRows][P * kVectors<float>],
+                                  const ByteQuad* a, const ByteQuad* b, int64_t b_stride,
+                                  int64_t units) {
+  constexpr int kV = kVectors<float>;
+  for (int64_t u = 0; u < units; u += kRun) {
+    WordVec line[kRun][P * kV];
+#pragma GCC unroll 8
+    for (int s = 0; s < kRun; ++s)
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v)
+        line[s][v] =
+            load_words(b + (v / kV) * b_stride + (u + s) * kLanes + (v % kV) * kWidth<float>);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      WordVec value[kRun];
+#pragma GCC unroll 8
+      for (int s = 0; s < kRun; ++s) {
+        uint32_t word;
+        std::memcpy(&word, a + (u + s) * kTile + m, 4);
+        value[s] = WordVec{} + word;
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < P * kV; ++v) {
+#if defined(__AVX512VNNI__)
+        acc[m][v] = (IntVec<float>)_mm512_dpbusd_epi32((__m512i)acc[m][v], (__m512i)value[0],
+                                                       (__m512i)line[0][v]);
+#else
+        Int16Vec sum = pair_products(value[0], line[0][v]);
+#pragma GCC unroll 8
+        for (int s = 1; s < kRun; ++s) sum += pair_products(value[s], line[s][v]);
+        acc[m][v] += pair_sums(sum);
+#endif
+      }
+    }
+  }
+}
+
 // The compiler may not carry what it knows of these values past this point. Without it, it moves
 // the accumulators about inside the loop between two such points.
 template <int M, int N>
-UNICOM_INLINE void keep_in_registers([[maybe_unused]] Vec<float> (&acc)[M][N]) {
+UNICOM_INLINE void keep_in_registers([[maybe_unused]] IntVec<float> (&acc)[M][N]) {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -68,66 +142,56 @@ UNICOM_INLINE void keep_in_registers([[maybe_unused]] Vec<float> (&acc)[M][N]) {
 // Scores [6][16 P] of one tile and the panels panel, ... panel + P - 1, of those rows that have one
 // above their floor; returns a bit for each of these rows.
 // Not inlined: alone, the loop gets all the registers.
-template <class Unit, int P>
-__attribute__((noinline)) unsigned tile_scores(const Nearest<Unit>& args, int64_t panel,
-                                               int64_t tile, float* scores) {
-  constexpr bool kBytes = UnitTraits<Unit>::kValues == 4;
+template <int P>
+__attribute__((noinline)) unsigned tile_scores(const Nearest& args, int64_t panel, int64_t tile,
+                                               float* scores) {
   constexpr int kN = P * kVectors<float>;
   constexpr int kW = kWidth<float>;
-  constexpr int M = kRegisterRows<float>;
   const float* bias = args.class_bias + panel * kLanes;
   const float* class_scale = args.class_scale + panel * kLanes;
   const int32_t* class_start = args.class_start + panel * kLanes;
   unsigned found = 0;
-  for (int first = 0; first < kTile; first += M) {
-    Vec<float> acc[M][kN];
+  for (int first = 0; first < kTile; first += kRows) {
+    IntVec<float> acc[kRows][kN];
 #pragma GCC unroll 8
-    for (int v = 0; v < kN; ++v) {
-      Vec<float> start{};
-      if constexpr (kBytes) std::memcpy(&start, class_start + v * kW, sizeof(start));
+    for (int v = 0; v < kN; ++v)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][v] = start;
-    }
+      for (int m = 0; m < kRows; ++m) acc[m][v] = (IntVec<float>)load_words(class_start + v * kW);
     keep_in_registers(acc);
-    MultiplyAdd<Unit>::template run<M, P, 1, kTile>(
-        acc, args.rows + tile * args.row_tile_stride + first,
-        args.classes + panel * args.panel_stride, args.panel_stride, args.units);
+    multiply_bytes<P>(acc, args.rows + tile * args.row_tile_stride + first,
+                      args.classes + panel * args.panel_stride, args.panel_stride, args.units);
     keep_in_registers(acc);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       const int64_t r = tile * kTile + first + m;
       const Vec<float> floor = broadcast(args.floor[r]);
       const Vec<float> scale = broadcast(args.row_scale[r]);
+      Vec<float> score[kN];
       IntVec<float> above{};
 #pragma GCC unroll 8
       for (int v = 0; v < kN; ++v) {
-        if constexpr (kBytes)
-          acc[m][v] = fma(__builtin_convertvector((IntVec<float>)acc[m][v], Vec<float>) *
-                              load(class_scale + v * kW),
-                          scale, load(bias + v * kW));
-        else
-          acc[m][v] += load(bias + v * kW);
-        above |= acc[m][v] > floor;
+        score[v] = fma(__builtin_convertvector(acc[m][v], Vec<float>) * load(class_scale + v * kW),
+                       scale, load(bias + v * kW));
+        above |= score[v] > floor;
       }
       if (any(above)) {
         found |= 1u << (first + m);
 #pragma GCC unroll 8
-        for (int v = 0; v < kN; ++v) store(scores + (first + m) * P * kLanes + v * kW, acc[m][v]);
+        for (int v = 0; v < kN; ++v) store(scores + (first + m) * P * kLanes + v * kW, score[v]);
       }
     }
   }
   return found;
 }
 
-template <class Unit>
-void nearest(const Nearest<Unit>& args) {
+void nearest(const Nearest& args) {
   constexpr int P = kRegisterPanels<float>;
   alignas(64) float scores[kTile * P * kLanes];
   for (int64_t r = 0; r < args.tiles * kTile; ++r) args.count[r] = 0;
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      unsigned found = tile_scores<Unit, kCount>(args, panel, t, scores);
+      unsigned found = tile_scores<kCount>(args, panel, t, scores);
       for (; found != 0; found &= found - 1) {
         const int m = __builtin_ctz(found);
         add_candidates(args, t * kTile + m, scores + m * kCount * kLanes, kCount * kLanes,

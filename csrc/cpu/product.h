@@ -83,41 +83,6 @@ struct MultiplyAdd<BfPair> {
   }
 };
 
-template <>
-struct MultiplyAdd<ByteQuad> {
-  template <int M, int P, int kStepM, int kStepU>
-  static UNICOM_INLINE void run(Vec<float> (&acc)[M][P * kVectors<float>], const ByteQuad* a,
-                                const ByteQuad* b, int64_t b_stride, int64_t units) {
-    constexpr int kV = kVectors<float>;
-    for (int64_t u = 0; u < units; ++u) {
-      WordVec line[P * kV];
-#pragma GCC unroll 8
-      for (int v = 0; v < P * kV; ++v)
-        line[v] = load_words(b + (v / kV) * b_stride + u * kLanes + (v % kV) * kWidth<float>);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        uint32_t word;
-        std::memcpy(&word, a + u * kStepU + m * kStepM, 4);
-#if defined(__AVX512VNNI__)
-        const __m512i value = _mm512_set1_epi32(static_cast<int>(word));
-#pragma GCC unroll 8
-        for (int v = 0; v < P * kV; ++v)
-          acc[m][v] = (Vec<float>)_mm512_dpbusd_epi32((__m512i)acc[m][v], value, (__m512i)line[v]);
-#else
-        for (int v = 0; v < P * kV; ++v) {
-          IntVec<float> sum = (IntVec<float>)acc[m][v];
-          for (int i = 0; i < 4; ++i) {
-            const IntVec<float> value = (IntVec<float>)(line[v] << (24 - 8 * i)) >> 24;
-            sum += value * static_cast<int32_t>((word >> (8 * i)) & 0xffu);
-          }
-          acc[m][v] = (Vec<float>)sum;
-        }
-#endif
-      }
-    }
-  }
-};
-
 // Rows per register tile, and panels beside each other, so that the accumulators fill the
 // registers.
 template <class Real>

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "operands.h"
 
@@ -10,10 +11,8 @@ namespace unicom {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kCapacity = 128;  // candidates of a row, before it is looked at again by itself
-
-template <class Unit>
-constexpr bool kBytes = cpu::UnitTraits<Unit>::kValues == 4;
+constexpr int64_t kValues = sizeof(cpu::ByteQuad);  // of a unit
+constexpr int64_t kCapacity = 256;  // candidates of a row, before it is looked at again by itself
 
 double dot(const float* a, const float* b, int64_t count) {
   return kernels_for<float>().dot(a, b, count);
@@ -28,77 +27,53 @@ cpu::RowSource source_of(const Rows& rows) {
   return {rows.data, cpu::DType::kFloat32, rows.stride, nullptr, rows.dim};
 }
 
-// A vector as the kernels multiply it: rounded to whole multiples of `scale`, or to bf16, or as is.
+// A vector as the kernels multiply it: whole multiples of `scale`.
 struct Rounded {
-  float scale;  // 1 but for bytes
+  float scale;
   double norm;  // of the vector
   double lost;  // norm of what rounding took from it
 };
 
-// Rounds values [height] in place; for bytes they become whole numbers from -127 to 127.
-template <class Unit>
-Rounded round_vector(float* values, int64_t height) {
-  constexpr int64_t kSums = 8;  // side by side, so that the compiler uses vectors
-  float square[kSums] = {}, lost[kSums] = {}, largest[kSums] = {};
-  const auto total = [](const float* sums) {
-    double all = 0;
-    for (int64_t i = 0; i < kSums; ++i) all += static_cast<double>(sums[i]);
-    return std::sqrt(all);
-  };
-  float scale = 1, inverse = 1;
-  if constexpr (kBytes<Unit>) {
-    for (int64_t k = 0; k < height; k += kSums)
-      for (int64_t i = 0; i < kSums; ++i) {
-        const float size = std::fabs(values[k + i]);
-        largest[i] = size > largest[i] ? size : largest[i];
-      }
-    const float top = *std::max_element(largest, largest + kSums);
-    // All but equal to the mean: below what 1 / scale can be taken of, nothing remains.
-    scale = top > 1e-30f ? top / 127 : 1;
-    inverse = 1 / scale;
-  }
-  for (int64_t k = 0; k < height; k += kSums)
-    for (int64_t i = 0; i < kSums; ++i) {
-      const float value = values[k + i];
-      float rounded = value;
-      if constexpr (kBytes<Unit>) {
-        constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-        rounded = (value * inverse + kWhole) - kWhole;
-      } else if constexpr (cpu::UnitTraits<Unit>::kValues == 2) {
-        rounded = cpu::bf16_to_float(cpu::float_to_bf16(value));
-      }
-      const float difference = value - rounded * scale;
-      square[i] += value * value;
-      lost[i] += difference * difference;
-      values[k + i] = rounded;
+// Rounds values [height] to whole [height], from -largest to largest. Leaves in values what that
+// took from them.
+Rounded round_vector(float* values, int64_t height, int32_t largest, int32_t* whole) {
+  constexpr int64_t kSide = 8;  // side by side, so that the compiler uses vectors
+  const double norm = std::sqrt(dot(values, values, height));
+  float tops[kSide] = {};
+  for (int64_t k = 0; k < height; k += kSide)
+    for (int64_t i = 0; i < kSide; ++i) {
+      const float size = std::fabs(values[k + i]);
+      tops[i] = size > tops[i] ? size : tops[i];
     }
-  return {scale, total(square), total(lost)};
+  const float top = *std::max_element(tops, tops + kSide);
+  // All but equal to the mean: below what 1 / scale can be taken of, nothing remains.
+  const float scale = top > 1e-30f ? top / static_cast<float>(largest) : 1;
+  const float inverse = 1 / scale;
+  for (int64_t k = 0; k < height; ++k) {
+    constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    const float rounded = (values[k] * inverse + kWhole) - kWhole;
+    whole[k] = static_cast<int32_t>(rounded);
+    values[k] -= rounded * scale;
+  }
+  return {scale, norm, std::sqrt(dot(values, values, height))};
 }
 
-// Units of rounded values [height], `step` apart. In tiles bytes are unsigned: 128 is added.
-template <class Unit>
-void write_units(const float* values, int64_t units, Unit* out, int64_t step, int shift) {
-  for (int64_t u = 0; u < units; ++u) {
-    if constexpr (kBytes<Unit>) {
-      for (int64_t i = 0; i < 4; ++i)
-        out[u * step].byte[i] =
-            static_cast<uint8_t>(static_cast<int32_t>(values[4 * u + i]) + shift);
-    } else if constexpr (cpu::UnitTraits<Unit>::kValues == 2) {
-      out[u * step] = {cpu::float_to_bf16(values[2 * u]), cpu::float_to_bf16(values[2 * u + 1])};
-    } else {
-      out[u * step] = values[u];
-    }
-  }
+// Whole numbers to units, `step` apart. In tiles bytes are unsigned: `shift` is added.
+void write_units(const int32_t* whole, int64_t units, cpu::ByteQuad* out, int64_t step,
+                 int32_t shift) {
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t i = 0; i < kValues; ++i)
+      out[u * step].byte[i] = static_cast<uint8_t>(whole[kValues * u + i] + shift);
 }
 
 // Views into the block that pack_centroids fills.
-template <class Unit>
 struct PackedCentroids {
-  int64_t panel_count, units, height;  // height: dimensions, padded for round_vector
+  int64_t panel_count, units, height;  // height: dimensions, padded to fours of units
+  int32_t* largest;                    // size of a value, see cpu::NearestKernels
   double* largest_norm;                // of the vectors the panels hold
   double* largest_lost;                // by rounding
   double* inverse_norm;                // [lanes] of the centroids
-  Unit* panels;
+  cpu::ByteQuad* panels;
   float *bias, *scale;  // [lanes] see cpu::Nearest
   int32_t* start;       // [lanes]
   float* mean;          // [height]
@@ -106,8 +81,8 @@ struct PackedCentroids {
 
   PackedCentroids(const void* packed, int64_t count, int64_t dim)
       : panel_count(ceil_div(count, kLanes)),
-        units(ceil_div(dim, cpu::UnitTraits<Unit>::kValues)),
-        height(round_up(dim, 8)) {
+        units(round_up(ceil_div(dim, kValues), 4)),
+        height(units * kValues) {
     auto* at = static_cast<char*>(const_cast<void*>(packed));
     char* const begin = at;
     const auto take = [&](auto*& pointer, int64_t values) {
@@ -115,6 +90,7 @@ struct PackedCentroids {
       at += round_up(values * static_cast<int64_t>(sizeof(*pointer)), 64);
     };
     const int64_t lanes = panel_count * kLanes;
+    take(largest, 1);
     take(largest_norm, 1);
     take(largest_lost, 1);
     take(inverse_norm, lanes);
@@ -128,11 +104,10 @@ struct PackedCentroids {
 };
 
 // A block of rows against all centroids.
-template <class Unit>
 class Block {
  public:
   Block(const Rows& rows, const int64_t* guess, const Rows& centroids,
-        const PackedCentroids<Unit>& packed, int64_t first, int64_t count)
+        const PackedCentroids& packed, int64_t first, int64_t count)
       : rows_(rows),
         guess_(guess),
         centroids_(centroids),
@@ -146,9 +121,10 @@ class Block {
 
   void run(int64_t* index, float* score) {
     Buffer<float> row(packed_.height);
+    Buffer<int32_t> whole(packed_.height);
     for (int64_t r = 0; r < tiles_ * kTile; ++r) {
       if (guess_ != nullptr && r + 2 < count_) fetch(guess_[first_ + r + 2]);
-      pack_row(r, row.get());
+      pack_row(r, row.get(), whole.get());
       start(found_, r, r);
     }
     search(tile_values_.get(), tiles_, found_);
@@ -192,7 +168,7 @@ class Block {
           capacity(capacity) {}
   };
 
-  Unit* row_units(Unit* tiles, int64_t r) const {
+  cpu::ByteQuad* row_units(cpu::ByteQuad* tiles, int64_t r) const {
     return tiles + r / kTile * packed_.units * kTile + r % kTile;
   }
 
@@ -207,8 +183,7 @@ class Block {
     return dot(row, centroids_[j], rows_.dim) * packed_.inverse_norm[j];
   }
 
-  void pack_row(int64_t r, float* row) {
-    constexpr int kShift = kBytes<Unit> ? 128 : 0;
+  void pack_row(int64_t r, float* row, int32_t* whole) {
     Known& known = known_[r];
     known = {0, 0, 0, -std::numeric_limits<double>::infinity(), 1, false};
     if (r < count_) {
@@ -224,16 +199,12 @@ class Block {
     }
     for (int64_t k = 0; k < packed_.height; ++k)
       row[k] = known.counts ? row[k] - packed_.mean[k] : 0.0f;
-    const Rounded rounded = round_vector<Unit>(row, packed_.height);
-    write_units(row, packed_.units, row_units(tile_values_.get(), r), kTile, kShift);
+    const Rounded rounded = round_vector(row, packed_.height, *packed_.largest, whole);
+    write_units(whole, packed_.units, row_units(tile_values_.get(), r), kTile, *packed_.largest);
     known.scale = rounded.scale;
     const double norm = rounded.norm + rounded.lost;
     const double largest = *packed_.largest_norm, largest_lost = *packed_.largest_lost;
     known.error = 1.001 * (rounded.lost * largest + norm * largest_lost) + kSlack;
-    // Sums of bytes are exact; those of fp32 lose up to a rounding error in each step.
-    if (!kBytes<Unit>)
-      known.error +=
-          2.002 * static_cast<double>(rows_.dim) * 0x1p-24 * norm * (largest + largest_lost);
   }
 
   // Before a search: candidates are what may be better than the guess, or than the best one found,
@@ -248,8 +219,8 @@ class Block {
             : static_cast<float>(known.cosine / known.norm - known.shared - 1.001 * known.error);
   }
 
-  void search(const Unit* tiles, int64_t count, const Found& found) const {
-    cpu::Nearest<Unit> args;
+  void search(const cpu::ByteQuad* tiles, int64_t count, const Found& found) const {
+    cpu::Nearest args;
     args.rows = tiles;
     args.row_tile_stride = packed_.units * kTile;
     args.classes = packed_.panels;
@@ -268,16 +239,16 @@ class Block {
     args.candidate = found.candidate.get();
     args.score = found.score.get();
     args.count = found.count.get();
-    kernels_for<Unit>().nearest(args);
+    cpu::kernels().nearest->nearest(args);
   }
 
   // Some rows had more candidates than there was room for: once more, with room for all.
   void search_again(const int64_t* rows, int64_t count, int64_t* index, float* score) {
-    Buffer<Unit> tile(packed_.units * kTile);
+    Buffer<cpu::ByteQuad> tile(packed_.units * kTile);
     Found found(1, centroids_.count);
     for (int64_t m = 0; m < kTile; ++m) {
       const int64_t r = rows[std::min(m, count - 1)];
-      const Unit* from = row_units(tile_values_.get(), r);
+      const cpu::ByteQuad* from = row_units(tile_values_.get(), r);
       for (int64_t u = 0; u < packed_.units; ++u) tile[u * kTile + m] = from[u * kTile];
       start(found, m, r);
       if (m >= count) found.floor[m] = kInfinity;
@@ -329,23 +300,24 @@ class Block {
   const Rows& rows_;
   const int64_t* guess_;
   const Rows& centroids_;
-  const PackedCentroids<Unit>& packed_;
+  const PackedCentroids& packed_;
   int64_t first_, count_, tiles_;
-  Buffer<Unit> tile_values_;
+  Buffer<cpu::ByteQuad> tile_values_;
   Buffer<Known> known_;
   Found found_;
 };
 
 }  // namespace
 
-template <class Unit>
 int64_t packed_centroid_bytes(int64_t count, int64_t dim) {
-  return PackedCentroids<Unit>(nullptr, count, dim).bytes;
+  return PackedCentroids(nullptr, count, dim).bytes;
 }
 
-template <class Unit>
 void pack_centroids(const Rows& centroids, void* packed, const Parallel& parallel) {
-  const PackedCentroids<Unit> out(packed, centroids.count, centroids.dim);
+  const PackedCentroids out(packed, centroids.count, centroids.dim);
+  // Sums of products fit an int32 at any length.
+  *out.largest = std::min(cpu::kernels().nearest->largest,
+                          static_cast<int32_t>(std::sqrt(0x7fffffff / out.height)));
   const int64_t dim = centroids.dim, count = centroids.count;
   constexpr int64_t kPanelsPerItem = 16, kColumnsPerItem = 32;
   const auto each_panel = [&](const auto& body) {
@@ -372,49 +344,41 @@ void pack_centroids(const Rows& centroids, void* packed, const Parallel& paralle
   Buffer<double> norm(out.panel_count * kLanes), lost(out.panel_count * kLanes);
   each_panel([&](int64_t p) {
     Buffer<float> row(out.height);
+    Buffer<int32_t> whole(out.height);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t j = p * kLanes + lane;
       if (j < count) kernels_for<float>().unit_row(source_of(centroids), j, row.get(), out.height);
       for (int64_t k = 0; k < out.height; ++k) row[k] = j < count ? row[k] - out.mean[k] : 0.0f;
       out.bias[j] =
           j < count ? static_cast<float>(dot(out.mean, row.get(), out.height)) : -kInfinity;
-      const Rounded rounded = round_vector<Unit>(row.get(), out.height);
+      const Rounded rounded = round_vector(row.get(), out.height, *out.largest, whole.get());
       norm[j] = rounded.norm;
       lost[j] = rounded.lost;
       out.scale[j] = rounded.scale;
-      float sum = 0;  // of whole numbers, exact
-      for (int64_t k = 0; k < dim; ++k) sum += row[k];
-      out.start[j] = kBytes<Unit> ? -128 * static_cast<int32_t>(sum) : 0;
-      write_units(row.get(), out.units, out.panels + p * out.units * kLanes + lane, kLanes, 0);
+      out.start[j] = -*out.largest * std::accumulate(whole.get(), whole.get() + out.height, 0);
+      write_units(whole.get(), out.units, out.panels + p * out.units * kLanes + lane, kLanes, 0);
     }
   });
   *out.largest_norm = *std::max_element(norm.get(), norm.get() + count);
   *out.largest_lost = *std::max_element(lost.get(), lost.get() + count);
 }
 
-template <class Unit>
+bool fits_kernels(const void* packed) {
+  return *PackedCentroids(packed, 1, 1).largest <= cpu::kernels().nearest->largest;
+}
+
 void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
              int64_t* index, float* score, const Parallel& parallel) {
-  const PackedCentroids<Unit> classes(packed, centroids.count, centroids.dim);
+  const PackedCentroids classes(packed, centroids.count, centroids.dim);
   // As many rows as the caches hold, and at least a block for every thread.
   const int64_t share = round_up(ceil_div(rows.count, parallel.threads()), kTile);
   const int64_t block = std::min(cpu::kBlockTiles * kTile, std::max(share, kTile));
   parallel.run(ceil_div(rows.count, block), [&](int64_t item) {
     const int64_t first = item * block;
-    Block<Unit>(rows, guess, centroids, classes, first, std::min(block, rows.count - first))
+    Block(rows, guess, centroids, classes, first, std::min(block, rows.count - first))
         .run(index, score);
   });
 }
-
-#define UNICOM_NEAREST(Unit)                                                                   \
-  template int64_t packed_centroid_bytes<Unit>(int64_t, int64_t);                              \
-  template void pack_centroids<Unit>(const Rows&, void*, const Parallel&);                     \
-  template void nearest<Unit>(const Rows&, const int64_t*, const Rows&, const void*, int64_t*, \
-                              float*, const Parallel&);
-UNICOM_NEAREST(float)
-UNICOM_NEAREST(cpu::BfPair)
-UNICOM_NEAREST(cpu::ByteQuad)
-#undef UNICOM_NEAREST
 
 void add_unit_rows(const Rows& rows, const int64_t* index, int64_t num_sums, double* sums,
                    int64_t* counts, const Parallel& parallel) {

@@ -1,12 +1,12 @@
 // Nearest centroid by cosine: the forward pass with an arg-max in place of the exponentials.
 // The N x k cosines are never stored.
 //
-// The kernels multiply rounded vectors, fp32, bf16 or 8-bit integers, and keep for each row the
-// centroids that may be the nearest: those whose score is not further below the best one than
-// rounding can explain. How far that is, is known and not estimated: what rounding takes from a
-// vector, times the norm of the other one, bounds what it can do to their product. These few are
-// compared in double, from the rows as they were given, so the result is that of double arithmetic
-// at any precision, instruction set and number of threads.
+// The kernels multiply vectors rounded to 8-bit integers, and keep for each row the centroids that
+// may be the nearest: those whose score is not further below the best one than rounding can
+// explain. How far that is, is known and not estimated: what rounding takes from a vector, times
+// the norm of the other one, bounds what it can do to their product. These few are compared in
+// double, from the rows as they were given, so the result is that of double arithmetic at any
+// instruction set and number of threads.
 //
 // Before rounding, the mean of the unit centroids is taken off rows and centroids: embeddings tend
 // to lie in a narrow cone, and what they share neither decides nor should cost accuracy. With
@@ -30,21 +30,19 @@ struct Rows {
   const float* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// The longest sum of products of two bytes that an int32 holds.
-constexpr int64_t kMaxByteDim = 65536;
-
-template <class Unit>
 int64_t packed_centroid_bytes(int64_t count, int64_t dim);
 
-template <class Unit>
 void pack_centroids(const Rows& centroids, void* packed, const Parallel&);
+
+// Whether the kernels in use can multiply these: what one instruction set packed may be too large
+// for another.
+bool fits_kernels(const void* packed);
 
 // For each row the centroid of largest cosine, the lowest index among equals, and the cosine.
 // A zero row gets index -1 and score 0, a row with NaN or infinity -1 and NaN.
 //   guess   of the nearest centroid of each row, or -1; nullptr for none. Good ones save time, and
 //           no guess changes the result.
-//   packed  of the same centroids, which are finite
-template <class Unit>
+//   packed  of the same centroids, which are finite; fits the kernels
 void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
              int64_t* index, float* score, const Parallel&);
 

@@ -27,8 +27,6 @@ const cpu::Kernels<Unit>& kernels_for() {
     return *cpu::kernels().fp32;
   else if constexpr (std::is_same_v<Unit, double>)
     return *cpu::kernels().fp64;
-  else if constexpr (std::is_same_v<Unit, cpu::ByteQuad>)
-    return *cpu::kernels().int8;
   else
     return *cpu::kernels().bf16;
 }

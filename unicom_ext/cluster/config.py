@@ -11,10 +11,9 @@ JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")
 ENGINES = ("unicom", "faiss")
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
-FREE_TO_CHANGE = ("passes", "tolerance", "device", "precision", "threads", "min_size", "min_cosine")
+FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_cosine")
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,6 @@ class ClusterConfig(Settings):
         "auto", "where the unicom engine works; auto: on a GPU where there is one it can use. The "
         "result is the same", DEVICES,
     )  # fmt: skip
-    precision: str = one_of(
-        "auto", "of the unicom engine's products; the result is the same", PRECISIONS
-    )
     image_column: str = setting("image_embedding", "column in Parquet files", "a name", bool)
     text_column: str = setting("text_embedding", "column in Parquet files", "a name", bool)
     threads: int = whole(0, "threads of torch, 0 for its own choice", 0)

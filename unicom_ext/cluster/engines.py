@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unicom_ext import devices
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.nearest import PRECISIONS, Centroids
+from unicom_ext.cluster.nearest import Centroids
 from unicom_ext.settings import ConfigError
 
 CPU = torch.device("cpu")
@@ -77,8 +77,6 @@ def _local_rank() -> int:
 def _problem_with_cuda(config: ClusterConfig) -> str | None:
     if config.engine == "faiss":
         return "engine faiss chooses its GPUs itself"
-    if config.precision not in ("auto", *PRECISIONS["cuda"]):
-        return f"precision {config.precision} is for CPUs"
     if not devices.HAS_CUDA:
         return "this unicom_ext is built without CUDA"
     if not torch.cuda.is_available():
@@ -101,4 +99,4 @@ def engine_of(config: ClusterConfig, device: torch.device) -> Engine:
             message = "engine faiss needs faiss: pip install 'unicom_ext[cluster]'"
             raise ModuleNotFoundError(message, name=error.name) from None
         return FaissCentroids
-    return lambda centroids: Centroids(centroids.to(device), config.precision)
+    return lambda centroids: Centroids(centroids.to(device))

@@ -8,12 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unicom_ext import _core, devices
+from unicom_ext import devices
 from unicom_ext.functional import _ops
-
-# Of the products on each kind of device, as the operators number them.
-PRECISIONS = {"cpu": {"fp32": 0, "bf16": 1, "int8": 2}, "cuda": {"fp16": 3}}
-MAX_INT8_DIM = 65536  # longer sums of products of bytes might leave int32
 
 
 class Centroids:
@@ -22,30 +18,19 @@ class Centroids:
     Args:
         centroids: [k, d] floating point, finite, any norm, on the CPU or a CUDA device; k >= 1. A
             zero row has cosine 0 with everything. Kept in float32.
-        precision: of the products that find the few centroids that may be the nearest. On CPUs
-            ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"auto"``, which is int8 where the CPU has
-            instructions for it and fp32 elsewhere; on CUDA ``"fp16"``, which is ``"auto"`` there.
-            These few are compared in double, so the result is the same with each.
 
-    Memory: the centroids and their packed copy, k * d values of 4 and of 4, 2 or 1 bytes. A search
+    Products of 8-bit integers on CPUs, of fp16 on CUDA, find the few centroids that may be the
+    nearest, and these are compared in double.
+
+    Memory: the centroids and their packed copy, k * d values of 4 bytes and of 1 (CUDA: 2). A search
     on CUDA takes up to 50 MB and 2 d bytes for each of 16,384 rows at a time.
     """
 
-    def __init__(self, centroids: Tensor, precision: str = "auto") -> None:
+    def __init__(self, centroids: Tensor) -> None:
         self.values = _fp32_rows("centroids", centroids)
-        known = PRECISIONS[self.device.type]
-        if precision == "auto":
-            fast = _core.cpu_capability() == "avx512_bf16"
-            fits = self.values.shape[1] <= MAX_INT8_DIM
-            precision = "int8" if "int8" in known and fast and fits else next(iter(known))
-        if precision not in known:
-            raise ValueError(
-                f"precision must be one of {('auto', *known)} on {self.device}, got {precision!r}"
-            )
-        self._precision = known[precision]
         if self.device.type == "cuda":
             _check_finite(self.values)
-        self._packed = devices.run(_ops.pack_centroids, self.values, self._precision)
+        self._packed = devices.run(_ops.pack_centroids, self.values)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -68,18 +53,18 @@ class Centroids:
             score: [N] float32, the cosine; 0 for a zero row, NaN for a row that is not finite.
 
             Both are those of double arithmetic on the float32 values, whatever the device, the
-            instruction set, the precision and the number of threads. On CUDA the host does not wait
+            instruction set and the number of threads. On CUDA the host does not wait
             for them.
         """
         rows = _fp32_rows("rows", rows)
         if rows.device != self.device:
             raise ValueError(f"rows must be on {self.device} like the centroids, got {rows.device}")
-        return devices.run(_ops.nearest, rows, self.values, self._packed, self._precision, guess)
+        return devices.run(_ops.nearest, rows, self.values, self._packed, guess)
 
 
-def nearest(rows: Tensor, centroids: Tensor, precision: str = "auto") -> tuple[Tensor, Tensor]:
-    """`Centroids(centroids, precision).nearest(rows)`."""
-    return Centroids(centroids, precision).nearest(rows)
+def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """`Centroids(centroids).nearest(rows)`."""
+    return Centroids(centroids).nearest(rows)
 
 
 def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> None:
