@@ -154,7 +154,7 @@ def test_rounding_at_its_worst(capability, seed):
     """One centroid loses .49 of a step in every value, another one gains .45 of a step, all in the
     direction of the row: as far off as the two scores can be. The first one is nearer."""
     d = 64
-    largest = 127 if capability == "avx512_bf16" else 63  # steps in the largest value
+    largest = 127 if _core.cpu_capability() == "avx512_bf16" else 63  # steps in the largest value
     size = largest / 4
     row = torch.where(gaussian(1, d, seed) > 0, 1.0, -1.0)[0].double()
     whole = size * (gaussian(1, d, seed + 100)[0] + row)

@@ -22,8 +22,8 @@ class Centroids:
     Products of 8-bit integers on CPUs, of fp16 on CUDA, find the few centroids that may be the
     nearest, and these are compared in double.
 
-    Memory: the centroids and their packed copy, k * d values of 4 bytes and of 1 (CUDA: 2). A search
-    on CUDA takes up to 50 MB and 2 d bytes for each of 16,384 rows at a time.
+    Memory: the centroids and their packed copy, k * d values of 4 bytes and of 1 (CUDA: 2). A
+    search on CUDA takes up to 50 MB and 2 d bytes for each of 16,384 rows at a time.
     """
 
     def __init__(self, centroids: Tensor) -> None:
@@ -53,8 +53,7 @@ class Centroids:
             score: [N] float32, the cosine; 0 for a zero row, NaN for a row that is not finite.
 
             Both are those of double arithmetic on the float32 values, whatever the device, the
-            instruction set and the number of threads. On CUDA the host does not wait
-            for them.
+            instruction set and the number of threads. On CUDA the host does not wait for them.
         """
         rows = _fp32_rows("rows", rows)
         if rows.device != self.device:
