@@ -228,8 +228,9 @@ def call_loss(
         refuse_dense_optimizers()
     m2, m3 = margin.m2, margin.m3
     wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
+    eager = wants_grad and not torch.compiler.is_compiling()
     loss, sample_loss, target_cosine, largest_negative, *_ = devices.run(
-        _ops.loss,
+        _Loss.apply if eager else _ops.loss,
         embeddings,
         slot,
         prototypes,
@@ -314,6 +315,21 @@ def _backward(ctx, grad_loss, *_):
 
 
 torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_setup_context)
+
+
+class _Loss(torch.autograd.Function):
+    """The operator with the autograd registered above, without torch's walk over its schema.
+
+    That walk takes longer, the square of the number of arguments, than all else in Python.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _ops.loss(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 # ---- shapes, for torch.compile ----

@@ -136,7 +136,7 @@ struct Kernels {
   void (*probabilities)(const Probabilities<Unit>&);
 
   // Dot product in double, in the same order of summation everywhere.
-  double (*dot)(const float* a, const float* b, int64_t count);
+  double (*dot)(const Real* a, const Real* b, int64_t count);
 
   // Derivative of the normalisation for one gradient panel, in rows: for each lane
   //   rows[lane][k] = scale[lane] * (g_k - (g . u) u_k),   u the packed unit vector.

@@ -22,7 +22,7 @@ constexpr Kernels<Unit> make_kernels() {
   k.product = product<Unit>;
   k.sum_exp = sum_exp<Unit>;
   k.probabilities = probabilities<Unit>;
-  k.dot = dot;
+  k.dot = dot<RealOf<Unit>>;
   k.unit_backward = unit_backward<Unit>;
   k.spread_rows = spread_rows<RealOf<Unit>>;
   return k;

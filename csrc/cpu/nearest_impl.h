@@ -9,8 +9,6 @@
 namespace unicom::cpu {
 namespace {
 
-double dot(const float* a, const float* b, int64_t count) { return dot_in_double(a, b, count); }
-
 // Takes in the classes first, first + 1, ... whose scores are above the floor.
 __attribute__((noinline)) void add_candidates(const Nearest& args, int64_t row, const float* scores,
                                               int64_t lanes, int64_t first) {

@@ -35,6 +35,11 @@ void read_row(const T* row, const int64_t* columns, int64_t dim, Real* out) {
   }
 }
 
+template <class Real>
+double dot(const Real* a, const Real* b, int64_t count) {
+  return dot_in_double(a, b, count);
+}
+
 // Divides out [dim] by its norm, and pads it. Returns the inverse norm (0 for a zero row, whose
 // unit vector is 0).
 template <class Real>
@@ -355,13 +360,18 @@ template <class Unit>
 void pack_tile(const RealOf<Unit>* rows, int64_t height, int64_t units, Rounding rounding,
                Unit* tile) {
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
-  for (int64_t u = 0; u < units; ++u)
-    for (int64_t m = 0; m < kTile; ++m) {
-      RealOf<Unit> pair[2] = {rows[m * height + u * kValues],
-                              kValues == 2 ? rows[m * height + u * kValues + 1] : 0};
-      round_values(pair, 2, rounding);
-      tile[u * kTile + m] = make_unit<Unit>(pair[0], pair[1]);
-    }
+  const auto pack = [&](const auto& round) {
+    for (int64_t u = 0; u < units; ++u)
+      for (int64_t m = 0; m < kTile; ++m) {
+        const RealOf<Unit>* pair = rows + m * height + u * kValues;
+        tile[u * kTile + m] = make_unit<Unit>(round(pair[0]), kValues == 2 ? round(pair[1]) : 0);
+      }
+  };
+  if (rounding == Rounding::kNone) return pack([](RealOf<Unit> x) { return x; });
+  pack([rounding](RealOf<Unit> x) {
+    round_values(&x, 1, rounding);
+    return x;
+  });
 }
 
 template <class Unit>
@@ -375,9 +385,10 @@ void pack_weighted(const RealOf<Unit>* rows, int64_t height, const double* weigh
     const Real* odd = paired ? even + height : even;
     const Real even_weight = static_cast<Real>(weight[first + r]);
     const Real odd_weight = paired ? static_cast<Real>(weight[first + r + 1]) : 0;
-    for (int64_t k = 0; k < height; ++k)
-      tiles[k / kTile * tile_stride + (first + r) / kValues * kTile + k % kTile] =
-          make_unit<Unit>(even[k] * even_weight, odd[k] * odd_weight);
+    Unit* out = tiles + (first + r) / kValues * kTile;
+    for (int64_t k = 0; k < height; k += kTile, out += tile_stride)
+      for (int64_t i = 0; i < kTile; ++i)
+        out[i] = make_unit<Unit>(even[k + i] * even_weight, odd[k + i] * odd_weight);
   }
 }
 

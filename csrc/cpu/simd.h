@@ -305,29 +305,32 @@ UNICOM_INLINE double sum_of_squares(const float* row, int64_t count, const float
   for (int64_t i = 0; i < count; ++i) total += static_cast<double>(row[i]) * row[i];
   return total;
 }
-UNICOM_INLINE double sum_of_squares(const double* row, int64_t count) {
-  double total = 0;
-  for (int64_t k = 0; k < count; ++k) total += row[k] * row[k];
-  return total;
-}
 
-// Products of fp32 values are exact in double, and eight sums run side by side: the same on every
-// CPU.
-typedef double Double8 __attribute__((vector_size(64)));
-typedef float Float8 __attribute__((vector_size(32)));
-typedef float Float8Load __attribute__((vector_size(32), aligned(4), may_alias));
-UNICOM_INLINE double dot_in_double(const float* a, const float* b, int64_t count) {
-  Double8 sum{};
+// Eight sums run side by side, in as many vectors as that takes: the same on every CPU. Products of
+// fp32 values are exact.
+typedef float HalfVec __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2)));
+typedef float HalfLoad __attribute__((vector_size(UNICOM_VECTOR_BYTES / 2), aligned(4), may_alias));
+UNICOM_INLINE Vec<double> load_double(const double* p) { return load(p); }
+UNICOM_INLINE Vec<double> load_double(const float* p) {
+  return __builtin_convertvector(static_cast<HalfVec>(*reinterpret_cast<const HalfLoad*>(p)),
+                                 Vec<double>);
+}
+template <class Real>
+UNICOM_INLINE double dot_in_double(const Real* a, const Real* b, int64_t count) {
+  constexpr int kW = kWidth<double>, kSums = 8 / kW;
+  Vec<double> sum[kSums] = {};
   int64_t k = 0;
-  for (; k + 8 <= count; k += 8) {
-    const Float8 x = *reinterpret_cast<const Float8Load*>(a + k);
-    const Float8 y = *reinterpret_cast<const Float8Load*>(b + k);
-    sum += __builtin_convertvector(x, Double8) * __builtin_convertvector(y, Double8);
-  }
+  for (; k + 8 <= count; k += 8)
+#pragma GCC unroll 8
+    for (int i = 0; i < kSums; ++i)
+      sum[i] += load_double(a + k + i * kW) * load_double(b + k + i * kW);
   double total = 0;
   for (; k < count; ++k) total += static_cast<double>(a[k]) * static_cast<double>(b[k]);
-  for (int i = 0; i < 8; ++i) total += sum[i];
+  for (int i = 0; i < 8; ++i) total += sum[i / kW][i % kW];
   return total;
+}
+UNICOM_INLINE double sum_of_squares(const double* row, int64_t count) {
+  return dot_in_double(row, row, count);
 }
 
 }  // namespace

@@ -102,10 +102,9 @@ class TargetGradient {
   };
   Pair unit_rows(int64_t i) {
     const auto& k = kernels_for<double>();
-    const int64_t id = p_.class_index ? p_.class_index[p_.slot[i]] : p_.slot[i];
     const SampleState& state = args_.state[i];
     const double x_inverse = k.unit_row(p_.embeddings, i, x_.get(), dim_);
-    const double w_inverse = k.unit_row(p_.prototypes, id, w_.get(), dim_);
+    const double w_inverse = k.unit_row(p_.prototypes, class_of(p_, i), w_.get(), dim_);
     return {-args_.weight[i] * p_.scale * state.miss * state.slope, state.cosine, x_inverse,
             w_inverse};
   }
@@ -405,21 +404,19 @@ class Backward {
 
   void finish_embeddings() {
     parallel_.run(ceil_div(p_.batch, kLanes), [&](int64_t panel) {
-      Buffer<Real> row(s_.height);
-      const Real* gradient = embedding_gradient_.get() + panel * s_.height * kLanes;
+      Buffer<Real> gradient(s_.dim), row(s_.dim);
+      const Real* lines = embedding_gradient_.get() + panel * s_.height * kLanes;
       const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
       for (int64_t i = panel * kLanes; i < end; ++i) {
         if (p_.slot[i] == kIgnoredSlot) continue;  // its row stays zero
         const int64_t lane = i - panel * kLanes;
         const Real* x = rows_.unit.get() + i * s_.height;
-        double dot = 0;
-        for (int64_t d = 0; d < s_.dim; ++d)
-          dot += static_cast<double>(gradient[d * kLanes + lane]) * x[d];
+        for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
+        const double dot = k_.dot(gradient.get(), x, s_.dim);
         const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
         const Real* target = target_gradient_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
-          row[d] =
-              static_cast<Real>(factor * (gradient[d * kLanes + lane] - dot * x[d])) + target[d];
+          row[d] = static_cast<Real>(factor * (gradient[d] - dot * x[d])) + target[d];
         write_row(args_.embeddings, i, row.get());
       }
     });

@@ -117,8 +117,8 @@ void target_cosines(const Problem& p, double* cosine, int64_t stride, const Para
       sum = 0;
       if (p.slot[i] < 0) continue;
       k.unit_row(p.embeddings, i, x.get(), dim);
-      k.unit_row(p.prototypes, p.class_index ? p.class_index[p.slot[i]] : p.slot[i], w.get(), dim);
-      for (int64_t d = 0; d < dim; ++d) sum += x[d] * w[d];
+      k.unit_row(p.prototypes, class_of(p, i), w.get(), dim);
+      sum = k.dot(x.get(), w.get(), dim);
     }
   });
 }

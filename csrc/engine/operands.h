@@ -31,6 +31,12 @@ const cpu::Kernels<Unit>& kernels_for() {
     return *cpu::kernels().bf16;
 }
 
+// The sample's class, where its target is among the classes at hand.
+inline int64_t class_of(const Problem& p, int64_t sample) {
+  const int64_t slot = p.slot[sample];
+  return p.class_index != nullptr ? p.class_index[slot] : slot;
+}
+
 // Sizes that follow from the problem and the operand type.
 template <class Unit>
 struct Shape {
