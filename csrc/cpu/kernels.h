@@ -149,8 +149,7 @@ struct Kernels {
 };
 
 struct NearestKernels {
-  int32_t
-      largest;  // size of a value that they multiply: -largest to largest, in tiles 0 to twice it
+  int32_t largest;  // values that they multiply are from -largest to largest; in tiles it is added
   void (*nearest)(const Nearest&);
 };
 

@@ -50,17 +50,30 @@ __attribute__((noinline)) void add_candidates(const Nearest& args, int64_t row, 
   args.count[row] = count;
 }
 
-typedef int16_t Int16Vec __attribute__((vector_size(UNICOM_VECTOR_BYTES)));
-
-#if defined(__AVX512VNNI__)
+// Emulated 512-bit kernels stand for those with VNNI, so that what these ask of the engine is
+// tested on every CPU.
+#if defined(__AVX512VNNI__) || (UNICOM_VECTOR_BYTES == 64 && !defined(__AVX512F__))
 constexpr int32_t kLargest = 127;
 constexpr int kRun = 1;  // units that are added up before they join the 32-bit sums
 constexpr int kRows = 6;
+
+UNICOM_INLINE IntVec<float> add_products(IntVec<float> acc, const WordVec (&a)[kRun],
+                                         const WordVec (&b)[kRun]) {
+#if defined(__AVX512VNNI__)
+  return (IntVec<float>)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)a[0], (__m512i)b[0]);
+#else
+  for (int i = 0; i < 4; ++i)
+    acc += (IntVec<float>)(a[0] >> (8 * i) & 0xffu) * ((IntVec<float>)(b[0] << (24 - 8 * i)) >> 24);
+  return acc;
+#endif
+}
 #else
 // Sums of 16 bits, for as long as they hold: four products of at most 126 * 63 are 31,752.
 constexpr int32_t kLargest = 63;
 constexpr int kRun = 2;
 constexpr int kRows = 3;  // few, as the lines of a run need registers too
+
+typedef int16_t Int16Vec __attribute__((vector_size(UNICOM_VECTOR_BYTES)));
 
 // The sums of two products each: of unsigned bytes and signed ones.
 UNICOM_INLINE Int16Vec pair_products(WordVec a, WordVec b) {
@@ -84,6 +97,14 @@ UNICOM_INLINE IntVec<float> pair_sums(Int16Vec x) {
   return (((IntVec<float>)x << 16) >> 16) + ((IntVec<float>)x >> 16);
 #endif
 }
+
+UNICOM_INLINE IntVec<float> add_products(IntVec<float> acc, const WordVec (&a)[kRun],
+                                         const WordVec (&b)[kRun]) {
+  Int16Vec sum = pair_products(a[0], b[0]);
+#pragma GCC unroll 8
+  for (int s = 1; s < kRun; ++s) sum += pair_products(a[s], b[s]);
+  return acc + pair_sums(sum);
+}
 #endif
 
 // acc[m][.] += sum over u of a[6 u + m] * b[p * b_stride + u], the four products of each
@@ -93,12 +114,12 @@ UNICOM_INLINE void multiply_bytes(IntVec<float> (&acc)[kRows][P * kVectors<float
                                   int64_t units) {
   constexpr int kV = kVectors<float>;
   for (int64_t u = 0; u < units; u += kRun) {
-    WordVec line[kRun][P * kV];
+    WordVec line[P * kV][kRun];
 #pragma GCC unroll 8
     for (int s = 0; s < kRun; ++s)
 #pragma GCC unroll 8
       for (int v = 0; v < P * kV; ++v)
-        line[s][v] =
+        line[v][s] =
             load_words(b + (v / kV) * b_stride + (u + s) * kLanes + (v % kV) * kWidth<float>);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
@@ -110,17 +131,7 @@ UNICOM_INLINE void multiply_bytes(IntVec<float> (&acc)[kRows][P * kVectors<float
         value[s] = WordVec{} + word;
       }
 #pragma GCC unroll 8
-      for (int v = 0; v < P * kV; ++v) {
-#if defined(__AVX512VNNI__)
-        acc[m][v] = (IntVec<float>)_mm512_dpbusd_epi32((__m512i)acc[m][v], (__m512i)value[0],
-                                                       (__m512i)line[0][v]);
-#else
-        Int16Vec sum = pair_products(value[0], line[0][v]);
-#pragma GCC unroll 8
-        for (int s = 1; s < kRun; ++s) sum += pair_products(value[s], line[s][v]);
-        acc[m][v] += pair_sums(sum);
-#endif
-      }
+      for (int v = 0; v < P * kV; ++v) acc[m][v] = add_products(acc[m][v], value, line[v]);
     }
   }
 }
