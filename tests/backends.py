@@ -106,4 +106,3 @@ def use(monkeypatch, name: str) -> None:
     the length of a test."""
     for module in (functional, loss, sharding, rows, nearest):
         monkeypatch.setattr(module, "_ops", BACKENDS[name]())
-    monkeypatch.setitem(nearest.PRECISIONS, "cpu", nearest.PRECISIONS["cuda"])

@@ -69,7 +69,8 @@ def dump(tmp_path):
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than clustering here."""
-    if request.node.name != "test_what_is_written":
+    drawn = ("test_what_is_written", "test_a_picture_that_cannot_be_written_is_named")
+    if request.node.name not in drawn:
         monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
 
 
@@ -661,3 +662,9 @@ def test_label_files(tmp_path, dump):
     assert files.exist(source.shards)
     files.path(source.shards[0]).unlink()
     assert not files.exist(source.shards)
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "objective.png").mkdir()
+    with pytest.raises(OSError, match=r"objective\.png cannot be written: "):
+        pictures.draw(tmp_path, np.array([3, 4]), [], None)

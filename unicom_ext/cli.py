@@ -118,9 +118,7 @@ def _train(config: Config, output: Path, resume: bool, overwrite: bool = False) 
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     except CheckpointError as error:
-        raise click.ClickException(
-            f"{error}\n(--resume goes on, --overwrite begins anew)"
-        ) from None
+        raise click.ClickException(f"{error}\n({_ways_on(resume)})") from None
     except launch.RankFailed as error:
         raise click.ClickException(str(error)) from None
     except driver.Interrupted as stop:
@@ -166,6 +164,10 @@ def report(directory: Path) -> None:
             f"  {_program()} train --output {directory} --resume"
         )
     _train(config, directory, resume=True)
+
+
+def _ways_on(resume: bool) -> str:
+    return ("" if resume else "--resume goes on, ") + "--overwrite begins anew"
 
 
 def _broken(error: Exception) -> str:
@@ -303,9 +305,7 @@ def cluster(
                 overwrite=overwrite,
             )  # fmt: skip
     except CheckpointError as error:
-        raise click.ClickException(
-            f"{error}\n(--resume goes on, --overwrite begins anew)"
-        ) from None
+        raise click.ClickException(f"{error}\n({_ways_on(resume)})") from None
     except (
         ConfigError, driver.SourceError, ProcessFailed, OSError, ModuleNotFoundError
     ) as error:  # fmt: skip

@@ -411,10 +411,10 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
 
   const Rows cpu_rows{rows.get(), n, dim, dim}, cpu_centroids{centroids.get(), k, dim, dim};
   Found right(n, k, dim);
-  Array<char> packed(packed_centroid_bytes<float>(k, dim));
-  pack_centroids<float>(cpu_centroids, packed.get(), Serial());
-  nearest<float>(cpu_rows, nullptr, cpu_centroids, packed.get(), right.index.get(),
-                 right.score.get(), Serial());
+  Array<char> packed(packed_centroid_bytes(k, dim));
+  pack_centroids(cpu_centroids, packed.get(), Serial());
+  nearest(cpu_rows, nullptr, cpu_centroids, packed.get(), right.index.get(), right.score.get(),
+          Serial());
   add_unit_rows(cpu_rows, right.index.get(), k, right.sums.get(), right.counts.get(), Serial());
 
   const std::string name =

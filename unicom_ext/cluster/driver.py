@@ -146,7 +146,8 @@ class _Run:
                     centroids, empty, totals = self._lloyd(number, early, progress)
             self.state["centroids"] = centroids
             passes.append(_facts(number, name, totals, empty, progress.seconds))
-            progress.report(totals, f"{empty} empty clusters split" if empty else "")
+            split = f"{empty} empty cluster{'s' if empty > 1 else ''} split" if empty else ""
+            progress.report(totals, split)
             self._save()
 
     def _lloyd(

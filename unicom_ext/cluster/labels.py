@@ -66,8 +66,12 @@ class LabelFiles:
     def sync(self, shards: Sequence[Shard]) -> None:
         """Bring everything written to the disk."""
         for shard in shards:
-            with open(self.path(shard), "rb") as file:
-                os.fsync(file.fileno())
+            path = self.path(shard)
+            try:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise _named(error, path) from None
 
 
 def sha256(path: Path) -> str:

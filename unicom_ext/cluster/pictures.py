@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from unicom_ext.cluster.state import write_file
+
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 16, 12
 
 
@@ -31,7 +33,7 @@ def draw(
         f"{len(sizes):,} clusters, median {np.median(sizes):,.0f} rows, "
         f"largest {sizes.max(initial=0):,}, empty {np.count_nonzero(sizes == 0):,}"
     )
-    figure.savefig(output / "sizes.png", dpi=120)
+    _save(figure, output / "sizes.png")
     names = ["sizes.png"]
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -42,7 +44,7 @@ def draw(
     if passes:
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(output / "objective.png", dpi=120)
+    _save(figure, output / "objective.png")
     names.append("objective.png")
 
     if members:
@@ -56,6 +58,10 @@ def draw(
                 axes.set(xticks=[], yticks=[])
                 if column == 0:
                     axes.set_ylabel(str(cluster), fontsize=7, rotation=0, ha="right", va="center")
-        figure.savefig(output / "members.png", dpi=120)
+        _save(figure, output / "members.png")
         names.append("members.png")
     return names
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
