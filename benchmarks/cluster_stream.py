@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ import click
 import numpy as np
 import torch
 from clustering import RESULTS, SHARD_ROWS
-from measure import describe_machine, load_average
+from measure import describe_machine, load_average, status_bytes
 from rich.console import Console
 from rich.progress import track
 from tables import Table
@@ -103,7 +102,7 @@ def measure(data: Path, clusters: int, output: Path) -> dict[str, Any]:
         "pass_seconds": whole[1],
         "label_seconds": result["label_seconds"],
         "objective": result["objective"],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": status_bytes("VmHWM"),
     }
 
 

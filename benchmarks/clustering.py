@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from measure import describe_machine, load_average
+from measure import describe_machine, load_average, status_bytes
 from rich.console import Console
 from tables import Table
 
@@ -69,7 +68,7 @@ def run_ours(data: Path, clusters: int, passes: int, output: Path) -> dict[str, 
         "label_seconds": result["label_seconds"],
         "device": result["device"],
         "objective": result["objective"],
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": status_bytes("VmHWM"),
     }
 
 
@@ -93,7 +92,7 @@ def run_faiss(data: Path, clusters: int, passes: int, output: Path) -> dict[str,
         "total_seconds": total,
         "options": faiss.get_compile_options(),
         "version": faiss.__version__,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": status_bytes("VmHWM"),
     }
 
 

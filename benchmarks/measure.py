@@ -148,13 +148,13 @@ def _peak_memory_here(shape: Shape, name: str, threads: int) -> dict[str, int]:
         head = prepare(candidate, problem)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     head.forward()
     head.backward()
-    forward_backward = _status_bytes("VmHWM") - before
+    forward_backward = status_bytes("VmHWM") - before
     head.update()
     # Linux counts pages per CPU and sums up late: a later peak can read a little smaller.
-    step = max(forward_backward, _status_bytes("VmHWM") - before)
+    step = max(forward_backward, status_bytes("VmHWM") - before)
     return {"forward+backward": forward_backward, "step": step}
 
 
@@ -169,7 +169,7 @@ def _map_large_blocks() -> None:
         set_option(m_mmap_threshold, 1 << 18)
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
