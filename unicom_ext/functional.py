@@ -320,7 +320,7 @@ torch.library.register_autograd("unicom_ext::loss", _backward, setup_context=_se
 class _Loss(torch.autograd.Function):
     """The operator with the autograd registered above, without torch's walk over its schema.
 
-    That walk takes longer, the square of the number of arguments, than all else in Python.
+    That walk takes the square of the number of arguments: 0.2 ms, a quarter of a tiny step.
     """
 
     @staticmethod

@@ -92,14 +92,6 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
   check(tensor.dim() == 2, name, " must be a matrix, got ", tensor.dim(), " dimensions");
 }
 
-inline void check_float_rows(const Tensor& tensor, const char* name) {
-  check_matrix(tensor, name);
-  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-        torch::headeronly::toString(tensor.scalar_type()));
-  check(tensor.size(1) >= 1, name, " must have at least one column");
-  check(tensor.stride(1) == 1 || tensor.size(1) == 1, name, " must have unit column stride");
-}
-
 inline void check_vector(const Tensor& tensor, const char* name, int64_t size, ScalarType dtype) {
   check(tensor.dim() == 1 && tensor.size(0) == size && tensor.scalar_type() == dtype, name,
         " must be ", torch::headeronly::toString(dtype), " of shape [", size, "]");

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "nearest_checks.h"
 #include "on_device.h"
 #include "schemas.h"
 
@@ -42,10 +43,8 @@ std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tenso
                                       std::optional<Tensor> guess_in) {
   const FloatRows rows = float_rows(rows_in, "rows");
   const FloatRows centroids = float_rows(centroids_in, "centroids");
-  check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
-        centroids.count, ", ", centroids.dim, "]");
-  check(packed.numel() == packed_centroid_bytes(centroids.count, centroids.dim),
-        "packed must come from pack_centroids with the same centroids");
+  check_search(rows_in, centroids_in, packed,
+               packed_centroid_bytes(centroids.count, centroids.dim));
   check_device(centroids_in, rows_in, "centroids");
   check_device(packed, rows_in, "packed");
   const int64_t* guess = guess_in ? index_of_rows(*guess_in, "guess", rows_in) : nullptr;
@@ -62,13 +61,7 @@ std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tenso
 
 void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) {
   const FloatRows rows = float_rows(rows_in, "rows");
-  check_matrix(sums, "sums");
-  const int64_t num_sums = sums.size(0);
-  check(
-      sums.size(1) == rows.dim && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
-      "sums must be contiguous, Double, of shape [k, ", rows.dim, "]");
-  check_vector(counts, "counts", num_sums, ScalarType::Long);
-  check(counts.is_contiguous(), "counts must be contiguous");
+  const int64_t num_sums = check_sums(sums, counts, rows_in);
   check_device(sums, rows_in, "sums");
   check_device(counts, rows_in, "counts");
   index_of_rows(index, "index", rows_in);

@@ -5,7 +5,7 @@
 #include <optional>
 #include <tuple>
 
-#include "common.h"
+#include "nearest_checks.h"
 #include "schemas.h"
 
 namespace unicom {
@@ -44,10 +44,8 @@ const int64_t* checked_index(const Tensor& index, const char* name, int64_t rows
 std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tensor packed,
                                       std::optional<Tensor> guess_in) {
   const Rows rows = fp32_rows(rows_in, "rows"), centroids = fp32_rows(centroids_in, "centroids");
-  check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
-        centroids.count, ", ", centroids.dim, "]");
-  check(packed.numel() == packed_centroid_bytes(centroids.count, centroids.dim),
-        "packed must come from pack_centroids with the same centroids");
+  check_search(rows_in, centroids_in, packed,
+               packed_centroid_bytes(centroids.count, centroids.dim));
   check(fits_kernels(packed.const_data_ptr()),
         "centroids were packed for another CPU capability than is in use now");
   const int64_t* guess =
@@ -63,13 +61,7 @@ std::tuple<Tensor, Tensor> nearest_op(Tensor rows_in, Tensor centroids_in, Tenso
 // one call adds to them.
 void add_unit_rows_op(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) {
   const Rows rows = fp32_rows(rows_in, "rows");
-  check_matrix(sums, "sums");
-  const int64_t num_sums = sums.size(0);
-  check(
-      sums.size(1) == rows.dim && sums.scalar_type() == ScalarType::Double && sums.is_contiguous(),
-      "sums must be contiguous, Double, of shape [k, ", rows.dim, "]");
-  check_vector(counts, "counts", num_sums, ScalarType::Long);
-  check(counts.is_contiguous(), "counts must be contiguous");
+  const int64_t num_sums = check_sums(sums, counts, rows_in);
   const int64_t* ids = checked_index(index, "index", rows.count, num_sums);
   add_unit_rows(rows, ids, num_sums, sums.mutable_data_ptr<double>(),
                 counts.mutable_data_ptr<int64_t>(), TorchParallel());
