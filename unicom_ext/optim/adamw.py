@@ -172,7 +172,7 @@ class RowAdamW(RowOptimizer):
         return tensors, (total, lr, *group["betas"], group["eps"], group["maximize"])
 
     def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
-        self.state[param]["total_log_decay"] = torch.tensor(numbers[0], dtype=torch.float64)
+        self.state[param]["total_log_decay"].fill_(numbers[0])
 
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]

@@ -159,13 +159,13 @@ class RowSGD(RowOptimizer):
     def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
         state, (_, after, step, lr, *_) = self.state[param], numbers
         if "last_step" not in state:
-            state["total_log_decay"] = torch.tensor(after, dtype=torch.float64)
+            state["total_log_decay"].fill_(after)
             return
         # For the rows that missed this step.
         transition = reference.sgd_transition(
             lr, group["momentum"], group["weight_decay"], group["nesterov"]
         )
-        state["step"] = torch.tensor(step)
+        state["step"].fill_(step)
         transition = transition.view(1, 4).to(param.device, non_blocking=True)
         state["history"] = torch.cat([state["history"], transition])
         if len(state["history"]) >= _LONGEST_HISTORY:
