@@ -52,6 +52,20 @@ def test_shapes(shape, capability):
     check_fp32(solve(partial_margin_softmax, problem), problem)
 
 
+# One block of rows and two; a constant shift and a running one.
+@pytest.mark.parametrize(("batch", "scale"), [(5, 30.0), (200, 100.0)])
+@pytest.mark.parametrize("name", [*_core.cpu_capabilities(), "emulated_avx512"])
+def test_so_many_classes_that_sums_are_taken_up_again(batch, scale, name):
+    # Runs of classes are longer than what is added up in float32 at a time; some rows point where
+    # no class lies, so that their largest cosine comes late and the running shift moves.
+    problem = random_problem(batch, 70_001, 4, scale=scale, closeness=0.3)
+    problem.prototypes[:60_000, 0] = -problem.prototypes[:60_000, 0].abs()
+    problem.embeddings[::2, 0] = problem.embeddings[::2, 0].abs() + 3
+    with cpu_capability(name):
+        outcome = solve(partial_margin_softmax, problem)
+    check_fp32(outcome, problem)
+
+
 @pytest.mark.parametrize("shape", [(7, 65, 17), (65, 151, 33), (129, 1134, 48)], ids=str)
 def test_shapes_of_selections(shape, capability):
     batch, num_classes, dim = shape

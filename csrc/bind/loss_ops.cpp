@@ -14,6 +14,7 @@ namespace {
 struct Call {
   Tensor embeddings, prototypes, slot;
   std::optional<Tensor> class_index, feature_index;
+  std::vector<uint16_t> column_bits;
   Problem problem;
   bool is_double;
   Precision precision;
@@ -71,11 +72,17 @@ struct Call {
         check(columns[k] >= 0 && columns[k] < dim && (k == 0 || columns[k - 1] < columns[k]),
               "feature_index must hold sorted unique dimensions in [0, ", dim, "), got ",
               columns[k], " at position ", k);
+      column_bits.resize(static_cast<size_t>(cpu::ceil_div(dim, cpu::kLanes)));
+      for (int64_t k = 0; k < selected; ++k)
+        column_bits[static_cast<size_t>(columns[k] / cpu::kLanes)] |=
+            static_cast<uint16_t>(1u << (columns[k] % cpu::kLanes));
     }
     check(selected >= 1, "feature_index must hold at least one dimension, got none");
 
     const auto source = [&](const Tensor& t, const char* name) {
-      return cpu::RowSource{t.const_data_ptr(), dtype_of(t, name), t.stride(0), columns, selected};
+      return cpu::RowSource{t.const_data_ptr(), dtype_of(t, name),
+                            t.stride(0),        columns,
+                            selected,           columns != nullptr ? column_bits.data() : nullptr};
     };
     problem.embeddings = source(embeddings, "embeddings");
     problem.prototypes = source(prototypes, "prototypes");

@@ -20,6 +20,8 @@ struct RowSource {
   int64_t row_stride;      // in elements
   const int64_t* columns;  // selected columns, ascending, or nullptr for all
   int64_t dim;             // number of selected columns
+  // For CPUs the selected columns again: bit c % 16 of entry c / 16, up to the last one.
+  const uint16_t* column_bits = nullptr;
 };
 
 // A gradient matrix: zero except where rows are written.

@@ -8,6 +8,17 @@
 
 namespace unicom::cpu {
 
+// Memory that a kernel asks for while it multiplies, so that a later pass finds it in the caches:
+// line by line all along the way, as many requests at once would wait for one another.
+struct Span {
+  const void* begin;
+  int64_t bytes;
+};
+struct Ahead {
+  const Span* spans = nullptr;
+  int64_t count = 0;
+};
+
 // out[p][6 t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane]
 // a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u
 // of dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].
@@ -23,6 +34,7 @@ struct Product {
   int64_t out_panel_stride;
   int64_t tiles, panels, units;
   bool accumulate;
+  Ahead ahead;
 };
 
 // A block of batch rows against a run of class panels.
@@ -64,11 +76,20 @@ constexpr int64_t kBlockTiles = 32;
 
 constexpr int64_t kRunningExponent = INT64_MIN;
 
+// Adds to sums that go on from call to call: lane by lane in Real, and with `flush` to `result`.
+// Lanes that were flushed are as at the start: sums 0, largest kNoCosine.
 template <class Unit>
 struct SumExp : LogitBlock<Unit> {
-  int64_t exponent;  // the constant shift, in powers of two, or kRunningExponent
-  RowSum* result;    // [6 tiles]
+  int64_t exponent;       // the constant shift, in powers of two, or kRunningExponent
+  RealOf<Unit>* sums;     // [6 tiles][16]
+  RealOf<Unit>* largest;  // [6 tiles][16]
+  bool flush;             // at the end of the call; within kFlushPanels panels
+  RowSum* result;         // [6 tiles]
+  Ahead ahead;
 };
+
+// Panels whose exponentials may be added in Real before they go to double.
+constexpr int64_t kFlushPanels = 64;
 
 // probability = factor * 2^-exponent * exp(scale * cosine)
 struct RowScale {
@@ -143,9 +164,10 @@ struct Kernels {
   void (*unit_backward)(const Real* gradient, const Unit* panel, int64_t dim, const double* scale,
                         Real* rows /* [16][height] */);
 
-  // Rows [count][height] of selected columns to whole rows: out[r][columns[k]] = rows[r][k].
-  void (*spread_rows)(const Real* rows, int64_t height, int64_t count, const int64_t* columns,
-                      int64_t dim, Real* out, int64_t out_stride);
+  // Rows [count][height] of the columns that a source selects to whole rows:
+  // out[r][columns[k]] = rows[r][k].
+  void (*spread_rows)(const Real* rows, int64_t height, int64_t count, const RowSource& columns,
+                      Real* out, int64_t out_stride);
 };
 
 struct NearestKernels {

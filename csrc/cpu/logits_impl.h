@@ -12,17 +12,10 @@ namespace {
 // Whole lines to memory; past the caches they are not read from there first.
 template <class Real>
 UNICOM_INLINE void keep(const Real* from, int64_t count, bool past_caches, Real* to) {
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<Real, float>)
-    if (past_caches) {
-      for (int64_t i = 0; i < count; i += kLanes)
-        _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
-      return;
-    }
-#else
-  (void)past_caches;
-#endif
-  std::memcpy(to, from, count * sizeof(Real));
+  if (past_caches)
+    for (int64_t i = 0; i < count; i += kWidth<Real>) store_past_caches(to + i, load(from + i));
+  else
+    for (int64_t i = 0; i < count; i += kWidth<Real>) store(to + i, load(from + i));
 }
 
 // Cosines of one tile with the panels [panel, panel + P), multiplied or kept ones: where they are,
@@ -36,14 +29,15 @@ struct TileCosines {
 enum class Kept { kWrite, kRead };
 template <class Unit, int P, Kept kKept>
 UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& block, int64_t panel,
-                                                     int64_t tile, RealOf<Unit>* out) {
+                                                     int64_t tile, LinesAhead* ahead,
+                                                     RealOf<Unit>* out) {
   constexpr int64_t kSize = kTile * kLanes;
   const bool kept = panel + P <= block.kept;
   RealOf<Unit>* place = block.cosines + panel * block.cosines_panel_stride + tile * kSize;
   if (kept && kKept == Kept::kRead) return {place, block.cosines_panel_stride};
   multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
                          block.classes + panel * block.panel_stride, block.panel_stride,
-                         block.units, out, kSize, false);
+                         block.units, out, kSize, false, ahead);
   if (kept)
     for (int p = 0; p < P; ++p, place += block.cosines_panel_stride)
       keep(out + p * kSize, kSize, block.past_caches, place);
@@ -74,32 +68,24 @@ void sum_exp(const SumExp<Unit>& args) {
   using Real = RealOf<Unit>;
   constexpr int P = kRegisterPanels<Real>;
   constexpr int kV = kVectors<Real>;
-  constexpr int64_t kMaxRows = kBlockTiles * kTile;
-  // Lane sums in Real over a bounded number of panels, then in double.
-  constexpr int64_t kFlush = 64;
   alignas(64) Real cosines[P * kTile * kLanes];
-  alignas(64) Real sums[kMaxRows][kLanes];
-  alignas(64) Real largest[kMaxRows][kLanes];
   const int64_t rows = args.tiles * kTile;
   const bool running = args.exponent == kRunningExponent;
   const Vec<Real> fixed = broadcast(static_cast<Real>(running ? 0 : args.exponent));
+  const Real scale = args.scale;
   const Vec<Real> filter = broadcast(args.filter);
 
-  for (int64_t r = 0; r < rows; ++r) {
-    args.result[r] = {0.0, args.exponent, kNoCosine};
-    for (int64_t i = 0; i < kLanes; ++i) {
-      sums[r][i] = 0;
-      largest[r][i] = static_cast<Real>(kNoCosine);
-    }
-  }
   auto flush = [&](int64_t r) {
+    Real* sums = args.sums + r * kLanes;
     double total = 0;
     for (int64_t i = 0; i < kLanes; ++i) {
-      total += static_cast<double>(sums[r][i]);
-      sums[r][i] = 0;
+      total += static_cast<double>(sums[i]);
+      sums[i] = 0;
     }
     args.result[r].sum += total;
   };
+  const int64_t groups = args.panels / P + args.panels % P;
+  LinesAhead ahead(args.ahead, args.tiles * groups * ask_steps(args.units));
   // Raises the row's exponent where a larger logit comes; the powers of two make it exact.
   auto raise = [&](int64_t r, const Vec<Real>* c) {
     Vec<Real> top = c[0];
@@ -120,13 +106,15 @@ void sum_exp(const SumExp<Unit>& args) {
     constexpr bool kRunning = decltype(is_running)::value;
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      const auto tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, cosines);
+      const auto tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, &ahead, cosines);
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
+        Real* sums = args.sums + r * kLanes;
+        Real* largest = args.largest + r * kLanes;
         Vec<Real> best[kV], sum[kV];
         for (int v = 0; v < kV; ++v) {
-          best[v] = load(largest[r] + v * kWidth<Real>);
-          sum[v] = load(sums[r] + v * kWidth<Real>);
+          best[v] = load(largest + v * kWidth<Real>);
+          sum[v] = load(sums + v * kWidth<Real>);
         }
         for (int p = 0; p < kCount; ++p) {
           const int64_t first = (panel + p) * kLanes;
@@ -138,47 +126,43 @@ void sum_exp(const SumExp<Unit>& args) {
           }
           Vec<Real> exponent = fixed;
           if constexpr (kRunning) {
-            for (int v = 0; v < kV; ++v) store(sums[r] + v * kWidth<Real>, sum[v]);
+            for (int v = 0; v < kV; ++v) store(sums + v * kWidth<Real>, sum[v]);
             raise(r, c.value);
-            for (int v = 0; v < kV; ++v) sum[v] = load(sums[r] + v * kWidth<Real>);
+            for (int v = 0; v < kV; ++v) sum[v] = load(sums + v * kWidth<Real>);
             if (args.result[r].exponent != kRunningExponent)
               exponent = broadcast(static_cast<Real>(args.result[r].exponent));
           }
           for (int v = 0; v < kV; ++v)
-            sum[v] += exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+            sum[v] += exp_scaled<Real>(exp_parts(c.value[v], scale), exponent);
         }
         for (int v = 0; v < kV; ++v) {
-          store(largest[r] + v * kWidth<Real>, best[v]);
-          store(sums[r] + v * kWidth<Real>, sum[v]);
+          store(largest + v * kWidth<Real>, best[v]);
+          store(sums + v * kWidth<Real>, sum[v]);
         }
       }
     }
   };
-  int64_t panel = 0, unflushed = 0;
-  auto advance = [&](int64_t count) {
-    panel += count;
-    unflushed += count;
-    if (unflushed >= kFlush || panel == args.panels) {
-      for (int64_t r = 0; r < rows; ++r) flush(r);
-      unflushed = 0;
-    }
-  };
+  int64_t panel = 0;
   auto all_panels = [&](auto is_running) {
-    for (; panel + P <= args.panels; advance(P))
+    for (; panel + P <= args.panels; panel += P)
       panels_at(is_running, std::integral_constant<int, P>{}, panel);
-    for (; panel < args.panels; advance(1))
+    for (; panel < args.panels; ++panel)
       panels_at(is_running, std::integral_constant<int, 1>{}, panel);
   };
   if (running)
     all_panels(std::true_type{});
   else
     all_panels(std::false_type{});
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-  _mm_sfence();  // what was kept past the caches
-#endif
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < kLanes; ++i)
-      if (largest[r][i] > args.result[r].largest) args.result[r].largest = largest[r][i];
+  fence_past_caches();  // what was kept
+  if (!args.flush) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    flush(r);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      Real& largest = args.largest[r * kLanes + i];
+      if (largest > args.result[r].largest) args.result[r].largest = largest;
+      largest = static_cast<Real>(kNoCosine);
+    }
+  }
 }
 
 // Probabilities [rows][16] of one panel, in Real, to the two layouts the products read.
@@ -230,8 +214,10 @@ void probabilities(const Probabilities<Unit>& args) {
   constexpr bool kPaired = UnitTraits<Unit>::kValues == 2;
   alignas(64) Real cosines[P * kTile * kLanes];
   // Pairs are rounded from here; single values are written to their place along the rows at once.
+  LinesAhead ahead({}, 1);  // nothing
   alignas(64) Real rounded[kPaired ? P : 1][kPaired ? kMaxRows * kLanes : 1];
   const int64_t rows = args.tiles * kTile;
+  const Real scale = args.scale;
   const Vec<Real> filter = broadcast(args.filter);
 
   auto panels_at = [&](auto count, int64_t panel) {
@@ -244,7 +230,7 @@ void probabilities(const Probabilities<Unit>& args) {
         p[i] = args.along_rows + (panel + i) * args.along_rows_stride;
     }
     for (int64_t t = 0; t < args.tiles; ++t) {
-      const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, cosines);
+      const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, &ahead, cosines);
       if (tile.data != cosines && t + 1 < args.tiles)
         for (int i = 0; i < kCount; ++i)
           for (int64_t k = 0; k < kTile * kLanes; k += 64 / sizeof(Real))
@@ -258,7 +244,7 @@ void probabilities(const Probabilities<Unit>& args) {
           const Negatives<Unit> c(tile.data + i * tile.panel_stride + m * kLanes,
                                   args.target[r] - first, args.num_classes - first);
           for (int v = 0; v < kV; ++v) {
-            const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], args.scale), exponent);
+            const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], scale), exponent);
             store(p[i] + r * kLanes + v * kWidth<Real>,
                   c.value[v] > filter ? Vec<Real>{} : e * factor);
           }

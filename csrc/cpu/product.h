@@ -83,6 +83,36 @@ struct MultiplyAdd<BfPair> {
   }
 };
 
+// Lines of Ahead, some at each step.
+class LinesAhead {
+ public:
+  LinesAhead(Ahead ahead, int64_t steps) : next_(ahead.spans), last_(ahead.spans + ahead.count) {
+    int64_t lines = 0;
+    for (const Span* span = next_; span < last_; ++span) lines += ceil_div(span->bytes, kLine);
+    lines_per_step_ = ceil_div(lines, steps);
+  }
+  UNICOM_INLINE void ask() {
+    for (int64_t i = 0; i < lines_per_step_; ++i, line_ += kLine) {
+      if (line_ >= end_) {
+        if (next_ == last_) return;
+        line_ = static_cast<const char*>(next_->begin);
+        end_ = line_ + next_->bytes;
+        ++next_;
+      }
+      __builtin_prefetch(line_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const Span *next_, *last_;
+  int64_t lines_per_step_;
+  const char *line_ = nullptr, *end_ = nullptr;
+};
+// Units of a product between two steps.
+constexpr int64_t kAskUnits = 32;
+static constexpr int64_t ask_steps(int64_t units) { return ceil_div(units, kAskUnits); }
+
 // Rows per register tile, and panels beside each other, so that the accumulators fill the
 // registers.
 template <class Real>
@@ -104,7 +134,8 @@ struct TileOperand {
 template <class Unit, int P>
 __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit* b,
                                              int64_t b_stride, int64_t units, RealOf<Unit>* out,
-                                             int64_t out_panel, bool accumulate) {
+                                             int64_t out_panel, bool accumulate,
+                                             LinesAhead* ahead) {
   using Real = RealOf<Unit>;
   constexpr int kV = kVectors<Real>;
   constexpr int M = kRegisterRows<Real>;
@@ -120,7 +151,12 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
                 ? load(out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>)
                 : Vec<Real>{};
     if (tile.group_units == 0) {
-      MultiplyAdd<Unit>::template run<M, P, 1, kTile>(acc, tile.a + first, b, b_stride, units);
+      for (int64_t u = 0; u < units; u += kAskUnits) {
+        ahead->ask();
+        MultiplyAdd<Unit>::template run<M, P, 1, kTile>(
+            acc, tile.a + u * kTile + first, b + u * kLanes, b_stride,
+            units - u < kAskUnits ? units - u : kAskUnits);
+      }
     } else {
       const Unit* a = tile.a + first * kGroup;
       for (int64_t u = 0; u < units; u += kGroup, a += tile.group_stride)
@@ -143,6 +179,8 @@ void product(const Product<Unit>& args) {
   constexpr int kGroup = kLanes / UnitTraits<Unit>::kValues;
   // A block of the summed dimension whose lines of b stay in the first-level cache over all tiles.
   constexpr int64_t kBlock = 16384 / (kLanes * sizeof(Unit) * P) / kGroup * kGroup;
+  const int64_t groups = args.panels / P + args.panels % P;
+  LinesAhead ahead(args.ahead, args.tiles * groups * ask_steps(args.units));
   for (int64_t begin = 0; begin < args.units; begin += kBlock) {
     const int64_t units = args.units - begin < kBlock ? args.units - begin : kBlock;
     const bool accumulate = args.accumulate || begin > 0;
@@ -153,7 +191,7 @@ void product(const Product<Unit>& args) {
             {args.a + t * args.a_tile_stride + a_offset, args.group_units, args.group_stride},
             args.b + panel * args.b_panel_stride + begin * kLanes, args.b_panel_stride, units,
             args.out + panel * args.out_panel_stride + t * kTile * kLanes, args.out_panel_stride,
-            accumulate);
+            accumulate, &ahead);
     };
     int64_t panel = 0;
     for (; panel + P <= args.panels; panel += P) run(std::integral_constant<int, P>{}, panel);

@@ -56,10 +56,70 @@ double normalize(Real* out, int64_t dim, int64_t height) {
   return inverse;
 }
 
+// Selected columns of rows in fp32, where the instruction set can pick them out of whole lines.
+class ColumnPicker {
+ public:
+  explicit ColumnPicker(const RowSource& source) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    if (source.columns == nullptr) return;
+    groups_ = source.columns[source.dim - 1] / kLanes + 1;
+    mask_ = source.column_bits;
+#else
+    (void)source;
+#endif
+  }
+  bool works() const { return groups_ > 0; }
+
+  // The selected values of a row, beside each other. Asks for the row `ahead` on the way, line by
+  // line: many requests at once would wait for one another.
+  UNICOM_INLINE void pick(const float* row, const float* ahead, float* out) const {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    for (int64_t g = 0; g < groups_; ++g) {
+      __builtin_prefetch(ahead + g * kLanes);
+      const __mmask16 mask = mask_[g];
+      const int count = __builtin_popcount(mask);
+      const __m512 picked =
+          _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, row + g * kLanes));
+      _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), picked);
+      out += count;
+    }
+#else
+    (void)row, (void)ahead, (void)out;
+#endif
+  }
+
+  // The reverse; columns that are not selected are left alone.
+  UNICOM_INLINE void put(const float* values, float* row) const {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    for (int64_t g = 0; g < groups_; ++g) {
+      const __mmask16 mask = mask_[g];
+      const int count = __builtin_popcount(mask);
+      const __m512 dense = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), values);
+      _mm512_mask_storeu_ps(row + g * kLanes, mask, _mm512_maskz_expand_ps(mask, dense));
+      values += count;
+    }
+#else
+    (void)values, (void)row;
+#endif
+  }
+
+ private:
+  int64_t groups_ = 0;
+  const uint16_t* mask_ = nullptr;
+};
+
 // One unit row; returns the inverse norm.
 template <class Real>
 double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) {
   const int64_t offset = id * source.row_stride;
+  if constexpr (std::is_same_v<Real, float>) {
+    const ColumnPicker picker(source);
+    if (source.dtype == DType::kFloat32 && picker.works()) {
+      const float* row = static_cast<const float*>(source.data) + offset;
+      picker.pick(row, row, out);
+      return normalize(out, source.dim, height);
+    }
+  }
   auto read = [&](auto* data) { read_row(data + offset, source.columns, source.dim, out); };
   switch (source.dtype) {
     case DType::kFloat32: read(static_cast<const float*>(source.data)); break;
@@ -74,13 +134,12 @@ constexpr int64_t kPrefetchRows = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 UNICOM_INLINE void prefetch_row(const RowSource& source, int64_t id) {
-  const int64_t width = source.dtype == DType::kFloat64   ? 8
-                        : source.dtype == DType::kFloat32 ? 4
-                                                          : 2;
-  const int64_t last = source.columns != nullptr ? source.columns[source.dim - 1] : source.dim - 1;
-  const int64_t bytes = (last + 1) * width < kPrefetchBytes ? (last + 1) * width : kPrefetchBytes;
-  const char* row = static_cast<const char*>(source.data) + id * source.row_stride * width;
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset);
+  const int64_t width = source.columns != nullptr ? source.columns[source.dim - 1] + 1 : source.dim;
+  const int64_t bytes = width * bytes_of(source.dtype);
+  const int64_t some = bytes < kPrefetchBytes ? bytes : kPrefetchBytes;
+  const char* row =
+      static_cast<const char*>(source.data) + id * source.row_stride * bytes_of(source.dtype);
+  for (int64_t offset = 0; offset < some; offset += 64) __builtin_prefetch(row + offset);
 }
 
 template <class Real>
@@ -243,63 +302,6 @@ bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first,
   return true;
 }
 
-// Selected columns of fp32 rows, where the instruction set can pick them out of whole lines.
-class ColumnPicker {
- public:
-  ColumnPicker(const int64_t* columns, int64_t dim) {
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    if (columns == nullptr) return;
-    const int64_t width = columns[dim - 1] / kLanes + 1;
-    if (width > kMostGroups) return;
-    groups_ = width;
-    std::memset(mask_, 0, static_cast<size_t>(width) * sizeof(*mask_));
-    for (int64_t k = 0; k < dim; ++k)
-      mask_[columns[k] / kLanes] |= static_cast<uint16_t>(1u << (columns[k] % kLanes));
-#else
-    (void)columns, (void)dim;
-#endif
-  }
-  bool works() const { return groups_ > 0; }
-
-  // The selected values of a row, beside each other. Asks for the row `ahead` on the way, line by
-  // line: many requests at once would wait for one another.
-  UNICOM_INLINE void pick(const float* row, const float* ahead, float* out) const {
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    for (int64_t g = 0; g < groups_; ++g) {
-      __builtin_prefetch(ahead + g * kLanes);
-      const __mmask16 mask = mask_[g];
-      const int count = __builtin_popcount(mask);
-      const __m512 picked =
-          _mm512_maskz_compress_ps(mask, _mm512_maskz_loadu_ps(mask, row + g * kLanes));
-      _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << count) - 1), picked);
-      out += count;
-    }
-#else
-    (void)row, (void)ahead, (void)out;
-#endif
-  }
-
-  // The reverse; columns that are not selected are left alone.
-  UNICOM_INLINE void put(const float* values, float* row) const {
-#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
-    for (int64_t g = 0; g < groups_; ++g) {
-      const __mmask16 mask = mask_[g];
-      const int count = __builtin_popcount(mask);
-      const __m512 dense = _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), values);
-      _mm512_mask_storeu_ps(row + g * kLanes, mask, _mm512_maskz_expand_ps(mask, dense));
-      values += count;
-    }
-#else
-    (void)values, (void)row;
-#endif
-  }
-
- private:
-  static constexpr int64_t kMostGroups = 512;
-  int64_t groups_ = 0;
-  uint16_t mask_[kMostGroups];
-};
-
 // All values of a row; `ahead` as above.
 UNICOM_INLINE void copy_row(const float* row, const float* ahead, int64_t dim, float* out) {
   int64_t k = 0;
@@ -323,7 +325,7 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
   const auto id_of = [&](int64_t lane) {
     return ids != nullptr ? ids[first + lane] : first + lane;
   };
-  const ColumnPicker picker(source.dtype == DType::kFloat32 ? source.columns : nullptr, source.dim);
+  const ColumnPicker picker(source);
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     RealOf<Unit>* row = scratch + lane * height;
     if (lane < count) {
@@ -332,8 +334,8 @@ void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int6
       const int64_t last = total - 1 - first;
       const int64_t ahead = id_of(lane + kPrefetchRows < last ? lane + kPrefetchRows : last);
       if constexpr (std::is_same_v<RealOf<Unit>, float>) {
-        const bool whole = source.dtype == DType::kFloat32 && source.columns == nullptr;
-        if (whole || picker.works()) {
+        const bool whole = source.columns == nullptr;
+        if (source.dtype == DType::kFloat32 && (whole || picker.works())) {
           const float* data = static_cast<const float*>(source.data);
           const float* from = data + id * source.row_stride;
           const float* next = data + ahead * source.row_stride;
@@ -446,18 +448,16 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
           },
           rows + first, height);
 #endif
-  for (int64_t k = first; k < height; k += 2) {
-    Real block[2][kLanes];
-    for (int i = 0; i < 2; ++i)
+  for (int64_t k = first; k < height; k += kLanes) {
+    const int64_t count = height - k < kLanes ? height - k : kLanes;
+    Real block[kLanes][kLanes];
+    for (int64_t i = 0; i < count; ++i)
       for (int v = 0; v < kV; ++v) {
         const Vec<Real> g = load(gradient + (k + i) * kLanes + v * kWidth<Real>);
         store(block[i] + v * kWidth<Real>,
               k + i < dim ? factor[v] * fma(-dot[v], unit(k + i, v), g) : Vec<Real>{});
       }
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      rows[lane * height + k] = block[0][lane];
-      rows[lane * height + k + 1] = block[1][lane];
-    }
+    transpose(block[0], kLanes, count, kLanes, rows + k, height);
   }
 }
 
@@ -465,9 +465,9 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
 // -----------------------------------------------------
 
 template <class Real>
-void spread_rows(const Real* rows, int64_t height, int64_t count, const int64_t* columns,
-                 int64_t dim, Real* out, int64_t out_stride) {
-  const ColumnPicker picker(columns, dim);
+void spread_rows(const Real* rows, int64_t height, int64_t count, const RowSource& columns,
+                 Real* out, int64_t out_stride) {
+  const ColumnPicker picker(columns);
   for (int64_t r = 0; r < count; ++r, rows += height, out += out_stride) {
     if constexpr (std::is_same_v<Real, float>) {
       if (picker.works()) {
@@ -475,7 +475,7 @@ void spread_rows(const Real* rows, int64_t height, int64_t count, const int64_t*
         continue;
       }
     }
-    for (int64_t k = 0; k < dim; ++k) out[columns[k]] = rows[k];
+    for (int64_t k = 0; k < columns.dim; ++k) out[columns.columns[k]] = rows[k];
   }
 }
 

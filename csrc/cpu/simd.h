@@ -65,6 +65,24 @@ template <class Real>
 UNICOM_INLINE void store(Real* p, Vec<Real> v) {
   *reinterpret_cast<typename VectorOf<Real>::Load*>(p) = v;
 }
+// A store to whole lines that does not read them into the caches first, where the instruction set
+// has one. Others may read what was stored after the fence.
+template <class Real>
+UNICOM_INLINE void store_past_caches(Real* p, Vec<Real> v) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Real, float>)
+    return _mm512_stream_ps(p, reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__) && UNICOM_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<Real, float>)
+    return _mm256_stream_ps(p, reinterpret_cast<__m256>(v));
+#endif
+  store(p, v);
+}
+UNICOM_INLINE void fence_past_caches() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 template <class Real>
 UNICOM_INLINE Vec<Real> broadcast(Real x) {
   return x -
@@ -106,6 +124,10 @@ UNICOM_INLINE Vec<Real> larger(Vec<Real> a, Vec<Real> b) {
   if constexpr (std::is_same_v<Real, float>)
     return reinterpret_cast<Vec<float>>(
         _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__) && UNICOM_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<Real, float>)
+    return reinterpret_cast<Vec<float>>(
+        _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #endif
   return a > b ? a : b;
 }

@@ -76,43 +76,23 @@ void write_row(const RowSink& sink, int64_t id, const Real* values) {
   }
 }
 
-// The target's part of the gradient, per sample, in double from the rows as they were given:
+// The target's part of the gradients of one sample, in double from the rows as they were given:
 // d loss / d cosine = -weight * scale * miss * slope, and d cosine / d x = (w^ - c x^) / |x|.
-class TargetGradient {
- public:
-  TargetGradient(const Problem& p, const BackwardArgs& args)
-      : p_(p), args_(args), dim_(p.embeddings.dim), x_(dim_), w_(dim_) {}
-
-  template <class Real>
-  void add_to_embedding(int64_t i, Real* row) {
-    const Pair pair = unit_rows(i);
-    for (int64_t d = 0; d < dim_; ++d)
-      row[d] += static_cast<Real>(pair.factor * pair.x_inverse * (w_[d] - pair.cosine * x_[d]));
-  }
-  template <class Real>
-  void add_to_prototype(int64_t i, Real* row) {
-    const Pair pair = unit_rows(i);
-    for (int64_t d = 0; d < dim_; ++d)
-      row[d] += static_cast<Real>(pair.factor * pair.w_inverse * (x_[d] - pair.cosine * w_[d]));
-  }
-
- private:
-  struct Pair {
-    double factor, cosine, x_inverse, w_inverse;
-  };
-  Pair unit_rows(int64_t i) {
-    const auto& k = kernels_for<double>();
-    const SampleState& state = args_.state[i];
-    const double x_inverse = k.unit_row(p_.embeddings, i, x_.get(), dim_);
-    const double w_inverse = k.unit_row(p_.prototypes, class_of(p_, i), w_.get(), dim_);
-    return {-args_.weight[i] * p_.scale * state.miss * state.slope, state.cosine, x_inverse,
-            w_inverse};
-  }
-  const Problem& p_;
-  const BackwardArgs& args_;
-  int64_t dim_;
-  Buffer<double> x_, w_;
-};
+// embedding and prototype [dim]: nullptr where not wanted.
+template <class Real>
+void target_gradients(const Problem& p, const BackwardArgs& args, int64_t i, double* x, double* w,
+                      Real* embedding, Real* prototype) {
+  const auto& k = kernels_for<double>();
+  const int64_t dim = p.embeddings.dim;
+  const SampleState& state = args.state[i];
+  const double x_inverse = k.unit_row(p.embeddings, i, x, dim);
+  const double w_inverse = k.unit_row(p.prototypes, class_of(p, i), w, dim);
+  const double factor = -args.weight[i] * p.scale * state.miss * state.slope;
+  for (int64_t d = 0; d < dim && embedding != nullptr; ++d)
+    embedding[d] = static_cast<Real>(factor * x_inverse * (w[d] - state.cosine * x[d]));
+  for (int64_t d = 0; d < dim && prototype != nullptr; ++d)
+    prototype[d] = static_cast<Real>(factor * w_inverse * (x[d] - state.cosine * w[d]));
+}
 
 // Where the finished rows of the prototype gradient go, panel by panel: to a matrix, or to the
 // optimizer at once.
@@ -142,8 +122,7 @@ class PrototypeRows {
       return;
     }
     if (spread_) {
-      kernels_for<Unit>().spread_rows(rows, height, count, args_.prototypes.columns,
-                                      p_.prototypes.dim, rows_.get(), width_);
+      kernels_for<Unit>().spread_rows(rows, height, count, p_.prototypes, rows_.get(), width_);
       rows = rows_.get();
       height = width_;
     }
@@ -203,7 +182,6 @@ class Backward {
   static constexpr int64_t kValues = Shape<Unit>::kValues;
   static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
   static constexpr int64_t kPanelsPerItem = 4;
-  static constexpr int64_t kTilesBetweenPrefetches = 1;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
@@ -228,7 +206,8 @@ class Backward {
         weighted_(want_prototypes() ? row_stride_ * s_.height : 0),
         class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
         embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
-        target_gradient_(want_embeddings() ? p.batch * s_.dim : 0) {}
+        target_embedding_(want_embeddings() ? p.batch * s_.dim : 0),
+        target_prototype_(want_prototypes() ? p.batch * s_.dim : 0) {}
 
   void run() {
     prepare_rows();
@@ -273,18 +252,19 @@ class Backward {
       row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
       weight_[static_cast<size_t>(i)] = args_.weight[i] * p_.scale * state.miss;
     }
-    if (want_embeddings()) {  // before prototypes are updated
-      constexpr int64_t kSamplesPerItem = 16;
-      parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
-        TargetGradient target(p_, args_);
-        const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
-        for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
-          Real* row = target_gradient_.get() + i * s_.dim;
-          std::fill_n(row, s_.dim, Real(0));
-          if (p_.slot[i] >= 0) target.add_to_embedding(i, row);
-        }
-      });
-    }
+    constexpr int64_t kSamplesPerItem = 16;  // targets: now, before prototypes are updated
+    parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
+      Buffer<double> x(s_.dim), w(s_.dim);
+      const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
+      for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
+        Real* embedding = want_embeddings() ? target_embedding_.get() + i * s_.dim : nullptr;
+        Real* prototype = want_prototypes() ? target_prototype_.get() + i * s_.dim : nullptr;
+        if (p_.slot[i] >= 0)
+          target_gradients(p_, args_, i, x.get(), w.get(), embedding, prototype);
+        else if (want_embeddings())
+          std::fill_n(embedding, s_.dim, Real(0));
+      }
+    });
     if (want_prototypes()) {
       constexpr int64_t kRows = Shape<Unit>::kRowGranule;
       parallel_.run(s_.padded_rows / kRows, [&](int64_t granule) {
@@ -349,20 +329,19 @@ class Backward {
     a.panels = count;
     a.units = row_units_;
     a.accumulate = false;
+    a.tiles = s_.height / kTile;
+    a.a = weighted_.get();
+    a.out = gradient.get();
     // The rows that the optimizer will want come from memory while this multiplies.
-    const int64_t tiles = s_.height / kTile, first_slot = (first_panel + offset) * kLanes;
-    const int64_t slots = std::min(count * kLanes, p_.sampled - first_slot);
-    const int64_t step = args_.update != nullptr ? kTilesBetweenPrefetches : tiles;
-    for (int64_t t = 0; t < tiles; t += step) {
-      if (args_.update != nullptr)
-        for (int64_t j = t * slots / tiles; j < std::min(tiles, t + step) * slots / tiles; ++j)
-          args_.update->prefetch(p_.class_index ? p_.class_index[first_slot + j] : first_slot + j);
-      a.tiles = std::min(step, tiles - t);
-      a.a = weighted_.get() + t * a.a_tile_stride;
-      a.out = gradient.get() + t * kTile * kLanes;
-      k_.product(a);
+    std::vector<cpu::Span> spans;
+    if (args_.update != nullptr) {
+      const int64_t first = (first_panel + offset) * kLanes;
+      const int64_t end = std::min(first + count * kLanes, p_.sampled);
+      for (int64_t slot = first; slot < end; ++slot)
+        args_.update->add_spans(p_.class_index ? p_.class_index[slot] : slot, &spans);
     }
-    TargetGradient target(p_, args_);
+    a.ahead = {spans.data(), static_cast<int64_t>(spans.size())};
+    k_.product(a);
     PrototypeRows<Unit> out(p_, args_);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t panel = first_panel + offset + j;
@@ -371,9 +350,11 @@ class Backward {
       const int64_t lanes = std::min(kLanes, p_.sampled - panel * kLanes);
       auto sample = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
                                      [&](int64_t i, int64_t slot) { return p_.slot[i] < slot; });
-      for (; sample != by_slot_.end() && p_.slot[*sample] < panel * kLanes + lanes; ++sample)
-        target.add_to_prototype(*sample,
-                                rows.get() + (p_.slot[*sample] - panel * kLanes) * s_.height);
+      for (; sample != by_slot_.end() && p_.slot[*sample] < panel * kLanes + lanes; ++sample) {
+        const Real* target = target_prototype_.get() + *sample * s_.dim;
+        Real* row = rows.get() + (p_.slot[*sample] - panel * kLanes) * s_.height;
+        for (int64_t d = 0; d < s_.dim; ++d) row[d] += target[d];
+      }
       out.put(panel * kLanes, lanes, rows.get(), s_.height);
     }
   }
@@ -414,7 +395,7 @@ class Backward {
         for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
         const double dot = k_.dot(gradient.get(), x, s_.dim);
         const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
-        const Real* target = target_gradient_.get() + i * s_.dim;
+        const Real* target = target_embedding_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
           row[d] = static_cast<Real>(factor * (gradient[d] - dot * x[d])) + target[d];
         write_row(args_.embeddings, i, row.get());
@@ -438,7 +419,8 @@ class Backward {
   Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
   Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
-  Buffer<Real> target_gradient_;     // [batch][dim], the targets' part of it
+  Buffer<Real> target_embedding_;    // [batch][dim], the target's part of each sample's gradients
+  Buffer<Real> target_prototype_;    //
   std::vector<cpu::RowScale> row_scale_;
   std::vector<double> weight_;
   std::vector<int64_t> by_slot_;

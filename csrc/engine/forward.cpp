@@ -27,82 +27,171 @@ int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t 
 
 namespace {
 
-constexpr int64_t kPanelsPerItem = 16;  // panels a thread takes at a time
-
-template <class Unit>
-void pack_classes(const Problem& p, const Shape<Unit>& s, PackedClasses<Unit> out,
-                  const Parallel& parallel) {
-  const auto& k = kernels_for<Unit>();
-  parallel.run(ceil_div(s.panels, kPanelsPerItem), [&](int64_t item) {
-    Buffer<RealOf<Unit>> scratch(kLanes * s.height);
-    const int64_t end = std::min(s.panels, (item + 1) * kPanelsPerItem);
-    for (int64_t j = item * kPanelsPerItem; j < end; ++j)
-      k.pack_panel(p.prototypes, p.class_index, j * kLanes, p.sampled, p.rounding, scratch.get(),
-                   out.panels + j * s.panel_units, out.inverse_norm + j * kLanes);
-  });
-}
-
-// Sums over the other classes, per row: runs of classes are summed apart, at most kRuns of them
-// whatever the number of threads, and merged in order.
+// Classes are worked through in runs, at most kRuns of them whatever the number of threads: each
+// has sums of its own, which are merged in order.
 constexpr int64_t kRuns = 64;
+// Rows of a chunk, as they lie in memory: they stay in the second-level cache, beside the packed
+// ones and a block of the batch. Each chunk brings all blocks of the batch there, so with many
+// blocks chunks are longer, up to kLongestChunk panels.
+constexpr int64_t kChunkBytes = int64_t{256} << 10;
+constexpr int64_t kLongestChunk = cpu::kFlushPanels;
+// Rows asked for ahead must not drive out what is in use.
+constexpr int64_t kMostAhead = int64_t{4} << 20;
 
 template <class Unit>
-void sum_negatives(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
-                   const PackedClasses<Unit>& classes, void* kept, cpu::RowSum* result,
-                   const Parallel& parallel) {
-  const auto& k = kernels_for<Unit>();
-  const int64_t run_panels = std::max<int64_t>(16, round_up(ceil_div(s.panels, kRuns), 4));
-  const int64_t runs = ceil_div(s.panels, run_panels);
-  int64_t exponent;
-  if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent))
-    exponent = cpu::kRunningExponent;
+class Forward {
+  using Real = RealOf<Unit>;
 
-  Buffer<cpu::RowSum> partial(std::max<int64_t>(1, runs) * s.padded_rows);
-  parallel.run(s.blocks * runs, [&](int64_t item) {
-    const int64_t block = item % s.blocks, run = item / s.blocks;
-    const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
-    const int64_t first_panel = run * run_panels;
+ public:
+  Forward(const Problem& p, const ShardSums& out, const Parallel& parallel)
+      : p_(p),
+        out_(out),
+        parallel_(parallel),
+        s_(p),
+        k_(kernels_for<Unit>()),
+        classes_(out.packed, s_),
+        rows_(p, s_, parallel),
+        chunk_panels_(chunk_panels()),
+        run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
+        runs_(ceil_div(s_.panels, run_panels_)),
+        partial_(runs_ * s_.padded_rows) {
+    if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent_))
+      exponent_ = cpu::kRunningExponent;
+  }
+
+  void run() {
+    parallel_.run(runs_, [&](int64_t run) { sum_run(run); });
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      const cpu::RowSum sum = merged(i);
+      const bool ignored = p_.slot[i] == kIgnoredSlot;
+      out_.sum[i * out_.stride] = ignored ? 0 : sum.sum;
+      out_.exponent[i] =
+          sum.exponent == cpu::kRunningExponent ? kNone : static_cast<double>(sum.exponent);
+      out_.largest_negative[i] = !ignored && sum.largest > cpu::kNoCosine ? sum.largest : kNone;
+      out_.inverse_norm[i] = rows_.inverse_norm[static_cast<size_t>(i)];
+    }
+  }
+
+ private:
+  int64_t row_bytes() const {
+    const int64_t width =
+        p_.prototypes.columns != nullptr ? p_.prototypes.columns[s_.dim - 1] + 1 : s_.dim;
+    return std::max<int64_t>(1, width) * cpu::bytes_of(p_.prototypes.dtype);
+  }
+
+  int64_t chunk_panels() const {
+    const int64_t fit = std::clamp<int64_t>(kChunkBytes / (row_bytes() * kLanes) / 4 * 4, 4, 16);
+    return std::min(kLongestChunk, fit * std::max<int64_t>(1, s_.blocks / 2));
+  }
+
+  // Packs chunk after chunk and multiplies it with all rows of the batch, while the rows of the
+  // next one come from memory.
+  void sum_run(int64_t run) {
+    const int64_t begin = run * run_panels_, end = std::min(s_.panels, begin + run_panels_);
+    const int64_t lanes = s_.padded_rows * kLanes;
+    Buffer<Real> scratch(kLanes * s_.height), sums(lanes), largest(lanes);
+    std::fill_n(sums.get(), lanes, Real(0));
+    std::fill_n(largest.get(), lanes, static_cast<Real>(cpu::kNoCosine));
+    cpu::RowSum* result = partial_.get() + run * s_.padded_rows;
+    std::fill_n(result, s_.padded_rows, cpu::RowSum{0.0, exponent_, cpu::kNoCosine});
+    int64_t unflushed = 0;
+    for (int64_t first = begin; first < end; first += chunk_panels_) {
+      const int64_t panels = std::min(chunk_panels_, end - first);
+      for (int64_t j = first; j < first + panels; ++j)
+        k_.pack_panel(p_.prototypes, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
+                      scratch.get(), classes_.panels + j * s_.panel_units,
+                      classes_.inverse_norm + j * kLanes);
+      const bool last = first + panels == end;
+      unflushed += panels;
+      const bool flush = last || unflushed + chunk_panels_ > cpu::kFlushPanels;
+      if (flush) unflushed = 0;
+      // After the last chunk of a run comes the first of the run that this thread is likely to get.
+      const int64_t next = last ? (run + parallel_.threads()) * run_panels_ : first + panels;
+      const std::vector<cpu::Span> spans = spans_of(next * kLanes);
+      const auto count = static_cast<int64_t>(spans.size());
+      for (int64_t block = 0; block < s_.blocks; ++block) {
+        const int64_t begin = block * count / s_.blocks, end = (block + 1) * count / s_.blocks;
+        sum_block(block, first, panels, {spans.data() + begin, end - begin}, flush, sums.get(),
+                  largest.get(), result);
+      }
+    }
+  }
+
+  // The rows of a chunk that begins at this slot.
+  std::vector<cpu::Span> spans_of(int64_t first) const {
+    std::vector<cpu::Span> spans;
+    if (chunk_panels_ * kLanes * row_bytes() > kMostAhead) return spans;
+    const cpu::RowSource& w = p_.prototypes;
+    const int64_t end = std::min(p_.sampled, first + chunk_panels_ * kLanes);
+    for (int64_t slot = first; slot < end; ++slot) {
+      const int64_t id = p_.class_index != nullptr ? p_.class_index[slot] : slot;
+      spans.push_back(
+          {static_cast<const char*>(w.data) + id * w.row_stride * cpu::bytes_of(w.dtype),
+           row_bytes()});
+    }
+    return spans;
+  }
+
+  void sum_block(int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead, bool flush,
+                 Real* sums, Real* largest, cpu::RowSum* result) {
+    const int64_t first_tile = block * s_.block_tiles, first_row = first_tile * kTile;
     int64_t target[cpu::kBlockTiles * kTile];
     cpu::SumExp<Unit> args;
-    args.rows = rows.tiles.get() + first_tile * kTile * s.units;
-    args.row_tile_stride = kTile * s.units;
-    args.classes = classes.panels + first_panel * s.panel_units;
-    args.panel_stride = s.panel_units;
-    args.units = s.units;
-    args.tiles = s.tiles_in_block(block);
-    args.panels = std::min(run_panels, s.panels - first_panel);
+    args.rows = rows_.tiles.get() + first_tile * kTile * s_.units;
+    args.row_tile_stride = kTile * s_.units;
+    args.classes = classes_.panels + first_panel * s_.panel_units;
+    args.panel_stride = s_.panel_units;
+    args.units = s_.units;
+    args.tiles = s_.tiles_in_block(block);
+    args.panels = panels;
     for (int64_t r = 0; r < args.tiles * kTile; ++r)
-      target[r] = first_row + r < p.batch && p.slot[first_row + r] >= 0
-                      ? p.slot[first_row + r] - first_panel * kLanes
+      target[r] = first_row + r < p_.batch && p_.slot[first_row + r] >= 0
+                      ? p_.slot[first_row + r] - first_panel * kLanes
                       : -1;
     args.target = target;
-    args.num_classes = p.sampled - first_panel * kLanes;
-    args.scale = static_cast<RealOf<Unit>>(p.scale);
-    args.filter = static_cast<RealOf<Unit>>(p.filter);
-    keep_cosines(p, s, kept, first_panel, first_tile, &args);
-    args.exponent = exponent;
-    args.result = partial.get() + run * s.padded_rows + first_row;
-    k.sum_exp(args);
-  });
+    args.num_classes = p_.sampled - first_panel * kLanes;
+    args.scale = static_cast<Real>(p_.scale);
+    args.filter = static_cast<Real>(p_.filter);
+    keep_cosines(p_, s_, out_.kept, first_panel, first_tile, &args);
+    args.exponent = exponent_;
+    args.sums = sums + first_row * kLanes;
+    args.largest = largest + first_row * kLanes;
+    args.flush = flush;
+    args.result = result + first_row;
+    args.ahead = ahead;
+    k_.sum_exp(args);
+  }
 
-  for (int64_t r = 0; r < p.batch; ++r) {
-    cpu::RowSum total{0.0, exponent, cpu::kNoCosine};
-    for (int64_t run = 0; run < runs; ++run) {
-      const cpu::RowSum& part = partial[run * s.padded_rows + r];
+  cpu::RowSum merged(int64_t row) const {
+    cpu::RowSum total{0.0, exponent_, cpu::kNoCosine};
+    for (int64_t run = 0; run < runs_; ++run) {
+      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
       total.exponent = std::max(total.exponent, part.exponent);
       total.largest = std::max(total.largest, part.largest);
     }
-    for (int64_t run = 0; run < runs; ++run) {
-      const cpu::RowSum& part = partial[run * s.padded_rows + r];
+    for (int64_t run = 0; run < runs_; ++run) {
+      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
       if (part.exponent == total.exponent) {
         total.sum += part.sum;
       } else if (part.exponent != cpu::kRunningExponent) {
         total.sum += std::ldexp(part.sum, static_cast<int>(part.exponent - total.exponent));
       }
     }
-    result[r] = total;
+    return total;
   }
-}
+
+  const Problem& p_;
+  const ShardSums& out_;
+  const Parallel& parallel_;
+  const Shape<Unit> s_;
+  const cpu::Kernels<Unit>& k_;
+  const PackedClasses<Unit> classes_;
+  const PackedRows<Unit> rows_;
+  const int64_t chunk_panels_, run_panels_, runs_;
+  int64_t exponent_;
+  Buffer<cpu::RowSum> partial_;  // [run][padded row]
+};
 
 // Cosine of each sample with its own prototype, in double from the rows as they were given.
 void target_cosines(const Problem& p, double* cosine, int64_t stride, const Parallel& parallel) {
@@ -127,25 +216,8 @@ void target_cosines(const Problem& p, double* cosine, int64_t stride, const Para
 
 template <class Unit>
 void forward(const Problem& p, const ShardSums& out, const Parallel& parallel) {
-  const Shape<Unit> s(p);
-  const PackedClasses<Unit> classes(out.packed, s);
-  pack_classes(p, s, classes, parallel);
-  if (p.batch == 0) return;
-  const PackedRows<Unit> rows(p, s, parallel);
-  Buffer<cpu::RowSum> sums(p.batch);
-  sum_negatives(p, s, rows, classes, out.kept, sums.get(), parallel);
+  Forward<Unit>(p, out, parallel).run();
   target_cosines(p, out.target_cosine, out.stride, parallel);
-
-  constexpr double kNone = -std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < p.batch; ++i) {
-    const cpu::RowSum& sum = sums[i];
-    const bool ignored = p.slot[i] == kIgnoredSlot;
-    out.sum[i * out.stride] = ignored ? 0 : sum.sum;
-    out.exponent[i] =
-        sum.exponent == cpu::kRunningExponent ? kNone : static_cast<double>(sum.exponent);
-    out.largest_negative[i] = !ignored && sum.largest > cpu::kNoCosine ? sum.largest : kNone;
-    out.inverse_norm[i] = rows.inverse_norm[static_cast<size_t>(i)];
-  }
 }
 
 template void forward<float>(const Problem&, const ShardSums&, const Parallel&);

@@ -14,11 +14,8 @@ namespace {
 
 constexpr int64_t kRowsPerItem = 64;
 
-// Rows lie scattered in memory: ask for all their lines while others are worked on.
-void prefetch_row(const RowArray& array, int64_t id, int64_t dim) {
-  const char* row = static_cast<const char*>(array.row(id));
-  const int64_t bytes = dim * cpu::bytes_of(array.dtype);
-  for (int64_t offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+cpu::Span span_of(const RowArray& array, int64_t id, int64_t dim) {
+  return {array.row(id), dim * cpu::bytes_of(array.dtype)};
 }
 
 }  // namespace
@@ -51,10 +48,10 @@ void RowAdamW::step(int64_t id, const void* gradient, int64_t ahead) const {
                                adamw_step<double>(options, count, decay)});
 }
 
-void RowAdamW::prefetch(int64_t id) const {
-  prefetch_row(parameter, id, dim);
-  prefetch_row(first, id, dim);
-  prefetch_row(second, id, second_per_row ? 1 : dim);
+void RowAdamW::add_spans(int64_t id, std::vector<cpu::Span>* spans) const {
+  spans->push_back(span_of(parameter, id, dim));
+  spans->push_back(span_of(first, id, dim));
+  spans->push_back(span_of(second, id, second_per_row ? 1 : dim));
 }
 
 void RowSgd::step(int64_t id, const void* gradient, int64_t ahead) const {
@@ -76,9 +73,9 @@ void RowSgd::step(int64_t id, const void* gradient, int64_t ahead) const {
                              sgd_step<double>(options, before)});
 }
 
-void RowSgd::prefetch(int64_t id) const {
-  prefetch_row(parameter, id, dim);
-  if (buffer.data != nullptr) prefetch_row(buffer, id, dim);
+void RowSgd::add_spans(int64_t id, std::vector<cpu::Span>* spans) const {
+  spans->push_back(span_of(parameter, id, dim));
+  if (buffer.data != nullptr) spans->push_back(span_of(buffer, id, dim));
 }
 
 void update_rows(const RowUpdate& update, const RowGradient& gradient, const Parallel& parallel) {

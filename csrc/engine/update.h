@@ -37,8 +37,8 @@ class RowUpdate {
   // One step of row `id`; gradient [dim] is float, or double for double parameters. `ahead` is a
   // row that will have its step soon.
   virtual void step(int64_t id, const void* gradient, int64_t ahead) const = 0;
-  // Brings a row closer that will have its step later.
-  virtual void prefetch(int64_t id) const = 0;
+  // Adds the memory of a row that will have its step later.
+  virtual void add_spans(int64_t id, std::vector<cpu::Span>* spans) const = 0;
 };
 
 class RowAdamW final : public RowUpdate {
@@ -53,7 +53,7 @@ class RowAdamW final : public RowUpdate {
   int64_t dim;
 
   void step(int64_t id, const void* gradient, int64_t ahead) const override;
-  void prefetch(int64_t id) const override;
+  void add_spans(int64_t id, std::vector<cpu::Span>* spans) const override;
 };
 
 // Lazy (`log_decay`): missed steps shrink the parameter and leave the buffer alone. Exact
@@ -71,7 +71,7 @@ class RowSgd final : public RowUpdate {
   int64_t dim;
 
   void step(int64_t id, const void* gradient, int64_t ahead) const override;
-  void prefetch(int64_t id) const override;
+  void add_spans(int64_t id, std::vector<cpu::Span>* spans) const override;
 };
 
 constexpr int64_t kRowsAhead = 2;
