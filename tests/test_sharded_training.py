@@ -182,10 +182,10 @@ def test_no_rank_skips_a_step_alone(ranks, world_size, optimizer):
 
 
 class Model(nn.Module):
-    def __init__(self, group):
+    def __init__(self, group, classes=4 * 75):
         super().__init__()
         self.encoder = nn.Linear(DIM, DIM)
-        self.loss = PartialMarginSoftmax(DIM, 4 * 75, process_group=group)
+        self.loss = PartialMarginSoftmax(DIM, classes, process_group=group)
 
     def forward(self, x, y):
         return self.loss(self.encoder(x), y)
@@ -194,14 +194,11 @@ class Model(nn.Module):
 def wrapped(group):
     loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group)
     messages = []
-    with pytest.raises(TypeError) as caught:
-        DistributedDataParallel(loss, process_group=group)
-    messages.append(str(caught.value))
-
-    model = DistributedDataParallel(Model(group), process_group=group)
-    with pytest.raises(TypeError) as caught:
-        model(torch.ones(2, DIM), torch.zeros(2, dtype=torch.int64))
-    messages.append(str(caught.value))
+    # Of the same shape on both ranks or not: 301 classes.
+    for module in (loss, Model(group), Model(group, CLASSES), Model(None)):
+        with pytest.raises(TypeError) as caught:
+            DistributedDataParallel(module, process_group=group)
+        messages.append(str(caught.value))
     with pytest.raises(TypeError) as caught:
         fully_shard(loss, mesh=DeviceMesh.from_group(group, "cpu"))
     messages.append(str(caught.value))
@@ -215,10 +212,10 @@ def wrapped(group):
                 Model(group), group, device_id=torch.device("cpu"), use_orig_params=original
             )
         messages.append(str(caught.value))
+    fresh = Model(group).loss
     with pytest.raises(TypeError, match="save its state_dict"):
-        pickle.dumps(model.module.loss)
-    other = copy.deepcopy(model.module.loss)
-    assert other.shard is model.module.loss.shard
+        pickle.dumps(fresh)
+    assert copy.deepcopy(fresh).shard is fresh.shard
     return messages
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -257,7 +258,6 @@ class PartialMarginSoftmax(nn.Module):
         margin = self.margin if margin is None else margin
 
         def check() -> None:
-            self._refuse_wrappers()
             checks.check_options(
                 margin,
                 self.scale,
@@ -370,9 +370,12 @@ class PartialMarginSoftmax(nn.Module):
         """The id of the class in row 0."""
         return 0 if self.shard is None else self.shard.start
 
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
-        raise TypeError(_WRAPPED)  # DistributedDataParallel asks for it when it is made
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        # DistributedDataParallel asks every part of its module when it is made, before it compares
+        # the ranks' shapes.
+        if sys._getframe(1).f_code.co_qualname.startswith("DistributedDataParallel."):
+            raise TypeError(_WRAPPED)
+        return super().named_parameters(*args, **options)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -384,12 +387,6 @@ class PartialMarginSoftmax(nn.Module):
         if name == "weight" and (hasattr(value, "placements") or type(value) is Tensor):
             raise TypeError(_WRAPPED)
         super().__setattr__(name, value)
-
-    def _refuse_wrappers(self) -> None:
-        """TypeError inside of a module that DistributedDataParallel runs."""
-        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
-        if wrapper is not None and any(module is self for module in wrapper.modules()):
-            raise TypeError(_WRAPPED)
 
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:
         if step is None:
