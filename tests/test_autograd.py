@@ -137,6 +137,18 @@ def test_a_second_backward_through_a_kept_graph(capability):
         torch.autograd.grad(loss, (x, w))
 
 
+def test_the_gradient_of_a_gradient_is_refused():
+    # Taken for nothing, a penalty on the gradient would have no effect, in silence.
+    problem = random_problem(9, 17, 8)
+    x, w = leaves(problem)
+    loss = partial_margin_softmax(x, problem.labels, w, **problem.options)
+    grads = torch.autograd.grad(loss, (x, w), create_graph=True)
+    assert_all_equal(grads, solve(partial_margin_softmax, problem)[1:])
+    for grad in grads:
+        with pytest.raises(RuntimeError, match="differentiated only once"):
+            (loss + grad.square().sum()).backward(retain_graph=True)
+
+
 def test_two_forwards_before_two_backwards(capability):
     problems = [
         random_problem(33, 131, 37, seed=1, sampled=80),

@@ -17,6 +17,8 @@ from helpers import Problem, per_sample_margin, random_problem, relative_error, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_golden import load
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from unicom_ext import (
     ArcFace,
@@ -237,6 +239,20 @@ def test_two_runs_are_bit_identical_and_ranks_have_the_same_loss(ranks, world_si
     results = ranks.run(world_size, twice, random_problem(24, 600, 16), EVEN)
     assert all(same for same, _ in results)
     assert len({loss for _, loss in results}) == 1
+
+
+def backward_twice(group, sparse):
+    module = make(600, 16, sample_rate=0.3, process_group=group, sparse_grad=sparse)
+    x = torch.randn(6, 16, requires_grad=True)
+    loss = module(x, torch.arange(6) + dist.get_rank(group))
+    first = torch.autograd.grad(loss, (x, module.weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (x, module.weight))
+    return all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_second_backward_through_a_kept_graph(ranks, sparse):
+    assert ranks.run(2, backward_twice, sparse) == [True, True]
 
 
 def call_function(group, problem, sizes):
@@ -586,6 +602,29 @@ def saved_after_a_failure(group, path):
 
 def test_a_failed_step_is_not_saved_in_silence(ranks, tmp_path):
     ranks.run(2, saved_after_a_failure, tmp_path / "c")
+
+
+def distributed_tensors(group):
+    mesh, messages = DeviceMesh.from_group(group, "cpu"), []
+    good = {"embeddings": torch.ones(4, 6), "labels": torch.arange(4)}
+    for options in (
+        {},
+        {"process_group": group},
+        {"process_group": group, "uneven_batches": False},
+    ):
+        module = make(50, 6, **options)
+        for name, value in good.items():
+            with pytest.raises(TypeError) as caught:
+                module(**{**good, name: DTensor.from_local(value, mesh, [Shard(0)])})
+            messages.append(str(caught.value))
+        assert module(**good).isfinite()
+    return messages
+
+
+def test_distributed_tensors_are_refused(ranks):
+    for messages in ranks.run(2, distributed_tensors):
+        for message, name in zip(messages, 3 * ["embeddings", "labels"], strict=True):
+            assert message.startswith(f"{name} must be this rank's own, got a DTensor")
 
 
 def a_label_of_no_class(group):

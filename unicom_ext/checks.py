@@ -79,6 +79,11 @@ def check_dtype(dtype: object) -> None:
         raise TypeError(f"dtype must be None or one of {_FLOATING}, got {dtype!r}")
 
 
+def is_local(value: object) -> bool:
+    """Whether it is a tensor, and no `DTensor` (whose module is slow to import)."""
+    return isinstance(value, Tensor) and not hasattr(value, "placements")
+
+
 def check_tensors(
     embeddings: Tensor,
     labels: Tensor,
@@ -89,6 +94,12 @@ def check_tensors(
     *,
     min_classes: int = 1,
 ) -> None:
+    for name, value in (("embeddings", embeddings), ("labels", labels), ("prototypes", prototypes)):
+        if isinstance(value, Tensor) and not is_local(value):
+            raise TypeError(
+                f"{name} must be this rank's own, got a DTensor: give its to_local() if it is "
+                "sharded by rows like the batch, or else its full_tensor()"
+            )
     for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
             raise TypeError(

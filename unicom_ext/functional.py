@@ -297,7 +297,7 @@ def _backward(ctx, grad_loss, *_):
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
     grad_embeddings, grad_prototypes = devices.run(
-        _ops.loss_backward,
+        _LossBackward.apply if torch.is_grad_enabled() else _ops.loss_backward,
         grad_loss,
         *saved,
         *ctx.options,
@@ -330,6 +330,21 @@ class _Loss(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward)
+
+
+class _LossBackward(torch.autograd.Function):
+    """The operator where its results may be differentiated (``create_graph=True``), which fails.
+
+    Torch itself would warn and take their gradient for zero.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _ops.loss_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("the partial margin softmax can be differentiated only once")
 
 
 # ---- shapes, for torch.compile ----

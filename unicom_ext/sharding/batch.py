@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext import _core
+from unicom_ext import _core, checks
 from unicom_ext.margins import CombinedMargin
 from unicom_ext.sharding.failures import agree, check_same
 from unicom_ext.sharding.shard import ClassShard
@@ -91,11 +91,11 @@ def stand_in(
     All this is what the arguments say as far as it can be told; None if there are no samples.
     Autograd reaches the embeddings that were given, with zeros.
     """
-    sizes = [len(t) for t in (embeddings, labels) if isinstance(t, Tensor) and t.dim() > 0]
+    sizes = [len(t) for t in (embeddings, labels) if checks.is_local(t) and t.dim() > 0]
     if not sizes:
         return None
     size, device = sizes[0], prototypes.device
-    usable = isinstance(embeddings, Tensor) and embeddings.dtype in _DTYPES
+    usable = checks.is_local(embeddings) and embeddings.dtype in _DTYPES
     dtype = embeddings.dtype if usable else prototypes.dtype
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
     if usable:
