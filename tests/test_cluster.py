@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,21 @@ def test_cosines_of_concatenated_features_are_weighted(tmp_path):
     rows = source.take(np.arange(50))
     u, v = unit(data["image"][:50]), unit(data["text"][:50])
     np.testing.assert_allclose(rows @ rows.T, 0.25 * u @ u.T + 0.75 * v @ v.T, atol=1e-6)
+
+
+def test_only_blocks_are_held_in_memory(tmp_path):
+    shape = (2**17, 256)  # 64 MiB, which no page of is written
+    np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, shape).flush()
+    source = Source(tmp_path / "rows.npy", config())
+    tracemalloc.start()
+    try:
+        rows = sum(len(block.rows) for block in source.blocks(size=1024))
+        source.take(np.arange(0, 2**17, 1024))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows == 2**17
+    assert peak < 8 << 20
 
 
 @given(st.integers(0, ROWS), st.integers(0, ROWS), st.integers(1, 400), st.booleans())

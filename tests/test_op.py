@@ -142,6 +142,16 @@ def test_dtypes(x_dtype, w_dtype, capability):
         assert relative_error(a, b) < rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_half_precision_are_rounded_once(dtype, capability):
+    # Of a size at which both gradients are sums over several chunks.
+    problem = random_problem(260, 3000, 16, closeness=0.5, dtype=dtype, reduction="sum")
+    got = solve(partial_margin_softmax, problem.having(workspace_bytes=0))
+    right = solve(partial_margin_softmax, problem.to(torch.float32).having(workspace_bytes=0))
+    for a, b in zip(got, right, strict=True):
+        assert torch.equal(a, b.to(a.dtype))
+
+
 @pytest.mark.parametrize("batch", [1, 5, 6, 200])
 def test_float64_runs_in_float64(batch, capability):
     problem = random_problem(batch, 700, 65, dtype=torch.float64, closeness=0.5, features=60)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from helpers import random_problem, solve
 from torch import nn
 
 from unicom_ext import ArcFace, PartialMarginSoftmax
+from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_
 
 
@@ -122,6 +125,28 @@ def test_grad_scaler(seeds):
     scaler.update()
     assert torch.equal(scaled.weight, before)
     assert scaler.get_scale() == 512.0
+
+
+def test_rows_beyond_32_bits():
+    """More values than 2**31 and more bytes than 2**32, of which only a few pages are touched."""
+    num_classes, dim = 2**23 + 3, 257
+    weight = torch.from_numpy(np.zeros((num_classes, dim), np.int16)).view(torch.bfloat16)
+    rows = torch.tensor([0, 5, 2**22, 2**23 - 1, 2**23, num_classes - 1])
+    problem = random_problem(40, 6, dim, dtype=torch.bfloat16, closeness=0.5)
+    weight[rows] = problem.prototypes
+    x = problem.embeddings.clone().requires_grad_()
+    loss = partial_margin_softmax(
+        x, rows[problem.labels], weight.requires_grad_(), class_index=rows, sparse_grad=True,
+        **problem.options,
+    )  # fmt: skip
+    loss.backward()
+    right = solve(partial_margin_softmax, problem)
+    assert torch.equal(loss.detach(), right.loss)
+    assert torch.equal(x.grad, right.grad_embeddings)
+    assert torch.equal(weight.grad._indices()[0], rows)
+    assert torch.equal(weight.grad._values(), right.grad_prototypes)
+    RowSGD([weight], lr=0.5).step()
+    assert torch.equal(weight[rows], problem.prototypes - 0.5 * right.grad_prototypes)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "NAdam"])

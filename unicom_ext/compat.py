@@ -15,6 +15,8 @@ What differs from the published head:
 - The number of sampled classes is round(sample_rate * num_classes) over all ranks; positives come
   on top of a rank's share where it has more of them.
 - Batches may have any size, and the loss of converged samples has no floor or ceiling.
+- On several ranks losses are scaled with torch's `ShardedGradScaler`. With `GradScaler`, as in the
+  published trainers, a rank whose prototypes overflow would skip a step alone.
 - m1, m2 and m3 combine. The published loss leaves m2 out where m3 > 0; there is a warning then.
 
 To go on from the published trainer's files, put the ranks' parts together, in rank order::

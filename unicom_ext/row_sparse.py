@@ -24,8 +24,9 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
 
     Past `count` the last id is repeated with zero rows. They are cut off on the CPU, where the
     count is at hand; elsewhere reading it would make the host wait, so they stay, and so they do in
-    compiled graphs, where it would be a shape that depends on data. Where the count is 0, that is a
-    single row's id, with zeros.
+    compiled graphs, where it would be a shape that depends on data. Where the count is 0 (a
+    rank that drew no class), that is a single row's id, with zeros; after a compiled step an
+    optimizer cannot tell it from a class that was sampled and has no gradient.
     """
     if ids is None:
         ids = torch.arange(shape[0], device=rows.device)
