@@ -24,6 +24,15 @@ struct RowSource {
   const uint16_t* column_bits = nullptr;
 };
 
+static inline const void* row_of(const RowSource& source, int64_t id) {
+  return static_cast<const char*>(source.data) + id * source.row_stride * bytes_of(source.dtype);
+}
+// Bytes of a row up to the last column that is read.
+static inline int64_t bytes_of_row(const RowSource& source) {
+  const int64_t width = source.columns != nullptr ? source.columns[source.dim - 1] + 1 : source.dim;
+  return width * bytes_of(source.dtype);
+}
+
 // A gradient matrix: zero except where rows are written.
 struct RowSink {
   void* data;  // nullptr: not wanted

@@ -134,11 +134,9 @@ constexpr int64_t kPrefetchRows = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
 UNICOM_INLINE void prefetch_row(const RowSource& source, int64_t id) {
-  const int64_t width = source.columns != nullptr ? source.columns[source.dim - 1] + 1 : source.dim;
-  const int64_t bytes = width * bytes_of(source.dtype);
+  const int64_t bytes = bytes_of_row(source);
   const int64_t some = bytes < kPrefetchBytes ? bytes : kPrefetchBytes;
-  const char* row =
-      static_cast<const char*>(source.data) + id * source.row_stride * bytes_of(source.dtype);
+  const char* row = static_cast<const char*>(row_of(source, id));
   for (int64_t offset = 0; offset < some; offset += 64) __builtin_prefetch(row + offset);
 }
 

@@ -74,14 +74,9 @@ class Forward {
   }
 
  private:
-  int64_t row_bytes() const {
-    const int64_t width =
-        p_.prototypes.columns != nullptr ? p_.prototypes.columns[s_.dim - 1] + 1 : s_.dim;
-    return std::max<int64_t>(1, width) * cpu::bytes_of(p_.prototypes.dtype);
-  }
-
   int64_t chunk_panels() const {
-    const int64_t fit = std::clamp<int64_t>(kChunkBytes / (row_bytes() * kLanes) / 4 * 4, 4, 16);
+    const int64_t bytes = bytes_of_row(p_.prototypes) * kLanes;
+    const int64_t fit = std::clamp<int64_t>(kChunkBytes / bytes / 4 * 4, 4, 16);
     return std::min(kLongestChunk, fit * std::max<int64_t>(1, s_.blocks / 2));
   }
 
@@ -121,14 +116,11 @@ class Forward {
   // The rows of a chunk that begins at this slot.
   std::vector<cpu::Span> spans_of(int64_t first) const {
     std::vector<cpu::Span> spans;
-    if (chunk_panels_ * kLanes * row_bytes() > kMostAhead) return spans;
-    const cpu::RowSource& w = p_.prototypes;
+    if (chunk_panels_ * kLanes * bytes_of_row(p_.prototypes) > kMostAhead) return spans;
     const int64_t end = std::min(p_.sampled, first + chunk_panels_ * kLanes);
     for (int64_t slot = first; slot < end; ++slot) {
       const int64_t id = p_.class_index != nullptr ? p_.class_index[slot] : slot;
-      spans.push_back(
-          {static_cast<const char*>(w.data) + id * w.row_stride * cpu::bytes_of(w.dtype),
-           row_bytes()});
+      spans.push_back({row_of(p_.prototypes, id), bytes_of_row(p_.prototypes)});
     }
     return spans;
   }
