@@ -31,10 +31,10 @@ namespace {
 // has sums of its own, which are merged in order.
 constexpr int64_t kRuns = 64;
 // Rows of a chunk, as they lie in memory: they stay in the second-level cache, beside the packed
-// ones and a block of the batch. Each chunk brings all blocks of the batch there, so with many
-// blocks chunks are longer, up to kLongestChunk panels.
+// ones and the batch. A larger batch does not fit there: its classes are packed first, which is a
+// small part of its time, and blocks of rows are shared among threads as well as runs.
 constexpr int64_t kChunkBytes = int64_t{256} << 10;
-constexpr int64_t kLongestChunk = cpu::kFlushPanels;
+constexpr int64_t kBlocksBesideChunk = 2;
 // Rows asked for ahead must not drive out what is in use.
 constexpr int64_t kMostAhead = int64_t{4} << 20;
 
@@ -51,7 +51,9 @@ class Forward {
         k_(kernels_for<Unit>()),
         classes_(out.packed, s_),
         rows_(p, s_, parallel),
-        chunk_panels_(chunk_panels()),
+        together_(s_.blocks <= kBlocksBesideChunk),
+        chunk_panels_(std::clamp<int64_t>(
+            kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, 16)),
         run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
         runs_(ceil_div(s_.panels, run_panels_)),
         partial_(runs_ * s_.padded_rows) {
@@ -60,7 +62,18 @@ class Forward {
   }
 
   void run() {
-    parallel_.run(runs_, [&](int64_t run) { sum_run(run); });
+    if (together_) {
+      parallel_.run(runs_, [&](int64_t run) { sum_run(run, 0, s_.blocks); });
+    } else {
+      parallel_.run(ceil_div(s_.panels, chunk_panels_), [&](int64_t chunk) {
+        const int64_t first = chunk * chunk_panels_;
+        pack(first, std::min(chunk_panels_, s_.panels - first));
+      });
+      parallel_.run(s_.blocks * runs_, [&](int64_t item) {
+        const int64_t block = item % s_.blocks;
+        sum_run(item / s_.blocks, block, block + 1);
+      });
+    }
     constexpr double kNone = -std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < p_.batch; ++i) {
       const cpu::RowSum sum = merged(i);
@@ -74,41 +87,45 @@ class Forward {
   }
 
  private:
-  int64_t chunk_panels() const {
-    const int64_t bytes = bytes_of_row(p_.prototypes) * kLanes;
-    const int64_t fit = std::clamp<int64_t>(kChunkBytes / bytes / 4 * 4, 4, 16);
-    return std::min(kLongestChunk, fit * std::max<int64_t>(1, s_.blocks / 2));
+  void pack(int64_t first, int64_t panels) {
+    Buffer<Real> scratch(kLanes * s_.height);
+    for (int64_t j = first; j < first + panels; ++j)
+      k_.pack_panel(p_.prototypes, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
+                    scratch.get(), classes_.panels + j * s_.panel_units,
+                    classes_.inverse_norm + j * kLanes);
   }
 
-  // Packs chunk after chunk and multiplies it with all rows of the batch, while the rows of the
-  // next one come from memory.
-  void sum_run(int64_t run) {
+  // One run of classes and some blocks of the batch, chunk after chunk. Packs each chunk right
+  // before, if that is to be done together, while the rows of the next one come from memory.
+  void sum_run(int64_t run, int64_t first_block, int64_t end_block) {
     const int64_t begin = run * run_panels_, end = std::min(s_.panels, begin + run_panels_);
-    const int64_t lanes = s_.padded_rows * kLanes;
-    Buffer<Real> scratch(kLanes * s_.height), sums(lanes), largest(lanes);
-    std::fill_n(sums.get(), lanes, Real(0));
-    std::fill_n(largest.get(), lanes, static_cast<Real>(cpu::kNoCosine));
-    cpu::RowSum* result = partial_.get() + run * s_.padded_rows;
-    std::fill_n(result, s_.padded_rows, cpu::RowSum{0.0, exponent_, cpu::kNoCosine});
+    const int64_t first_row = first_block * s_.block_tiles * kTile;
+    const int64_t rows = std::min(s_.padded_rows, end_block * s_.block_tiles * kTile) - first_row;
+    Buffer<Real> sums(rows * kLanes), largest(rows * kLanes);
+    std::fill_n(sums.get(), rows * kLanes, Real(0));
+    std::fill_n(largest.get(), rows * kLanes, static_cast<Real>(cpu::kNoCosine));
+    std::fill_n(partial_.get() + run * s_.padded_rows + first_row, rows,
+                cpu::RowSum{0.0, exponent_, cpu::kNoCosine});
     int64_t unflushed = 0;
     for (int64_t first = begin; first < end; first += chunk_panels_) {
       const int64_t panels = std::min(chunk_panels_, end - first);
-      for (int64_t j = first; j < first + panels; ++j)
-        k_.pack_panel(p_.prototypes, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
-                      scratch.get(), classes_.panels + j * s_.panel_units,
-                      classes_.inverse_norm + j * kLanes);
       const bool last = first + panels == end;
       unflushed += panels;
       const bool flush = last || unflushed + chunk_panels_ > cpu::kFlushPanels;
       if (flush) unflushed = 0;
-      // After the last chunk of a run comes the first of the run that this thread is likely to get.
-      const int64_t next = last ? (run + parallel_.threads()) * run_panels_ : first + panels;
-      const std::vector<cpu::Span> spans = spans_of(next * kLanes);
-      const auto count = static_cast<int64_t>(spans.size());
-      for (int64_t block = 0; block < s_.blocks; ++block) {
-        const int64_t begin = block * count / s_.blocks, end = (block + 1) * count / s_.blocks;
-        sum_block(block, first, panels, {spans.data() + begin, end - begin}, flush, sums.get(),
-                  largest.get(), result);
+      std::vector<cpu::Span> spans;
+      if (together_) {
+        pack(first, panels);
+        // After the last chunk of a run comes the first of the run that this thread may get.
+        spans =
+            spans_of((last ? (run + parallel_.threads()) * run_panels_ : first + panels) * kLanes);
+      }
+      const auto count = static_cast<int64_t>(spans.size()), blocks = end_block - first_block;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t from = b * count / blocks, to = (b + 1) * count / blocks;
+        const int64_t offset = b * s_.block_tiles * kTile * kLanes;
+        sum_block(run, first_block + b, first, panels, {spans.data() + from, to - from}, flush,
+                  sums.get() + offset, largest.get() + offset);
       }
     }
   }
@@ -125,8 +142,8 @@ class Forward {
     return spans;
   }
 
-  void sum_block(int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead, bool flush,
-                 Real* sums, Real* largest, cpu::RowSum* result) {
+  void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead,
+                 bool flush, Real* sums, Real* largest) {
     const int64_t first_tile = block * s_.block_tiles, first_row = first_tile * kTile;
     int64_t target[cpu::kBlockTiles * kTile];
     cpu::SumExp<Unit> args;
@@ -147,10 +164,10 @@ class Forward {
     args.filter = static_cast<Real>(p_.filter);
     keep_cosines(p_, s_, out_.kept, first_panel, first_tile, &args);
     args.exponent = exponent_;
-    args.sums = sums + first_row * kLanes;
-    args.largest = largest + first_row * kLanes;
+    args.sums = sums;
+    args.largest = largest;
     args.flush = flush;
-    args.result = result + first_row;
+    args.result = partial_.get() + run * s_.padded_rows + first_row;
     args.ahead = ahead;
     k_.sum_exp(args);
   }
@@ -180,6 +197,7 @@ class Forward {
   const cpu::Kernels<Unit>& k_;
   const PackedClasses<Unit> classes_;
   const PackedRows<Unit> rows_;
+  const bool together_;  // packing and multiplying
   const int64_t chunk_panels_, run_panels_, runs_;
   int64_t exponent_;
   Buffer<cpu::RowSum> partial_;  // [run][padded row]
