@@ -280,27 +280,12 @@ class Backward {
   }
 
   void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
-    const int64_t first_tile = block * s_.block_tiles, first_row = first_tile * kTile;
     const int64_t offset = group * kPanelsPerItem;  // within the run
-    const int64_t panel = first_panel + offset;
+    const int64_t first_row = block * s_.block_tiles * kTile;
     int64_t target[cpu::kBlockTiles * kTile];
     cpu::Probabilities<Unit> a;
-    a.rows = rows_.tiles.get() + first_tile * kTile * s_.units;
-    a.row_tile_stride = kTile * s_.units;
-    a.classes = classes_.panels + panel * s_.panel_units;
-    a.panel_stride = s_.panel_units;
-    a.units = s_.units;
-    a.tiles = s_.tiles_in_block(block);
-    a.panels = std::min(kPanelsPerItem, panels - offset);
-    for (int64_t r = 0; r < a.tiles * kTile; ++r)
-      target[r] = first_row + r < p_.batch && p_.slot[first_row + r] >= 0
-                      ? p_.slot[first_row + r] - panel * kLanes
-                      : -1;
-    a.target = target;
-    a.num_classes = p_.sampled - panel * kLanes;
-    a.scale = static_cast<Real>(p_.scale);
-    a.filter = static_cast<Real>(p_.filter);
-    keep_cosines(p_, s_, const_cast<void*>(args_.kept), panel, first_tile, &a);
+    fill_block(p_, s_, rows_, classes_, args_.kept, block, first_panel + offset,
+               std::min(kPanelsPerItem, panels - offset), target, &a);
     a.row = row_scale_.data() + first_row;
     a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
     a.along_rows_stride = row_stride_ * kLanes;

@@ -144,30 +144,14 @@ class Forward {
 
   void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead,
                  bool flush, Real* sums, Real* largest) {
-    const int64_t first_tile = block * s_.block_tiles, first_row = first_tile * kTile;
     int64_t target[cpu::kBlockTiles * kTile];
     cpu::SumExp<Unit> args;
-    args.rows = rows_.tiles.get() + first_tile * kTile * s_.units;
-    args.row_tile_stride = kTile * s_.units;
-    args.classes = classes_.panels + first_panel * s_.panel_units;
-    args.panel_stride = s_.panel_units;
-    args.units = s_.units;
-    args.tiles = s_.tiles_in_block(block);
-    args.panels = panels;
-    for (int64_t r = 0; r < args.tiles * kTile; ++r)
-      target[r] = first_row + r < p_.batch && p_.slot[first_row + r] >= 0
-                      ? p_.slot[first_row + r] - first_panel * kLanes
-                      : -1;
-    args.target = target;
-    args.num_classes = p_.sampled - first_panel * kLanes;
-    args.scale = static_cast<Real>(p_.scale);
-    args.filter = static_cast<Real>(p_.filter);
-    keep_cosines(p_, s_, out_.kept, first_panel, first_tile, &args);
+    fill_block(p_, s_, rows_, classes_, out_.kept, block, first_panel, panels, target, &args);
     args.exponent = exponent_;
     args.sums = sums;
     args.largest = largest;
     args.flush = flush;
-    args.result = partial_.get() + run * s_.padded_rows + first_row;
+    args.result = partial_.get() + run * s_.padded_rows + block * s_.block_tiles * kTile;
     args.ahead = ahead;
     k_.sum_exp(args);
   }

@@ -113,16 +113,34 @@ struct PackedClasses {
                                                s.panels * s.panel_units * sizeof(Unit))) {}
 };
 
-// Points a block of logits at its kept cosines [kept panel][tile][6][16].
+// What a block of logits takes: rows of the batch against the panels [first_panel, first_panel +
+// panels), and its kept cosines [kept panel][tile][6][16]. `target` has room for the block's rows.
 template <class Unit>
-void keep_cosines(const Problem& p, const Shape<Unit>& s, void* kept, int64_t first_panel,
-                  int64_t first_tile, cpu::LogitBlock<Unit>* block) {
-  block->kept = std::clamp<int64_t>(p.kept_panels - first_panel, 0, block->panels);
-  block->cosines_panel_stride = s.tiles * kTile * kLanes;
-  block->cosines = static_cast<RealOf<Unit>*>(kept) + first_panel * block->cosines_panel_stride +
-                   first_tile * kTile * kLanes;
-  block->past_caches =
-      p.kept_panels * block->cosines_panel_stride * int64_t{sizeof(RealOf<Unit>)} > kKeptPastCaches;
+void fill_block(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
+                const PackedClasses<Unit>& classes, const void* kept, int64_t block,
+                int64_t first_panel, int64_t panels, int64_t* target, cpu::LogitBlock<Unit>* out) {
+  const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
+  out->rows = rows.tiles.get() + first_row * s.units;
+  out->row_tile_stride = kTile * s.units;
+  out->classes = classes.panels + first_panel * s.panel_units;
+  out->panel_stride = s.panel_units;
+  out->units = s.units;
+  out->tiles = s.tiles_in_block(block);
+  out->panels = panels;
+  out->num_classes = p.sampled - first_panel * kLanes;
+  for (int64_t r = 0; r < out->tiles * kTile; ++r)
+    target[r] = first_row + r < p.batch && p.slot[first_row + r] >= 0
+                    ? p.slot[first_row + r] - first_panel * kLanes
+                    : -1;
+  out->target = target;
+  out->scale = static_cast<RealOf<Unit>>(p.scale);
+  out->filter = static_cast<RealOf<Unit>>(p.filter);
+  out->kept = std::clamp<int64_t>(p.kept_panels - first_panel, 0, panels);
+  out->cosines_panel_stride = s.tiles * kTile * kLanes;
+  out->cosines = static_cast<RealOf<Unit>*>(const_cast<void*>(kept)) +
+                 first_panel * out->cosines_panel_stride + first_row * kLanes;
+  out->past_caches =
+      p.kept_panels * out->cosines_panel_stride * int64_t{sizeof(RealOf<Unit>)} > kKeptPastCaches;
 }
 
 }  // namespace unicom
