@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from partial_fc import CompiledPartialFC, PartialFC
 from torch import Tensor, nn
 
-from unicom_ext import ArcFace, PartialMarginSoftmax, _core, memory
+from unicom_ext import ArcFace, PartialMarginSoftmax, _core
+from unicom_ext.ops import memory
+from unicom_ext.ops.row_sparse import attach, updater_of
 from unicom_ext.optim import RowAdamW
-from unicom_ext.row_sparse import attach, updater_of
 from unicom_ext.sampling import num_sampled_classes, num_selected_features
 
 MARGIN, SCALE = 0.3, 64.0  # UNICOM's recipe

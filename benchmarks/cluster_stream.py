@@ -28,7 +28,7 @@ from rich.progress import track
 from tables import Table
 
 from unicom_ext.cluster import Centroids, ClusterConfig, cluster
-from unicom_ext.cluster.source import Source
+from unicom_ext.data.source import Source
 
 ALONE_SECONDS = 5.0  # that the search alone is timed, before the pass and after it
 

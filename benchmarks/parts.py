@@ -27,7 +27,8 @@ from rich.console import Console
 from tables import part_tables, parts_markdown
 from torch import Tensor, nn
 
-from unicom_ext import ArcFace, PartialMarginSoftmax, memory
+from unicom_ext import ArcFace, PartialMarginSoftmax
+from unicom_ext.ops import memory
 from unicom_ext.optim import RowAdamW
 from unicom_ext.sampling import select_classes
 

@@ -71,7 +71,7 @@ class Work(NamedTuple):
 
 
 def work(shape: Shape, ranks: int) -> Work:
-    from unicom_ext.sharding import communication_volume
+    from unicom_ext.loss.sharded.volume import communication_volume
 
     everyone = ranks * shape.batch
     rows = min(shape.classes, shape.sample_rate * shape.classes + everyone) / ranks

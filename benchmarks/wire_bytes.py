@@ -88,7 +88,7 @@ def worker(rank: int, world_size: int, port: int, batch: int, dim: int, queue) -
 
 
 def main() -> None:
-    from unicom_ext.sharding import communication_volume
+    from unicom_ext.loss.sharded.volume import communication_volume
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])

@@ -18,10 +18,11 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import unicom_ext
-from unicom_ext import functional, loss
 from unicom_ext.cluster import Centroids
+from unicom_ext.loss import functional
+from unicom_ext.loss import module as loss
+from unicom_ext.loss.sharded import operators as sharding
 from unicom_ext.optim import rows
-from unicom_ext.sharding import operators as sharding
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "emulation"

@@ -33,7 +33,9 @@ class Ranks:
     def _start(self) -> None:
         most = self._most
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "unicom_ext.sharding.loss", "helpers"])
+        context.set_forkserver_preload(
+            ["torch.distributed", "unicom_ext.loss.sharded.step", "helpers"]
+        )
         port = free_port()
         self._workers = []
         for rank in range(most):

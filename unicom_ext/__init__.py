@@ -11,10 +11,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from unicom_ext.cpu import cpu_capability, set_cpu_capability
-    from unicom_ext.functional import Metrics, partial_margin_softmax
-    from unicom_ext.loss import PartialMarginSoftmax, Selection
-    from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
+    from unicom_ext.loss.functional import Metrics, partial_margin_softmax
+    from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
+    from unicom_ext.loss.module import PartialMarginSoftmax, Selection
+    from unicom_ext.ops.cpu import cpu_capability, set_cpu_capability
 
 __version__ = "0.1.0"
 
@@ -34,22 +34,21 @@ __all__ = [
 # Loaded at first use: the command line then starts without torch, and `unicom-ext doctor` can say
 # what is wrong with compiled modules that do not load.
 _HOME = {
-    "ArcFace": "margins",
-    "CombinedMargin": "margins",
-    "CosFace": "margins",
-    "Metrics": "functional",
+    "ArcFace": "loss.margins",
+    "CombinedMargin": "loss.margins",
+    "CosFace": "loss.margins",
+    "Metrics": "loss.functional",
     "PartialMarginSoftmax": "loss",
     "Selection": "loss",
-    "SphereFace": "margins",
-    "cpu_capability": "cpu",
-    "partial_margin_softmax": "functional",
-    "set_cpu_capability": "cpu",
+    "SphereFace": "loss.margins",
+    "cpu_capability": "ops.cpu",
+    "partial_margin_softmax": "loss.functional",
+    "set_cpu_capability": "ops.cpu",
 }
 _SUBMODULES = (
     "checkpoint",
     "cluster",
     "compat",
-    "cpu",
     "data",
     "functional",
     "gradients",

@@ -34,10 +34,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext.checks import integer
-from unicom_ext.loss import PartialMarginSoftmax
-from unicom_ext.margins import ArcFace, CombinedMargin, CosFace
-from unicom_ext.sharding import agree
+from unicom_ext.distributed.failures import agree
+from unicom_ext.loss.checks import integer
+from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace
+from unicom_ext.loss.module import PartialMarginSoftmax
 
 __all__ = ["PartialFC_V2"]
 

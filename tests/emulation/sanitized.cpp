@@ -12,14 +12,14 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/selection.h"
-#include "../../csrc/cuda/update.h"
-#include "../../csrc/engine/cuda.h"
-#include "../../csrc/engine/cuda_nearest.h"
-#include "../../csrc/engine/engine.h"
-#include "../../csrc/engine/nearest.h"
-#include "../../csrc/engine/selection.h"
-#include "../../csrc/engine/update.h"
+#include "../../csrc/cuda/kernels/select.h"
+#include "../../csrc/cuda/kernels/row_updates.h"
+#include "../../csrc/cuda/host/loss.h"
+#include "../../csrc/cuda/host/nearest.h"
+#include "../../csrc/cpu/host/loss.h"
+#include "../../csrc/cpu/host/nearest.h"
+#include "../../csrc/cpu/host/select.h"
+#include "../../csrc/cpu/host/row_updates.h"
 
 namespace unicom {
 namespace {

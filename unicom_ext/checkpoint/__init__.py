@@ -38,9 +38,8 @@ from unicom_ext.checkpoint.directory import (
 )
 from unicom_ext.checkpoint.parts import Parts
 from unicom_ext.checkpoint.plan import Plan, RowPlanner
-from unicom_ext.files import CheckpointError, sync_directory
-from unicom_ext.sharding import agree
-from unicom_ext.sharding.failures import failures_of
+from unicom_ext.distributed.failures import agree, failures_of
+from unicom_ext.utils.files import CheckpointError, sync_directory
 
 __all__ = ["CheckpointError", "latest", "load", "merge", "read_about", "save", "show", "split"]
 

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
-from unicom_ext.files import CheckpointError, write_atomically
+from unicom_ext.utils.files import CheckpointError, write_atomically
 
 FORMAT = "unicom_ext checkpoint"
 VERSION = 1  # raise it when the content changes

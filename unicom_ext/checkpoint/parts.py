@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unicom_ext.files import CheckpointError
-from unicom_ext.loss import PartialMarginSoftmax
+from unicom_ext.loss.module import PartialMarginSoftmax
+from unicom_ext.utils.files import CheckpointError
 
 
 class Parts:

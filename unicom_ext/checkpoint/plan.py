@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from unicom_ext.checkpoint.directory import read
 from unicom_ext.checkpoint.parts import Parts, as_option, joined
-from unicom_ext.files import CheckpointError
-from unicom_ext.loss import PartialMarginSoftmax
+from unicom_ext.loss.module import PartialMarginSoftmax
+from unicom_ext.utils.files import CheckpointError
 
 
 class _Rows(NamedTuple):

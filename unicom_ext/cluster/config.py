@@ -5,7 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unicom_ext.settings import ConfigError, Settings, not_negative, one_of, rate, setting, whole
+from unicom_ext.utils.settings import (
+    ConfigError,
+    Settings,
+    not_negative,
+    one_of,
+    rate,
+    setting,
+    whole,
+)
 
 JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")

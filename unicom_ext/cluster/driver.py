@@ -29,10 +29,10 @@ from unicom_ext.cluster.lloyd import (
     sampled,
 )
 from unicom_ext.cluster.progress import PassProgress
-from unicom_ext.cluster.ranks import Ranks
-from unicom_ext.cluster.source import Source, SourceError
-from unicom_ext.files import CheckpointError
-from unicom_ext.settings import ConfigError
+from unicom_ext.data.source import Source, SourceError
+from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.utils.files import CheckpointError
+from unicom_ext.utils.settings import ConfigError
 
 # What a random number is for; keeps the streams of one seed apart.
 INIT, MEASURE = range(2)

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unicom_ext import devices
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.nearest import Centroids
-from unicom_ext.settings import ConfigError
+from unicom_ext.ops import library as devices
+from unicom_ext.utils.settings import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unicom_ext.cluster.source import Shard
+from unicom_ext.data.source import Shard
 
 DTYPE = np.dtype("<i4")
 HEADER_BYTES = 128  # what the header of such an array is padded to, whatever its length

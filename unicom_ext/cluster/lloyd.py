@@ -17,8 +17,8 @@ from torch import Tensor
 from unicom_ext.cluster.engines import Engine, Nearest
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.nearest import add_unit_rows
-from unicom_ext.cluster.ranks import Ranks
-from unicom_ext.cluster.source import Block, Rows, on_device
+from unicom_ext.data.source import Block, Rows, on_device
+from unicom_ext.distributed.ranks import Ranks
 
 SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
 

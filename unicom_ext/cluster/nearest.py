@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unicom_ext import devices
-from unicom_ext.functional import _ops
+from unicom_ext.loss.functional import _ops
+from unicom_ext.ops import library as devices
 
 
 class Centroids:

@@ -9,7 +9,7 @@ from typing import IO, Any
 import torch
 
 from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
-from unicom_ext.files import CheckpointError, write_atomically
+from unicom_ext.utils.files import CheckpointError, write_atomically
 
 FORMAT = "unicom_ext clustering state 1"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unicom_ext.settings import ConfigError
+from unicom_ext.utils.settings import ConfigError
 
 
 def read_labels(name: str, path: str | Path, count: int) -> np.ndarray:

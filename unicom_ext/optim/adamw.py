@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from unicom_ext import memory
-from unicom_ext.optim import reference
+from unicom_ext.ops import memory
+from unicom_ext.optim import plain as reference
 from unicom_ext.optim.rows import (
     RowOptimizer,
     check_number,

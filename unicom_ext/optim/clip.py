@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from unicom_ext.ops.row_sparse import is_merged, merged_gradient, updater_of
 from unicom_ext.optim.rows import merge_rows
-from unicom_ext.row_sparse import is_merged, merged_gradient, updater_of
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from unicom_ext.devices import run
+from unicom_ext.ops.library import run
 
 if TYPE_CHECKING:
     from unicom_ext.optim.rows import RowOptimizer

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-import unicom_ext.functional  # noqa: F401  (loads the operators)
-from unicom_ext.optim import reference
+import unicom_ext.ops.library  # noqa: F401  (loads the operators)
+from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids, updater_of
+from unicom_ext.optim import plain as reference
 from unicom_ext.optim.in_backward import UpdateInBackward
-from unicom_ext.row_sparse import attach, is_merged, merged_ids, updater_of
 
 if TYPE_CHECKING:
-    from unicom_ext.loss import PartialMarginSoftmax
+    from unicom_ext.loss.module import PartialMarginSoftmax
 
 _ops = torch.ops.unicom_ext
 

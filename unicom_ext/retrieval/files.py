@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.source import Source
 from unicom_ext.data.labels import read_labels
+from unicom_ext.data.source import Source
 from unicom_ext.retrieval.metrics import Result, evaluate
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from unicom_ext.settings import (
+from unicom_ext.utils.settings import (
     ConfigError,
     Settings,
     not_negative,

@@ -18,8 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from unicom_ext.data.glyphs import Glyphs
-from unicom_ext.files import write_atomically
 from unicom_ext.retrieval import topk
+from unicom_ext.utils.files import write_atomically
 
 MODEL = "our model"
 TOP = 5

@@ -1,0 +1,232 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "../../core/softmax.h"
+#include "operands.h"
+
+namespace unicom {
+
+int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value) {
+  const int64_t lanes = round_up(sampled, kLanes);
+  return lanes * cpu::panel_height(dim) * bytes_per_value +
+         lanes * static_cast<int64_t>(sizeof(double));
+}
+
+int64_t kept_panel_bytes(int64_t batch, int64_t real_bytes) {
+  return round_up(batch, kTile) * kLanes * real_bytes;
+}
+
+int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t workspace_bytes) {
+  const int64_t panels = ceil_div(sampled, kLanes);
+  const int64_t bytes = kept_panel_bytes(batch, real_bytes);
+  if (workspace_bytes == 0 || bytes == 0) return 0;
+  const int64_t fit = workspace_bytes / bytes;
+  return fit >= panels ? panels : fit / 4 * 4;
+}
+
+namespace {
+
+// Classes are worked through in runs, at most kRuns of them whatever the number of threads: each
+// has sums of its own, which are merged in order.
+constexpr int64_t kRuns = 64;
+// Rows of a chunk, as they lie in memory: they stay in the second-level cache, beside the packed
+// ones and the batch. A larger batch does not fit there: its classes are packed first, which is a
+// small part of its time, and blocks of rows are shared among threads as well as runs.
+constexpr int64_t kChunkBytes = int64_t{256} << 10;
+constexpr int64_t kBlocksBesideChunk = 2;
+// Rows asked for ahead must not drive out what is in use.
+constexpr int64_t kMostAhead = int64_t{4} << 20;
+
+template <class Unit>
+class Forward {
+  using Real = RealOf<Unit>;
+
+ public:
+  Forward(const Problem& p, const ShardSums& out, const Parallel& parallel)
+      : p_(p),
+        out_(out),
+        parallel_(parallel),
+        s_(p),
+        k_(kernels_for<Unit>()),
+        classes_(out.packed, s_),
+        rows_(p, s_, parallel),
+        together_(s_.blocks <= kBlocksBesideChunk),
+        chunk_panels_(std::clamp<int64_t>(
+            kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, 16)),
+        run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
+        runs_(ceil_div(s_.panels, run_panels_)),
+        partial_(runs_ * s_.padded_rows) {
+    if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent_))
+      exponent_ = cpu::kRunningExponent;
+  }
+
+  void run() {
+    if (together_) {
+      parallel_.run(runs_, [&](int64_t run) { sum_run(run, 0, s_.blocks); });
+    } else {
+      parallel_.run(ceil_div(s_.panels, chunk_panels_), [&](int64_t chunk) {
+        const int64_t first = chunk * chunk_panels_;
+        pack(first, std::min(chunk_panels_, s_.panels - first));
+      });
+      parallel_.run(s_.blocks * runs_, [&](int64_t item) {
+        const int64_t block = item % s_.blocks;
+        sum_run(item / s_.blocks, block, block + 1);
+      });
+    }
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      const cpu::RowSum sum = merged(i);
+      const bool ignored = p_.slot[i] == kIgnoredSlot;
+      out_.sum[i * out_.stride] = ignored ? 0 : sum.sum;
+      out_.exponent[i] =
+          sum.exponent == cpu::kRunningExponent ? kNone : static_cast<double>(sum.exponent);
+      out_.largest_negative[i] = !ignored && sum.largest > cpu::kNoCosine ? sum.largest : kNone;
+      out_.inverse_norm[i] = rows_.inverse_norm[static_cast<size_t>(i)];
+    }
+  }
+
+ private:
+  void pack(int64_t first, int64_t panels) {
+    Buffer<Real> scratch(kLanes * s_.height);
+    for (int64_t j = first; j < first + panels; ++j)
+      k_.pack_panel(p_.prototypes, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
+                    scratch.get(), classes_.panels + j * s_.panel_units,
+                    classes_.inverse_norm + j * kLanes);
+  }
+
+  // One run of classes and some blocks of the batch, chunk after chunk. Packs each chunk right
+  // before, if that is to be done together, while the rows of the next one come from memory.
+  void sum_run(int64_t run, int64_t first_block, int64_t end_block) {
+    const int64_t begin = run * run_panels_, end = std::min(s_.panels, begin + run_panels_);
+    const int64_t first_row = first_block * s_.block_tiles * kTile;
+    const int64_t rows = std::min(s_.padded_rows, end_block * s_.block_tiles * kTile) - first_row;
+    Buffer<Real> sums(rows * kLanes), largest(rows * kLanes);
+    std::fill_n(sums.get(), rows * kLanes, Real(0));
+    std::fill_n(largest.get(), rows * kLanes, static_cast<Real>(cpu::kNoCosine));
+    std::fill_n(partial_.get() + run * s_.padded_rows + first_row, rows,
+                cpu::RowSum{0.0, exponent_, cpu::kNoCosine});
+    int64_t unflushed = 0;
+    for (int64_t first = begin; first < end; first += chunk_panels_) {
+      const int64_t panels = std::min(chunk_panels_, end - first);
+      const bool last = first + panels == end;
+      unflushed += panels;
+      const bool flush = last || unflushed + chunk_panels_ > cpu::kFlushPanels;
+      if (flush) unflushed = 0;
+      std::vector<cpu::Span> spans;
+      if (together_) {
+        pack(first, panels);
+        // After the last chunk of a run comes the first of the run that this thread may get.
+        spans =
+            spans_of((last ? (run + parallel_.threads()) * run_panels_ : first + panels) * kLanes);
+      }
+      const auto count = static_cast<int64_t>(spans.size()), blocks = end_block - first_block;
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t from = b * count / blocks, to = (b + 1) * count / blocks;
+        const int64_t offset = b * s_.block_tiles * kTile * kLanes;
+        sum_block(run, first_block + b, first, panels, {spans.data() + from, to - from}, flush,
+                  sums.get() + offset, largest.get() + offset);
+      }
+    }
+  }
+
+  // The rows of a chunk that begins at this slot.
+  std::vector<cpu::Span> spans_of(int64_t first) const {
+    std::vector<cpu::Span> spans;
+    if (chunk_panels_ * kLanes * bytes_of_row(p_.prototypes) > kMostAhead) return spans;
+    const int64_t end = std::min(p_.sampled, first + chunk_panels_ * kLanes);
+    for (int64_t slot = first; slot < end; ++slot) {
+      const int64_t id = p_.class_index != nullptr ? p_.class_index[slot] : slot;
+      spans.push_back({row_of(p_.prototypes, id), bytes_of_row(p_.prototypes)});
+    }
+    return spans;
+  }
+
+  void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead,
+                 bool flush, Real* sums, Real* largest) {
+    int64_t target[cpu::kBlockTiles * kTile];
+    cpu::SumExp<Unit> args;
+    fill_block(p_, s_, rows_, classes_, out_.kept, block, first_panel, panels, target, &args);
+    args.exponent = exponent_;
+    args.sums = sums;
+    args.largest = largest;
+    args.flush = flush;
+    args.result = partial_.get() + run * s_.padded_rows + block * s_.block_tiles * kTile;
+    args.ahead = ahead;
+    k_.sum_exp(args);
+  }
+
+  cpu::RowSum merged(int64_t row) const {
+    cpu::RowSum total{0.0, exponent_, cpu::kNoCosine};
+    for (int64_t run = 0; run < runs_; ++run) {
+      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
+      total.exponent = std::max(total.exponent, part.exponent);
+      total.largest = std::max(total.largest, part.largest);
+    }
+    for (int64_t run = 0; run < runs_; ++run) {
+      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
+      if (part.exponent == total.exponent) {
+        total.sum += part.sum;
+      } else if (part.exponent != cpu::kRunningExponent) {
+        total.sum += std::ldexp(part.sum, static_cast<int>(part.exponent - total.exponent));
+      }
+    }
+    return total;
+  }
+
+  const Problem& p_;
+  const ShardSums& out_;
+  const Parallel& parallel_;
+  const Shape<Unit> s_;
+  const cpu::Kernels<Unit>& k_;
+  const PackedClasses<Unit> classes_;
+  const PackedRows<Unit> rows_;
+  const bool together_;  // packing and multiplying
+  const int64_t chunk_panels_, run_panels_, runs_;
+  int64_t exponent_;
+  Buffer<cpu::RowSum> partial_;  // [run][padded row]
+};
+
+// Cosine of each sample with its own prototype, in double from the rows as they were given.
+void target_cosines(const Problem& p, double* cosine, int64_t stride, const Parallel& parallel) {
+  const auto& k = kernels_for<double>();
+  constexpr int64_t kSamplesPerItem = 16;
+  parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
+    const int64_t dim = p.embeddings.dim;
+    Buffer<double> x(dim), w(dim);
+    const int64_t end = std::min(p.batch, (item + 1) * kSamplesPerItem);
+    for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
+      double& sum = cosine[i * stride];
+      sum = 0;
+      if (p.slot[i] < 0) continue;
+      k.unit_row(p.embeddings, i, x.get(), dim);
+      k.unit_row(p.prototypes, class_of(p, i), w.get(), dim);
+      sum = k.dot(x.get(), w.get(), dim);
+    }
+  });
+}
+
+}  // namespace
+
+template <class Unit>
+void forward(const Problem& p, const ShardSums& out, const Parallel& parallel) {
+  Forward<Unit>(p, out, parallel).run();
+  target_cosines(p, out.target_cosine, out.stride, parallel);
+}
+
+template void forward<float>(const Problem&, const ShardSums&, const Parallel&);
+template void forward<cpu::BfPair>(const Problem&, const ShardSums&, const Parallel&);
+template void forward<double>(const Problem&, const ShardSums&, const Parallel&);
+
+void merge(const MarginOptions& margin, double scale, int64_t batch, const int64_t* slot,
+           const ShardSums& sums, double* loss, SampleState* state) {
+  for (int64_t i = 0; i < batch; ++i) {
+    loss[i] = 0;
+    state[i] = {};
+    if (slot[i] == kIgnoredSlot) continue;
+    loss[i] = join_target(margin, scale, i, sums.sum[i * sums.stride], sums.exponent[i],
+                          sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &state[i]);
+  }
+}
+
+}  // namespace unicom

@@ -1,0 +1,18 @@
+#define UNICOM_VECTOR_BYTES 64
+#include "kernels_impl.h"
+#include "row_steps_impl.h"
+
+namespace unicom::cpu {
+
+extern const Kernels<float> kernels_fp32_emulated_avx512;
+extern const Kernels<BfPair> kernels_bf16_emulated_avx512;
+const Kernels<float> kernels_fp32_emulated_avx512 = make_kernels<float>();
+const Kernels<BfPair> kernels_bf16_emulated_avx512 = make_kernels<BfPair>();
+
+extern const NearestKernels nearest_emulated_avx512;
+const NearestKernels nearest_emulated_avx512 = {kLargest, nearest};
+
+extern const UpdateKernels update_emulated_avx512;
+const UpdateKernels update_emulated_avx512 = make_update_kernels();
+
+}  // namespace unicom::cpu

@@ -1,0 +1,270 @@
+#include "logits.h"
+
+#include <cmath>
+
+#include "../../core/softmax.h"
+#include "tile.cuh"
+
+namespace unicom::cuda {
+
+namespace {
+
+// Tensor cores want wide tiles: what they read grows with the tile's edge, what they compute with
+// its area.
+template <class Unit>
+constexpr int kClassCols = UnitTraits<Unit>::kTensorCores ? 256 : 512 / int{sizeof(Unit)};
+
+template <class Unit>
+using LogitTile = Tile<Unit, kClassCols<Unit>, true, true>;
+
+// exp(scale * c) * 2^-exponent. Sixteen-bit operands are off by more than the fast way costs.
+template <class Unit>
+struct Exponential {
+  using Real = RealOf<Unit>;
+  Real scale, scale_log2;
+
+  UNICOM_DEVICE explicit Exponential(double s)
+      : scale(static_cast<Real>(s)), scale_log2(static_cast<Real>(s / kLn2)) {}
+  UNICOM_DEVICE Real operator()(Real c, Real exponent) const {
+    if constexpr (UnitTraits<Unit>::kTensorCores)
+      return exp2_fast(fmaf(c, scale_log2, -exponent));
+    else
+      return scaled_exp(c, scale, exponent);
+  }
+};
+
+template <class Real>
+UNICOM_DEVICE Real times_power(Real x, Real power) {
+  return std::ldexp(x, static_cast<int>(max_of(power, Real(-2000))));
+}
+
+template <class Real>
+UNICOM_DEVICE RowSum<Real> merged(const RowSum<Real>& a, const RowSum<Real>& b) {
+  const Real exponent = max_of(a.exponent, b.exponent);
+  return {times_power(a.sum, a.exponent - exponent) + times_power(b.sum, b.exponent - exponent),
+          exponent, max_of(a.largest, b.largest)};
+}
+
+UNICOM_DEVICE int64_t class_count(const Logits& a) {
+  return a.count != nullptr ? *a.count : a.bound;
+}
+
+// Puts kNoCosine where there is no negative: at the targets and past the last class.
+template <class T>
+UNICOM_DEVICE void mask_tile(T& tile, const Logits& a, int64_t first_row, int64_t first_class,
+                             int64_t count) {
+  using Real = typename T::Real;
+  if (first_class + T::kCols > count) {
+    const int valid = static_cast<int>(max_of<int64_t>(count - first_class, 0));
+#pragma unroll
+    for (int j = 0; j < T::kThreadCols; ++j)
+      if (tile.col(j) >= valid) {
+#pragma unroll
+        for (int i = 0; i < T::kThreadRows; ++i) tile.at(i, j) = Real(kNoCosine);
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i) {
+    const int64_t row = first_row + tile.row(i);
+    const int64_t target = row < a.batch ? a.slot[row] - first_class : -1;
+    if (target < 0 || target >= T::kCols) continue;
+#pragma unroll
+    for (int j = 0; j < T::kThreadCols; ++j)
+      if (tile.col(j) == target) tile.at(i, j) = Real(kNoCosine);
+  }
+}
+
+// Operands of tile `first_class / kCols` of the classes against one block of rows.
+template <class Unit, class T>
+UNICOM_DEVICE auto class_tiles(const Logits& a, int64_t first_row, int64_t first_class) {
+  return [=, &a](int tile) {
+    const auto* rows = static_cast<const Unit*>(a.embeddings) + first_row * a.depth;
+    const auto* classes =
+        static_cast<const Unit*>(a.prototypes) + (first_class + int64_t{tile} * T::kCols) * a.depth;
+    const int stride = static_cast<int>(a.depth);
+    return OperandPair<Unit>{rows, classes, stride, stride};
+  };
+}
+
+// One block of rows against one run of classes. Each thread keeps, for each of its rows, its own
+// exponent, raised as larger cosines come; the team of a row is merged at the end.
+template <class Unit>
+__global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ const SumExp a) {
+  using T = LogitTile<Unit>;
+  using Real = typename T::Real;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
+  const int64_t count = class_count(a.logits);
+  const int64_t run_tiles = (a.logits.classes / T::kCols + a.runs - 1) / a.runs;
+  const int64_t first_class = blockIdx.y * run_tiles * T::kCols;
+  const int64_t end_class = min_of(count, first_class + run_tiles * T::kCols);
+  const int tiles =
+      static_cast<int>(max_of<int64_t>(end_class - first_class + T::kCols - 1, 0) / T::kCols);
+  const Exponential<Unit> exponential(a.logits.scale);
+  const auto filter = static_cast<Real>(a.logits.filter);
+  const bool filtered = a.logits.filter <= 1;
+
+  T tile;
+  Real sum[T::kThreadRows], exponent[T::kThreadRows], largest[T::kThreadRows];
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i) {
+    sum[i] = 0;
+    exponent[i] = Real(kNoExponent);
+    largest[i] = Real(kNoCosine);
+  }
+  tile.run(
+      a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
+      class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
+        const int64_t begin = first_class + int64_t{t} * T::kCols;
+        mask_tile(tile, a.logits, first_row, begin, count);
+        if constexpr (!UnitTraits<Unit>::kTensorCores) {
+          if (begin < a.kept_classes)
+            tile.store(static_cast<Real*>(a.kept) + first_row * a.kept_classes + begin,
+                       a.kept_classes, [](int, Real c) { return c; });
+        }
+#pragma unroll
+        for (int i = 0; i < T::kThreadRows; ++i) {
+          Real peak = Real(kNoCosine);
+#pragma unroll
+          for (int j = 0; j < T::kThreadCols; ++j) peak = larger(peak, tile.at(i, j));
+          largest[i] = max_of(largest[i], peak);
+          if (filtered) {
+            peak = Real(kNoCosine);
+#pragma unroll
+            for (int j = 0; j < T::kThreadCols; ++j) {
+              Real& c = tile.at(i, j);
+              c = c > filter ? Real(0) : c;
+              peak = larger(peak, c);
+            }
+          }
+          const Real raised = max_of(exponent[i], Real(std::ceil(peak * exponential.scale_log2)));
+          Real total = raised == exponent[i] ? sum[i] : times_power(sum[i], exponent[i] - raised);
+#pragma unroll
+          for (int j = 0; j < T::kThreadCols; ++j) total += exponential(tile.at(i, j), raised);
+          exponent[i] = raised;
+          sum[i] = total;
+        }
+      });
+
+  __syncthreads();
+  auto* shared = dynamic_shared<RowSum<Real>>();  // [kRows][kTeam]
+  static_assert(sizeof(RowSum<Real>) * T::kRows * T::kTeam <= T::kLeastSharedBytes);
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i)
+    shared[tile.row(i) * T::kTeam + tile.member()] = {sum[i], exponent[i], largest[i]};
+  __syncthreads();
+  const int r = static_cast<int>(threadIdx.x);
+  if (r >= T::kRows) return;
+  RowSum<Real> total = shared[r * T::kTeam];
+  for (int m = 1; m < T::kTeam; ++m) total = merged(total, shared[r * T::kTeam + m]);
+  static_cast<RowSum<Real>*>(a.out)[blockIdx.y * a.logits.rows + first_row + r] = total;
+}
+
+// A probability as it is stored, from a cosine that is kNoCosine where there is no negative.
+template <class Unit>
+struct Probability {
+  using Real = RealOf<Unit>;
+  Exponential<Unit> exponential;
+  Real filter;
+
+  UNICOM_DEVICE explicit Probability(const Logits& a)
+      : exponential(a.scale), filter(static_cast<Real>(a.filter)) {}
+  UNICOM_DEVICE Unit operator()(Real c, const RowScale<Real>& row) const {
+    const Real p =
+        exponential(c, row.exponent) * (row.factor * Real(UnitTraits<Unit>::kProbabilityScale));
+    return narrow<Unit>(c > filter ? Real(0) : p);
+  }
+};
+
+UNICOM_HD inline int64_t kept_of_chunk(const Probabilities& a) {
+  return min_of(max_of<int64_t>(a.kept_classes - a.first, 0), a.chunk);
+}
+
+// The classes of the chunk whose cosines were not kept.
+template <class Unit>
+__global__ void __launch_bounds__(kThreads, 1)
+    probabilities_kernel(__grid_constant__ const Probabilities a) {
+  using T = LogitTile<Unit>;
+  using Real = typename T::Real;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
+  const int64_t count = class_count(a.logits);
+  const int64_t kept = kept_of_chunk(a);
+  const int64_t run_tiles = ((a.chunk - kept) / T::kCols + a.runs - 1) / a.runs;
+  const int64_t first = kept + blockIdx.y * run_tiles * T::kCols;  // within the chunk
+  const int64_t end = min_of(a.chunk, first + run_tiles * T::kCols);
+  const int tiles = static_cast<int>(max_of<int64_t>(end - first, 0) / T::kCols);
+  const Probability<Unit> probability(a.logits);
+  RowScale<Real> scale[T::kThreadRows];
+  T tile;
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i)
+    scale[i] = static_cast<const RowScale<Real>*>(a.row)[first_row + tile.row(i)];
+  tile.run(a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
+           class_tiles<Unit, T>(a.logits, first_row, a.first + first), [&](int t) {
+             const int64_t begin = first + int64_t{t} * T::kCols;
+             mask_tile(tile, a.logits, first_row, a.first + begin, count);
+             tile.store(static_cast<Unit*>(a.out) + first_row * a.chunk + begin, a.chunk,
+                        [&](int i, Real c) { return probability(c, scale[i]); });
+           });
+}
+
+// The classes of the chunk whose cosines were kept: a thread takes sixteen bytes of a row.
+template <class Unit>
+__global__ void kept_probabilities_kernel(__grid_constant__ const Probabilities a) {
+  using Real = RealOf<Unit>;
+  constexpr int kRun = 16 / sizeof(Real);
+  using Run = Pack<Real, kRun>;
+  const int64_t runs = kept_of_chunk(a) / kRun;  // of a row
+  const int64_t row = global_thread() / runs, begin = global_thread() % runs * kRun;
+  // Tiles behind the count were not multiplied, and nobody will read them here either.
+  constexpr int64_t kTile = kClassCols<Unit>;
+  if (row >= a.logits.rows || (a.first + begin) / kTile * kTile >= class_count(a.logits)) return;
+  const Probability<Unit> probability(a.logits);
+  const auto scale = static_cast<const RowScale<Real>*>(a.row)[row];
+  const auto* kept = static_cast<const Real*>(a.kept) + row * a.kept_classes + a.first;
+  const Run in = *reinterpret_cast<const Run*>(kept + begin);
+  Pack<Unit, kRun> out;
+#pragma unroll
+  for (int e = 0; e < kRun; ++e) out.values[e] = probability(in.values[e], scale);
+  *reinterpret_cast<Pack<Unit, kRun>*>(static_cast<Unit*>(a.out) + row * a.chunk + begin) = out;
+}
+
+dim3 logit_grid(const Logits& a, int64_t tile_rows, int64_t runs) {
+  return dim3(static_cast<unsigned>(a.rows / tile_rows), static_cast<unsigned>(runs));
+}
+
+}  // namespace
+
+template <class Unit>
+void sum_exp(Queue& queue, const SumExp& given) {
+  using T = LogitTile<Unit>;
+  SumExp a = given;
+  a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);
+  queue.launch(sum_exp_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads, a.plan.bytes,
+               a);
+}
+
+template <class Unit>
+void probabilities(Queue& queue, const Probabilities& given) {
+  using T = LogitTile<Unit>;
+  Probabilities a = given;
+  a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);
+  const int64_t kept = kept_of_chunk(a);
+  if constexpr (!UnitTraits<Unit>::kTensorCores) {
+    const int64_t runs = a.logits.rows * kept * int64_t{sizeof(Unit)} / 16;
+    queue.launch(kept_probabilities_kernel<Unit>, thread_grid(runs), kThreads, 0, a);
+  }
+  if (kept < a.chunk)
+    queue.launch(probabilities_kernel<Unit>, logit_grid(a.logits, T::kRows, a.runs), kThreads,
+                 a.plan.bytes, a);
+}
+
+#define UNICOM_INSTANTIATE(Unit)                      \
+  template void sum_exp<Unit>(Queue&, const SumExp&); \
+  template void probabilities<Unit>(Queue&, const Probabilities&)
+UNICOM_INSTANTIATE(float);
+UNICOM_INSTANTIATE(double);
+UNICOM_INSTANTIATE(Half);
+UNICOM_INSTANTIATE(BFloat);
+#undef UNICOM_INSTANTIATE
+
+}  // namespace unicom::cuda

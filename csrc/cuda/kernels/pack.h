@@ -1,0 +1,23 @@
+// Rows become operands: gathered, divided by their norms, rounded, padded.
+#pragma once
+
+#include "../../core/rows.h"
+#include "types.h"
+
+namespace unicom::cuda {
+
+struct PackRows {
+  RowSource source;
+  const int64_t* ids;    // [total] rows to take, or nullptr: rows 0, 1, ...
+  const int64_t* count;  // on the device: how many there are, or nullptr: total
+  int64_t total;
+  const int64_t* slot;   // rows whose sample does not count become zeros; nullptr: all count
+  const double* factor;  // [total] each unit row is multiplied by its own; nullptr: 1
+  void* unit;            // [rows][depth] receives the rows; zeros past count and past source.dim
+  int64_t rows, depth;
+  double* inverse_norm;  // [rows] 0 for a zero row, whose unit vector is 0; nullptr: not wanted
+};
+template <class Unit>
+void pack_rows(Queue&, const PackRows&);
+
+}  // namespace unicom::cuda

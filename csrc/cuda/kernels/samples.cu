@@ -1,0 +1,198 @@
+#include "samples.h"
+
+#include <cmath>
+
+#include "../../core/sampler.h"
+#include "rows.cuh"
+
+namespace unicom::cuda {
+
+namespace {
+
+constexpr int kWideThreads = 1024;  // of kernels that run in one block
+
+// A warp takes one sample.
+template <class Real>
+__global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
+  const int64_t i = global_warp();
+  if (i >= a.batch) return;
+  const int lane = lane_index();
+  const int64_t slot = a.slot[i];
+  double cosine = 0;
+  if (slot >= 0) {
+    const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
+    const double x_inverse = a.row_inverse_norm[i], w_inverse = a.class_inverse_norm[slot];
+    for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
+      cosine +=
+          read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
+    cosine = warp_sum(cosine);
+  }
+
+  const auto* partial = static_cast<const RowSum<Real>*>(a.partial) + i;
+  double exponent = kNoExponent, largest = kNoCosine, sum = 0;
+  for (int64_t run = lane; run < a.runs; run += kWarp) {
+    exponent = max_of<double>(exponent, partial[run * a.rows].exponent);
+    largest = max_of<double>(largest, partial[run * a.rows].largest);
+  }
+  exponent = warp_max(exponent);
+  largest = warp_max(largest);
+  int64_t constant;
+  const bool is_constant = constant_exponent(a.scale, a.total_sampled, &constant);
+  const double target = is_constant ? static_cast<double>(constant) : exponent;
+  for (int64_t run = lane; run < a.runs; run += kWarp) {
+    const RowSum<Real> part = partial[run * a.rows];
+    const double power = part.exponent - target;
+    sum += std::ldexp(static_cast<double>(part.sum),
+                      static_cast<int>(min_of(max_of(power, -3000.0), 3000.0)));
+  }
+  sum = warp_sum(sum);
+  if (lane != 0) return;
+  const bool counted = is_counted(slot);
+  const bool none = largest <= kNoCosine;
+  a.sum[i * a.stride] = counted ? sum : 0.0;
+  a.target_cosine[i * a.stride] = cosine;
+  a.exponent[i] = !is_constant && none ? -INFINITY : target;
+  a.largest_negative[i] = counted && !none ? largest : -INFINITY;
+  a.inverse_norm[i] = a.row_inverse_norm[i];
+}
+
+__global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
+  const int64_t i = global_thread();
+  if (i >= a.batch) return;
+  const int64_t slot = a.slot[i];
+  if (is_counted(slot)) {
+    a.loss[i] = join_target(a.margin, a.scale, i, a.sum[i * a.stride], a.exponent[i],
+                            a.target_cosine[i * a.stride], a.inverse_norm[i], &a.state[i]);
+  } else {
+    a.loss[i] = slot == kInvalidSlot ? NAN : 0.0;
+    a.state[i] = SampleState{};
+  }
+}
+
+struct Sum {
+  UNICOM_DEVICE double operator()(double a, double b) const { return a + b; }
+};
+struct Max {
+  UNICOM_DEVICE double operator()(double a, double b) const { return a > b ? a : b; }
+};
+
+// One value of each of kWideThreads threads, combined in a fixed order; the same on every thread.
+template <class Operation>
+UNICOM_DEVICE double block_reduce(double value, Operation combine) {
+  __shared__ double values[kWideThreads];
+  const int t = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  values[t] = value;
+  for (int half = kWideThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (t < half) values[t] = combine(values[t], values[t + half]);
+  }
+  __syncthreads();
+  return values[0];
+}
+
+// What each sample's loss is multiplied by in the result.
+UNICOM_DEVICE double reduction_factor(Reduction reduction, const int64_t* slot, int64_t batch) {
+  if (reduction != Reduction::kMean) return 1.0;
+  double kept = 0;
+  for (int64_t i = threadIdx.x; i < batch; i += kWideThreads) kept += is_counted(slot[i]);
+  return 1.0 / max_of(block_reduce(kept, Sum{}), 1.0);
+}
+
+template <class Real>
+__global__ void write_results_kernel(__grid_constant__ const WriteResults a) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < a.batch; i += kWideThreads) {
+    const double loss = a.sample_loss[i];
+    total += loss;
+    static_cast<Real*>(a.sample_loss_out)[i] = static_cast<Real>(loss);
+    static_cast<Real*>(a.target_cosine_out)[i] = static_cast<Real>(a.target_cosine[i]);
+    static_cast<Real*>(a.largest_negative_out)[i] = static_cast<Real>(a.largest_negative[i]);
+    if (a.reduction == Reduction::kNone) static_cast<Real*>(a.loss)[i] = static_cast<Real>(loss);
+  }
+  if (a.reduction == Reduction::kNone) return;
+  const double factor = reduction_factor(a.reduction, a.slot, a.batch);
+  total = block_reduce(total, Sum{});
+  if (threadIdx.x == 0) *static_cast<Real*>(a.loss) = static_cast<Real>(total * factor);
+}
+
+template <class Real>
+__global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward a) {
+  const double factor = reduction_factor(a.reduction, a.slot, a.batch);
+  const auto* grad = static_cast<const Real*>(a.grad_loss);
+  // Rows without gradient: factor 0, and an exponent that no exponential overflows.
+  const double highest = std::ceil(a.scale / kLn2) + 1;
+  double largest = 0;
+  for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads) {
+    double negative = 0, target = 0;
+    RowScale<Real> row{0, static_cast<Real>(highest)};
+    if (i < a.batch && is_counted(a.slot[i])) {
+      const SampleState state = a.state[i];
+      double weight =
+          factor * static_cast<double>(a.reduction == Reduction::kNone ? grad[i] : grad[0]);
+      if (a.upstream != nullptr && grad[0] != Real(1)) weight = NAN;
+      negative = weight * a.scale * state.miss;
+      target = negative * state.slope;
+      if (state.factor != 0)
+        row = {static_cast<Real>(state.factor), static_cast<Real>(state.exponent)};
+    }
+    a.target_weight[i] = target;
+    a.negative_weight[i] = negative;
+    static_cast<RowScale<Real>*>(a.row)[i] = row;
+    largest = max_of(largest, std::fabs(negative));
+  }
+  largest = block_reduce(largest, Max{});
+  for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads)
+    a.folded[i] = largest > 0 ? a.negative_weight[i] / largest : 0.0;
+  if (threadIdx.x != 0) return;
+  *a.largest = largest;
+  if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
+}
+
+// Every sample counts those that come before it.
+__global__ void order_samples_kernel(__grid_constant__ const OrderSamples a) {
+  __shared__ int64_t slots[kThreads];
+  const int64_t i = global_thread();
+  const int64_t slot = i < a.batch ? a.slot[i] : 0;
+  int64_t place = 0;
+  for (int64_t first = 0; first < a.batch; first += kThreads) {
+    const int count = static_cast<int>(min_of<int64_t>(kThreads, a.batch - first));
+    const int t = static_cast<int>(threadIdx.x);
+    __syncthreads();
+    if (t < count) slots[t] = a.slot[first + t];
+    __syncthreads();
+    for (int j = 0; j < count; ++j) place += slots[j] < slot || (slots[j] == slot && first + j < i);
+  }
+  if (i < a.batch) a.by_slot[place] = i;
+}
+
+}  // namespace
+
+template <class Real>
+void finish_sums(Queue& queue, const FinishSums& a) {
+  queue.launch(finish_sums_kernel<Real>, warp_grid(a.batch), kThreads, 0, a);
+}
+void join_targets(Queue& queue, const JoinTargets& a) {
+  queue.launch(join_targets_kernel, thread_grid(a.batch), kThreads, 0, a);
+}
+template <class Real>
+void write_results(Queue& queue, const WriteResults& a) {
+  queue.launch(write_results_kernel<Real>, dim3(1), kWideThreads, 0, a);
+}
+template <class Real>
+void prepare_backward(Queue& queue, const PrepareBackward& a) {
+  queue.launch(prepare_backward_kernel<Real>, dim3(1), kWideThreads, 0, a);
+}
+void order_samples(Queue& queue, const OrderSamples& a) {
+  queue.launch(order_samples_kernel, thread_grid(a.batch), kThreads, 0, a);
+}
+
+#define UNICOM_INSTANTIATE(Real)                                  \
+  template void finish_sums<Real>(Queue&, const FinishSums&);     \
+  template void write_results<Real>(Queue&, const WriteResults&); \
+  template void prepare_backward<Real>(Queue&, const PrepareBackward&)
+UNICOM_INSTANTIATE(float);
+UNICOM_INSTANTIATE(double);
+#undef UNICOM_INSTANTIATE
+
+}  // namespace unicom::cuda

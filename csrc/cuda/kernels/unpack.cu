@@ -1,0 +1,127 @@
+#include "unpack.h"
+
+#include "../../core/sampler.h"
+#include "rows.cuh"
+
+namespace unicom::cuda {
+
+namespace {
+
+// The sum of one value's parts, in their order.
+template <class Unit>
+UNICOM_DEVICE double total_at(const Unpack& a, int64_t row, int64_t k) {
+  using Real = RealOf<Unit>;
+  const Real* part = static_cast<const Real*>(a.partial) + row * a.depth + k;
+  double total = 0;
+  for (int64_t z = 0; z < a.splits; ++z) total += part[z * a.split_stride];
+  return total * (1.0 / UnitTraits<Unit>::kProbabilityScale);
+}
+
+template <class Unit>
+UNICOM_DEVICE double unit_at(const Unpack& a, int64_t row, int64_t k) {
+  return widen(static_cast<const Unit*>(a.unit)[row * a.depth + k]);
+}
+
+// A warp takes one row: a pass for the projection, one that writes.
+template <class Unit>
+UNICOM_DEVICE double projection(const Unpack& a, int64_t row) {
+  double dot = 0;
+  for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp)
+    dot += total_at<Unit>(a, row, k) * unit_at<Unit>(a, row, k);
+  return warp_sum(dot);
+}
+
+template <class Unit>
+__global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
+  const int64_t i = global_warp();
+  if (i >= a.batch || !is_counted(a.slot[i])) return;
+  const double dot = projection<Unit>(a, i);
+  const double x_inverse = a.row_inverse_norm[i];
+  const double factor = a.negative_weight[i] * x_inverse;
+  const int64_t slot = a.slot[i];
+  int64_t id = 0;
+  double w_inverse = 0, cosine = 0, target = 0;
+  if (slot >= 0) {
+    id = a.by_sample ? i : a.class_index != nullptr ? a.class_index[slot] : slot;
+    w_inverse = a.class_inverse_norm[slot];
+    cosine = a.state[i].cosine;
+    target = -a.target_weight[i] * x_inverse;
+  }
+  for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
+    double value = factor * (total_at<Unit>(a, i, k) - dot * unit_at<Unit>(a, i, k));
+    if (slot >= 0)
+      value += target * (read_any(a.prototypes, id, k) * w_inverse -
+                         cosine * (read_any(a.embeddings, i, k) * x_inverse));
+    write_any(a.sink, i, k, value);
+  }
+}
+
+template <class T>
+__global__ void copy_targets_kernel(__grid_constant__ const CopyTargets a) {
+  const int64_t i = global_warp();
+  if (i >= a.batch || a.slot[i] < 0) return;
+  const int64_t id = a.class_index != nullptr ? a.class_index[a.slot[i]] : a.slot[i];
+  const T* row = static_cast<const T*>(a.prototypes.data) + id * a.prototypes.row_stride;
+  T* out = static_cast<T*>(a.out) + i * a.prototypes.dim;
+  for (int64_t k = lane_index(); k < a.prototypes.dim; k += kWarp)
+    out[k] = row[a.prototypes.columns != nullptr ? a.prototypes.columns[k] : k];
+}
+
+template <class Unit>
+__global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototypes p) {
+  const Unpack& a = p.common;
+  const int64_t row = global_warp();  // within the chunk
+  const int64_t slot = p.first + row;
+  const int64_t count = p.count != nullptr ? *p.count : p.bound;
+  if (row >= p.chunk || slot >= count) return;
+
+  int64_t first = 0;  // of the samples of this class
+  for (int64_t high = a.batch; first < high;) {
+    const int64_t middle = (first + high) / 2;
+    if (a.slot[p.by_slot[middle]] < slot)
+      first = middle + 1;
+    else
+      high = middle;
+  }
+  const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
+  const double dot = projection<Unit>(a, row);
+  const double w_inverse = a.class_inverse_norm[slot];
+  for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
+    double value =
+        *p.largest * w_inverse * (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
+    for (int64_t s = first; s < a.batch && a.slot[p.by_slot[s]] == slot; ++s) {
+      const int64_t i = p.by_slot[s];
+      value -= a.target_weight[i] * w_inverse *
+               (read_any(a.embeddings, i, k) * a.row_inverse_norm[i] -
+                a.state[i].cosine * (read_any(a.prototypes, id, k) * w_inverse));
+    }
+    write_any(a.sink, p.compact ? slot - p.sink_first : id, k, value);
+  }
+}
+
+}  // namespace
+
+template <class Unit>
+void unpack_embeddings(Queue& queue, const Unpack& a) {
+  queue.launch(unpack_embeddings_kernel<Unit>, warp_grid(a.batch), kThreads, 0, a);
+}
+void copy_targets(Queue& queue, const CopyTargets& a) {
+  with_type(a.prototypes.dtype, [&](auto value) {
+    queue.launch(copy_targets_kernel<decltype(value)>, warp_grid(a.batch), kThreads, 0, a);
+  });
+}
+template <class Unit>
+void unpack_prototypes(Queue& queue, const UnpackPrototypes& a) {
+  queue.launch(unpack_prototypes_kernel<Unit>, warp_grid(a.chunk), kThreads, 0, a);
+}
+
+#define UNICOM_INSTANTIATE(Unit)                                \
+  template void unpack_embeddings<Unit>(Queue&, const Unpack&); \
+  template void unpack_prototypes<Unit>(Queue&, const UnpackPrototypes&)
+UNICOM_INSTANTIATE(float);
+UNICOM_INSTANTIATE(double);
+UNICOM_INSTANTIATE(Half);
+UNICOM_INSTANTIATE(BFloat);
+#undef UNICOM_INSTANTIATE
+
+}  // namespace unicom::cuda

@@ -1,0 +1,54 @@
+// From sums over unit vectors to gradients of the rows: the target's part, the derivative of the
+// normalisation, and the write to the selected columns.
+#pragma once
+
+#include "../../core/rows.h"
+#include "../../core/target.h"
+#include "logits.h"
+
+namespace unicom::cuda {
+
+// What both gradients need. The target's part is taken in double from the rows as they were given:
+// d loss / d cosine = -target_weight, and d cosine / d x = (w^ - c x^) / |x|.
+struct Unpack {
+  RowSource embeddings, prototypes;
+  bool by_sample;  // row i of prototypes is the target of sample i, whatever its class
+  const int64_t* class_index;
+  const int64_t* slot;
+  int64_t batch, depth;
+  const double *target_weight, *negative_weight;  // [batch]
+  const double *row_inverse_norm, *class_inverse_norm;
+  const SampleState* state;
+  const void* unit;     // [rows or chunk][depth] packed unit rows of what is written
+  const void* partial;  // [splits][rows or chunk][depth] RealOf<Unit>
+  int64_t splits, split_stride;
+  RowSink sink;
+};
+
+template <class Unit>
+void unpack_embeddings(Queue&, const Unpack&);
+
+// The selected columns of each sample's target, as `by_sample` wants them once prototypes change.
+struct CopyTargets {
+  RowSource prototypes;
+  const int64_t* class_index;
+  const int64_t* slot;
+  int64_t batch;
+  void* out;  // [batch][prototypes.dim], of its type; samples without a target are left alone
+};
+void copy_targets(Queue&, const CopyTargets&);
+
+struct UnpackPrototypes {
+  Unpack common;
+  int64_t first, chunk;  // classes of this chunk
+  const int64_t* count;
+  int64_t bound;
+  const int64_t* by_slot;  // [batch]
+  const double* largest;   // what the weights in the operands were divided by
+  bool compact;            // row j of the sink is class sink_first + j of the list, not of all
+  int64_t sink_first;
+};
+template <class Unit>
+void unpack_prototypes(Queue&, const UnpackPrototypes&);
+
+}  // namespace unicom::cuda

@@ -1,0 +1,686 @@
+"""Clustering: feature files, passes, and what they leave behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor
+
+from unicom_ext.cluster import (
+    Centroids,
+    ClusterConfig,
+    cluster,
+    nearest,
+    pictures,
+    quality,
+    refine,
+    seeds,
+    two_level,
+)
+from unicom_ext.cluster import labels as label_files
+from unicom_ext.cluster.lloyd import lloyd_pass, sampled
+from unicom_ext.data.source import Source, SourceError
+from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.utils.files import CheckpointError
+from unicom_ext.utils.settings import ConfigError
+
+SIZES = {"0000": 300, "0001": 211, "0002": 89}
+ROWS = sum(SIZES.values())
+CLASSES, IMAGE_DIM, TEXT_DIM = 20, 12, 8
+QUIET = Console(quiet=True)
+
+
+def make_dump(path: Path, dim: int = TEXT_DIM, noise: float = 0.7) -> dict[str, np.ndarray]:
+    """A dump of CLIP embeddings: fp16 images, fp32 texts, around one direction for each class."""
+    rng = np.random.default_rng(0)
+    true = rng.integers(CLASSES, size=ROWS)
+    image = rng.standard_normal((CLASSES, IMAGE_DIM))[true]
+    text = rng.standard_normal((CLASSES, dim))[true]
+    image = (image + noise * rng.standard_normal(image.shape)).astype(np.float16)
+    text = (text + noise * rng.standard_normal(text.shape)).astype(np.float32)
+    (path / "img_emb").mkdir(parents=True)
+    (path / "text_emb").mkdir()
+    first = 0
+    for name, count in SIZES.items():
+        np.save(path / "img_emb" / f"img_emb_{name}.npy", image[first : first + count])
+        np.save(path / "text_emb" / f"text_emb_{name}.npy", text[first : first + count])
+        first += count
+    np.save(path / "true.npy", true)
+    return {"image": image, "text": text, "true": true}
+
+
+@pytest.fixture
+def dump(tmp_path):
+    return tmp_path / "dump", make_dump(tmp_path / "dump")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Drawing takes longer than clustering here."""
+    drawn = ("test_what_is_written", "test_a_picture_that_cannot_be_written_is_named")
+    if request.node.name not in drawn:
+        monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
+
+
+def config(**settings) -> ClusterConfig:
+    return ClusterConfig(**{"clusters": 20, "passes": 4, "tolerance": 0.0, **settings})
+
+
+def run(path, output, settings=None, **options) -> dict:
+    return cluster(settings or config(), path, output, console=QUIET, **options)
+
+
+def all_labels(output: Path) -> np.ndarray:
+    return np.concatenate([np.load(output / f"labels_{name}.npy") for name in SIZES])
+
+
+# ---- feature files -------------------------------------------------------------------------------
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("joint", ["image", "text", "average", "concat"])
+def test_joint_features(tmp_path, joint):
+    data = make_dump(tmp_path / "dump", dim=IMAGE_DIM)
+    source = Source(tmp_path / "dump", config(joint=joint, image_weight=0.3))
+    u, v = unit(data["image"]), unit(data["text"])
+    right = {
+        "image": u,
+        "text": v,
+        "average": unit(0.3 * u + 0.7 * v),
+        "concat": np.concatenate([0.3**0.5 * u, 0.7**0.5 * v], axis=1),
+    }[joint]
+    blocks = list(source.blocks(size=100))
+    assert [len(b.rows) for b in blocks] == [100, 100, 100, 100, 100, 11, 89]
+    found = F.normalize(torch.cat([b.rows for b in blocks]))
+    np.testing.assert_allclose(found.numpy(), right, atol=1e-6)
+    assert (source.rows, source.dim) == right.shape
+    rows = np.array([0, 5, 299, 300, 510, 511, 599])
+    np.testing.assert_allclose(F.normalize(source.take(rows)).numpy(), right[rows], atol=1e-6)
+
+
+def test_cosines_of_concatenated_features_are_weighted(tmp_path):
+    data = make_dump(tmp_path / "dump")
+    source = Source(tmp_path / "dump", config(joint="concat", image_weight=0.25))
+    rows = source.take(np.arange(50))
+    u, v = unit(data["image"][:50]), unit(data["text"][:50])
+    np.testing.assert_allclose(rows @ rows.T, 0.25 * u @ u.T + 0.75 * v @ v.T, atol=1e-6)
+
+
+def test_only_blocks_are_held_in_memory(tmp_path):
+    shape = (2**17, 256)  # 64 MiB, which no page of is written
+    np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, shape).flush()
+    source = Source(tmp_path / "rows.npy", config())
+    tracemalloc.start()
+    try:
+        rows = sum(len(block.rows) for block in source.blocks(size=1024))
+        source.take(np.arange(0, 2**17, 1024))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert rows == 2**17
+    assert peak < 8 << 20
+
+
+@given(st.integers(0, ROWS), st.integers(0, ROWS), st.integers(1, 400), st.booleans())
+def test_blocks_cover_each_row_once(tmp_path_factory, a, b, size, shuffled):
+    path = tmp_path_factory.getbasetemp() / "covered"
+    if not path.exists():
+        make_dump(path)
+    start, stop = sorted((a, b))
+    source = Source(path, config())
+    shuffle = np.random.default_rng(0) if shuffled else None
+    seen = [
+        np.arange(len(block.rows)) + block.shard.first + block.start
+        for block in source.blocks(start, stop, size, shuffle)
+    ]
+    assert all(len(s) <= size for s in seen)
+    assert sorted(np.concatenate([[], *seen]).tolist()) == list(range(start, stop))
+
+
+def test_single_files_directories_and_parquet_are_the_same_rows(tmp_path, dump):
+    path, data = dump
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    np.save(tmp_path / "all.npy", data["image"])
+    fixed = pyarrow.FixedSizeListArray.from_arrays(data["image"].ravel(), IMAGE_DIM)
+    free = pyarrow.array(data["text"].tolist(), pyarrow.list_(pyarrow.float64()))
+    table = pyarrow.table({"image_embedding": fixed, "words": free, "other": [1] * ROWS})
+    (tmp_path / "parquet").mkdir()
+    parquet.write_table(table[:400], tmp_path / "parquet" / "part-7.parquet", row_group_size=64)
+    parquet.write_table(table[400:], tmp_path / "parquet" / "part-8.parquet")
+    right = torch.from_numpy(data["image"]).float()
+    for name, shards in (
+        ("all.npy", ["0000"]),
+        ("dump/img_emb", list(SIZES)),
+        ("parquet", ["7", "8"]),
+    ):
+        source = Source(tmp_path / name, config())
+        assert [s.name for s in source.shards] == shards
+        assert torch.equal(torch.cat([b.rows for b in source.blocks(size=77)]), right)
+        rows = np.array([1, 63, 64, 399, 400, 599])
+        assert torch.equal(source.take(rows), right[rows])
+    source = Source(tmp_path / "parquet", config(joint="concat", text_column="words"))
+    other = Source(path, config(joint="concat"))
+    assert torch.equal(source.take(np.arange(ROWS)), other.take(np.arange(ROWS)))
+
+
+def _truncate(path):
+    file = path / "img_emb" / "img_emb_0001.npy"
+    file.write_bytes(file.read_bytes()[:-10])
+    return "img_emb_0001.npy", "truncated"
+
+
+def _lose_rows(path):
+    file = path / "text_emb" / "text_emb_0002.npy"
+    np.save(file, np.load(file)[:-1])
+    return "text_emb_0002.npy", "88 rows", "89"
+
+
+def _lose_columns(path):
+    file = path / "img_emb" / "img_emb_0002.npy"
+    np.save(file, np.load(file)[:, :-1])
+    return "img_emb_0002.npy", "11 dimensions", "12"
+
+
+def _lose_shard(path):
+    (path / "text_emb" / "text_emb_0001.npy").unlink()
+    return "img_emb_0001.npy", "text_emb_0001.npy"
+
+
+def _be_double(path):
+    np.save(path / "img_emb" / "img_emb_0000.npy", np.zeros((300, IMAGE_DIM)))
+    return "img_emb_0000.npy", "float64", "float16 or float32"
+
+
+def _be_text(path):
+    (path / "img_emb" / "img_emb_0000.npy").write_text("hello")
+    return "img_emb_0000.npy", "not a .npy file"
+
+
+def _be_fortran(path):
+    x = np.load(path / "text_emb" / "text_emb_0001.npy")
+    np.save(path / "text_emb" / "text_emb_0001.npy", np.asfortranarray(x))
+    return "text_emb_0001.npy", "C order"
+
+
+def _be_empty(path):
+    for file in (path / "text_emb").iterdir():
+        file.unlink()
+    return "text_emb", "no text_emb_*.npy"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        _truncate,
+        _lose_rows,
+        _lose_columns,
+        _lose_shard,
+        _be_double,
+        _be_text,
+        _be_fortran,
+        _be_empty,
+    ],
+)  # fmt: skip
+def test_bad_files_are_named_before_anything_is_written(tmp_path, dump, spoil):
+    words = spoil(dump[0])
+    with pytest.raises(SourceError) as caught:
+        run(dump[0], tmp_path / "out", config(joint="concat"))
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "error", "words"),
+    [
+        ({"clusters": ROWS + 1}, {}, ConfigError, ["clusters", "601", "600"]),
+        ({"joint": "average"}, {}, SourceError, ["8 dimensions", "12", "concat"]),
+        ({"init": "no.npy"}, {}, SourceError, ["no.npy"]),
+        ({}, {"true_labels": "short.npy"}, SourceError, ["short.npy", "[3]", "600 rows"]),
+        ({}, {"images": "short.npy"}, SourceError, ["short.npy", "uint8", "600 rows"]),
+        ({}, {"resume": True}, CheckpointError, ["state.pt", "nothing to resume"]),
+    ],
+)
+def test_bad_arguments(tmp_path, dump, monkeypatch, settings, options, error, words):
+    monkeypatch.chdir(tmp_path)
+    np.save("short.npy", np.zeros(3, np.int64))
+    with pytest.raises(error) as caught:
+        run(dump[0], tmp_path / "out", config(**settings), **options)
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"clusters": 0}, ["clusters", "0"]),
+        ({"joint": "both"}, ["joint", "both", "concat"]),
+        ({"early_passes": 4}, ["early_passes", "4"]),
+        ({"early_passes": 1, "method": "minibatch"}, ["early_passes", "lloyd"]),
+        ({"method": "two-level", "coarse": 21}, ["coarse", "21", "20"]),
+        ({"init": "zeros"}, ["init", "zeros", "kmeans++"]),
+    ],
+)
+def test_bad_settings(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        config(**settings)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_more_clusters_than_good_rows(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
+    rows[:20] = 0
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.raises(SourceError, match="clusters: got 11, but only 10 rows"):
+        run(tmp_path / "rows.npy", tmp_path / "out", config(clusters=11))
+
+
+# ---- passes --------------------------------------------------------------------------------------
+
+
+def reference_k_means(rows: Tensor, centroids: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """Spherical k-means in float64 as it is written in the books."""
+    x = F.normalize(rows.double())
+    c = F.normalize(centroids.double())
+    for _ in range(passes):
+        label = (x @ c.T).argmax(dim=1)
+        sums = torch.zeros_like(c).index_add_(0, label, x)
+        c = F.normalize(sums)
+    return c, (x @ c.T).argmax(dim=1)
+
+
+@pytest.mark.parametrize("engine", ["unicom", "faiss"])
+def test_lloyd_is_the_textbook_s(tmp_path, dump, engine):
+    if engine == "faiss":
+        pytest.importorskip("faiss")
+    path, data = dump
+    first = data["image"][::30].astype(np.float32)
+    np.save(tmp_path / "first.npy", first)
+    settings = config(init=str(tmp_path / "first.npy"), passes=5, engine=engine)
+    result = run(path, tmp_path / "out", settings)
+    rows = torch.from_numpy(data["image"]).float()
+    right, labels = reference_k_means(rows, torch.from_numpy(first), 5)
+    np.testing.assert_allclose(np.load(tmp_path / "out" / "centroids.npy"), right, atol=1e-6)
+    assert np.array_equal(all_labels(tmp_path / "out"), labels.numpy())
+    objective = (F.normalize(rows.double()) * right[labels]).sum(dim=1).mean()
+    assert result["objective"] == pytest.approx(float(objective), abs=1e-6)
+
+
+def test_as_good_as_faiss_k_means(tmp_path, dump):
+    faiss = pytest.importorskip("faiss")
+    path, data = dump
+    rows = F.normalize(torch.from_numpy(data["image"]).float()).numpy()
+    np.save(tmp_path / "first.npy", rows[:20])
+    result = run(path, tmp_path / "out", config(init=str(tmp_path / "first.npy"), passes=6))
+    k_means = faiss.Kmeans(IMAGE_DIM, 20, niter=6, spherical=True, min_points_per_centroid=1)
+    k_means.train(rows, init_centroids=rows[:20])
+    theirs = nearest(torch.from_numpy(rows), torch.from_numpy(k_means.centroids))[1].mean()
+    assert result["objective"] == pytest.approx(float(theirs), rel=1e-3)
+
+
+def test_no_pass_lowers_the_objective(tmp_path, dump):
+    result = run(dump[0], tmp_path / "out", config(init="random", passes=10))
+    objectives = [p["objective"] for p in result["passes"]] + [result["objective"]]
+    assert objectives == sorted(objectives)
+    assert objectives[-1] > objectives[0] + 0.05
+    changed = [p["changed"] for p in result["passes"]]
+    assert changed[0] is None
+    assert changed[1] > changed[-1]
+
+
+def test_passes_end_when_the_objective_stands_still(tmp_path, dump):
+    result = run(dump[0], tmp_path / "out", config(passes=100, tolerance=1e-3))
+    objectives = [p["objective"] for p in result["passes"]]
+    assert result["converged"]
+    assert 2 <= len(objectives) < 100
+    gains = [(b - a) / a for a, b in itertools.pairwise(objectives)]
+    assert gains[-1] < 1e-3 <= min(gains[:-1], default=1)
+
+
+class Memory(two_level.InMemory):
+    pass
+
+
+def one_pass(rows: Tensor, centroids: Tensor, seed: int = 0):
+    return lloyd_pass(Memory(rows), centroids, Centroids, Ranks(alone=True), lambda t: None, seed)
+
+
+def test_empty_clusters_take_half_of_the_largest():
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    rows[:200, 0] += 20  # two thirds in one bundle
+    centroids = F.normalize(torch.cat([rows[:1], rows[200:210], -rows[:1].expand(4, -1)]))
+    moved, empty, _ = one_pass(rows, centroids)
+    assert empty == 3  # the first of the four opposite ones has the rows on that side
+    assert (nearest(rows[:200], moved)[0].bincount(minlength=15)[12:] > 0).sum() >= 2
+    moved, empty, _ = one_pass(rows, moved)
+    assert empty == 0
+    torch.testing.assert_close(moved.norm(dim=1), torch.ones(15))
+
+
+def test_more_clusters_than_can_be_filled():
+    """Only two different rows: two clusters, and the pass still ends."""
+    rows = torch.eye(4)[:2].repeat(5, 1)
+    moved, empty, totals = one_pass(rows, torch.eye(4))
+    assert empty == 2
+    assert totals.objective == 1
+    assert moved.isfinite().all()
+
+
+def test_rows_without_direction_are_counted_and_labelled(tmp_path, dump):
+    path = dump[0]
+    file = path / "img_emb" / "img_emb_0001.npy"
+    rows = np.load(file)
+    rows[[3, 7]], rows[100, 2], rows[110, 0] = 0, np.nan, np.inf
+    np.save(file, rows)
+    result = run(path, tmp_path / "out")
+    assert result["rows"] == {"clustered": ROWS - 4, "zero": 2, "not_finite": 2, "dissolved": 0}
+    labels = all_labels(tmp_path / "out")
+    assert np.flatnonzero(labels < 0).tolist() == [303, 307, 400, 410]
+    # They count for both parts of a joint feature.
+    result = run(path, tmp_path / "joint", config(joint="concat"))
+    assert (result["rows"]["zero"], result["rows"]["not_finite"]) == (2, 2)
+
+
+def test_sampled_rows_do_not_depend_on_blocks(dump):
+    source = Source(dump[0], config())
+    part = sampled(0.3, seed=5)
+
+    def rows(size, part=part):
+        return torch.cat([part(block).rows for block in source.blocks(size=size)])
+
+    assert torch.equal(rows(1000), rows(37))
+    assert 0.2 * ROWS < len(rows(100)) < 0.4 * ROWS
+    assert not torch.equal(rows(100), rows(100, sampled(0.3, seed=6)))
+    everything = torch.cat([sampled(1.0, 0)(block).rows for block in source.blocks()])
+    assert len(everything) == ROWS
+
+
+def test_sampled_passes_are_reported(tmp_path, dump):
+    result = run(dump[0], tmp_path / "out", config(early_passes=2, early_fraction=0.4))
+    assert [p["kind"] for p in result["passes"]] == ["sampled", "sampled", "lloyd", "lloyd"]
+    assert result["passes"][0]["rows"] < 0.6 * ROWS
+    assert result["passes"][2]["rows"] == ROWS
+
+
+def test_mini_batches_come_close_to_whole_passes(tmp_path, dump):
+    whole = run(dump[0], tmp_path / "whole", config(passes=10))
+    parts = run(dump[0], tmp_path / "parts", config(passes=10, method="minibatch", batch_rows=100))
+    assert parts["objective"] > 0.97 * whole["objective"]
+
+
+# ---- initial centroids ---------------------------------------------------------------------------
+
+
+def test_kmeans_plus_plus_finds_every_bundle():
+    generator = torch.Generator().manual_seed(0)
+    k = 40
+    bundles = F.normalize(torch.randn(k, 24, generator=generator))
+    rows = bundles.repeat(30, 1) + 0.002 * torch.randn(30 * k, 24, generator=generator)
+    rng = np.random.default_rng(0)
+    plus = seeds.draw("kmeans++", Memory(rows), k, rng, Centroids)
+    assert nearest(plus, bundles)[0].unique().numel() == k
+    random = seeds.draw("random", Memory(rows), k, rng, Centroids)
+    assert nearest(random, bundles)[0].unique().numel() < k
+    torch.testing.assert_close(plus.norm(dim=1), torch.ones(k))
+
+
+def test_kmeans_plus_plus_with_too_few_different_rows():
+    rows = torch.eye(6).repeat(4, 1)
+    rng = np.random.default_rng(0)
+    assert len(seeds.draw("kmeans++", Memory(rows), 6, rng, Centroids).unique(dim=0)) == 6
+    with pytest.raises(SourceError, match="got 7, but there are only 6 different rows"):
+        seeds.draw("kmeans++", Memory(rows), 7, rng, Centroids)
+
+
+# ---- two levels ----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30), st.data())
+def test_clusters_are_shared_out(sizes, data):
+    sizes = np.array(sizes)
+    if sizes.sum() == 0:
+        return
+    k = data.draw(st.integers(int((sizes > 0).sum()), int(sizes.sum())))
+    counts = two_level.share_out(k, sizes)
+    assert counts.sum() == k
+    assert (counts <= sizes).all()
+    assert (counts >= (sizes > 0)).all()
+    fair = k * sizes / sizes.sum()
+    if fair.min() >= 1:
+        assert (np.abs(counts - fair) <= 1).all()
+
+
+def test_two_levels(tmp_path, dump):
+    path, data = dump
+    settings = config(clusters=30, method="two-level", coarse=5, passes=6)
+    result = run(path, tmp_path / "out", settings, true_labels=path / "true.npy")
+    assert len(np.load(tmp_path / "out" / "centroids.npy")) == 30
+    assert result["rows"]["clustered"] == ROWS
+    facts = result["two_level"]
+    assert facts["coarse"] == 5
+    # The measured loss is that of these very labels: the sample is all rows here.
+    rows = torch.from_numpy(data["image"]).float()
+    centroids = torch.from_numpy(np.load(tmp_path / "out" / "centroids.npy"))
+    flat = nearest(rows, centroids)[1].double().mean()
+    assert facts["flat"] == pytest.approx(float(flat), abs=1e-6)
+    assert facts["two_level"] == pytest.approx(result["objective"], abs=1e-6)
+    assert 0 <= facts["loss"] < 0.1
+    whole = run(path, tmp_path / "flat", config(clusters=30, passes=6))
+    assert result["objective"] > 0.9 * whole["objective"]
+
+
+def test_two_level_search_stays_in_the_cell():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 6, generator=generator)
+    rows[17], rows[30, 2] = 0, math.nan
+    coarse = torch.randn(4, 6, generator=generator)
+    fine = torch.randn(11, 6, generator=generator)
+    first = torch.tensor([0, 3, 3, 7, 11])  # the second cell has no fine cluster
+    index, score = two_level.TwoLevel(coarse, fine, first, Centroids).nearest(rows)
+    cell, _ = nearest(rows, coarse[[0, 2, 3]])
+    for i in range(200):
+        if i in (17, 30):
+            assert index[i] == -1
+            continue
+        begin, end = [(0, 3), (3, 7), (7, 11)][cell[i]]
+        place, best = nearest(rows[i : i + 1], fine[begin:end])
+        assert index[i] == place + begin
+        assert score[i] == best
+
+
+# ---- afterwards ----------------------------------------------------------------------------------
+
+
+def test_near_duplicates_are_merged_without_chains():
+    angle = torch.tensor([0.0, 0.2, 0.4, 2.0])
+    centroids = torch.stack([angle.cos(), angle.sin()], dim=1)
+    sizes = torch.tensor([50.0, 10.0, 40.0, 5.0])
+    merged = refine.merge(centroids, sizes, sizes, math.cos(0.3))
+    # The largest takes the one next to it; the third is too far from the largest.
+    found = torch.atan2(merged[:, 1], merged[:, 0])
+    weighted = 50 * centroids[0] + 10 * centroids[1]
+    expected = [float(torch.atan2(weighted[1], weighted[0])), 0.4, 2.0]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_dissolving():
+    sizes, scores = torch.tensor([5.0, 1.0, 0.0, 9.0]), torch.tensor([4.5, 1.0, 0.0, 2.0])
+    assert refine.dissolve(sizes, scores, 0, 0.0).tolist() == [0, 1, 2, 3]
+    assert refine.dissolve(sizes, scores, 2, 0.0).tolist() == [0, -1, -1, 1]
+    assert refine.dissolve(sizes, scores, 2, 0.5).tolist() == [0, -1, -1, -1]
+
+
+def test_merged_and_dissolved_labels_fit_the_centroids(tmp_path, dump):
+    path, data = dump
+    settings = config(clusters=40, merge_above=0.8, min_size=12, min_cosine=0.75, passes=6)
+    result = run(path, tmp_path / "out", settings)
+    centroids = torch.from_numpy(np.load(tmp_path / "out" / "centroids.npy"))
+    labels = all_labels(tmp_path / "out")
+    assert result["merged"] > 0
+    assert result["dissolved"] > 0
+    assert 1 < len(centroids) == 40 - result["merged"] - result["dissolved"]
+    kept = labels >= 0
+    assert result["rows"]["dissolved"] == np.count_nonzero(~kept)
+    sizes = np.bincount(labels[kept], minlength=len(centroids))
+    assert sizes.tolist() == result["sizes"]
+    assert sizes.min() >= 12
+    index, score = nearest(torch.from_numpy(data["image"]).float(), centroids)
+    assert np.array_equal(index.numpy()[kept], labels[kept])
+    assert result["objective"] == pytest.approx(float(score[kept].double().mean()), abs=1e-6)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(-1, 3)), min_size=1, max_size=40))
+def test_quality_by_counting_pairs(rows):
+    cluster_of, class_of = np.array(rows).T
+    half = len(rows) // 2
+    found = quality([(cluster_of[:half], class_of[:half]), (cluster_of[half:], class_of[half:])])
+    known = [(a, b) for a, b in rows if a >= 0 and b >= 0]
+    n = len(known)
+    assert found.rows == n
+    if n == 0:
+        return
+
+    def entropy(values):
+        shares = np.array([values.count(v) for v in set(values)]) / n
+        return -(shares * np.log(shares)).sum()
+
+    a, b = ([pair[i] for pair in known] for i in (0, 1))
+    total = entropy(a) + entropy(b)
+    nmi = 2 * (total - entropy(known)) / total if total else 1
+    assert found.nmi == pytest.approx(nmi, abs=1e-9)
+    majority = sum(max(known.count((c, k)) for k in set(b)) for c in set(a))
+    assert found.purity == pytest.approx(majority / n)
+    same = [(i, j) for i in range(n) for j in range(i) if b[i] == b[j]]
+    apart = sum(a[i] != a[j] for i, j in same)
+    assert found.conflict == pytest.approx(apart / len(same) if same else 0)
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def test_what_is_written(tmp_path, dump):
+    path, data = dump
+    rng = np.random.default_rng(0)
+    np.save(path / "images.npy", rng.integers(255, size=(ROWS, 6, 6), dtype=np.uint8))
+    output = tmp_path / "out"
+    result = run(
+        path,
+        output,
+        config(joint="concat"),
+        true_labels=path / "true.npy",
+        images=path / "images.npy",
+    )
+    assert json.loads((output / "clusters.json").read_text()) == result
+    pictures = ["sizes.png", "objective.png", "members.png"]
+    assert result["pictures"] == pictures
+    for name in pictures:
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
+    names = [f"labels_{name}.npy" for name in SIZES] + ["centroids.npy"]
+    assert sorted(result["sha256"]) == sorted(names)
+    for name, checksum in result["sha256"].items():
+        assert hashlib.sha256((output / name).read_bytes()).hexdigest() == checksum
+    labels, centroids = all_labels(output), np.load(output / "centroids.npy")
+    assert (labels.dtype, centroids.dtype, centroids.shape) == (np.int32, np.float32, (20, 20))
+    rows = Source(path, config(joint="concat")).take(np.arange(ROWS))
+    index, score = nearest(rows, torch.from_numpy(centroids))
+    assert np.array_equal(labels, index.numpy())
+    assert result["objective"] == pytest.approx(float(score.double().mean()), abs=1e-7)
+    assert np.bincount(labels, minlength=20).tolist() == result["sizes"]
+    right = quality([(labels, data["true"])])
+    assert result["quality"] == pytest.approx(right._asdict())
+    assert right.nmi > 0.5
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, dump):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output)
+    before = {p.name: p.read_bytes() for p in output.glob("*.npy")}
+    with pytest.raises(CheckpointError, match="resume it, or overwrite it"):
+        run(path, output, config(clusters=5))
+    assert {p.name: p.read_bytes() for p in output.glob("*.npy")} == before
+    with pytest.raises(CheckpointError, match="clusters: 5 here, 20 there"):
+        run(path, output, config(clusters=5), resume=True)
+    assert run(path, output, config(clusters=5), overwrite=True)["clusters"] == 5
+
+
+def test_a_finished_run_can_go_on(tmp_path, dump):
+    path = dump[0]
+    long = run(path, tmp_path / "long", config(passes=7))
+    run(path, tmp_path / "short", config(passes=3))
+    more = run(path, tmp_path / "short", config(passes=7), resume=True)
+    assert more["sha256"] == long["sha256"]
+    steady = ("pass", "kind", "rows", "objective", "changed", "empty")
+    for a, b in zip(more["passes"], long["passes"], strict=True):
+        assert {name: a[name] for name in steady} == {name: b[name] for name in steady}
+
+
+def test_feature_files_that_changed_are_not_resumed(tmp_path, dump):
+    path = dump[0]
+    run(path, tmp_path / "out")
+    for kind in ("img_emb", "text_emb"):
+        file = path / kind / f"{kind}_0000.npy"
+        np.save(file, np.load(file)[:-1])
+    with pytest.raises(CheckpointError, match="feature files"):
+        run(path, tmp_path / "out", resume=True)
+
+
+def test_a_full_disk(tmp_path, dump, monkeypatch):
+    """The error names the file, and what there was is still whole."""
+    path, output = dump[0], tmp_path / "out"
+    run(path, output, config(passes=3))
+    before = {p.name: p.read_bytes() for p in [*output.glob("*.npy"), *output.glob("state/*.pt")]}
+
+    def full(array, file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"state\.pt cannot be written: No space left") as caught:
+            run(path, output, config(passes=5), resume=True)
+        assert caught.value.errno == errno.ENOSPC
+    after = {p.name: p.read_bytes() for p in [*output.glob("*.npy"), *output.glob("state/*.pt")]}
+    assert after == before
+    assert not list(output.rglob("*.tmp"))
+    resumed = run(path, output, config(passes=5), resume=True)
+    assert resumed["sha256"] == run(path, tmp_path / "other", config(passes=5))["sha256"]
+
+
+def test_label_files(tmp_path, dump):
+    source = Source(dump[0], config())
+    files = label_files.LabelFiles(tmp_path / "labels")
+    files.create(source.shards)
+    shard = source.shards[1]
+    files.write(shard, 10, np.arange(5))
+    whole = np.load(files.path(shard))
+    assert whole.dtype == np.int32
+    assert whole.tolist() == [-1] * 10 + [0, 1, 2, 3, 4] + [-1] * (shard.rows - 15)
+    assert files.read(shard, 9, 12).tolist() == [-1, 0, 1]
+    assert files.exist(source.shards)
+    files.path(source.shards[0]).unlink()
+    assert not files.exist(source.shards)
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "objective.png").mkdir()
+    with pytest.raises(OSError, match=r"objective\.png cannot be written: "):
+        pictures.draw(tmp_path, np.array([3, 4]), [], None)

@@ -1,0 +1,511 @@
+"""Training on several ranks: encoders in DDP and FSDP, clipping, checkpoints for other ranks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, gradients
+from unicom_ext.checkpoint import CheckpointError
+from unicom_ext.cli.main import main
+from unicom_ext.optim import RowAdamW, RowSGD
+
+CLASSES, DIM, INPUTS, BATCH = 301, 8, 6, 24
+
+
+class Run:
+    """An encoder, the loss and an optimizer on this rank, trained on the same global batches."""
+
+    def __init__(self, group, wrap="ddp", optimizer="AdamW", classes=CLASSES, **options):
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Linear(INPUTS, 16), nn.Tanh(), nn.Linear(16, DIM))
+        options.setdefault("sparse_grad", optimizer.startswith("Row"))
+        self.options = {"sample_rate": 0.3, "feature_rate": 0.75, "scale": 16.0, **options}
+        self.loss = PartialMarginSoftmax(
+            DIM, classes, margin=ArcFace(0.2), seed=5, process_group=group, **self.options
+        )
+        if group is not None and wrap == "ddp":
+            encoder = DistributedDataParallel(encoder, process_group=group)
+        elif group is not None:
+            fully_shard(encoder, mesh=DeviceMesh.from_group(group, "cpu"))
+        self.encoder = encoder
+        make = {
+            "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+            "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+            "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+            "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1),
+            "RowAdamW": lambda p: RowAdamW(p, lr=0.01, weight_decay=0.1),
+            "RowAdamW of bf16 moments": lambda p: RowAdamW(
+                p, lr=0.01, weight_decay=0.1, moment_dtype=torch.bfloat16, row_second_moment=True
+            ),
+            "RowSGD, exact": lambda p: RowSGD(
+                p, lr=0.1, momentum=0.9, weight_decay=0.01, exact=True
+            ),
+            "RowSGD": lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+        }[optimizer]
+        self.optimizer = make([*encoder.parameters(), *self.loss.parameters()])
+        self.step = 0
+
+    def parts(self):
+        return {
+            "modules": {"encoder": self.encoder, "loss": self.loss},
+            "optimizers": {"main": self.optimizer},
+        }
+
+    def train(self, steps, clip=None):
+        losses = []
+        for _ in range(steps):
+            generator = torch.Generator().manual_seed(1000 + self.step)
+            inputs = torch.randn(BATCH, INPUTS, generator=generator)
+            labels = torch.randint(CLASSES - 10, (BATCH,), generator=generator)
+            labels %= self.loss.num_classes
+            # The last batches are uneven, as at the end of an epoch.
+            sizes = [BATCH // self.world_size] * self.world_size
+            if self.step % 3 == 2 and self.world_size > 1:
+                sizes[0], sizes[-1] = sizes[0] + 3, sizes[-1] - 3
+            part = slice(sum(sizes[: self.rank]), sum(sizes[: self.rank + 1]))
+            self.optimizer.zero_grad()
+            loss = self.loss(self.encoder(inputs[part]), labels[part])
+            loss.backward()
+            if clip is not None:
+                gradients.clip_grad_norm_(self.encoder.parameters(), self.loss, clip)
+            self.optimizer.step()
+            losses.append(loss.item())
+            self.step += 1
+        return losses
+
+    def tensors(self):
+        """All parameters, whole."""
+        found = [whole(p.detach()) for p in self.encoder.parameters()]
+        return [*found, whole(self.loss.state_dict()["weight"])]
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def train(group, steps, options, clip=None):
+    run = Run(group, **options)
+    return run.train(steps, clip), run.tensors()
+
+
+def assert_close(got, right, tolerance):
+    for a, b in zip(got, right, strict=True):
+        error = float((a - b).norm() / b.norm())
+        assert error < tolerance, f"relative error {error:.3g}"
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "fused AdamW", "SGD", "RowAdamW", "RowSGD"])
+def test_ten_steps_with_a_ddp_encoder_agree(ranks, optimizer):
+    run = Run(None, optimizer=optimizer)
+    losses, right = run.train(10), run.tensors()
+    for world_size in (1, 2, 4):
+        for theirs, tensors in ranks.run(world_size, train, 10, {"optimizer": optimizer}):
+            assert theirs == pytest.approx(losses, rel=1e-5)
+            assert_close(tensors, right, 1e-5)
+
+
+def test_ten_steps_with_an_fsdp_encoder_agree(ranks):
+    run = Run(None)
+    losses, right = run.train(10), run.tensors()
+    for theirs, tensors in ranks.run(2, train, 10, {"wrap": "fsdp"}):
+        assert theirs == pytest.approx(losses, rel=1e-5)
+        assert_close(tensors, right, 1e-5)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_clipping_by_the_norm_of_all_gradients(ranks, wrap, sparse):
+    options = {"optimizer": "SGD", "sparse_grad": sparse}
+    run = Run(None, **options)
+    losses, right = run.train(5, clip=0.5), run.tensors()
+    unclipped = Run(None, **options).train(5)
+    assert losses != pytest.approx(unclipped, rel=1e-3)
+    for theirs, tensors in ranks.run(3, train, 5, {"wrap": wrap, **options}, 0.5):
+        assert theirs == pytest.approx(losses, rel=1e-5)
+        assert_close(tensors, right, 1e-5)
+
+
+def one_rank_overflows(group, optimizer):
+    """Whether each rank skips the step when the prototypes of one rank alone have infinity."""
+    run = Run(group, optimizer=optimizer)
+    scaler = ShardedGradScaler(device="cpu", init_scale=4.0, process_group=group)
+    params = [run.loss.weight, next(run.encoder.parameters())]
+    before = [p.detach().clone() for p in params]
+    outcomes = []
+    for overflow in (True, False):
+        run.optimizer.zero_grad()
+        inputs = torch.randn(4, INPUTS, generator=torch.Generator().manual_seed(1))
+        loss = run.loss(run.encoder(inputs), torch.tensor([0, 5, 200, 300]))
+        scaler.scale(loss).backward()
+        if overflow and run.rank == run.world_size - 1:
+            stored(run.loss.weight.grad)[0, 0] = torch.inf
+        scaler.unscale_(run.optimizer)
+        norm = gradients.global_grad_norm(run.encoder.parameters(), run.loss)
+        scaler.step(run.optimizer)
+        scaler.update()
+        moved = [not torch.equal(a, b) for a, b in zip(before, params, strict=True)]
+        outcomes.append((bool(norm.isfinite()), moved, scaler.get_scale()))
+    stored(run.loss.weight.grad)[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="must be finite"):
+        gradients.clip_grad_norm_([], run.loss, 1.0, error_if_nonfinite=True)
+    return outcomes
+
+
+def stored(gradient):
+    return gradient._values() if gradient.is_sparse else gradient
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("optimizer", ["SGD", "RowAdamW"])
+def test_no_rank_skips_a_step_alone(ranks, world_size, optimizer):
+    outcomes = ranks.run(world_size, one_rank_overflows, optimizer)
+    assert outcomes == [[(False, [False, False], 2.0), (True, [True, True], 2.0)]] * world_size
+
+
+# ---- wrappers ----
+
+
+class Model(nn.Module):
+    def __init__(self, group, classes=4 * 75):
+        super().__init__()
+        self.encoder = nn.Linear(DIM, DIM)
+        self.loss = PartialMarginSoftmax(DIM, classes, process_group=group)
+
+    def forward(self, x, y):
+        return self.loss(self.encoder(x), y)
+
+
+def wrapped(group):
+    loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group)
+    messages = []
+    # Of the same shape on both ranks or not: 301 classes.
+    for module in (loss, Model(group), Model(group, CLASSES), Model(None)):
+        with pytest.raises(TypeError) as caught:
+            DistributedDataParallel(module, process_group=group)
+        messages.append(str(caught.value))
+    with pytest.raises(TypeError) as caught:
+        fully_shard(loss, mesh=DeviceMesh.from_group(group, "cpu"))
+    messages.append(str(caught.value))
+    whole_model = Model(group)
+    with pytest.raises(TypeError) as caught:
+        fully_shard(whole_model, mesh=DeviceMesh.from_group(group, "cpu"))
+    messages.append(str(caught.value))
+    for original in (False, True):
+        with pytest.raises(TypeError) as caught:
+            FullyShardedDataParallel(
+                Model(group), group, device_id=torch.device("cpu"), use_orig_params=original
+            )
+        messages.append(str(caught.value))
+    fresh = Model(group).loss
+    with pytest.raises(TypeError, match="save its state_dict"):
+        pickle.dumps(fresh)
+    assert copy.deepcopy(fresh).shard is fresh.shard
+    return messages
+
+
+def test_the_loss_in_a_wrapper_is_refused(ranks):
+    for messages in ranks.run(2, wrapped):
+        for message in messages:
+            assert "must not be wrapped in DistributedDataParallel" in message
+            assert "process_group" in message
+
+
+def around_the_loss(group):
+    """Losses with FSDP of the encoder alone, then of a model without its loss."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
+    losses = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = Model(group)
+        if together:
+            fully_shard(model, mesh=mesh, ignored_params=set(model.loss.parameters()))
+        else:
+            fully_shard(model.encoder, mesh=mesh)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(8, DIM, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            loss = model(x[rows], torch.arange(8)[rows])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+def test_fsdp_of_a_model_that_leaves_the_loss_out(ranks):
+    for losses in ranks.run(2, around_the_loss):
+        assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
+        assert losses[2] < losses[1] < losses[0]
+
+
+# ---- checkpoints ----
+
+
+def save(group, path, steps, options):
+    run = Run(group, **options)
+    run.train(steps)
+    checkpoint.save(path, **run.parts(), extra={"step": run.step, "note": "é"})
+    return run.train(5), run.tensors()
+
+
+def resume(group, path, options):
+    run = Run(group, **options)
+    extra = checkpoint.load(path, **run.parts())
+    run.step = extra["step"]
+    assert extra["note"] == "é"
+    return run.train(5), run.tensors()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    ["AdamW", "fused AdamW", "SGD", "Adagrad", "RowAdamW", "RowAdamW of bf16 moments", "RowSGD",
+     "RowSGD, exact"],
+)  # fmt: skip
+@pytest.mark.parametrize("classes", [CLASSES, 1001])
+def test_a_checkpoint_of_four_ranks_goes_on_at_any_number(ranks, tmp_path, optimizer, classes):
+    options = {"optimizer": optimizer, "classes": classes}
+    # bf16 moments are rounded by a hash of the row, which is another one in another shard.
+    loss_error, error = (1e-4, 1e-3) if "bf16" in optimizer else (1e-6, 1e-5)
+    right, tensors = ranks.run(4, save, tmp_path / "c", 4, options)[0]
+    for world_size in (1, 2, 3, 4):
+        for losses, theirs in ranks.run(world_size, resume, tmp_path / "c", options):
+            assert losses == pytest.approx(right, rel=loss_error)
+            assert_close(theirs, tensors, error)
+    losses, theirs = resume(None, tmp_path / "c", options)  # without a process group
+    assert losses == pytest.approx(right, rel=loss_error)
+    assert_close(theirs, tensors, error)
+
+
+def test_a_checkpoint_of_one_process_goes_on_at_four(ranks, tmp_path):
+    right, tensors = save(None, tmp_path / "c", 4, {})
+    for losses, theirs in ranks.run(4, resume, tmp_path / "c", {}):
+        assert losses == pytest.approx(right, rel=1e-6)
+        assert_close(theirs, tensors, 1e-5)
+
+
+def test_a_checkpoint_with_an_fsdp_encoder(ranks, tmp_path):
+    right, tensors = ranks.run(4, save, tmp_path / "c", 4, {"wrap": "fsdp"})[0]
+    for losses, theirs in ranks.run(3, resume, tmp_path / "c", {"wrap": "fsdp"}):
+        assert losses == pytest.approx(right, rel=1e-6)
+        assert_close(theirs, tensors, 1e-5)
+
+
+def test_with_fewer_classes_than_ranks(ranks, tmp_path):
+    ranks.run(4, few_classes, tmp_path / "c", True)
+    weights = [ranks.run(n, few_classes, tmp_path / "c", False)[0] for n in (1, 2, 3, 4)]
+    assert all(torch.equal(w, weights[0]) for w in weights)
+
+
+def few_classes(group, path, saving):
+    loss = PartialMarginSoftmax(4, 5, process_group=group, seed=1 if saving else 2)
+    optimizer = torch.optim.AdamW(loss.parameters())
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    loss(x, torch.tensor([0, 4, 2])).backward()
+    optimizer.step()
+    parts = {"modules": {"loss": loss}, "optimizers": {"o": optimizer}}
+    if saving:
+        return checkpoint.save(path, **parts)
+    checkpoint.load(path, **parts)
+    assert loss.seed == 1
+    return whole(loss.state_dict()["weight"])
+
+
+def test_plain_distributed_checkpoints_reshard_too(ranks, tmp_path):
+    ranks.run(4, plain, tmp_path / "c", True)
+    right = PartialMarginSoftmax(DIM, CLASSES, seed=1).weight
+    for weight in ranks.run(3, plain, tmp_path / "c", False):
+        assert torch.equal(weight, right)
+
+
+def plain(group, path, saving):
+    loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group, seed=1 if saving else 2)
+    state = {"loss": loss.state_dict()}
+    if saving:
+        dcp.save(state, checkpoint_id=path, process_group=group)
+        return None
+    dcp.load(state, checkpoint_id=path, process_group=group)
+    loss.load_state_dict(state["loss"])
+    assert loss.seed == 1
+    return whole(loss.state_dict()["weight"])
+
+
+def whole_state(group, state):
+    loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group, seed=2)
+    loss.load_state_dict(state)
+    found = whole(loss.state_dict()["weight"]), loss.seed, int(loss.step)
+    with pytest.raises(RuntimeError, match=r"all classes, \[301, 8\].*got \[10, 8\]"):
+        loss.load_state_dict({**state, "weight": state["weight"][:10]})
+    return found
+
+
+def test_the_state_of_one_process_loads_into_shards(ranks):
+    one = PartialMarginSoftmax(DIM, CLASSES, seed=9)
+    one.step.fill_(7)
+    for weight, seed, step in ranks.run(3, whole_state, one.state_dict()):
+        assert torch.equal(weight, one.weight)
+        assert (seed, step) == (9, 7)
+
+
+def other_classes(group, path, class_map, optimizer):
+    run = Run(group, classes=len(class_map), optimizer=optimizer)
+    fresh = whole(run.loss.state_dict()["weight"])
+    checkpoint.load(path, **run.parts(), class_map=class_map)
+    state = run.optimizer.state[run.loss.weight]
+    (name, rows), *_ = [(k, v) for k, v in state.items() if k in ("exp_avg", "momentum_buffer")]
+    rows = whole(rows if run.loss.shard is None else run.loss.shard.as_global(rows))
+    found = whole(run.loss.state_dict()["weight"]), fresh, name, rows, copy.deepcopy(dict(state))
+    run.train(2)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD", "RowAdamW", "RowSGD, exact"])
+@pytest.mark.parametrize("change", ["append", "drop", "both"])
+def test_classes_come_and_go(ranks, tmp_path, change, optimizer):
+    if change == "append":
+        class_map = torch.arange(CLASSES + 40)
+        class_map[CLASSES:] = -1
+    else:
+        class_map = torch.arange(CLASSES)
+        class_map = class_map[(class_map % 7 != 0) | (class_map < 20)]
+        if change == "both":
+            class_map = torch.cat([class_map, torch.full((300,), -1)])
+    options = {"optimizer": optimizer}
+    ranks.run(4, save, tmp_path / "c", 3, options)
+    one = Run(None, **options)
+    checkpoint.load(tmp_path / "c", **one.parts())
+    known = class_map >= 0
+    for group in (1, 3, None):
+        results = (
+            [other_classes(None, tmp_path / "c", class_map, optimizer)]
+            if group is None
+            else ranks.run(group, other_classes, tmp_path / "c", class_map, optimizer)
+        )
+        for weight, fresh, name, rows, state in results:
+            assert torch.equal(weight[known], one.loss.weight[class_map[known]])
+            assert torch.equal(weight[~known], fresh[~known])
+            right = one.optimizer.state[one.loss.weight][name]
+            assert torch.equal(rows[known], right[class_map[known]])
+            assert not rows[~known].any()
+            if optimizer == "RowAdamW" and group != 3:  # as if they had only now been made
+                assert (state["log_decay"][~known] == state["total_log_decay"]).all()
+            if optimizer == "RowSGD, exact" and group != 3:
+                assert (state["last_step"][~known] == state["step"]).all()
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_merged_into_one_file_and_back(ranks, tmp_path):
+    right, _ = ranks.run(4, save, tmp_path / "c", 3, {})[0]
+    invoke("checkpoint", "merge", tmp_path / "c", tmp_path / "merged.pt")
+    merged = torch.load(tmp_path / "merged.pt", weights_only=True)
+    assert merged["modules.loss.weight"].shape == (CLASSES, DIM)
+    assert merged["optimizers.main.modules.loss.weight.exp_avg"].shape == (CLASSES, DIM)
+    invoke("checkpoint", "split", tmp_path / "merged.pt", tmp_path / "again")
+    shown = invoke("checkpoint", "show", tmp_path / "c").output
+    assert "modules.loss.weight  float32 [301, 8] in 4 parts" in shown
+    refused = CliRunner().invoke(main, ["checkpoint", "show", str(tmp_path / "nowhere")])
+    assert refused.exit_code == 1
+    assert "there is no checkpoint" in refused.output
+    for losses, _ in ranks.run(2, resume, tmp_path / "again", {}):
+        assert losses == pytest.approx(right, rel=1e-6)
+    with pytest.raises(CheckpointError, match="there already"):
+        checkpoint.split(tmp_path / "merged.pt", tmp_path / "again")
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="is not a merged checkpoint"):
+        checkpoint.split(tmp_path / "other.pt", tmp_path / "third")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "c"
+    save(None, path, 1, {})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"classes": 400}, r"\[301, 8\] there, but the loss here expects \[400, 8\] \(class_map"),
+        ({"optimizer": "missing"}, r"no optimizer 'missing', only \['main'\]"),
+        ({"encoder": nn.Linear(3, 2)}, r"has no modules\.encoder\.weight"),
+        ({"class_map": torch.arange(5)}, "one entry for each of the 301 classes"),
+        ({"class_map": torch.arange(CLASSES).flip(0)}, "increasing classes"),
+        ({"class_map": torch.arange(CLASSES) + 1}, r"\[0, 301\)"),
+        ({"path": "nowhere"}, "there is no checkpoint"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_and_changes_nothing(saved, change, message):
+    run = Run(None, classes=change.get("classes", CLASSES))
+    parts = run.parts()
+    if "encoder" in change:
+        parts["modules"]["encoder"] = change["encoder"]
+        parts["optimizers"] = {}
+    if "optimizer" in change:
+        parts["optimizers"] = {change["optimizer"]: run.optimizer}
+    before = [p.detach().clone() for p in (*run.encoder.parameters(), run.loss.weight)]
+    with pytest.raises((CheckpointError, ValueError), match=message):
+        checkpoint.load(
+            saved.parent / change.get("path", "c"), **parts, class_map=change.get("class_map")
+        )
+    after = (*run.encoder.parameters(), run.loss.weight)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def mismatch(group, path):
+    run = Run(group, classes=400)
+    try:
+        checkpoint.load(path, **run.parts())
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_every_rank_says_what_does_not_fit(ranks, saved):
+    for message in ranks.run(3, mismatch, saved):
+        assert "[301, 8] there, but the loss here expects [400, 8]" in message
+
+
+def test_a_checkpoint_is_never_overwritten(saved):
+    with pytest.raises(CheckpointError, match="is there already"):
+        checkpoint.save(saved, **Run(None).parts())
+
+
+def test_the_newest_checkpoint_is_the_one_with_the_largest_step(tmp_path):
+    assert checkpoint.latest(tmp_path / "nowhere") is None
+    for name in ("step-2", "step-10", "step-11.tmp", "step-x", "other"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.latest(tmp_path).name == "step-10"
+
+
+def test_about_a_checkpoint(saved):
+    about = checkpoint.read_about(saved)
+    assert about["extra"] == {"step": 1, "note": "é"}
+    assert about["classes"]["modules.loss.weight"] == {
+        "num_classes": CLASSES, "embedding_size": DIM, "seed": 5,
+    }  # fmt: skip
+    assert json.dumps(about)
+    (saved.parent / "torn").mkdir(exist_ok=True)
+    (saved.parent / "torn" / ".metadata").write_bytes(b"not")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read_about(saved.parent / "torn")

@@ -1,0 +1,573 @@
+"""The training driver: settings, checkpoints, exact resumption, and the report."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import importlib.resources
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from unicom_ext import checkpoint
+from unicom_ext.checkpoint import CheckpointError
+from unicom_ext.data import baselines
+from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.optim import RowAdamW
+from unicom_ext.retrieval import evaluate
+from unicom_ext.train import report
+from unicom_ext.train import run as driver
+from unicom_ext.train.augment import distort
+from unicom_ext.train.config import BASELINES, Config
+from unicom_ext.utils.files import write_atomically
+from unicom_ext.utils.settings import ConfigError, read_toml
+
+TINY = Config(
+    embedding_size=8, width=2, epochs=3, batch_size=16, dims=(4, 8), baselines=(),
+    evaluate_every=1, checkpoint_every=4, sample_rate=0.5, feature_rate=0.5, threads=1,
+)  # fmt: skip
+
+
+def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> Glyphs:
+    """Classes that are blurred random patterns, with noise that differs from image to image."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.random((num_classes, 8, 8))
+    patterns = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, None]
+    noise = rng.random((num_classes, images_per_class, 32, 32))
+    images = (255 * (0.3 * patterns + 0.7 * noise)).astype(np.uint8)
+    return Glyphs(
+        images=images.reshape(-1, 32, 32),
+        labels=np.arange(num_classes).repeat(images_per_class),
+        fonts=np.tile(np.arange(images_per_class), num_classes),
+        codepoints=np.arange(num_classes) + 0x4E00,
+        captions=[f"PATTERN {c}" for c in range(num_classes)],
+        font_names=[f"Face{f}" for f in range(images_per_class)],
+    )
+
+
+DATA = (synthetic(20, seed=1), synthetic(12, seed=2))
+STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
+
+
+def run(output, *, config=TINY, data=DATA, text=None, **options):
+    console = Console(file=text or io.StringIO(), width=120)
+    return driver.train(config, output, data=data, console=console, **options)
+
+
+def saved(output):
+    """All that a run left in its last checkpoint but its timing: tensors, and plain values."""
+    path = checkpoint.latest(output / "checkpoints")
+    checkpoint.merge(path, output / "merged.pt")
+    tensors = torch.load(output / "merged.pt", weights_only=True)
+    (output / "merged.pt").unlink()
+    del tensors["about"]  # the plain values, as bytes
+    about = checkpoint.read_about(path)
+    del about["extra"]["metrics"]["seconds"]
+    return {"tensors": tensors, "about": about}
+
+
+def apart_from_timing(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+def assert_same_bits(a, b, where="checkpoint"):
+    """Trees of dicts, lists, tensors and values are equal, tensors bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same_bits(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_bits(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(output directory, metrics) of an uninterrupted run."""
+    output = tmp_path_factory.mktemp("finished")
+    return output, run(output)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing takes longer than training here."""
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_learns(tmp_path, no_report):
+    """On classes that it trains on; the demo is about classes that it does not."""
+    config = dataclasses.replace(
+        TINY, width=4, epochs=12, evaluate_every=0, feature_rate=1.0, augment=0.0
+    )
+    untrained = driver.Trainer(config, DATA[0]).embed(DATA[0].images)
+    before = driver._evaluate(untrained, DATA[0], [8])[0]["recall"]["1"]
+    metrics = run(tmp_path, config=config, data=(DATA[0], DATA[0]))
+    after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
+    assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
+    assert after > before + 0.5
+
+
+def test_learns_by_rows_that_were_sampled_and_resumes(tmp_path, no_report):
+    config = dataclasses.replace(TINY, width=4, epochs=8, augment=0.0, prototype_update="rows")
+    whole = run(tmp_path / "whole", config=config)
+    assert np.mean(whole["loss"][-7:]) < 0.8 * np.mean(whole["loss"][:7])
+
+    def stop(done):
+        if done == 11:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(driver.Interrupted):
+        run(tmp_path / "parts", config=config, on_step=stop)
+    parts = run(tmp_path / "parts", config=config, resume=True)
+    assert apart_from_timing(parts) == apart_from_timing(whole)
+    assert_same_bits(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+    assert isinstance(driver.Trainer(config, DATA[0]).optimizer, RowAdamW)
+
+
+def test_metrics_file_is_complete(finished):
+    output, metrics = finished
+    assert json.loads((output / "metrics.json").read_text()) == metrics
+    assert metrics["config"] == TINY.to_dict()
+    assert metrics["step"] == metrics["steps"] == len(metrics["loss"]) == STEPS
+    assert [e["epoch"] for e in metrics["evaluations"]] == [1, 2, 3]
+    assert [[r["dim"] for r in e["results"]] for e in metrics["evaluations"]] == [[8], [8], [4, 8]]
+    for result in metrics["evaluations"][-1]["results"]:
+        assert 0 < result["recall"]["1"] <= result["recall"]["5"] <= result["recall"]["10"] <= 1
+        assert 0 < result["map_at_r"] <= 1
+    assert metrics["data"]["train_classes"] == 20
+    assert metrics["data"]["test_images"] == 72
+    assert set(metrics["versions"]) == {"python", "unicom_ext", "torch", "numpy"}
+    assert metrics["seconds"]["training"] > 0
+
+
+def test_config_file_reproduces_the_run(finished, tmp_path, no_report):
+    output, metrics = finished
+    config = Config.from_mapping(read_toml(output / "config.toml"))
+    assert config == TINY
+    again = run(tmp_path, config=config)
+    assert apart_from_timing(again) == apart_from_timing(metrics)
+
+
+def test_seed_decides_the_run(finished, tmp_path, no_report):
+    other = run(tmp_path, config=dataclasses.replace(TINY, seed=1))
+    assert other["loss"] != finished[1]["loss"]
+
+
+def test_does_not_touch_the_global_random_state(tmp_path, no_report):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    run(tmp_path, config=dataclasses.replace(TINY, epochs=1))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert np.array_equal(np.random.rand(3), expected[1])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"),
+    [(16, [16] * 7 + [8]), (17, [17] * 6 + [18]), (20, [20] * 6), (59, [59, 59, 2]), (500, [120])],
+)
+def test_one_epoch_visits_each_image_once(batch_size, sizes):
+    trainer = driver.Trainer(dataclasses.replace(TINY, batch_size=batch_size), DATA[0])
+    trainer.labels = torch.arange(len(DATA[0]))  # which image it is
+    count = trainer.steps_per_epoch
+    epochs = []
+    for epoch in range(2):
+        batches = [trainer._batch(epoch * count + i) for i in range(count)]
+        assert [len(labels) for _, labels in batches] == sizes
+        assert all(len(images) == len(labels) for images, labels in batches)
+        epochs.append(torch.cat([labels for _, labels in batches]).tolist())
+    assert all(sorted(rows) == list(range(120)) for rows in epochs)
+    assert epochs[0] != epochs[1]
+    assert [trainer.images_before(i) for i in range(count + 1)] == [
+        *(i * trainer.batch_size for i in range(count)), 120,
+    ]  # fmt: skip
+
+
+@given(size=st.integers(2, 300), world_size=st.integers(1, 40))
+def test_shares_of_a_batch(size, world_size):
+    parts = [driver.share(size, rank, world_size) for rank in range(world_size)]
+    assert torch.equal(torch.cat([torch.arange(size)[p] for p in parts]), torch.arange(size))
+    sizes = [p.stop - p.start for p in parts]
+    used = [n for n in sizes if n]
+    assert sizes == used + [0] * (world_size - len(used))
+    assert min(used) >= 2
+    assert max(used) - min(used) <= 1
+
+
+def test_schedule_rises_then_falls_to_zero():
+    factors = [driver.schedule(step, 100, 0.1) for step in range(100)]
+    assert factors[:11] == sorted(factors[:11])
+    assert factors[0] > 0
+    assert max(factors) == factors[10] == 1
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[99] < 1e-3
+    assert driver.schedule(0, 100, 0.0) == 1
+
+
+def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
+    images = torch.from_numpy(DATA[0].images[:9, None]).float() / 255
+    first, again, other = (distort(images, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == images.shape
+    assert first.min() >= 0
+    assert first.max() <= 1 + 1e-6
+    assert torch.equal(distort(images, 0.0, np.random.default_rng(3)), images)
+
+
+def test_more_batch_than_images(tmp_path, no_report):
+    metrics = run(tmp_path, config=dataclasses.replace(TINY, batch_size=1000, epochs=2))
+    assert metrics["steps"] == 2
+
+
+def test_baselines_are_evaluated_beside_the_model(tmp_path, no_report):
+    assert list(BASELINES) == list(baselines.BASELINES)
+    names = ("raw pixels", "LDA")
+    metrics = run(tmp_path, config=dataclasses.replace(TINY, baselines=names, epochs=1))
+    assert tuple(metrics["baselines"]) == names
+    train_set, test_set = DATA
+    for name in names:
+        embeddings = baselines.BASELINES[name](
+            train_set.images, train_set.labels, test_set.images, 8
+        )
+        expected = evaluate(embeddings, torch.from_numpy(test_set.labels), dims=[4, 8])
+        found = metrics["baselines"][name]
+        assert [r["dim"] for r in found] == [4, 8]
+        assert [r["recall"]["5"] for r in found] == [r.recall[5] for r in expected]
+
+
+def test_impossible_baselines_are_refused(tmp_path):
+    config = dataclasses.replace(
+        TINY, embedding_size=64, dims=(64,), baselines=("LDA",), feature_rate=1.0
+    )
+    with pytest.raises(ConfigError, match=r"baselines: LDA is not possible here: .* classes"):
+        run(tmp_path, config=config)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+# ---- interruption and resumption -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "number"),
+    [(1, signal.SIGINT), (7, signal.SIGTERM), (10, signal.SIGINT), (STEPS - 1, signal.SIGTERM)],
+)
+def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, number, no_report):
+    def stop(done):
+        if done == step:
+            signal.raise_signal(number)
+
+    handler = signal.getsignal(number)
+    with pytest.raises(driver.Interrupted) as caught:
+        run(tmp_path, on_step=stop)
+    assert caught.value.step == step
+    assert signal.getsignal(number) is handler
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == step
+    metrics = run(tmp_path, resume=True)
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    assert_same_bits(saved(tmp_path), saved(finished[0]))
+
+
+def test_resumed_after_a_crash_is_bit_identical(finished, tmp_path, no_report):
+    """Steps after the last checkpoint are lost, and come again the same."""
+
+    def crash(done):
+        if done in crashes:
+            crashes.remove(done)
+            raise MemoryError
+
+    crashes = {6, 15}
+    with pytest.raises(MemoryError):
+        run(tmp_path, on_step=crash)
+    assert saved(tmp_path)["about"]["extra"]["step"] == 4
+    with pytest.raises(MemoryError):
+        run(tmp_path, resume=True, on_step=crash)
+    metrics = run(tmp_path, resume=True)
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    assert_same_bits(saved(tmp_path), saved(finished[0]))
+
+
+def test_second_signal_is_not_caught(tmp_path):
+    def stop(done):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    # What a terminal gives; a process started in the background may have inherited "ignore".
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, on_step=stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
+    shutil.copy(finished[0] / "config.toml", tmp_path)
+    shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")
+    steps = []
+    metrics = run(tmp_path, resume=True, on_step=steps.append)
+    assert steps == []
+    assert apart_from_timing(metrics) == apart_from_timing(finished[1])
+    assert (tmp_path / "report.html").exists()
+
+
+def test_resume_refuses_another_config(finished):
+    with pytest.raises(CheckpointError, match=r"scale: 8\.0 here, 32\.0 there; epochs: 4"):
+        run(finished[0], config=dataclasses.replace(TINY, epochs=4, scale=8.0), resume=True)
+
+
+def test_resume_refuses_other_data(finished):
+    with pytest.raises(CheckpointError, match="other data"):
+        run(finished[0], data=(DATA[0], synthetic(12, seed=3)), resume=True)
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        run(tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_does_not_overwrite_unasked(finished, tmp_path, no_report):
+    with pytest.raises(CheckpointError, match="there already"):
+        run(finished[0])
+    one_epoch = dataclasses.replace(TINY, epochs=1)
+    run(tmp_path, config=one_epoch)
+    assert run(tmp_path, config=TINY, overwrite=True)["steps"] == STEPS
+
+
+def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
+    text = io.StringIO()
+    run(tmp_path, text=text)
+    lines = text.getvalue().splitlines()
+    assert "\x1b" not in text.getvalue()
+    assert "\r" not in text.getvalue()
+    assert len(lines) < 40
+    assert re.fullmatch(
+        rf"step {STEPS}/{STEPS}  loss \d+\.\d+  [\d,]+ images/s  0:00:00 left", lines[-2].strip()
+    )
+    assert sum("Recall@1" in line for line in lines) == 3
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+# This process only forks: a process that has run threads must not.
+WRITER = """
+import os, random, signal, sys, time, torch
+from pathlib import Path
+from torch import nn
+from unicom_ext import checkpoint
+
+root = Path(sys.argv[1])
+random.seed(0)
+
+def write_on(n):
+    module = nn.Linear(300, 1000)
+    while True:
+        n += 1
+        module.weight.data.fill_(n)
+        checkpoint.save(root / f"step-{n}", modules={"m": module}, extra={"n": n})
+
+def read(n):
+    module = nn.Linear(300, 1000)
+    extra = checkpoint.load(root / f"step-{n}", modules={"m": module})
+    assert extra["n"] == n and (module.weight == n).all()
+
+def fork(function, n):
+    child = os.fork()
+    if child == 0:
+        try:
+            function(n)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), flush=True)
+            os._exit(1)
+    return child
+
+def newest():
+    path = checkpoint.latest(root)
+    return 0 if path is None else int(path.name[5:])
+
+for _ in range(6):
+    n = newest()
+    child = fork(write_on, n)
+    while newest() == n:
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert os.waitpid(fork(read, newest()), 0)[1] == 0
+print("done")
+"""
+
+
+def test_killed_writers_leave_a_whole_checkpoint(tmp_path):
+    killed = subprocess.run(
+        [sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert killed.returncode == 0, killed.stdout + killed.stderr
+    assert killed.stdout == "done\n"
+
+
+@pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
+def test_a_failure_at_any_moment_keeps_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "file"
+    write_atomically(path, lambda file: file.write(b"one"))
+
+    def fail(*arguments):
+        raise OSError("no space left on device")
+
+    def write(file):
+        file.write(b"half a")
+        if moment == "write":
+            fail()
+
+    with monkeypatch.context() as patch:
+        if moment != "write":
+            patch.setattr(os, moment, fail)
+        with pytest.raises(OSError, match="no space left"):
+            write_atomically(path, write)
+    assert path.read_bytes() == b"one"
+    write_atomically(path, lambda file: file.write(b"three"))
+    assert path.read_bytes() == b"three"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (calls.append("fsync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda *p: (calls.append("replace"), replace(*p)))
+    write_atomically(tmp_path / "file", lambda file: file.write(b"1"))
+    assert calls == ["fsync", "replace", "fsync"]
+
+
+def test_checkpoints_of_another_kind_are_refused(tmp_path):
+    other = torch.nn.Linear(2, 2)
+    checkpoint.save(tmp_path / "checkpoints" / "step-1", modules={"m": other})
+    with pytest.raises(CheckpointError, match="is not a checkpoint of this driver"):
+        run(tmp_path, resume=True)
+
+
+# ---- report --------------------------------------------------------------------------------------
+
+
+def test_report_is_complete_and_self_contained(finished):
+    output, metrics = finished
+    page = (output / "report.html").read_text()
+    assert not re.search(r"https?://|//cdn|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) >= 3
+    for source in sources:
+        prefix, data = source.split(",", 1)
+        assert prefix == "data:image/png;base64"
+        image = Image.open(io.BytesIO(base64.b64decode(data)))
+        image.load()
+        assert min(image.size) > 100
+    for result in metrics["evaluations"][-1]["results"]:
+        assert f"{result['recall']['1']:.3f}" in page
+        assert f"{result['map_at_r']:.4f}" in page
+    assert "<td>our model</td>" in page
+    assert "feature_rate" in page
+    assert "{{" not in page
+
+
+def test_neighbours_are_marked_right_and_wrong():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
+    glyphs = dataclasses.replace(DATA[0], labels=np.array([0, 1, 0, 1]))
+    found = report.Neighbours.search(embeddings, glyphs.labels)
+    assert found.index.tolist()[0] == [1, 2, 3]
+    assert found.right.tolist()[0] == [False, True, False]
+    figure = report.grid(glyphs, found, np.array([0]))
+    (axes,) = figure.axes
+    assert [text.get_text()[0] for text in axes.texts] == ["q", "P", "✗", "✓", "✗"]
+    assert axes.texts[1].get_text() == "PATTERN 0\nnearest: PATTERN 1"
+    colours = [patch.get_edgecolor()[:3] for patch in axes.patches]
+    assert colours[1] == colours[3] != colours[2]
+    shown = [255 - image.get_array() for image in axes.images]
+    for row, image in enumerate(shown):
+        assert np.array_equal(image, glyphs.images[row])
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "whole number >= 1"),
+        ("epochs", 2.5, "whole number >= 1"),
+        ("epochs", "3", "whole number >= 1"),
+        ("epochs", True, "whole number >= 1"),
+        ("batch_size", 1, ">= 2"),
+        ("scale", 0.0, "> 0"),
+        ("scale", float("nan"), "finite number > 0"),
+        ("learning_rate", float("inf"), "finite"),
+        ("sample_rate", 1.5, r"\(0, 1\]"),
+        ("feature_rate", 0.0, r"\(0, 1\]"),
+        ("feature_rate", 0.001, "at least 0.0039"),
+        ("test_fraction", 1.0, r"\(0, 1\)"),
+        ("m2", -0.1, ">= 0"),
+        ("warmup", 1.0, r"\[0, 1\)"),
+        ("precision", "fp8", "auto or fp32"),
+        ("dims", [], "increasing"),
+        ("dims", [32, 16], "increasing"),
+        ("dims", [16, 256], "embedding_size, which is 128"),
+        ("baselines", ["pca"], r"raw pixels, HOG, LDA, HOG \+ LDA"),
+        ("seed", -1, "2\\^32"),
+    ],
+)
+def test_bad_settings_name_the_field_the_value_and_what_is_allowed(name, value, allowed):
+    with pytest.raises(ConfigError, match=allowed) as caught:
+        Config.from_mapping({name: value})
+    assert str(caught.value).startswith(f"{name}: got ")
+    assert repr(value) in str(caught.value)
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ConfigError, match="batchsize: no such setting; did you mean batch_size"):
+        Config.from_mapping({"batchsize": 3})
+
+
+def test_config_survives_toml():
+    assert Config.from_mapping(tomllib.loads(TINY.to_toml())) == TINY
+    assert Config.from_mapping(tomllib.loads(Config().to_toml())) == Config()
+    assert Config.from_mapping({"scale": 64, "dims": [8]}) == Config(scale=64.0, dims=(8,))
+
+
+def test_demo_file_is_the_default():
+    demo = importlib.resources.files("unicom_ext.train") / "demo.toml"
+    assert Config.from_mapping(tomllib.loads(demo.read_text())) == Config()
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no\.toml: cannot be read"):
+        read_toml(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        read_toml(tmp_path / "bad.toml")

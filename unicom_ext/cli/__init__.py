@@ -1,0 +1,1 @@
+"""The command line: `unicom-ext`, or `python -m unicom_ext`."""

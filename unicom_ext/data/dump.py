@@ -1,0 +1,84 @@
+"""Image and text features of the glyphs, in the layout of public dumps of CLIP embeddings.
+
+Something real to cluster without a download: the principal components of the pixels, and hashed
+character n-grams of the Unicode names.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unicom_ext.data.baselines import BASELINES
+from unicom_ext.data.glyphs import Glyphs
+
+SHARD_ROWS = 10_000
+NGRAMS = (2, 3, 4)
+BUCKETS = 1 << 14
+
+
+def write_dump(
+    output: Path,
+    glyphs: Glyphs,
+    *,
+    images: str = "raw pixels",
+    dim: int = 128,
+    kept_words: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Write img_emb/, text_emb/ (float16 shards), true_labels.npy and images.npy to `output`.
+
+    images      "raw pixels" or "HOG" (see `unicom_ext.retrieval.baselines`), `dim` components of it
+    kept_words  how much of its character's name the text of an image has: each word stays with
+                this probability, and at least one does. Names are otherwise the same for all images
+                of a class and different between classes, which no captions from the web are.
+    """
+    image = BASELINES[images](glyphs.images, glyphs.labels, glyphs.images, dim)
+    text = name_features(captions(glyphs, kept_words, seed), dim, seed)
+    for kind, features in (("img_emb", image), ("text_emb", text)):
+        (output / kind).mkdir(parents=True, exist_ok=True)
+        for number, rows in enumerate(features.half().split(SHARD_ROWS)):
+            np.save(output / kind / f"{kind}_{number:04d}.npy", rows.numpy())
+    np.save(output / "true_labels.npy", glyphs.labels)
+    np.save(output / "images.npy", glyphs.images)
+
+
+def captions(glyphs: Glyphs, kept_words: float, seed: int) -> list[str]:
+    """The text of each image: some of the words of its character's name."""
+    rng = np.random.default_rng(seed)
+    texts = []
+    for label in glyphs.labels.tolist():
+        words = glyphs.captions[label].split()
+        kept = rng.random(len(words)) < kept_words
+        kept[rng.integers(len(words))] |= not kept.any()
+        texts.append(" ".join(word for word, keep in zip(words, kept, strict=True) if keep))
+    return texts
+
+
+def name_features(texts: list[str], dim: int, seed: int = 0) -> Tensor:
+    """fp32 [n, dim]: counts of character 2- to 4-grams, hashed, weighted by rarity (TF-IDF), and
+    projected on random directions, which keeps cosines up to 1 / sqrt(dim)."""
+    row: list[int] = []
+    bucket: list[int] = []
+    for i, text in enumerate(texts):
+        padded = f" {text} "
+        for n in NGRAMS:
+            for at in range(len(padded) - n + 1):
+                row.append(i)
+                bucket.append(zlib.crc32(padded[at : at + n].encode()) % BUCKETS)
+    key = torch.tensor(row) * BUCKETS + torch.tensor(bucket)
+    key, count = key.unique(return_counts=True)
+    of_text, bucket = key // BUCKETS, key % BUCKETS
+    rarity = (len(texts) / bucket.bincount(minlength=BUCKETS).clamp(min=1)).log()
+    weight = count.sqrt() * rarity[bucket]
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(BUCKETS, dim, generator=generator)
+    # A weighted sum of directions for each text, whose n-grams stand side by side in `key`.
+    first = torch.searchsorted(of_text, torch.arange(len(texts)))
+    summed = F.embedding_bag(bucket, directions, first, mode="sum", per_sample_weights=weight)
+    return F.normalize(summed)

@@ -1,0 +1,168 @@
+"""Argument checks that the function, the module and the reference share.
+
+Nothing here looks at the values inside a tensor, but for `check_finite` and `check_values`: the
+operators do that.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from unicom_ext.loss.margins import CombinedMargin
+
+
+def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
+    """Any kind of whole number, NumPy's too, as an int in [low, high]."""
+    if (low, high) == (-(2**63), 2**63 - 1):
+        allowed = "that fits in int64"
+    else:
+        allowed = f">= {low}" if high == 2**63 - 1 else f"in [{low}, {high}]"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be an integer {allowed}, got {number}")
+    return number
+
+
+def check_options(
+    margin: object,
+    scale: object,
+    interclass_filter: object,
+    margin_grad: object,
+    beyond_pi: object,
+    precision: object,
+    reduction: object,
+    ignore_index: object,
+    workspace_bytes: object,
+) -> None:
+    if not isinstance(margin, CombinedMargin):
+        raise TypeError(f"margin must be a CombinedMargin such as ArcFace(0.3), got {margin!r}")
+    for name, value in (("scale", scale), ("interclass_filter", interclass_filter)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise TypeError(f"{name} must be a number, got {_kind(value)}: {value!r}")
+    for name, value in (("ignore_index", ignore_index), ("workspace_bytes", workspace_bytes)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            lowest = " >= 0" if name == "workspace_bytes" else ""
+            raise TypeError(f"{name} must be an int{lowest}, got {_kind(value)}: {value!r}")
+    if workspace_bytes < 0:
+        raise ValueError(f"workspace_bytes must be an int >= 0, got {workspace_bytes}")
+    if scale is None or not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a finite number > 0, got {scale}")
+    if interclass_filter is not None and not -1 <= interclass_filter <= 1:
+        raise ValueError(
+            f"interclass_filter must be None or a cosine in [-1, 1], got {interclass_filter}"
+        )
+    for name, value, allowed in (
+        ("margin_grad", margin_grad, ("straight_through", "exact")),
+        ("beyond_pi", beyond_pi, ("keep", "linear")),
+        ("precision", precision, ("auto", "fp32", "fp16", "bf16")),
+        ("reduction", reduction, ("mean", "sum", "none")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_dtype(dtype: object) -> None:
+    if dtype is not None and dtype not in _FLOATING:
+        raise TypeError(f"dtype must be None or one of {_FLOATING}, got {dtype!r}")
+
+
+def is_local(value: object) -> bool:
+    """Whether it is a tensor, and no `DTensor` (whose module is slow to import)."""
+    return isinstance(value, Tensor) and not hasattr(value, "placements")
+
+
+def check_tensors(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    margin: CombinedMargin,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    *,
+    min_classes: int = 1,
+) -> None:
+    for name, value in (("embeddings", embeddings), ("labels", labels), ("prototypes", prototypes)):
+        if isinstance(value, Tensor) and not is_local(value):
+            raise TypeError(
+                f"{name} must be this rank's own, got a DTensor: give its to_local() if it is "
+                "sharded by rows like the batch, or else its full_tensor()"
+            )
+    for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be a float32, float64, bfloat16 or float16 tensor, "
+                f"got {_kind(tensor)}"
+            )
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
+    batch, dim = embeddings.shape
+    num_classes = prototypes.shape[0]
+    if prototypes.shape[1] != dim:
+        raise ValueError(
+            f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
+            f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
+        )
+    if num_classes < min_classes or dim < 1:
+        raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be an int32 or int64 tensor, got {_kind(labels)}")
+    for name, tensor in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
+        if isinstance(tensor, Tensor) and (tensor.dim() != 1 or tensor.shape[0] != batch):
+            raise ValueError(f"{name} must have shape [{batch}], got {list(tensor.shape)}")
+    for name, index in (("class_index", class_index), ("feature_index", feature_index)):
+        if index is None:
+            continue
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            raise TypeError(f"{name} must be an int64 tensor, got {_kind(index)}")
+        if index.dim() != 1:
+            raise ValueError(f"{name} must be a vector, got the shape {list(index.shape)}")
+    for name, tensor in (
+        ("labels", labels),
+        ("prototypes", prototypes),
+        ("margin.m2", margin.m2),
+        ("margin.m3", margin.m3),
+        ("class_index", class_index),
+        ("feature_index", feature_index),
+    ):
+        if isinstance(tensor, Tensor) and tensor.device != embeddings.device:
+            raise ValueError(
+                f"{name} must be on {embeddings.device} like the embeddings, got {tensor.device}"
+            )
+
+
+def check_finite(embeddings: Tensor) -> None:
+    finite = embeddings.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(
+            f"embeddings must be finite when check_inputs=True, got NaN or infinity in row {row}"
+        )
+
+
+def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """What only `check_inputs` looks at; waits for the device."""
+    check_finite(embeddings)
+    bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), got "
+            f"{int(labels[position])} at position {position}"
+        )
+
+
+def _kind(value: object) -> str:
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,209 @@
+"""The partial margin softmax in plain PyTorch: what the fused operator is tested against.
+
+It is written to be read and to be right, not to be quick: it holds the whole B x |S| matrix of
+cosines and leaves the gradient to autograd. It shares no code with the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unicom_ext.loss import checks
+from unicom_ext.loss.margins import CombinedMargin
+
+
+class Metrics(NamedTuple):
+    """Per-sample figures of one call, without gradient; B samples, ignored ones included."""
+
+    loss: Tensor  # [B], 0 where ignored
+    target_cosine: Tensor  # [B], before the margin, 0 where ignored
+    largest_negative: Tensor  # [B], largest cosine of another class in S, before the filter
+    top1: Tensor  # [B] bool, target_cosine >= largest_negative, False where ignored
+
+
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    interclass_filter: float | None = None,
+    margin_grad: str = "straight_through",
+    beyond_pi: str = "keep",
+    precision: str = "auto",
+    sparse_grad: bool = False,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    process_group: object | None = None,
+    grad_average: bool = True,
+    check_inputs: bool = False,
+    return_metrics: bool = False,
+    workspace_bytes: int = 0,
+) -> Tensor | tuple[Tensor, Metrics]:
+    """Softmax cross entropy over margin cosines, on some of the classes and feature dimensions.
+
+    Let S be the classes of ``class_index`` and G the dimensions of ``feature_index``, x_i and w_j
+    the unit vectors of embedding i and prototype j cut to G, c_ij = x_i . w_j and s the scale::
+
+        loss_i = log(sum over j in S of exp z_ij) - z_iy
+        z_ij = s * c_ij  for j != y_i,    z_iy = s * psi(c_iy)  with psi the margin
+
+    embeddings: [B, d].  labels: [B] int32 or int64, global class ids or ``ignore_index``.
+    prototypes: [C, d].  class_index, feature_index: sorted unique int64 ids, or None for all;
+    class_index holds every label.  The other arguments and the result are those of
+    `unicom_ext.functional.partial_margin_softmax`.
+
+    The arithmetic is done in the promoted dtype of embeddings and prototypes, float32 at least
+    (float64 makes an oracle), and the loss has that dtype. ``precision``, ``grad_average``,
+    ``workspace_bytes`` and autocast change nothing here.
+
+    Corners: a zero row has unit vector 0 and gradient 0. Without another class in S, loss and
+    gradient are 0. Ignored samples have loss 0 and gradient 0, whatever their rows hold, and
+    ``reduction="mean"`` is over the others (0 if there are none).
+
+    Raises TypeError or ValueError for bad input, NotImplementedError for a process group.
+    """
+    if process_group is not None:
+        raise NotImplementedError("process_group must be None: the reference runs in one process")
+    checks.check_options(
+        margin,
+        scale,
+        interclass_filter,
+        margin_grad,
+        beyond_pi,
+        precision,
+        reduction,
+        ignore_index,
+        workspace_bytes,
+    )
+    checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
+    if check_inputs:
+        checks.check_finite(embeddings)
+    _check_values(labels, len(prototypes), class_index, ignore_index)
+    if feature_index is not None:
+        _check_index("feature_index", feature_index, embeddings.shape[1])
+        if len(feature_index) == 0:
+            raise ValueError("feature_index must hold at least one dimension, got none")
+
+    # [B']: what an ignored row holds, NaN included, must not reach the others.
+    kept = labels != ignore_index
+    dtype = torch.promote_types(embeddings.dtype, prototypes.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    if class_index is None:
+        class_index = torch.arange(len(prototypes), device=prototypes.device)
+
+    with torch.autocast(embeddings.device.type, enabled=False):
+        x = embeddings[kept].to(dtype)  # [B', d]
+        w = F.embedding(class_index, prototypes, sparse=sparse_grad).to(dtype)  # [|S|, d]
+        if feature_index is not None:
+            x, w = x[:, feature_index], w[:, feature_index]
+        cosine = _unit(x) @ _unit(w).T  # [B', |S|]
+
+        is_target = class_index == labels[kept, None]  # [B', |S|], one True per row
+        target_cosine = cosine[is_target]  # [B']
+        m2, m3 = (_per_sample(m, kept, target_cosine) for m in (margin.m2, margin.m3))
+        psi = _margin(target_cosine, margin.m1, m2, m3, margin_grad, beyond_pi)
+        target_logit = scale * psi
+
+        if len(class_index) > 1:
+            negative = cosine.masked_fill(is_target, -math.inf)
+            largest_negative = negative.detach().amax(dim=1)
+            if interclass_filter is not None:
+                negative = torch.where(negative > interclass_filter, 0.0, negative)
+            log_negatives = torch.logsumexp(scale * negative, dim=1)
+        else:
+            largest_negative = log_negatives = torch.full_like(target_cosine, -math.inf)
+
+        # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0 altogether.
+        # Above the threshold softplus(t) is t; at 40 that is exact in float64 too.
+        kept_loss = F.softplus(log_negatives - target_logit, threshold=40)
+
+    loss = _spread(kept_loss, kept, 0.0)
+    result = {
+        "none": loss,
+        "sum": loss.sum(),
+        "mean": loss.sum() / kept.sum().clamp(min=1),
+    }[reduction]
+    if not return_metrics:
+        return result
+    target_cosine = target_cosine.detach()
+    return result, Metrics(
+        loss=loss.detach(),
+        target_cosine=_spread(target_cosine, kept, 0.0),
+        largest_negative=_spread(largest_negative, kept, -math.inf),
+        top1=_spread(target_cosine >= largest_negative, kept, False),
+    )
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows [n, d] divided by their length; zero rows stay zero and get the gradient 0."""
+    # The direction does not depend on the length, so neither value nor gradient change when rows
+    # are first divided by a constant; squares then neither overflow nor vanish.
+    largest = rows.detach().abs().amax(dim=1, keepdim=True)
+    is_zero = largest == 0
+    rows = rows / largest.masked_fill(is_zero, 1.0)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return torch.where(is_zero, 0.0, rows / length.masked_fill(is_zero, 1.0))
+
+
+def _margin(
+    cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, margin_grad: str, beyond_pi: str
+) -> Tensor:
+    """psi(cosine) [B'], with the chosen derivative."""
+    c = cosine.detach().clamp(-1, 1)
+    theta = torch.arccos(c)
+    psi = torch.cos(m1 * theta + m2) - m3
+    slope = m1 * torch.sin(m1 * theta + m2) / torch.sin(theta).clamp(min=1e-6)
+    if beyond_pi == "linear":
+        # Past the angle where the argument of the cosine reaches pi, psi goes on with slope 1. The
+        # drop makes it at least as low as psi at that angle, and is m2 * sin(m2) when m1 is 1.
+        last = ((math.pi - m2) / m1).clamp(0, math.pi)
+        drop = torch.maximum((math.pi - last) * torch.sin(last), 1 + torch.cos(last))
+        psi = torch.where(theta > last, c - drop - m3, psi)
+        slope = torch.where(theta > last, 1.0, slope)
+    if margin_grad == "straight_through":
+        slope = torch.ones_like(slope)
+    # The difference is 0; it is there for its gradient.
+    return psi + slope * (cosine - cosine.detach())
+
+
+def _per_sample(m: float | Tensor, kept: Tensor, like: Tensor) -> Tensor:
+    """m2 or m3 for the kept samples, [B'] or a scalar tensor, of the arithmetic's dtype."""
+    return m.detach()[kept].to(like) if isinstance(m, Tensor) else like.new_tensor(m)
+
+
+def _spread(values: Tensor, kept: Tensor, fill: float | bool) -> Tensor:
+    """Per-sample values [B'] at their places among all samples [B]."""
+    return values.new_full(kept.shape, fill).masked_scatter(kept, values)
+
+
+def _check_values(
+    labels: Tensor, num_classes: int, class_index: Tensor | None, ignore_index: int
+) -> None:
+    kept = labels != ignore_index
+    outside = kept & ((labels < 0) | (labels >= num_classes))
+    _check_labels(labels, outside, f"in [0, {num_classes}) or ignore_index ({ignore_index})")
+    if class_index is not None:
+        _check_index("class_index", class_index, num_classes)
+        _check_labels(labels, kept & ~torch.isin(labels, class_index), "in class_index")
+
+
+def _check_labels(labels: Tensor, bad: Tensor, allowed: str) -> None:
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels must be {allowed}, got {int(labels[position])} at position {position}"
+        )
+
+
+def _check_index(name: str, index: Tensor, stop: int) -> None:
+    if ((index < 0) | (index >= stop)).any() or (index[1:] <= index[:-1]).any():
+        raise ValueError(f"{name} must hold sorted unique ids in [0, {stop}), got {index.tolist()}")

@@ -1,0 +1,151 @@
+"""The batch of all ranks: what they tell each other before a step, and the gathering of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unicom_ext import _core
+from unicom_ext.distributed.failures import agree, check_same
+from unicom_ext.distributed.shard import ClassShard
+from unicom_ext.loss import checks
+from unicom_ext.loss.margins import CombinedMargin
+from unicom_ext.loss.sharded.volume import HEADER
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@torch.compiler.disable(
+    reason="with uneven batches ranks exchange sizes, which no graph can hold: with equal batches "
+    "give the loss uneven_batches=False to compile it whole"
+)
+def exchange_sizes(
+    shard: ClassShard,
+    embeddings: Tensor,
+    labels: Tensor,
+    margin: CombinedMargin,
+    device: torch.device,
+    ignore_index: int,
+    check: Callable[[], Tensor | None],
+) -> tuple[Tensor | None, int, bool]:
+    """The step, the largest batch of a rank, and whether any needs its embeddings' gradient.
+
+    check: looks at this rank's arguments and raises if they are wrong; then all ranks raise.
+        Returns the step of the selections, which must be the same on every rank, or None.
+    """
+    failure = step = None
+    header = torch.zeros(HEADER, dtype=torch.int64)
+    try:
+        step = check()
+        _check_labels(labels, shard.num_classes, ignore_index)
+        kinds = [isinstance(m, Tensor) for m in (margin.m2, margin.m3)]
+        header[1] = len(embeddings)
+        header[2] = _DTYPES.index(embeddings.dtype)
+        header[3] = kinds[0] + 2 * kinds[1]
+        header[4] = embeddings.requires_grad
+        header[5] = shard.num_classes
+    except Exception as error:
+        failure = error
+        header[0] = 1
+    header = header.to(device)
+    if step is not None:
+        header[6] = step
+    reports = shard.gather(header).view(shard.world_size, -1).tolist()  # the host waits here
+    if any(failed for failed, *_ in reports):
+        agree({}, failure, shard.group)
+    _, sizes, dtypes, kinds, grads, classes, steps = zip(*reports, strict=True)
+    margins = ("numbers", "m2 per sample", "m3 per sample", "m2 and m3 per sample")
+    check_same("num_classes", list(classes))
+    check_same("embeddings.dtype", [_DTYPES[d] for d in dtypes])
+    check_same("margin", [margins[k] for k in kinds])
+    check_same("step", list(steps))
+    return step, max(sizes), any(grads)
+
+
+def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
+    """ValueError for a label that no rank owns, where looking does not wait for a device."""
+    if labels.device.type != "cpu":
+        return
+    values = labels.detach().contiguous().numpy()
+    bad = _core.find_bad_label(values, num_classes, ignore_index)
+    if bad >= 0:
+        raise ValueError(
+            f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), "
+            f"got {values[bad]} at position {bad}"
+        )
+
+
+def stand_in(
+    embeddings: object,
+    labels: object,
+    margin: object,
+    prototypes: Tensor,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, CombinedMargin, bool] | None:
+    """Ignored samples for a rank whose arguments are wrong, of the size that the others expect, and
+    whether the gradient of their embeddings is wanted.
+
+    All this is what the arguments say as far as it can be told; None if there are no samples.
+    Autograd reaches the embeddings that were given, with zeros.
+    """
+    sizes = [len(t) for t in (embeddings, labels) if checks.is_local(t) and t.dim() > 0]
+    if not sizes:
+        return None
+    size, device = sizes[0], prototypes.device
+    usable = checks.is_local(embeddings) and embeddings.dtype in _DTYPES
+    dtype = embeddings.dtype if usable else prototypes.dtype
+    x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
+    if usable:
+        x = x + embeddings.flatten()[:0].sum().to(device)
+    y = torch.full((size,), ignore_index, device=device)
+    m2, m3 = (
+        torch.zeros(size, device=device) if isinstance(getattr(margin, name, None), Tensor) else 0.0
+        for name in ("m2", "m3")
+    )
+    return x, y, CombinedMargin(1.0, m2, m3), x.requires_grad or not usable
+
+
+class GlobalBatch(NamedTuple):
+    """The ranks' batches one after the other, each filled up to the largest with ignored samples.
+
+    B = world_size * size.
+    """
+
+    embeddings: Tensor  # [B, d], to be read only after `arrival.wait()`
+    arrival: dist.Work
+    labels: Tensor  # [B] int64
+    m2: Tensor | None  # [B] float64, where the margin is per sample
+    m3: Tensor | None
+
+
+def gather_batch(
+    shard: ClassShard,
+    embeddings: Tensor,
+    labels: Tensor,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    size: int,
+    ignore_index: int,
+) -> GlobalBatch:
+    """The global batch on every rank.  size: samples of the largest batch of a rank."""
+    missing = size - len(embeddings)
+    # One message for labels and per-sample margins: whole numbers and the bits of float64.
+    columns = [labels.to(torch.int64)]
+    columns += [m.to(torch.float64).view(torch.int64) for m in (m2, m3) if m is not None]
+    rows = torch.stack(columns, dim=1)
+    if missing:
+        padding = rows.new_zeros(missing, rows.shape[1])
+        padding[:, 0] = ignore_index
+        rows = torch.cat([rows, padding])
+        embeddings = torch.cat([embeddings, embeddings.new_zeros(missing, embeddings.shape[1])])
+    rows, rows_arrival = shard.gather(rows, wait=False)
+    x, arrival = shard.gather(embeddings, wait=False)  # on its way while classes are selected
+    rows_arrival.wait()
+    columns = [column.contiguous() for column in rows.unbind(dim=1)]
+    values = iter([column.view(torch.float64) for column in columns[1:]])
+    m2, m3 = (None if m is None else next(values) for m in (m2, m3))
+    return GlobalBatch(x, arrival, columns[0], m2, m3)

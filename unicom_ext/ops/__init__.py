@@ -1,0 +1,1 @@
+"""The compiled operators: loading, autograd and shapes, and the row-sparse gradients they make."""
