@@ -22,6 +22,9 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     threshold = math.inf if threshold is None else threshold
     classes, features = options.get("class_index"), options.get("feature_index")
     total = num_classes if classes is None else len(classes)
+    reals = [margin.m1, margin.m2, margin.m3, scale, threshold]
+    exact, linear = options.get("margin_grad") == "exact", options.get("beyond_pi") == "linear"
+    codes = [exact, linear, precision, 1, workspace_bytes, False]
     shards, saved = [], []
     for start, stop in pairwise(borders):
         mine = None
@@ -37,9 +40,7 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
             None,
             features,
         )
-        *sums, packed, kept = ops.loss_sums(
-            *arguments, scale, threshold, total, precision, workspace_bytes
-        )
+        *sums, packed, kept = ops.loss_sums(*arguments, total, reals, codes)
         shards.append(sums)
         saved.append((arguments, packed, kept))
     exponent = torch.stack([e for _, e, _, _ in shards]).amax(0)
@@ -49,15 +50,13 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     inverse_norm = shards[0][3]
     slot = torch.where(problem.labels == -100, -1, -2)
     sample_loss, state = ops.loss_merge(
-        torch.stack(columns).sum(0), exponent, inverse_norm, slot, None, None,
-        margin.m1, margin.m2, margin.m3, scale,
-        options.get("margin_grad") == "exact", options.get("beyond_pi") == "linear",
-    )  # fmt: skip
+        torch.stack(columns).sum(0), exponent, inverse_norm, slot, None, None, reals, codes
+    )
     grad_embeddings, grad_prototypes = 0.0, []
     for arguments, packed, kept in saved:
         dx, dw = ops.loss_backward(
-            torch.ones((), dtype=torch.float32), *arguments, state, packed, kept, scale, threshold,
-            precision, 1, workspace_bytes, True, True, False,
+            torch.ones((), dtype=torch.float32), *arguments, state, packed, kept, reals, codes,
+            True, True, False,
         )  # fmt: skip
         grad_embeddings = grad_embeddings + dx
         grad_prototypes.append(dw)
@@ -89,16 +88,14 @@ def test_a_shard_without_classes_contributes_nothing():
     problem = random_problem(5, 9, 4)
     slot = torch.full((5,), -2)
     arguments = (problem.embeddings, slot, problem.prototypes[:0], None, None, None)
-    sums, exponent, largest, _, packed, kept = ops.loss_sums(
-        *arguments, 64.0, math.inf, 9, 0, 1 << 20
-    )
+    reals, codes = [1.0, 0.3, 0.0, 64.0, math.inf], [False, False, 0, 1, 1 << 20, False]
+    sums, exponent, largest, _, packed, kept = ops.loss_sums(*arguments, 9, reals, codes)
     assert (sums == 0).all()
     assert (largest == -math.inf).all()
     assert exponent.isfinite().all()
     state = torch.zeros(5, 6, dtype=torch.float64)
     dx, dw = ops.loss_backward(
-        torch.ones(()), *arguments, state, packed, kept, 64.0, math.inf, 0, 1, 1 << 20,
-        True, True, False,
+        torch.ones(()), *arguments, state, packed, kept, reals, codes, True, True, False
     )  # fmt: skip
     assert dx.shape == problem.embeddings.shape
     assert (dx == 0).all()
@@ -110,8 +107,9 @@ def test_shards_need_the_bound_of_all():
     slot = ops.label_slots(problem.labels, None, 9, -100, 0, 9)
     with pytest.raises(ValueError, match=r"total_sampled must be at least 9, .* got 8"):
         ops.loss_sums(
-            problem.embeddings, slot, problem.prototypes, None, None, None, 64.0, math.inf, 8, 0, 0
-        )
+            problem.embeddings, slot, problem.prototypes, None, None, None, 8,
+            [1.0, 0.3, 0.0, 64.0, math.inf], [0, 0, 0, 1, 0, 0],
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("borders", [[0, 300, 1000], [0, 256, 511, 1000]], ids=str)

@@ -277,8 +277,9 @@ def loss_arguments(
     slot = ops.label_slots(problem.labels, classes, len(w), -100, 0, len(w))
     features = problem.options.get("feature_index")
     return (
-        *(x, slot, w, classes, None, features, None, None, 1.0, 0.3, 0.1, 64.0, float("inf")),
-        *(False, False, 0, reduction, workspace_bytes, sparse),
+        *(x, slot, w, classes, None, features, None, None),
+        [1.0, 0.3, 0.1, 64.0, float("inf")],
+        [False, False, 0, reduction, workspace_bytes, sparse],
     )
 
 
@@ -300,28 +301,25 @@ def test_opcheck_of_the_backward_operator():
     x, slot, w, classes, count, features = (
         a.detach() if torch.is_tensor(a) else a for a in arguments[:6]
     )
-    scale, filter, _exact, _linear, *options = arguments[11:-1]
+    reals, codes = arguments[8:]
     for compact in (False, True):
         opcheck(
             ops.loss_backward,
             (
                 *(torch.ones(()), x, slot, w, classes, count, features, state, packed, kept),
-                *(scale, filter, *options, True, True, compact),
+                *(reals, codes, True, True, compact),
             ),
         )
 
 
 def test_opcheck_of_the_operators_between_collectives():
     problem = random_problem(7, 11, 6, sampled=9, features=5)
-    x, slot, w, classes, count, features, *_ = loss_arguments(problem)
+    x, slot, w, classes, count, features, _, _, reals, codes = loss_arguments(problem)
     tensors = (x.detach(), slot, w.detach(), classes, count, features)
-    arguments = (*tensors, 64.0, float("inf"), 20, 0, 1 << 20)
+    arguments = (*tensors, 20, reals, codes)
     opcheck(ops.loss_sums, arguments)
     sums, exponent, _largest, inverse_norm, *_ = ops.loss_sums(*arguments)
-    opcheck(
-        ops.loss_merge,
-        (sums, exponent, inverse_norm, slot, None, None, 1.0, 0.3, 0.1, 64.0, False, True),
-    )
+    opcheck(ops.loss_merge, (sums, exponent, inverse_norm, slot, None, None, reals, codes))
 
 
 def test_opcheck_of_the_selections():

@@ -241,17 +241,21 @@ def call_loss(
         feature_index,
         _per_sample(m2),
         _per_sample(m3),
-        margin.m1,
-        0.0 if isinstance(m2, Tensor) else float(m2),
-        0.0 if isinstance(m3, Tensor) else float(m3),
-        float(scale),
-        math.inf if interclass_filter is None else float(interclass_filter),
-        margin_grad == "exact",
-        beyond_pi == "linear",
-        _PRECISION[_resolve_precision(precision, embeddings.device.type)],
-        _REDUCTION[reduction],
-        workspace_bytes if wants_grad else 0,
-        sparse_grad,
+        [
+            margin.m1,
+            0.0 if isinstance(m2, Tensor) else float(m2),
+            0.0 if isinstance(m3, Tensor) else float(m3),
+            float(scale),
+            math.inf if interclass_filter is None else float(interclass_filter),
+        ],
+        [
+            margin_grad == "exact",
+            beyond_pi == "linear",
+            _PRECISION[_resolve_precision(precision, embeddings.device.type)],
+            _REDUCTION[reduction],
+            workspace_bytes if wants_grad else 0,
+            sparse_grad,
+        ],
     )
     target_cosine, largest_negative = target_cosine.detach(), largest_negative.detach()
     top1 = (slot >= 0) & (target_cosine >= largest_negative)
@@ -276,11 +280,9 @@ def _resolve_precision(precision: str, device_type: str) -> str:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    # The margin is in the state: backward needs neither m1, m2, m3 nor how their gradient is taken.
-    scale, filter, _exact, _linear, precision, reduction, workspace_bytes, sparse = inputs[11:]
     ctx.save_for_backward(*inputs[:6], *output[4:])  # and state, packed, kept
-    ctx.options = scale, filter, precision, reduction, workspace_bytes
-    ctx.sparse = sparse
+    ctx.options = inputs[8:]  # reals, codes
+    ctx.sparse = bool(inputs[9][-1])
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
 
@@ -407,8 +409,9 @@ def _(labels, class_index, num_classes, ignore_index, start, stop):
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
-def _saved_sizes(embeddings, prototypes, class_index, feature_index, precision, workspace_bytes):
+def _saved_sizes(embeddings, prototypes, class_index, feature_index, codes):
     """Bytes of `packed` and `kept`."""
+    _, _, precision, _, workspace_bytes, _ = codes
     batch, dim = embeddings.shape
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
     device_type = embeddings.device.type
@@ -425,15 +428,12 @@ def _saved_sizes(embeddings, prototypes, class_index, feature_index, precision, 
 
 
 @torch.library.register_fake("unicom_ext::loss")
-def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m1, m2_value,
-      m3_value, scale, filter, exact_margin_grad, linear_beyond_pi, precision, reduction,
-      workspace_bytes, sparse_grad):  # fmt: skip
+def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, reals, codes):
     batch = embeddings.shape[0]
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
     real = torch.float64 if double else torch.float32
-    packed, kept = _saved_sizes(
-        embeddings, prototypes, class_index, feature_index, precision, workspace_bytes
-    )
+    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, codes)
+    _, _, _, reduction, _, _ = codes
     new = embeddings.new_empty
     return (
         new((batch,) if reduction == _REDUCTION["none"] else (), dtype=real),
@@ -447,12 +447,9 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, m
 
 
 @torch.library.register_fake("unicom_ext::loss_sums")
-def _(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-      total_sampled, precision, workspace_bytes):  # fmt: skip
+def _(embeddings, slot, prototypes, class_index, count, feature_index, total_sampled, reals, codes):
     batch = embeddings.shape[0]
-    packed, kept = _saved_sizes(
-        embeddings, prototypes, class_index, feature_index, precision, workspace_bytes
-    )
+    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, codes)
     new = embeddings.new_empty
     return (
         new((batch, 2), dtype=torch.float64),
@@ -463,16 +460,14 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, scale, fi
 
 
 @torch.library.register_fake("unicom_ext::loss_merge")
-def _(sums, exponent, inverse_norm, slot, m2, m3, m1, m2_value, m3_value, scale, exact_margin_grad,
-      linear_beyond_pi):  # fmt: skip
+def _(sums, exponent, inverse_norm, slot, m2, m3, reals, codes):
     batch = slot.shape[0]
     return sums.new_empty((batch,)), sums.new_empty((batch, 6))
 
 
 @torch.library.register_fake("unicom_ext::loss_backward")
 def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, state, packed,
-      kept, scale, filter, precision, reduction, workspace_bytes, want_embeddings,
-      want_prototypes, compact):  # fmt: skip
+      kept, reals, codes, want_embeddings, want_prototypes, compact):  # fmt: skip
     num_rows = class_index.shape[0] if compact else prototypes.shape[0]
     dim = embeddings.shape[1]
     return (

@@ -4,8 +4,8 @@
 
 #include "../../cpu/host/loss.h"
 #include "../ops/options.h"
-#include "row_updates.h"
 #include "../ops/schemas.h"
+#include "row_updates.h"
 
 namespace unicom {
 namespace {
@@ -17,24 +17,22 @@ struct Call {
   std::vector<uint16_t> column_bits;
   Problem problem;
   bool is_double;
-  Precision precision;
+  Options options;
 
   Call(const Tensor& embeddings_in, const Tensor& slot_in, const Tensor& prototypes_in,
        const std::optional<Tensor>& class_index_in, const std::optional<Tensor>& count,
-       const std::optional<Tensor>& feature_index_in, double scale, double filter,
-       int64_t precision_in, int64_t workspace_bytes)
+       const std::optional<Tensor>& feature_index_in, const Options& options_in)
       : embeddings(rows(embeddings_in, "embeddings")),
         prototypes(rows(prototypes_in, "prototypes")),
         slot(torch::stable::contiguous(slot_in)),
         class_index(class_index_in),
         feature_index(feature_index_in),
-        precision(static_cast<Precision>(precision_in)) {
+        options(options_in) {
     const int64_t batch = embeddings.size(0), dim = embeddings.size(1);
     const int64_t num_classes = prototypes.size(0);
     check(prototypes.size(1) == dim, "prototypes must be [C, ", dim, "] like the embeddings, got [",
           num_classes, ", ", prototypes.size(1), "]");
     check_vector(slot, "slot", batch, ScalarType::Long);
-    check_options(scale, precision_in, workspace_bytes);
 
     problem.sampled = num_classes;
     problem.class_index = nullptr;
@@ -90,16 +88,18 @@ struct Call {
                 problem.prototypes.dtype == cpu::DType::kFloat64;
     problem.batch = batch;
     problem.slot = slots;
-    problem.scale = scale;
-    problem.filter = filter;
+    problem.scale = options.scale;
+    problem.filter = options.filter;
     problem.total_sampled = problem.sampled;
     problem.rounding =
-        precision == Precision::kFp16 ? cpu::Rounding::kFloat16 : cpu::Rounding::kNone;
+        options.precision == Precision::kFp16 ? cpu::Rounding::kFloat16 : cpu::Rounding::kNone;
     if (is_double) problem.rounding = cpu::Rounding::kNone;
-    problem.kept_panels = kept_panels(bound(), batch, real_bytes(), workspace_bytes);
+    problem.kept_panels = kept_panels(bound(), batch, real_bytes(), options.workspace_bytes);
   }
 
-  int64_t bytes_per_value() const { return is_double ? 8 : precision == Precision::kBf16 ? 2 : 4; }
+  int64_t bytes_per_value() const {
+    return is_double ? 8 : options.precision == Precision::kBf16 ? 2 : 4;
+  }
   int64_t real_bytes() const { return is_double ? 8 : 4; }
   // Sizes follow from the bound of the selection, not from its count, so that shapes are static.
   int64_t bound() const { return class_index ? class_index->numel() : prototypes.size(0); }
@@ -113,7 +113,7 @@ struct Call {
   void with_unit(const F& f) const {
     if (is_double)
       f(double{});
-    else if (precision == Precision::kBf16)
+    else if (options.precision == Precision::kBf16)
       f(cpu::BfPair{});
     else
       f(float{});
@@ -157,10 +157,9 @@ SampleState* state_data(Tensor& state) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
     Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
-    std::optional<Tensor> count, std::optional<Tensor> feature_index, double scale, double filter,
-    int64_t total_sampled, int64_t precision, int64_t workspace_bytes) {
-  Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-            precision, workspace_bytes);
+    std::optional<Tensor> count, std::optional<Tensor> feature_index, int64_t total_sampled,
+    std::vector<double> reals, std::vector<int64_t> codes) {
+  Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   check(total_sampled >= call.problem.sampled, "total_sampled must be at least ",
         call.problem.sampled, ", the classes of this shard, got ", total_sampled);
   call.problem.total_sampled = total_sampled;
@@ -181,15 +180,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
 
 std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor inverse_norm,
                                          Tensor slot, std::optional<Tensor> m2,
-                                         std::optional<Tensor> m3, double m1, double m2_value,
-                                         double m3_value, double scale, bool exact_margin_grad,
-                                         bool linear_beyond_pi) {
+                                         std::optional<Tensor> m3, std::vector<double> reals,
+                                         std::vector<int64_t> codes) {
   const int64_t batch = prepare_merge(sums, exponent, inverse_norm, slot);
-  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
+  const Options options(reals, codes);
+  const MarginOptions margin = options.margin_of(m2, m3, batch);
   Tensor loss = empty_like_device(sums, {batch}, ScalarType::Double);
   Tensor state = empty_like_device(sums, {batch, kSampleStateSize}, ScalarType::Double);
   double* pairs = sums.mutable_data_ptr<double>();  // only read
-  merge(margins.options, scale, batch, index_data(slot),
+  merge(margin, options.scale, batch, index_data(slot),
         {pairs, exponent.mutable_data_ptr<double>(), pairs + 1, nullptr,
          inverse_norm.mutable_data_ptr<double>(), 2, nullptr, nullptr},
         loss.mutable_data_ptr<double>(), state_data(state));
@@ -199,15 +198,11 @@ std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor in
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
     Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
     std::optional<Tensor> count, std::optional<Tensor> feature_index, std::optional<Tensor> m2,
-    std::optional<Tensor> m3, double m1, double m2_value, double m3_value, double scale,
-    double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
-    int64_t reduction_in, int64_t workspace_bytes,
-    bool /* sparse_grad, which only backward heeds */) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+    std::optional<Tensor> m3, std::vector<double> reals, std::vector<int64_t> codes) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   const int64_t batch = call.problem.batch;
-  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
-  const auto reduction = static_cast<Reduction>(reduction_in);
+  const MarginOptions margin = call.options.margin_of(m2, m3, batch);
+  const auto reduction = call.options.reduction;
   const ScalarType real = call.is_double ? ScalarType::Double : ScalarType::Float;
   Buffer<double> sample(6 * batch);
   Tensor state = empty_like_device(embeddings, {batch, kSampleStateSize}, ScalarType::Double);
@@ -224,8 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
                        packed.mutable_data_ptr(),
                        kept.mutable_data_ptr()};
   run_forward(call, sums);
-  merge(margins.options, call.problem.scale, batch, call.problem.slot, sums, sample_loss,
-        state_data(state));
+  merge(margin, call.problem.scale, batch, call.problem.slot, sums, sample_loss, state_data(state));
 
   auto vector_of = [&](const double* from) {
     Tensor out = empty_like_device(embeddings, {batch}, real);
@@ -257,10 +251,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
 // Backward of one call. With `update` the prototypes are updated at once, and have no gradient.
 std::tuple<Tensor, Tensor> run_backward(const Call& call, Tensor grad_loss, const Tensor& state,
                                         const Tensor& packed, const Tensor& kept,
-                                        Reduction reduction, bool want_embeddings,
-                                        bool want_prototypes, bool compact,
+                                        bool want_embeddings, bool want_prototypes, bool compact,
                                         const RowUpdate* update) {
   const Problem& p = call.problem;
+  const Reduction reduction = call.options.reduction;
   check(packed.numel() == call.packed_size() && kept.numel() == call.kept_size() &&
             state.numel() == p.batch * kSampleStateSize,
         "state, packed and kept must come from the forward call with the same arguments");
@@ -321,52 +315,45 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
                                             Tensor prototypes, std::optional<Tensor> class_index,
                                             std::optional<Tensor> count,
                                             std::optional<Tensor> feature_index, Tensor state,
-                                            Tensor packed, Tensor kept, double scale, double filter,
-                                            int64_t precision, int64_t reduction,
-                                            int64_t workspace_bytes, bool want_embeddings,
+                                            Tensor packed, Tensor kept, std::vector<double> reals,
+                                            std::vector<int64_t> codes, bool want_embeddings,
                                             bool want_prototypes, bool compact) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
-  return run_backward(call, grad_loss, state, packed, kept, static_cast<Reduction>(reduction),
-                      want_embeddings, want_prototypes, compact, nullptr);
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
+  return run_backward(call, grad_loss, state, packed, kept, want_embeddings, want_prototypes,
+                      compact, nullptr);
 }
 
 Tensor loss_backward_adamw_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
                               std::optional<Tensor> class_index, std::optional<Tensor> count,
                               std::optional<Tensor> feature_index, Tensor state, Tensor packed,
-                              Tensor kept, double scale, double filter, int64_t precision,
-                              int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
-                              Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step, Tensor log_decay,
-                              double total_log_decay, double lr, double beta1, double beta2,
-                              double eps, bool maximize) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+                              Tensor kept, std::vector<double> reals, std::vector<int64_t> codes,
+                              bool want_embeddings, Tensor exp_avg, Tensor exp_avg_sq,
+                              Tensor row_step, Tensor log_decay, double total_log_decay, double lr,
+                              double beta1, double beta2, double eps, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   const RowAdamW update = row_adamw(prototypes, exp_avg, exp_avg_sq, row_step, log_decay,
                                     total_log_decay, {lr, beta1, beta2, eps, maximize});
-  return std::get<0>(run_backward(call, grad_loss, state, packed, kept,
-                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
-                                  &update));
+  return std::get<0>(
+      run_backward(call, grad_loss, state, packed, kept, want_embeddings, false, false, &update));
 }
 
 Tensor loss_backward_sgd_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
                             std::optional<Tensor> class_index, std::optional<Tensor> count,
                             std::optional<Tensor> feature_index, Tensor state, Tensor packed,
-                            Tensor kept, double scale, double filter, int64_t precision,
-                            int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
-                            std::optional<Tensor> momentum_buffer, std::optional<Tensor> log_decay,
-                            std::optional<Tensor> last_step, std::optional<Tensor> history,
-                            double decay_before, double decay_after, int64_t step, double lr,
-                            double momentum, double weight_decay, bool nesterov, bool maximize) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+                            Tensor kept, std::vector<double> reals, std::vector<int64_t> codes,
+                            bool want_embeddings, std::optional<Tensor> momentum_buffer,
+                            std::optional<Tensor> log_decay, std::optional<Tensor> last_step,
+                            std::optional<Tensor> history, double decay_before, double decay_after,
+                            int64_t step, double lr, double momentum, double weight_decay,
+                            bool nesterov, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   RowSgd update = row_sgd(prototypes, momentum_buffer, log_decay, decay_before, decay_after,
                           {lr, momentum, weight_decay, nesterov, maximize});
   const Problem& p = call.problem;
   const auto missed =
       replay(prototypes, last_step, history, step, p.class_index, p.sampled, &update);
-  return std::get<0>(run_backward(call, grad_loss, state, packed, kept,
-                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
-                                  &update));
+  return std::get<0>(
+      run_backward(call, grad_loss, state, packed, kept, want_embeddings, false, false, &update));
 }
 
 }  // namespace

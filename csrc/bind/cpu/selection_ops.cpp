@@ -4,8 +4,8 @@
 
 #include "../../core/sampler.h"
 #include "../../cpu/host/select.h"
-#include "../ops/tensors.h"
 #include "../ops/schemas.h"
+#include "../ops/tensors.h"
 
 namespace unicom {
 namespace {

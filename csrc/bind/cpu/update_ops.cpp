@@ -4,8 +4,8 @@
 // add up.
 #include <tuple>
 
-#include "row_updates.h"
 #include "../ops/schemas.h"
+#include "row_updates.h"
 
 namespace unicom {
 namespace {

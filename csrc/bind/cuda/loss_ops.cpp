@@ -6,9 +6,9 @@
 
 #include "../../core/sampler.h"
 #include "../../cuda/host/loss.h"
-#include "row_updates.h"
 #include "../ops/options.h"
 #include "../ops/schemas.h"
+#include "row_updates.h"
 
 namespace unicom::cuda {
 namespace {
@@ -20,27 +20,25 @@ struct Call {
   std::optional<Tensor> class_index, count, feature_index;
   Problem problem;
   bool is_double;
-  Precision precision;
+  Options options;
   int64_t kept_size;  // bytes
 
   Call(const Tensor& embeddings_in, const Tensor& slot_in, const Tensor& prototypes_in,
        const std::optional<Tensor>& class_index_in, const std::optional<Tensor>& count_in,
-       const std::optional<Tensor>& feature_index_in, double scale, double filter,
-       int64_t precision_in, int64_t workspace_bytes)
+       const std::optional<Tensor>& feature_index_in, const Options& options_in)
       : embeddings(rows(embeddings_in, "embeddings")),
         prototypes(rows(prototypes_in, "prototypes")),
         slot(torch::stable::contiguous(slot_in)),
         class_index(vector(class_index_in, "class_index")),
         count(vector(count_in, "count")),
         feature_index(vector(feature_index_in, "feature_index")),
-        precision(static_cast<Precision>(precision_in)) {
+        options(options_in) {
     const int64_t batch = embeddings.size(0), dim = embeddings.size(1);
     check(prototypes.size(1) == dim, "prototypes must be [C, ", dim, "] like the embeddings, got [",
           prototypes.size(0), ", ", prototypes.size(1), "]");
     check_vector(slot, "slot", batch, ScalarType::Long);
     check_device(prototypes, embeddings, "prototypes");
     check_device(slot, embeddings, "slot");
-    check_options(scale, precision_in, workspace_bytes);
     const int64_t selected = feature_index ? feature_index->numel() : dim;
     check(selected >= 1, "feature_index must hold at least one dimension, got none");
     const int64_t* columns = feature_index ? index_data(*feature_index) : nullptr;
@@ -53,18 +51,18 @@ struct Call {
     problem.count = class_index && count ? index_data(*count) : nullptr;
     problem.bound = class_index ? class_index->numel() : prototypes.size(0);
     problem.slot = index_data(slot);
-    problem.scale = scale;
-    problem.filter = filter;
+    problem.scale = options.scale;
+    problem.filter = options.filter;
     problem.total_sampled = problem.bound;
     with_unit([&](auto unit) {
       using Unit = decltype(unit);
-      problem.kept_classes = kept_classes<Unit>(problem.bound, batch, workspace_bytes);
+      problem.kept_classes = kept_classes<Unit>(problem.bound, batch, options.workspace_bytes);
       kept_size = kept_bytes<Unit>(problem.kept_classes, batch);
     });
   }
 
   int64_t packed_size() const {
-    const int64_t bytes = is_double ? 8 : precision == Precision::kFp32 ? 4 : 2;
+    const int64_t bytes = is_double ? 8 : options.precision == Precision::kFp32 ? 4 : 2;
     return packed_bytes(problem.bound, problem.embeddings.dim, bytes);
   }
   ScalarType real() const { return is_double ? ScalarType::Double : ScalarType::Float; }
@@ -73,7 +71,7 @@ struct Call {
   template <class F>
   void with_unit(const F& f) const {
     if (is_double) return f(double{});
-    switch (precision) {
+    switch (options.precision) {
       case Precision::kFp32: return f(float{});
       case Precision::kFp16: return f(Half{});
       case Precision::kBf16: return f(BFloat{});
@@ -122,10 +120,9 @@ SampleState* state_data(Tensor& state) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
     Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
-    std::optional<Tensor> count, std::optional<Tensor> feature_index, double scale, double filter,
-    int64_t total_sampled, int64_t precision, int64_t workspace_bytes) {
-  Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-            precision, workspace_bytes);
+    std::optional<Tensor> count, std::optional<Tensor> feature_index, int64_t total_sampled,
+    std::vector<double> reals, std::vector<int64_t> codes) {
+  Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   call.problem.total_sampled = total_sampled;
   OnDevice on(embeddings);
   const int64_t batch = call.problem.batch;
@@ -142,15 +139,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_sums_op(
 
 std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor inverse_norm,
                                          Tensor slot, std::optional<Tensor> m2,
-                                         std::optional<Tensor> m3, double m1, double m2_value,
-                                         double m3_value, double scale, bool exact_margin_grad,
-                                         bool linear_beyond_pi) {
+                                         std::optional<Tensor> m3, std::vector<double> reals,
+                                         std::vector<int64_t> codes) {
   const int64_t batch = prepare_merge(sums, exponent, inverse_norm, slot);
-  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
+  const Options options(reals, codes);
+  const MarginOptions margin = options.margin_of(m2, m3, batch);
   OnDevice on(sums);
   Tensor loss = doubles(sums, {batch}), state = doubles(sums, {batch, kSampleStateSize});
   const double* pairs = sums.const_data_ptr<double>();
-  join_targets(on.queue, {margins.options, scale, batch, index_data(slot), pairs, pairs + 1, 2,
+  join_targets(on.queue, {margin, options.scale, batch, index_data(slot), pairs, pairs + 1, 2,
                           exponent.const_data_ptr<double>(), inverse_norm.const_data_ptr<double>(),
                           loss.mutable_data_ptr<double>(), state_data(state)});
   on.finish();
@@ -160,14 +157,11 @@ std::tuple<Tensor, Tensor> loss_merge_op(Tensor sums, Tensor exponent, Tensor in
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
     Tensor embeddings, Tensor slot, Tensor prototypes, std::optional<Tensor> class_index,
     std::optional<Tensor> count, std::optional<Tensor> feature_index, std::optional<Tensor> m2,
-    std::optional<Tensor> m3, double m1, double m2_value, double m3_value, double scale,
-    double filter, bool exact_margin_grad, bool linear_beyond_pi, int64_t precision,
-    int64_t reduction_in, int64_t workspace_bytes, bool /* sparse_grad, for backward */) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+    std::optional<Tensor> m3, std::vector<double> reals, std::vector<int64_t> codes) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   const int64_t batch = call.problem.batch;
-  const Margins margins(m2, m3, m1, m2_value, m3_value, exact_margin_grad, linear_beyond_pi, batch);
-  const auto reduction = static_cast<Reduction>(reduction_in);
+  const MarginOptions margin = call.options.margin_of(m2, m3, batch);
+  const auto reduction = call.options.reduction;
   OnDevice on(embeddings);
   auto real = [&](std::initializer_list<int64_t> sizes) {
     return allocate(embeddings, sizes, call.real());
@@ -189,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
   double* losses = values + 5 * batch;
   call.run_forward(on, sums);
   join_targets(on.queue,
-               {margins.options, scale, batch, call.problem.slot, sums.sum, sums.target_cosine, 1,
-                sums.exponent, sums.inverse_norm, losses, state_data(state)});
+               {margin, call.options.scale, batch, call.problem.slot, sums.sum, sums.target_cosine,
+                1, sums.exponent, sums.inverse_norm, losses, state_data(state)});
   call.with_real([&](auto value) {
     write_results<decltype(value)>(
         on.queue, {batch, call.problem.slot, losses, sums.target_cosine, sums.largest_negative,
@@ -204,10 +198,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss_op(
 // Backward of one call. With `take` the prototypes' gradient goes there and is not returned.
 std::tuple<Tensor, Tensor> run_backward(OnDevice& on, const Call& call, Tensor grad_loss,
                                         const Tensor& state, const Tensor& packed,
-                                        const Tensor& kept, Reduction reduction,
-                                        bool want_embeddings, bool want_prototypes, bool compact,
-                                        const TakeRows* take) {
+                                        const Tensor& kept, bool want_embeddings,
+                                        bool want_prototypes, bool compact, const TakeRows* take) {
   const Problem& p = call.problem;
+  const Reduction reduction = call.options.reduction;
   check(packed.numel() == call.packed_size() && kept.numel() == call.kept_size &&
             state.numel() == p.batch * kSampleStateSize,
         "state, packed and kept must come from the forward call with the same arguments");
@@ -257,15 +251,13 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
                                             Tensor prototypes, std::optional<Tensor> class_index,
                                             std::optional<Tensor> count,
                                             std::optional<Tensor> feature_index, Tensor state,
-                                            Tensor packed, Tensor kept, double scale, double filter,
-                                            int64_t precision, int64_t reduction,
-                                            int64_t workspace_bytes, bool want_embeddings,
+                                            Tensor packed, Tensor kept, std::vector<double> reals,
+                                            std::vector<int64_t> codes, bool want_embeddings,
                                             bool want_prototypes, bool compact) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   OnDevice on(embeddings);
-  return run_backward(on, call, grad_loss, state, packed, kept, static_cast<Reduction>(reduction),
-                      want_embeddings, want_prototypes, compact, nullptr);
+  return run_backward(on, call, grad_loss, state, packed, kept, want_embeddings, want_prototypes,
+                      compact, nullptr);
 }
 
 // Backward that updates the prototypes: chunk by chunk, from rows that no one keeps. The host
@@ -274,9 +266,9 @@ std::tuple<Tensor, Tensor> loss_backward_op(Tensor grad_loss, Tensor embeddings,
 template <class Update>
 Tensor update_in_backward(OnDevice& on, const Call& call, const Tensor& grad_loss,
                           const Tensor& state, const Tensor& packed, const Tensor& kept,
-                          int64_t reduction, bool want_embeddings, Update update,
+                          bool want_embeddings, Update update,
                           int64_t (*workspace_of)(const Update&)) {
-  check(static_cast<Reduction>(reduction) != Reduction::kNone,
+  check(call.options.reduction != Reduction::kNone,
         "prototypes are updated in the backward of a loss that is reduced");
   const Problem& p = call.problem;
   update.gradient = {p.class_index, nullptr, 0, call.prototypes.size(1), call.prototypes.size(0)};
@@ -292,49 +284,44 @@ Tensor update_in_backward(OnDevice& on, const Call& call, const Tensor& grad_los
     update.gradient.upstream = part.upstream;
     update_rows(queue, update);
   };
-  return std::get<0>(run_backward(on, call, grad_loss, state, packed, kept,
-                                  static_cast<Reduction>(reduction), want_embeddings, false, false,
-                                  &take));
+  return std::get<0>(
+      run_backward(on, call, grad_loss, state, packed, kept, want_embeddings, false, false, &take));
 }
 
 Tensor loss_backward_adamw_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
                               std::optional<Tensor> class_index, std::optional<Tensor> count,
                               std::optional<Tensor> feature_index, Tensor state, Tensor packed,
-                              Tensor kept, double scale, double filter, int64_t precision,
-                              int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
-                              Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step, Tensor log_decay,
-                              double total_log_decay, double lr, double beta1, double beta2,
-                              double eps, bool maximize) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+                              Tensor kept, std::vector<double> reals, std::vector<int64_t> codes,
+                              bool want_embeddings, Tensor exp_avg, Tensor exp_avg_sq,
+                              Tensor row_step, Tensor log_decay, double total_log_decay, double lr,
+                              double beta1, double beta2, double eps, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   const AdamWUpdate update = adamw_update(prototypes, exp_avg, exp_avg_sq, row_step, log_decay,
                                           total_log_decay, {lr, beta1, beta2, eps, maximize});
   OnDevice on(embeddings);
   return update_in_backward<AdamWUpdate>(
-      on, call, grad_loss, state, packed, kept, reduction, want_embeddings, update,
+      on, call, grad_loss, state, packed, kept, want_embeddings, update,
       [](const AdamWUpdate& a) { return adamw_workspace(a.gradient.count, a.parameter.dtype); });
 }
 
 Tensor loss_backward_sgd_op(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
                             std::optional<Tensor> class_index, std::optional<Tensor> count,
                             std::optional<Tensor> feature_index, Tensor state, Tensor packed,
-                            Tensor kept, double scale, double filter, int64_t precision,
-                            int64_t reduction, int64_t workspace_bytes, bool want_embeddings,
-                            std::optional<Tensor> momentum_buffer, std::optional<Tensor> log_decay,
-                            std::optional<Tensor> last_step, std::optional<Tensor> history,
-                            double decay_before, double decay_after, int64_t step, double lr,
-                            double momentum, double weight_decay, bool nesterov, bool maximize) {
-  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, scale, filter,
-                  precision, workspace_bytes);
+                            Tensor kept, std::vector<double> reals, std::vector<int64_t> codes,
+                            bool want_embeddings, std::optional<Tensor> momentum_buffer,
+                            std::optional<Tensor> log_decay, std::optional<Tensor> last_step,
+                            std::optional<Tensor> history, double decay_before, double decay_after,
+                            int64_t step, double lr, double momentum, double weight_decay,
+                            bool nesterov, bool maximize) {
+  const Call call(embeddings, slot, prototypes, class_index, count, feature_index, {reals, codes});
   const SgdUpdate update =
       sgd_update(prototypes, momentum_buffer, log_decay, last_step, history, decay_before,
                  decay_after, step, {lr, momentum, weight_decay, nesterov, maximize});
   OnDevice on(embeddings);
-  return update_in_backward<SgdUpdate>(on, call, grad_loss, state, packed, kept, reduction,
-                                       want_embeddings, update, [](const SgdUpdate& a) {
-                                         return sgd_workspace(a.gradient.count, a.remembered,
-                                                              a.parameter.dtype);
-                                       });
+  return update_in_backward<SgdUpdate>(
+      on, call, grad_loss, state, packed, kept, want_embeddings, update, [](const SgdUpdate& a) {
+        return sgd_workspace(a.gradient.count, a.remembered, a.parameter.dtype);
+      });
 }
 
 }  // namespace

@@ -8,8 +8,8 @@
 #include <tuple>
 
 #include "../ops/nearest_checks.h"
-#include "on_device.h"
 #include "../ops/schemas.h"
+#include "on_device.h"
 
 namespace unicom::cuda {
 namespace {

@@ -4,8 +4,8 @@
 #include <tuple>
 
 #include "../../core/sampler.h"
-#include "on_device.h"
 #include "../ops/schemas.h"
+#include "on_device.h"
 
 namespace unicom::cuda {
 namespace {

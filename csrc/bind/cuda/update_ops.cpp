@@ -7,8 +7,8 @@
 //   its last id with rows of zeros. Ids that are not rows of the parameter are passed over.
 #include <tuple>
 
-#include "row_updates.h"
 #include "../ops/schemas.h"
+#include "row_updates.h"
 
 namespace unicom::cuda {
 namespace {

@@ -1,8 +1,10 @@
-// Options of the loss as the operators of every device take them.
+// Options of the loss as the operators of every device take them: two lists, parsed and checked
+// here alone. unicom_ext/loss writes them in the same order.
 #pragma once
 
 #include <limits>
 #include <optional>
+#include <vector>
 
 #include "../../core/target.h"
 #include "tensors.h"
@@ -12,20 +14,52 @@ namespace {  // types of torch::stable are hidden
 
 enum class Precision : int64_t { kFp32, kFp16, kBf16 };
 
-// The margin's options; keeps the per-sample tensors alive.
-struct Margins {
-  std::optional<Tensor> m2, m3;
-  MarginOptions options;
+struct Options {
+  MarginOptions margin;  // without its per-sample arrays
+  double scale;
+  double filter;  // infinity: none
+  Precision precision;
+  Reduction reduction;
+  int64_t workspace_bytes;
+  // And of the autograd formula, which hands both lists on as they are: is the prototypes' gradient
+  // to hold the sampled rows alone?
+  bool sparse_grad;
 
-  Margins(const std::optional<Tensor>& m2_in, const std::optional<Tensor>& m3_in, double m1,
-          double m2_value, double m3_value, bool exact_grad, bool linear_beyond_pi, int64_t batch)
-      : m2(m2_in), m3(m3_in), options{m1,
-                                      m2_value,
-                                      m3_value,
-                                      per_sample(m2, "m2", batch),
-                                      per_sample(m3, "m3", batch),
-                                      exact_grad,
-                                      linear_beyond_pi} {}
+  Options(const std::vector<double>& reals, const std::vector<int64_t>& codes) {
+    check(reals.size() == 5, "reals must be [m1, m2, m3, scale, filter], got ", reals.size(),
+          " values");
+    check(codes.size() == 6,
+          "codes must be [exact_margin_grad, linear_beyond_pi, precision, reduction, "
+          "workspace_bytes, sparse_grad], got ",
+          codes.size(), " values");
+    margin = {.m1 = reals[0],
+              .m2 = reals[1],
+              .m3 = reals[2],
+              .m2_per_sample = nullptr,
+              .m3_per_sample = nullptr,
+              .exact_grad = codes[0] != 0,
+              .linear_beyond_pi = codes[1] != 0};
+    scale = reals[3];
+    filter = reals[4];
+    check(codes[2] >= 0 && codes[2] <= 2, "precision must be 0, 1 or 2, got ", codes[2]);
+    check(codes[3] >= 0 && codes[3] <= 2, "reduction must be 0, 1 or 2, got ", codes[3]);
+    check(scale > 0 && scale < std::numeric_limits<double>::infinity(),
+          "scale must be a finite number > 0, got ", scale);
+    precision = static_cast<Precision>(codes[2]);
+    reduction = static_cast<Reduction>(codes[3]);
+    workspace_bytes = codes[4];
+    check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
+    sparse_grad = codes[5] != 0;
+  }
+
+  // With what the margin takes from each sample; the tensors must outlive it.
+  MarginOptions margin_of(const std::optional<Tensor>& m2, const std::optional<Tensor>& m3,
+                          int64_t batch) const {
+    MarginOptions all = margin;
+    all.m2_per_sample = per_sample(m2, "m2", batch);
+    all.m3_per_sample = per_sample(m3, "m3", batch);
+    return all;
+  }
 
  private:
   static const double* per_sample(const std::optional<Tensor>& t, const char* name, int64_t batch) {
@@ -35,13 +69,6 @@ struct Margins {
     return t->const_data_ptr<double>();
   }
 };
-
-inline void check_options(double scale, int64_t precision, int64_t workspace_bytes) {
-  check(precision >= 0 && precision <= 2, "precision must be 0, 1 or 2, got ", precision);
-  check(scale > 0 && scale < std::numeric_limits<double>::infinity(),
-        "scale must be a finite number > 0, got ", scale);
-  check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
-}
 
 // What loss_merge takes of each sample, checked and made contiguous. Returns the batch size.
 inline int64_t prepare_merge(Tensor& sums, Tensor& exponent, Tensor& inverse_norm, Tensor& slot) {

@@ -3,39 +3,37 @@
 
 namespace unicom {
 
+// What the loss is asked for, in two lists (Options in options.h):
+//   reals = [m1, m2, m3 (0 where per sample), scale, filter (inf: none)]
+//   codes = [exact_margin_grad, linear_beyond_pi, precision, reduction, workspace_bytes,
+//   sparse_grad]
 inline constexpr const char* kLossSchemas[] = {
     "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
-    "Tensor? feature_index, Tensor? m2, Tensor? m3, float m1, float m2_value, float m3_value, "
-    "float scale, float filter, bool exact_margin_grad, bool linear_beyond_pi, int precision, "
-    "int reduction, int workspace_bytes, bool sparse_grad) -> (Tensor loss, Tensor sample_loss, "
-    "Tensor target_cosine, "
-    "Tensor largest_negative, Tensor state, Tensor packed, Tensor kept)",
+    "Tensor? feature_index, Tensor? m2, Tensor? m3, float[] reals, int[] codes) -> (Tensor loss, "
+    "Tensor sample_loss, Tensor target_cosine, Tensor largest_negative, Tensor state, "
+    "Tensor packed, Tensor kept)",
     "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, "
     "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
-    "bool want_embeddings, bool want_prototypes, bool compact) "
-    "-> (Tensor grad_embeddings, Tensor grad_prototypes)",
+    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, bool want_prototypes, "
+    "bool compact) -> (Tensor grad_embeddings, Tensor grad_prototypes)",
     "loss_sums(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, "
-    "Tensor? count, Tensor? feature_index, float scale, float filter, int total_sampled, "
-    "int precision, int workspace_bytes) -> (Tensor sums, Tensor exponent, "
-    "Tensor largest_negative, Tensor inverse_norm, Tensor packed, Tensor kept)",
+    "Tensor? count, Tensor? feature_index, int total_sampled, float[] reals, int[] codes) -> "
+    "(Tensor sums, Tensor exponent, Tensor largest_negative, Tensor inverse_norm, Tensor packed, "
+    "Tensor kept)",
     "loss_merge(Tensor sums, Tensor exponent, Tensor inverse_norm, Tensor slot, Tensor? m2, "
-    "Tensor? m3, float m1, float m2_value, float m3_value, float scale, bool exact_margin_grad, "
-    "bool linear_beyond_pi) -> (Tensor sample_loss, Tensor state)",
-    "loss_backward_adamw_(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor(a!) "
-    "prototypes, "
-    "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
-    "bool want_embeddings, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, "
-    "Tensor(e!) log_decay, float total_log_decay, float lr, float beta1, float beta2, float eps, "
-    "bool maximize) -> Tensor grad_embeddings",
+    "Tensor? m3, float[] reals, int[] codes) -> (Tensor sample_loss, Tensor state)",
+    "loss_backward_adamw_(Tensor grad_loss, Tensor embeddings, Tensor slot, "
+    "Tensor(a!) prototypes, Tensor? class_index, Tensor? count, Tensor? feature_index, "
+    "Tensor state, Tensor packed, Tensor kept, float[] reals, int[] codes, bool want_embeddings, "
+    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, Tensor(e!) log_decay, "
+    "float total_log_decay, float lr, float beta1, float beta2, float eps, bool maximize) "
+    "-> Tensor grad_embeddings",
     "loss_backward_sgd_(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor(a!) prototypes, "
     "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-    "Tensor kept, float scale, float filter, int precision, int reduction, int workspace_bytes, "
-    "bool want_embeddings, Tensor(b!)? momentum_buffer, Tensor(c!)? log_decay, "
-    "Tensor(d!)? last_step, Tensor? history, float decay_before, float decay_after, int step, "
-    "float lr, float momentum, float weight_decay, bool nesterov, bool maximize) "
-    "-> Tensor grad_embeddings"};
+    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, Tensor(b!)? momentum_buffer, "
+    "Tensor(c!)? log_decay, Tensor(d!)? last_step, Tensor? history, float decay_before, "
+    "float decay_after, int step, float lr, float momentum, float weight_decay, bool nesterov, "
+    "bool maximize) -> Tensor grad_embeddings"};
 
 inline constexpr const char* kUpdateSchemas[] = {
     "merge_rows(Tensor(a) ids, Tensor(b) rows) -> (Tensor(a) ids, Tensor(b) rows)",

@@ -15,9 +15,9 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "../../cpu/kernels/layout.h"
 #include "../../cpu/host/buffers.h"
 #include "../../cpu/host/parallel.h"
+#include "../../cpu/kernels/layout.h"
 
 namespace unicom {
 

@@ -96,6 +96,22 @@ def from_lists(group_name: str, ints: list[int], floats: list[float], bools: lis
     return Options(*(next(values[its]) for its in _TYPES))
 
 
+def _of_loss(options: Options) -> tuple[list[float], list[int]]:
+    """What the compiled operators take of them (csrc/bind/ops/options.h)."""
+    o = options
+    return (
+        [o.m1, o.m2, o.m3, o.scale, o.filter],
+        [
+            o.exact_margin_grad,
+            o.linear_beyond_pi,
+            o.precision,
+            o.reduction,
+            o.workspace_bytes,
+            o.sparse_grad,
+        ],
+    )
+
+
 _FORWARD = (
     "(Tensor embeddings, Tensor labels, Tensor prototypes, Tensor? step, Tensor? class_index, "
     f"Tensor? feature_index, Tensor? m2_each, Tensor? m3_each, {_LISTED}) -> "
@@ -127,11 +143,8 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
                 selected.slot,
                 prototypes,
                 *selected[1:],
-                options.scale,
-                options.filter,
                 total,
-                options.precision,
-                options.workspace_bytes,
+                *_of_loss(options),
             )
     if sums is None:
         selected, sums = _nothing(batch.labels, x)
@@ -156,12 +169,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
         slot,
         batch.m2,
         batch.m3,
-        options.m1,
-        options.m2,
-        options.m3,
-        options.scale,
-        options.exact_margin_grad,
-        options.linear_beyond_pi,
+        *_of_loss(options),
     )
     first = shard.rank * options.size
     own = slice(first, first + len(embeddings))
@@ -293,11 +301,8 @@ def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, 
         selected.slot,
         prototypes,
         *selected[1:],
-        options.scale,
-        options.filter,
         _total_sampled(options, samples),
-        options.precision,
-        options.workspace_bytes,
+        *_of_loss(options),
     )
     real, none = _real(x, prototypes), options.reduction == _REDUCTION["none"]
     each = x.new_empty(batch, dtype=real)
@@ -353,11 +358,7 @@ def _backward(
             state,
             packed,
             kept,
-            options.scale,
-            options.filter,
-            options.precision,
-            options.reduction,
-            options.workspace_bytes,
+            *_of_loss(options),
             options.grad_embeddings,
             grad_prototypes,
             compact,
