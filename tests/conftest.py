@@ -26,7 +26,7 @@ else:
 
 def pytest_generate_tests(metafunc):
     if "capability" in metafunc.fixturenames:
-        import backends
+        from support import backends
 
         from unicom_ext import _core
 
@@ -42,7 +42,7 @@ def pytest_generate_tests(metafunc):
 def capability(request, monkeypatch):
     """Each set of kernels that can run here, in use for the length of the test: those of each
     instruction set of this CPU, those of the CUDA backend over its emulation and on a GPU."""
-    import backends
+    from support import backends
 
     import unicom_ext
 
@@ -57,7 +57,7 @@ def capability(request, monkeypatch):
 @pytest.fixture(scope="session")
 def ranks():
     """Processes to run functions of tests on, together; see `ranks.Ranks`."""
-    from ranks import Ranks
+    from support.ranks import Ranks
 
     group = Ranks()
     yield group

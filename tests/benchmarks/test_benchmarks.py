@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from candidates import CANDIDATES, Problem, Shape, Unavailable
 from click.testing import CliRunner
-from helpers import random_problem, relative_error, truth
 from partial_fc import CompiledPartialFC, PartialFC
+from support.problems import random_problem, relative_error, truth
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.margins import ArcFace

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from test_train import DATA
+from support.training import DATA
 
 import unicom_ext
 from unicom_ext import retrieval

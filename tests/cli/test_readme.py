@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ranks import free_port
+from support.ranks import free_port
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

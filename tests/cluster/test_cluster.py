@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
+from support.clusters import (
+    IMAGE_DIM,
+    ROWS,
+    SIZES,
+    all_labels,
+    config,
+    make_dump,
+    run,
+)
 from torch import Tensor
 
 from unicom_ext.cluster import (
     Centroids,
-    ClusterConfig,
-    cluster,
     nearest,
     pictures,
     quality,
@@ -37,30 +42,6 @@ from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.utils.files import CheckpointError
 from unicom_ext.utils.settings import ConfigError
 
-SIZES = {"0000": 300, "0001": 211, "0002": 89}
-ROWS = sum(SIZES.values())
-CLASSES, IMAGE_DIM, TEXT_DIM = 20, 12, 8
-QUIET = Console(quiet=True)
-
-
-def make_dump(path: Path, dim: int = TEXT_DIM, noise: float = 0.7) -> dict[str, np.ndarray]:
-    """A dump of CLIP embeddings: fp16 images, fp32 texts, around one direction for each class."""
-    rng = np.random.default_rng(0)
-    true = rng.integers(CLASSES, size=ROWS)
-    image = rng.standard_normal((CLASSES, IMAGE_DIM))[true]
-    text = rng.standard_normal((CLASSES, dim))[true]
-    image = (image + noise * rng.standard_normal(image.shape)).astype(np.float16)
-    text = (text + noise * rng.standard_normal(text.shape)).astype(np.float32)
-    (path / "img_emb").mkdir(parents=True)
-    (path / "text_emb").mkdir()
-    first = 0
-    for name, count in SIZES.items():
-        np.save(path / "img_emb" / f"img_emb_{name}.npy", image[first : first + count])
-        np.save(path / "text_emb" / f"text_emb_{name}.npy", text[first : first + count])
-        first += count
-    np.save(path / "true.npy", true)
-    return {"image": image, "text": text, "true": true}
-
 
 @pytest.fixture
 def dump(tmp_path):
@@ -73,18 +54,6 @@ def no_pictures(request, monkeypatch):
     drawn = ("test_what_is_written", "test_a_picture_that_cannot_be_written_is_named")
     if request.node.name not in drawn:
         monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
-
-
-def config(**settings) -> ClusterConfig:
-    return ClusterConfig(**{"clusters": 20, "passes": 4, "tolerance": 0.0, **settings})
-
-
-def run(path, output, settings=None, **options) -> dict:
-    return cluster(settings or config(), path, output, console=QUIET, **options)
-
-
-def all_labels(output: Path) -> np.ndarray:
-    return np.concatenate([np.load(output / f"labels_{name}.npy") for name in SIZES])
 
 
 # ---- feature files -------------------------------------------------------------------------------

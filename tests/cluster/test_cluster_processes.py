@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from ranks import free_port
-from test_cluster import ROWS, SIZES, make_dump
+from support.clusters import ROWS, SIZES, make_dump
+from support.ranks import free_port
 
 from unicom_ext.cli import main as cli
 

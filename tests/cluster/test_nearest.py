@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clusters import cosines, gaussian
 from torch import Tensor
 
 import unicom_ext
@@ -16,11 +17,6 @@ from unicom_ext import _core
 from unicom_ext.cluster import Centroids, add_unit_rows, nearest
 
 CPU_ONLY = True  # test_cuda_nearest.py is about GPUs
-
-
-def cosines(rows: Tensor, centroids: Tensor) -> Tensor:
-    """[N, k] in float64; a zero vector has cosine 0."""
-    return F.normalize(rows.double(), eps=1e-300) @ F.normalize(centroids.double(), eps=1e-300).T
 
 
 def check(rows: Tensor, centroids: Tensor) -> Tensor:
@@ -32,10 +28,6 @@ def check(rows: Tensor, centroids: Tensor) -> Tensor:
     torch.testing.assert_close(chosen, right, rtol=0, atol=1e-14)
     torch.testing.assert_close(score.double(), right, rtol=0, atol=1e-7)
     return index
-
-
-def gaussian(n: int, d: int, seed: int) -> Tensor:
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import random_problem, relative_error, solve, truth
 from rich.console import Console
+from support.problems import random_problem, relative_error, solve, truth
 
 from unicom_ext import ArcFace, PartialMarginSoftmax
 from unicom_ext.cluster import Centroids, ClusterConfig, add_unit_rows, cluster, pictures

@@ -10,10 +10,10 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import backends
 import pytest
 import torch
-from helpers import Problem, random_problem, relative_error, row_errors, solve, truth
+from support import backends
+from support.problems import Problem, random_problem, relative_error, row_errors, solve, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unicom_ext import PartialMarginSoftmax

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import math
 
-import backends
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cluster import all_labels, config, make_dump, run
-from test_nearest import cosines, gaussian
+from support import backends
+from support.clusters import all_labels, config, cosines, gaussian, make_dump, run
 from torch import Tensor
 
 from unicom_ext.cluster import Centroids, add_unit_rows, engines, nearest, pictures, two_level

@@ -3,13 +3,13 @@ not see of them, sparse gradients that keep their padding above all."""
 
 from __future__ import annotations
 
-import backends
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_update_in_backward import OPTIMIZERS, batch
-from test_update_in_backward import make as make_module
+from support import backends
+from support.updates import OPTIMIZERS, batch
+from support.updates import make as make_module
 from torch import nn
 
 from unicom_ext.ops.row_sparse import _note_merged, is_merged

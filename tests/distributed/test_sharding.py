@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import wire_bytes
-from helpers import Problem, per_sample_margin, random_problem, relative_error, solve
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_golden import load
+from support.golden import load
+from support.problems import Problem, per_sample_margin, random_problem, relative_error, solve
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import random_problem, relative_error, solve
+from support.problems import random_problem, relative_error, solve
 
 from unicom_ext import functional, sampling
 

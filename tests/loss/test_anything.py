@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from helpers import check_conditioned, per_sample_margin, random_problem, solve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.problems import check_conditioned, per_sample_margin, random_problem, solve
 
 from unicom_ext import PartialMarginSoftmax, sampling
 from unicom_ext.functional import partial_margin_softmax

@@ -6,7 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import Problem, per_sample_margin, random_problem, relative_error, solve, truth
+from support.problems import (
+    Problem,
+    per_sample_margin,
+    random_problem,
+    relative_error,
+    solve,
+    truth,
+)
 from torch.library import opcheck
 
 from unicom_ext import PartialMarginSoftmax, _core

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import random_problem
+from support.problems import random_problem
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, functional, reference
 

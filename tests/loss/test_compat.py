@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import relative_error
 from partial_fc import PartialFC
+from support.problems import relative_error
 from torch import nn
 
 import unicom_ext

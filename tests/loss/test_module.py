@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import Problem, check_fp32, per_sample_margin, random_problem, solve, truth
+from support.problems import Problem, check_fp32, per_sample_margin, random_problem, solve, truth
 
 from unicom_ext import ArcFace, CosFace, PartialMarginSoftmax, reference
 from unicom_ext.functional import partial_margin_softmax

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import (
+from support.problems import (
     check_fp32,
     per_sample_margin,
     random_problem,

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from support.problems import (
     Problem,
     check_fp32,
     distance,

@@ -7,7 +7,9 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
-from helpers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.problems import (
     Problem,
     eager_partial_fc,
     per_sample_margin,
@@ -17,8 +19,6 @@ from helpers import (
     solve,
     truth,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 from unicom_ext.reference import partial_margin_softmax

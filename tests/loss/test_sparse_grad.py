@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import random_problem, solve
+from support.problems import random_problem, solve
 from torch import nn
 
 from unicom_ext import ArcFace, PartialMarginSoftmax

@@ -4,33 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.updates import OPTIMIZERS, batch, make
 from torch import nn
 
-from unicom_ext import ArcFace, PartialMarginSoftmax
-from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_
+from unicom_ext.optim import RowAdamW, clip_grad_norm_
 
-OPTIMIZERS = {
-    "adamw": lambda p: RowAdamW(p, lr=0.1, weight_decay=0.1),
-    "adamw-bf16": lambda p: RowAdamW(p, lr=0.1, moment_dtype=torch.bfloat16),
-    "adamw-row": lambda p: RowAdamW(p, lr=0.1, row_second_moment=True),
-    "sgd": lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    "sgd-exact": lambda p: RowSGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, exact=True),
-}
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-def make(dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    options = {"sample_rate": 0.2, "feature_rate": 0.5, "scale": 16.0, **options}
-    return PartialMarginSoftmax(
-        22, 300, margin=ArcFace(0.3), sparse_grad=True, dtype=dtype, **options
-    )
-
-
-def batch(seed, size=40, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(size, 22, generator=generator).to(dtype).requires_grad_()
-    return x, torch.randint(300, (size,), generator=generator)
 
 
 @each_optimizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from test_train import DATA, TINY, run
+from support.training import DATA, TINY, run
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.cli import main as cli

@@ -14,9 +14,9 @@ import traceback
 
 import pytest
 import torch.distributed as dist
-from ranks import free_port
 from rich.console import Console
-from test_train import DATA, TINY, apart_from_timing, assert_same_bits, run, saved
+from support.ranks import free_port
+from support.training import DATA, TINY, apart_from_timing, assert_same_bits, run, saved
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -24,7 +24,7 @@ from unicom_ext.loss import module as loss
 from unicom_ext.loss.sharded import operators as sharding
 from unicom_ext.optim import rows
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
 nearest = sys.modules[Centroids.__module__]  # the package has a function of this name
 

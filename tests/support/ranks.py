@@ -34,7 +34,7 @@ class Ranks:
         most = self._most
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["torch.distributed", "unicom_ext.loss.sharded.step", "helpers"]
+            ["torch.distributed", "unicom_ext.loss.sharded.step", "support.problems"]
         )
         port = free_port()
         self._workers = []

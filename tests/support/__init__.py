@@ -1,0 +1,1 @@
+"""What tests share: problems and yardsticks, runs to compare, ranks and backends to run on."""
