@@ -7,12 +7,17 @@ it, and groups of 1, 2, 3 and 4 ranks are made of the same four workers.
 from __future__ import annotations
 
 import multiprocessing
+import random
 import socket
+import tempfile
 import traceback
 from datetime import timedelta
+from pathlib import Path
 
 MOST = 4
-TIMEOUT = 60.0  # seconds: that a rank waits for another, and that we wait for a rank
+# Seconds that a rank waits for another, and that we wait for a rank: only a hang takes so long,
+# however busy the machine.
+TIMEOUT = 300.0
 
 
 class Raised(Exception):
@@ -36,12 +41,16 @@ class Ranks:
         context.set_forkserver_preload(
             ["torch.distributed", "unicom_ext.loss.sharded.step", "support.problems"]
         )
-        port = free_port()
+        self._folder = tempfile.TemporaryDirectory()
+        store = str(Path(self._folder.name) / "store")
         self._workers = []
         for rank in range(most):
             ours, theirs = context.Pipe()
             worker = context.Process(
-                target=_serve, args=(theirs, rank, most, port), daemon=True, name=f"rank {rank}"
+                target=_serve,
+                args=(theirs, rank, most, store),
+                daemon=True,
+                name=f"rank {rank}",
             )
             worker.start()
             theirs.close()
@@ -83,15 +92,23 @@ class Ranks:
         for worker, _ in self._workers:
             worker.kill()
             worker.join()
+        self._folder.cleanup()
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port to listen on, of those that no system gives to outgoing connections: theirs may be
+    taken again, by tests beside this one, before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
-def _serve(pipe, rank: int, most: int, port: int) -> None:
+def _serve(pipe, rank: int, most: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -99,7 +116,7 @@ def _serve(pipe, rank: int, most: int, port: int) -> None:
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group(
         "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        init_method=f"file://{store}",
         rank=rank,
         world_size=most,
         timeout=timeout,
