@@ -69,7 +69,7 @@ def timed(blocks: Iterator[int]) -> tuple[int, float]:
 def measure(data: Path, clusters: int, output: Path) -> dict[str, Any]:
     init = data / "init" / "init.npy"
     config = ClusterConfig(clusters=clusters, passes=1, tolerance=0, init=str(init))
-    source = Source(data, config)
+    source = Source(data)
     load = [load_average()]
     forget(data)
     read = timed(len(block.rows) for block in source.blocks())

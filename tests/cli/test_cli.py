@@ -19,10 +19,10 @@ from support.training import DATA
 
 import unicom_ext
 from unicom_ext import retrieval
-from unicom_ext.cli import doctor
-from unicom_ext.cli import main as cli
+from unicom_ext.cli import bench, common, doctor
+from unicom_ext.cli.main import main
 from unicom_ext.data import glyphs
-from unicom_ext.ops import library as devices
+from unicom_ext.ops import library
 
 TINY = [
     "--embedding-size=8", "--width=2", "--epochs=2", "--batch-size=32", "--dims=4,8",
@@ -47,7 +47,7 @@ def no_report(monkeypatch):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def run(*arguments, **options):
@@ -63,7 +63,7 @@ def test_help_names_the_commands_and_is_not_heavy():
         "train", "cluster", "extract", "evaluate", "report", "checkpoint", "bench", "doctor"
     ):  # fmt: skip
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
-    heavy = "import sys, unicom_ext.cli; print([m for m in %r if m in sys.modules])"
+    heavy = "import sys, unicom_ext.cli.main; print([m for m in %r if m in sys.modules])"
     modules = ["torch", "numpy", "matplotlib", "rich"]
     loaded = subprocess.run([sys.executable, "-c", heavy % modules], capture_output=True, text=True)
     assert loaded.stdout.strip() == "[]"
@@ -99,9 +99,9 @@ def test_settings_come_from_the_file_and_then_the_options(tmp_path, tiny_glyphs,
 
 
 def test_ctrl_c_says_how_to_resume(tmp_path, tiny_glyphs, no_report, monkeypatch):
-    from unicom_ext.train import run as driver
+    from unicom_ext.train.trainer import Trainer
 
-    step_once = driver.Trainer.step_once
+    step_once = Trainer.step_once
 
     def interrupted_step(trainer):
         loss = step_once(trainer)
@@ -110,7 +110,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path, tiny_glyphs, no_report, monkeypatch
         return loss
 
     with monkeypatch.context() as patch:
-        patch.setattr(driver.Trainer, "step_once", interrupted_step)
+        patch.setattr(Trainer, "step_once", interrupted_step)
         stopped = invoke("train", "--output", tmp_path, *TINY)
     assert stopped.exit_code == 130
     assert "Stopped after step 4 of 8" in stopped.output
@@ -157,7 +157,7 @@ def test_bad_input_is_one_clear_message(tmp_path, arguments, message):
 )
 def test_threads_wait_as_the_user_says(monkeypatch, given, expected):
     monkeypatch.setattr(os, "environ", dict(given))
-    cli._spin_briefly()
+    common.spin_briefly()
     assert os.environ == expected
 
 
@@ -171,14 +171,14 @@ def test_bench_runs_the_script_of_the_checkout(first, name, tmp_path, monkeypatc
     script = tmp_path / "benchmarks" / f"{name}.py"
     script.parent.mkdir()
     script.write_text("import sys; print('ran with', sys.argv[1:]); sys.exit(3)")
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "unicom_ext" / "cli" / "main.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "unicom_ext" / "cli" / "bench.py"))
     result = invoke("bench", *first, "--classes", "100", "--help")
     assert result.exit_code == 3
     assert "ran with ['--classes', '100', '--help']" in capfd.readouterr().out
 
 
 def test_bench_without_a_checkout_says_where_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "unicom_ext" / "cli" / "main.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "unicom_ext" / "cli" / "bench.py"))
     result = invoke("bench")
     assert result.exit_code == 1
     assert "Clone the source repository" in " ".join(result.output.split())
@@ -323,7 +323,7 @@ def test_doctor_when_all_is_well():
     assert re.match(r"\d+ of \d+ CPUs", lines["threads"])
     assert "torch CUDA" in lines
     assert "nvcc" in lines
-    assert lines["operators"] == "for the CPU" + " and CUDA" * devices.HAS_CUDA
+    assert lines["operators"] == "for the CPU" + " and CUDA" * library.HAS_CUDA
 
 
 @pytest.fixture

@@ -37,7 +37,8 @@ from unicom_ext.cluster import (
 )
 from unicom_ext.cluster import labels as label_files
 from unicom_ext.cluster.lloyd import lloyd_pass, sampled
-from unicom_ext.data.source import Source, SourceError
+from unicom_ext.data.formats import SourceError
+from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.utils.files import CheckpointError
 from unicom_ext.utils.settings import ConfigError
@@ -67,7 +68,7 @@ def unit(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("joint", ["image", "text", "average", "concat"])
 def test_joint_features(tmp_path, joint):
     data = make_dump(tmp_path / "dump", dim=IMAGE_DIM)
-    source = Source(tmp_path / "dump", config(joint=joint, image_weight=0.3))
+    source = Source(tmp_path / "dump", joint=joint, image_weight=0.3)
     u, v = unit(data["image"]), unit(data["text"])
     right = {
         "image": u,
@@ -86,7 +87,7 @@ def test_joint_features(tmp_path, joint):
 
 def test_cosines_of_concatenated_features_are_weighted(tmp_path):
     data = make_dump(tmp_path / "dump")
-    source = Source(tmp_path / "dump", config(joint="concat", image_weight=0.25))
+    source = Source(tmp_path / "dump", joint="concat", image_weight=0.25)
     rows = source.take(np.arange(50))
     u, v = unit(data["image"][:50]), unit(data["text"][:50])
     np.testing.assert_allclose(rows @ rows.T, 0.25 * u @ u.T + 0.75 * v @ v.T, atol=1e-6)
@@ -95,7 +96,7 @@ def test_cosines_of_concatenated_features_are_weighted(tmp_path):
 def test_only_blocks_are_held_in_memory(tmp_path):
     shape = (2**17, 256)  # 64 MiB, which no page of is written
     np.lib.format.open_memmap(tmp_path / "rows.npy", "w+", np.float16, shape).flush()
-    source = Source(tmp_path / "rows.npy", config())
+    source = Source(tmp_path / "rows.npy")
     tracemalloc.start()
     try:
         rows = sum(len(block.rows) for block in source.blocks(size=1024))
@@ -113,7 +114,7 @@ def test_blocks_cover_each_row_once(tmp_path_factory, a, b, size, shuffled):
     if not path.exists():
         make_dump(path)
     start, stop = sorted((a, b))
-    source = Source(path, config())
+    source = Source(path)
     shuffle = np.random.default_rng(0) if shuffled else None
     seen = [
         np.arange(len(block.rows)) + block.shard.first + block.start
@@ -140,13 +141,13 @@ def test_single_files_directories_and_parquet_are_the_same_rows(tmp_path, dump):
         ("dump/img_emb", list(SIZES)),
         ("parquet", ["7", "8"]),
     ):
-        source = Source(tmp_path / name, config())
+        source = Source(tmp_path / name)
         assert [s.name for s in source.shards] == shards
         assert torch.equal(torch.cat([b.rows for b in source.blocks(size=77)]), right)
         rows = np.array([1, 63, 64, 399, 400, 599])
         assert torch.equal(source.take(rows), right[rows])
-    source = Source(tmp_path / "parquet", config(joint="concat", text_column="words"))
-    other = Source(path, config(joint="concat"))
+    source = Source(tmp_path / "parquet", joint="concat", text_column="words")
+    other = Source(path, joint="concat")
     assert torch.equal(source.take(np.arange(ROWS)), other.take(np.arange(ROWS)))
 
 
@@ -371,7 +372,7 @@ def test_rows_without_direction_are_counted_and_labelled(tmp_path, dump):
 
 
 def test_sampled_rows_do_not_depend_on_blocks(dump):
-    source = Source(dump[0], config())
+    source = Source(dump[0])
     part = sampled(0.3, seed=5)
 
     def rows(size, part=part):
@@ -570,7 +571,7 @@ def test_what_is_written(tmp_path, dump):
         assert hashlib.sha256((output / name).read_bytes()).hexdigest() == checksum
     labels, centroids = all_labels(output), np.load(output / "centroids.npy")
     assert (labels.dtype, centroids.dtype, centroids.shape) == (np.int32, np.float32, (20, 20))
-    rows = Source(path, config(joint="concat")).take(np.arange(ROWS))
+    rows = Source(path, joint="concat").take(np.arange(ROWS))
     index, score = nearest(rows, torch.from_numpy(centroids))
     assert np.array_equal(labels, index.numpy())
     assert result["objective"] == pytest.approx(float(score.double().mean()), abs=1e-7)
@@ -635,7 +636,7 @@ def test_a_full_disk(tmp_path, dump, monkeypatch):
 
 
 def test_label_files(tmp_path, dump):
-    source = Source(dump[0], config())
+    source = Source(dump[0])
     files = label_files.LabelFiles(tmp_path / "labels")
     files.create(source.shards)
     shard = source.shards[1]

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from support.clusters import ROWS, SIZES, make_dump
 from support.ranks import free_port
 
-from unicom_ext.cli import main as cli
+from unicom_ext.cli.main import main
 
 # Each case in children of a process in which everything is loaded; one thread, because no thread
 # may have started before a fork.
@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from unicom_ext.cluster import ClusterConfig, cluster, pictures
-from unicom_ext.cluster import driver
+from unicom_ext.cluster.labels import LabelFiles
+from unicom_ext.data.source import Source
 
 torch.set_num_threads(1)
 pictures.draw = lambda *arguments: []
@@ -72,12 +73,12 @@ for method, more in (("lloyd", {"early_passes": 1}), ("two-level", {"coarse": 4}
         assert on(size, f"{method}-{size}", config(method=method, **more)) == [0] * size
 assert on(3, "minibatch-3", config(method="minibatch", batch_rows=90)) == [0, 0, 0]
 # One process cannot read its rows: all of them end.
-read = driver.Source.read
+read = Source.read
 def broken(self, shard, start, stop):
     if dist.get_rank() == 1:
         raise OSError(5, "Input/output error")
     return read(self, shard, start, stop)
-driver.Source.read = broken
+Source.read = broken
 assert on(2, "broken", config()) == [1, 1]
 print("done")
 """
@@ -100,7 +101,7 @@ def killed_after(events):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
         return counted
-    for owner, name in ((driver.Source, "read"), (driver.LabelFiles, "write"),
+    for owner, name in ((Source, "read"), (LabelFiles, "write"),
                         (torch, "save"), (os, "fsync"), (os, "replace")):
         setattr(owner, name, counting(getattr(owner, name)))
 
@@ -241,7 +242,7 @@ def test_files_that_cannot_grow(tmp_path):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(cli.main, [str(a) for a in arguments])
+    return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
 def test_command_line(tmp_path, monkeypatch):

@@ -10,8 +10,8 @@ from rich.console import Console
 
 from unicom_ext import checkpoint
 from unicom_ext.data.glyphs import Glyphs
-from unicom_ext.train import run as driver
 from unicom_ext.train.config import Config
+from unicom_ext.train.run import train
 
 TINY = Config(
     embedding_size=8, width=2, epochs=3, batch_size=16, dims=(4, 8), baselines=(),
@@ -42,7 +42,7 @@ STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
 
 def run(output, *, config=TINY, data=DATA, text=None, **options):
     console = Console(file=text or io.StringIO(), width=120)
-    return driver.train(config, output, data=data, console=console, **options)
+    return train(config, output, data=data, console=console, **options)
 
 
 def saved(output):

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from support.training import DATA, TINY, run
 
 from unicom_ext import PartialMarginSoftmax
-from unicom_ext.cli import main as cli
-from unicom_ext.data import dump as features
+from unicom_ext.cli.main import main
 from unicom_ext.data import glyphs
+from unicom_ext.data.dump import captions, name_features
 from unicom_ext.utils.settings import ConfigError
 
 TRAIN = DATA[0]
@@ -106,7 +106,7 @@ def test_names_that_share_words_are_near():
         "BLACK CHESS QUEEN",
         "GREEK SMALL LETTER ALPHA",
     ]
-    found = features.name_features(names, 128)
+    found = name_features(names, 128)
     cosine = found @ found.T
     torch.testing.assert_close(cosine.diag(), torch.ones(4))
     assert torch.equal(found[0], found[3])
@@ -114,13 +114,13 @@ def test_names_that_share_words_are_near():
 
 
 def test_captions_keep_some_words():
-    whole = features.captions(TRAIN, 1.0, 0)
+    whole = captions(TRAIN, 1.0, 0)
     assert whole == [TRAIN.captions[label] for label in TRAIN.labels]
-    some = features.captions(TRAIN, 0.5, 0)
-    assert some == features.captions(TRAIN, 0.5, 0)
+    some = captions(TRAIN, 0.5, 0)
+    assert some == captions(TRAIN, 0.5, 0)
     assert all(set(a.split()) <= set(b.split()) for a, b in zip(some, whole, strict=True))
     assert all(some)
-    none = features.captions(TRAIN, 0.0, 0)
+    none = captions(TRAIN, 0.0, 0)
     assert all(len(text.split()) == 1 for text in none)
 
 
@@ -128,10 +128,10 @@ def test_features_then_clusters(tmp_path, monkeypatch):
     """The two commands as a user gives them."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     monkeypatch.setattr(glyphs, "load", lambda: TRAIN)
-    monkeypatch.setattr(features, "SHARD_ROWS", 30)
+    monkeypatch.setattr("unicom_ext.data.dump.SHARD_ROWS", 30)
 
     def invoke(*arguments):
-        result = CliRunner().invoke(cli.main, [str(a) for a in arguments])
+        result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 0, result.output
         return result.output
 

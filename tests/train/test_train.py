@@ -37,11 +37,12 @@ from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data import baselines
 from unicom_ext.optim import RowAdamW
 from unicom_ext.retrieval import evaluate
-from unicom_ext.train import report
-from unicom_ext.train import run as driver
+from unicom_ext.train import evaluation, report
 from unicom_ext.train.augment import distort
 from unicom_ext.train.config import BASELINES, Config
+from unicom_ext.train.trainer import Trainer, schedule, share
 from unicom_ext.utils.files import write_atomically
+from unicom_ext.utils.interrupt import Interrupted
 from unicom_ext.utils.settings import ConfigError, read_toml
 
 
@@ -66,8 +67,8 @@ def test_learns(tmp_path, no_report):
     config = dataclasses.replace(
         TINY, width=4, epochs=12, evaluate_every=0, feature_rate=1.0, augment=0.0
     )
-    untrained = driver.Trainer(config, DATA[0]).embed(DATA[0].images)
-    before = driver._evaluate(untrained, DATA[0], [8])[0]["recall"]["1"]
+    untrained = Trainer(config, DATA[0]).embed(DATA[0].images)
+    before = evaluation.evaluate(untrained, DATA[0], [8])[0]["recall"]["1"]
     metrics = run(tmp_path, config=config, data=(DATA[0], DATA[0]))
     after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
     assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
@@ -83,12 +84,12 @@ def test_learns_by_rows_that_were_sampled_and_resumes(tmp_path, no_report):
         if done == 11:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(driver.Interrupted):
+    with pytest.raises(Interrupted):
         run(tmp_path / "parts", config=config, on_step=stop)
     parts = run(tmp_path / "parts", config=config, resume=True)
     assert apart_from_timing(parts) == apart_from_timing(whole)
     assert_same_bits(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
-    assert isinstance(driver.Trainer(config, DATA[0]).optimizer, RowAdamW)
+    assert isinstance(Trainer(config, DATA[0]).optimizer, RowAdamW)
 
 
 def test_metrics_file_is_complete(finished):
@@ -136,7 +137,7 @@ def test_does_not_touch_the_global_random_state(tmp_path, no_report):
     [(16, [16] * 7 + [8]), (17, [17] * 6 + [18]), (20, [20] * 6), (59, [59, 59, 2]), (500, [120])],
 )
 def test_one_epoch_visits_each_image_once(batch_size, sizes):
-    trainer = driver.Trainer(dataclasses.replace(TINY, batch_size=batch_size), DATA[0])
+    trainer = Trainer(dataclasses.replace(TINY, batch_size=batch_size), DATA[0])
     trainer.labels = torch.arange(len(DATA[0]))  # which image it is
     count = trainer.steps_per_epoch
     epochs = []
@@ -154,7 +155,7 @@ def test_one_epoch_visits_each_image_once(batch_size, sizes):
 
 @given(size=st.integers(2, 300), world_size=st.integers(1, 40))
 def test_shares_of_a_batch(size, world_size):
-    parts = [driver.share(size, rank, world_size) for rank in range(world_size)]
+    parts = [share(size, rank, world_size) for rank in range(world_size)]
     assert torch.equal(torch.cat([torch.arange(size)[p] for p in parts]), torch.arange(size))
     sizes = [p.stop - p.start for p in parts]
     used = [n for n in sizes if n]
@@ -164,13 +165,13 @@ def test_shares_of_a_batch(size, world_size):
 
 
 def test_schedule_rises_then_falls_to_zero():
-    factors = [driver.schedule(step, 100, 0.1) for step in range(100)]
+    factors = [schedule(step, 100, 0.1) for step in range(100)]
     assert factors[:11] == sorted(factors[:11])
     assert factors[0] > 0
     assert max(factors) == factors[10] == 1
     assert factors[10:] == sorted(factors[10:], reverse=True)
     assert 0 < factors[99] < 1e-3
-    assert driver.schedule(0, 100, 0.0) == 1
+    assert schedule(0, 100, 0.0) == 1
 
 
 def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
@@ -227,7 +228,7 @@ def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, numbe
             signal.raise_signal(number)
 
     handler = signal.getsignal(number)
-    with pytest.raises(driver.Interrupted) as caught:
+    with pytest.raises(Interrupted) as caught:
         run(tmp_path, on_step=stop)
     assert caught.value.step == step
     assert signal.getsignal(number) is handler

@@ -24,7 +24,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from unicom_ext import checkpoint
 from unicom_ext.distributed import launch
 from unicom_ext.train import report
-from unicom_ext.train import run as driver
+from unicom_ext.train.run import train
+from unicom_ext.train.trainer import Trainer
+from unicom_ext.utils.interrupt import Interrupted
 from unicom_ext.utils.settings import ConfigError
 
 # Batches of 23 do not divide by the ranks, and the last of an epoch, of 5 images, leaves some of
@@ -34,7 +36,7 @@ CONFIG = dataclasses.replace(TINY, batch_size=23)
 STEPS = 3 * 6
 
 
-def train(group, output, options, stop_at=None):
+def train_together(group, output, options, stop_at=None):
     report.write = lambda *arguments: None  # drawing takes longer than training
     rank = dist.get_rank(group)
     text = io.StringIO()
@@ -44,11 +46,11 @@ def train(group, output, options, stop_at=None):
             signal.raise_signal(signal.SIGTERM)
 
     try:
-        metrics = driver.train(
+        metrics = train(
             CONFIG, output, data=DATA, console=Console(file=text, width=120), group=group,
             on_step=on_step, **options,
         )  # fmt: skip
-    except driver.Interrupted as stop:
+    except Interrupted as stop:
         return f"interrupted after {stop.step}", text.getvalue()
     return metrics, text.getvalue()
 
@@ -57,7 +59,7 @@ def train(group, output, options, stop_at=None):
 def finished(ranks, tmp_path_factory):
     """(output directory, metrics) of an uninterrupted run on three ranks."""
     output = tmp_path_factory.mktemp("finished")
-    (metrics, text), *others = ranks.run(3, train, output, {})
+    (metrics, text), *others = ranks.run(3, train_together, output, {})
     assert f"step {STEPS}/{STEPS}" in text
     assert [text for _, text in others] == ["", ""]  # rank 0 speaks
     for theirs, _ in others:
@@ -87,8 +89,8 @@ class WithoutStatistics(nn.Sequential):
 def train_without_statistics(group):
     """Losses, and the number of samples that this rank has in each step of an epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "Encoder", WithoutStatistics)
-        trainer = driver.Trainer(CONFIG, DATA[0], group)
+        patch.setattr("unicom_ext.train.trainer.Encoder", WithoutStatistics)
+        trainer = Trainer(CONFIG, DATA[0], group)
     sizes = [
         len(trainer._batch(step, trainer.rank, trainer.world_size)[1])
         for step in range(trainer.steps_per_epoch)
@@ -111,10 +113,10 @@ def test_uneven_last_batches_train_as_one_process_does(ranks, world_size, last):
 
 
 def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished, tmp_path):
-    for message, _ in ranks.run(3, train, tmp_path, {}, 6):
+    for message, _ in ranks.run(3, train_together, tmp_path, {}, 6):
         assert message == "interrupted after 6"
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
-    for metrics, _ in ranks.run(3, train, tmp_path, {"resume": True}):
+    for metrics, _ in ranks.run(3, train_together, tmp_path, {"resume": True}):
         assert metrics["loss"] == finished[1]["loss"]
     assert_same_bits(saved(tmp_path), saved(finished[0]))
     theirs = json.loads((finished[0] / "metrics.json").read_text())
@@ -124,8 +126,8 @@ def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_resumed_on_another_number_of_ranks(ranks, finished, tmp_path, world_size):
-    ranks.run(3, train, tmp_path, {}, 6)
-    for metrics, _ in ranks.run(world_size, train, tmp_path, {"resume": True}):
+    ranks.run(3, train_together, tmp_path, {}, 6)
+    for metrics, _ in ranks.run(world_size, train_together, tmp_path, {"resume": True}):
         assert metrics["loss"][:6] == finished[1]["loss"][:6]
         # The same batch and prototypes; but the encoder normalises over parts of other sizes.
         assert metrics["loss"][6] == pytest.approx(finished[1]["loss"][6], rel=0.2)
@@ -141,7 +143,7 @@ def refused(group, output):
         (CONFIG, {}),
     ):
         with pytest.raises((ConfigError, checkpoint.CheckpointError)) as caught:
-            driver.train(config, output if "resume" in options or config is CONFIG
+            train(config, output if "resume" in options or config is CONFIG
                          else output / "new", data=DATA, group=group, **options)  # fmt: skip
         messages.append(str(caught.value))
     return messages
@@ -200,7 +202,7 @@ def fail_in_a_run(say, rank, output, failure):
 
     try:
         with launch.joined() as group:
-            driver.train(
+            train(
                 CONFIG, output, data=DATA, console=Console(file=io.StringIO()), group=group,
                 on_step=on_step,
             )  # fmt: skip
@@ -246,7 +248,7 @@ def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, fail
                 assert "has died without a word" in message
     # The last checkpoint is whole, and the run goes on from it.
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-4"
-    for metrics, _ in ranks.run(3, train, tmp_path, {"resume": True}):
+    for metrics, _ in ranks.run(3, train_together, tmp_path, {"resume": True}):
         assert metrics["loss"] == finished[1]["loss"]
 
 
@@ -271,6 +273,6 @@ def test_killed_under_the_agent_of_torchrun(ranks, finished, tmp_path, failure):
         assert message.startswith("RankFailed: rank 1 (process ")
         assert message.endswith("has died without a word")
     assert checkpoint.latest(tmp_path / "checkpoints").name == "step-4"
-    for metrics, _ in ranks.run(2, train, tmp_path, {"resume": True}):
+    for metrics, _ in ranks.run(2, train_together, tmp_path, {"resume": True}):
         assert metrics["loss"][:4] == finished[1]["loss"][:4]
         assert len(metrics["loss"]) == STEPS

@@ -14,6 +14,18 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
+import click
+
+
+@click.command()
+def doctor() -> None:
+    """Show versions, build and devices, and how to mend faults.
+
+    The exit status is 1 if something is wrong.
+    """
+    if not examine(click.echo):
+        sys.exit(1)
+
 
 def examine(say: Callable[[str], object]) -> bool:
     """Say what is there, line by line; whether all is well."""
@@ -59,12 +71,12 @@ def _show_build(problems: list[str]) -> Iterator[str]:
             yield _line(name.replace("_", " "), value)
         yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
     try:
-        from unicom_ext.ops import library as devices
+        from unicom_ext.ops import library
     except Exception as error:
         yield _line("operators", "do not load")
         problems.append(_extension_problem("unicom_ext._C", package, "_C*.so", error))
     else:
-        yield _line("operators", "for the CPU and CUDA" if devices.HAS_CUDA else "for the CPU")
+        yield _line("operators", "for the CPU and CUDA" if library.HAS_CUDA else "for the CPU")
 
 
 def _extension_problem(name: str, package: Path, pattern: str, error: Exception) -> str:

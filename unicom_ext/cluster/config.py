@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from unicom_ext.data import JOINTS
 from unicom_ext.utils.settings import (
     ConfigError,
     Settings,
@@ -15,7 +16,6 @@ from unicom_ext.utils.settings import (
     whole,
 )
 
-JOINTS = ("image", "text", "average", "concat")
 METHODS = ("lloyd", "minibatch", "two-level")
 ENGINES = ("unicom", "faiss")
 DEVICES = ("auto", "cpu", "cuda")

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from unicom_ext.cluster import refine, results, seeds, state, two_level
+from unicom_ext.cluster import inputs, refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
@@ -29,10 +29,8 @@ from unicom_ext.cluster.lloyd import (
     sampled,
 )
 from unicom_ext.cluster.progress import PassProgress
-from unicom_ext.data.source import Source, SourceError
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.utils.files import CheckpointError
-from unicom_ext.utils.settings import ConfigError
 
 # What a random number is for; keeps the streams of one seed apart.
 INIT, MEASURE = range(2)
@@ -53,7 +51,7 @@ def cluster(
     """Cluster the rows of feature files.
 
     config       what to do
-    input        feature files, see `unicom_ext.cluster.source`
+    input        feature files, see `unicom_ext.data.formats`
     output       directory for the results, made if need be
     true_labels  .npy file of integers [rows], -1 for unknown: NMI, purity and conflict are reported
     images       .npy file uint8 [rows, h, w] or [rows, h, w, 3]: members of some clusters are shown
@@ -95,18 +93,13 @@ class _Run:
             torch.set_num_threads(config.threads)
         self.device = device_of(config)
         self.engine = engine_of(config, self.device)
-        self.source = Source(self.input, config)
-        if config.clusters > self.source.rows:
-            raise ConfigError(
-                f"clusters: got {config.clusters}, but {self.input} has {self.source.rows} rows"
-            )
-        self.true_labels = _column(true_labels, self.source.rows, "iu", (1,), "integers [rows]")
-        if self.true_labels is not None and self.true_labels.max() >= 2**31:
-            raise SourceError(f"{true_labels}: classes must be below 2^31")
-        self.images = _column(images, self.source.rows, "u", (3, 4), "uint8 [rows, h, w(, 3)]")
+        self.source = inputs.open_source(self.input, config)
+        self.true_labels = inputs.open_true_labels(true_labels, self.source.rows)
+        self.images = inputs.open_images(images, self.source.rows)
         self.state = self._load_state(resume, overwrite)
         if "centroids" not in self.state and config.init.endswith(".npy"):
-            self.state["centroids"] = _given_centroids(config, self.source.dim)
+            k = config.num_coarse if config.method == "two-level" else config.clusters
+            self.state["centroids"] = inputs.read_centroids(config.init, k, self.source.dim)
         if self.ranks.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             self.state_dir.mkdir(exist_ok=True)
@@ -218,23 +211,17 @@ class _Run:
         labels = LabelFiles(self.state_dir / "coarse")
         with self._progress("fine clusters", 0) as progress:
             totals = Totals(rows=int(sizes[: stages[0][0].start].sum()))
+
+            def watch(rows: int) -> None:
+                totals.rows += rows
+                progress.watch(totals)
+
             for number in range(now["stages"], len(stages)):
                 runs = stages[number]
-                begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
-                fine = torch.zeros(end - begin, self.source.dim)
-                with self.ranks.together():
-                    for cells in runs[self.ranks.rank :: self.ranks.size]:
-
-                        def watch(rows: int) -> None:
-                            totals.rows += rows
-                            progress.watch(totals)
-
-                        fine[first[cells.start] - begin : first[cells.stop] - begin] = (
-                            two_level.cluster_cells(
-                                self.source, labels, cells, first, config, self.engine, watch
-                            )
-                        )
-                now["centroids"][begin:end] = self.ranks.sum(fine)
+                fine = two_level.cluster_runs(
+                    self.source, labels, runs, first, config, self.engine, self.ranks, watch
+                )
+                now["centroids"][first[runs[0].start] : first[runs[-1].stop]] = fine
                 now["stages"] = number + 1
                 self._save()
 
@@ -381,34 +368,3 @@ def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -
         "seconds": seconds,
         "rows_per_second": totals.seen / seconds,
     }
-
-
-def _column(
-    path: str | Path | None, rows: int, kinds: str, ndims: tuple[int, ...], wanted: str
-) -> np.ndarray | None:
-    """A memory-mapped .npy file with one entry for each row."""
-    if path is None:
-        return None
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read: {error}") from None
-    if array.dtype.kind not in kinds or array.ndim not in ndims or len(array) != rows:
-        raise SourceError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, must be {wanted} with {rows} rows"
-        )
-    return array
-
-
-def _given_centroids(config: ClusterConfig, dim: int) -> Tensor:
-    k = config.num_coarse if config.method == "two-level" else config.clusters
-    try:
-        array = np.load(config.init)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{config.init}: cannot be read: {error}") from None
-    if array.shape != (k, dim) or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise SourceError(
-            f"{config.init}: holds {array.dtype} {list(array.shape)}, must be finite floating "
-            f"point [{k}, {dim}]"
-        )
-    return torch.nn.functional.normalize(torch.from_numpy(array).float())

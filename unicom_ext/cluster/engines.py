@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.nearest import Centroids
-from unicom_ext.ops import library as devices
+from unicom_ext.ops import library
 from unicom_ext.utils.settings import ConfigError
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def _local_rank() -> int:
 def _problem_with_cuda(config: ClusterConfig) -> str | None:
     if config.engine == "faiss":
         return "engine faiss chooses its GPUs itself"
-    if not devices.HAS_CUDA:
+    if not library.HAS_CUDA:
         return "this unicom_ext is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no GPU"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unicom_ext.loss.functional import _ops
-from unicom_ext.ops import library as devices
+from unicom_ext.ops import library
 
 
 class Centroids:
@@ -30,7 +30,7 @@ class Centroids:
         self.values = _fp32_rows("centroids", centroids)
         if self.device.type == "cuda":
             _check_finite(self.values)
-        self._packed = devices.run(_ops.pack_centroids, self.values)
+        self._packed = library.run(_ops.pack_centroids, self.values)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -58,7 +58,7 @@ class Centroids:
         rows = _fp32_rows("rows", rows)
         if rows.device != self.device:
             raise ValueError(f"rows must be on {self.device} like the centroids, got {rows.device}")
-        return devices.run(_ops.nearest, rows, self.values, self._packed, guess)
+        return library.run(_ops.nearest, rows, self.values, self._packed, guess)
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> 
         rows: [N, d] float32.
         index: [N] int64 in [-1, k); rows with -1 are left out, and on CUDA what is not in [-1, k).
     """
-    devices.run(_ops.add_unit_rows, sums, counts, rows, index)
+    library.run(_ops.add_unit_rows, sums, counts, rows, index)
 
 
 def _check_finite(centroids: Tensor) -> None:
@@ -91,7 +91,7 @@ def _fp32_rows(name: str, x: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a floating point tensor, got {kind}")
-    devices.check_device(x.device, name)
+    library.check_device(x.device, name)
     if x.dim() != 2:
         raise ValueError(f"{name} must be a matrix, got shape {list(x.shape)}")
     x = x.detach().float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-import unicom_ext
 from unicom_ext.cluster import pictures, refine
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.labels import LabelFiles, sha256
@@ -20,6 +18,7 @@ from unicom_ext.cluster.lloyd import Totals
 from unicom_ext.cluster.quality import quality
 from unicom_ext.cluster.state import write_file
 from unicom_ext.data.source import Source
+from unicom_ext.utils.versions import versions
 
 MEMBERS = 2  # stream of random numbers that chooses the clusters to show
 
@@ -78,11 +77,7 @@ def write(
             output, source, final, whole_sizes.numpy(), facts["passes"], images, config, console
         ),
         "sizes": whole_sizes.tolist(),
-        "versions": {
-            "unicom_ext": unicom_ext.__version__,
-            "torch": torch.__version__,
-            "numpy": version("numpy"),
-        },
+        "versions": versions(),
         "sha256": checksums,
     }
     text = json.dumps(result, indent=1).encode()

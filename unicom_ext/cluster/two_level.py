@@ -18,7 +18,8 @@ from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import Engine
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import converged, lloyd_pass
-from unicom_ext.data.source import Block, Source, SourceError
+from unicom_ext.data.formats import SourceError
+from unicom_ext.data.source import Block, Source
 from unicom_ext.distributed.ranks import Ranks
 
 CELL_BYTES = 512 << 20  # of rows in memory at a time
@@ -117,7 +118,32 @@ def fine_stages(first: np.ndarray, sizes: np.ndarray, dim: int, parts: int) -> l
     return [runs[i : i + stage] for i in range(0, len(runs), stage)]
 
 
-def cluster_cells(
+def cluster_runs(
+    source: Source,
+    labels: LabelFiles,
+    runs: list[range],
+    first: np.ndarray,
+    config: ClusterConfig,
+    engine: Engine,
+    ranks: Ranks,
+    watch: Callable[[int], object],
+) -> Tensor:
+    """Fine centroids of a stage, fp32 [n, d], where first[runs[0].start] is the number of the
+    first; each process finds those of some runs.
+
+    labels: the coarse cell of every row. watch: called with the rows of each cell that is done.
+    """
+    begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
+    fine = torch.zeros(end - begin, source.dim)
+    with ranks.together():
+        for cells in runs[ranks.rank :: ranks.size]:
+            fine[first[cells.start] - begin : first[cells.stop] - begin] = _cluster_run(
+                source, labels, cells, first, config, engine, watch
+            )
+    return ranks.sum(fine)
+
+
+def _cluster_run(
     source: Source,
     labels: LabelFiles,
     cells: range,
@@ -128,7 +154,7 @@ def cluster_cells(
 ) -> Tensor:
     """Fine centroids of a run of cells, fp32 [first[cells.stop] - first[cells.start], d].
 
-    labels: the coarse cell of every row. A cell that does not fit in memory is sampled.
+    A cell that does not fit in memory is sampled.
     """
     rows, owner = _rows_of(labels, source, cells)
     limit = CELL_BYTES // (4 * source.dim)

@@ -33,7 +33,7 @@ def write_dump(
 ) -> None:
     """Write img_emb/, text_emb/ (float16 shards), true_labels.npy and images.npy to `output`.
 
-    images      "raw pixels" or "HOG" (see `unicom_ext.retrieval.baselines`), `dim` components of it
+    images      "raw pixels" or "HOG" (see `unicom_ext.data.baselines`), `dim` components of it
     kept_words  how much of its character's name the text of an image has: each word stays with
                 this probability, and at least one does. Names are otherwise the same for all images
                 of a class and different between classes, which no captions from the web are.

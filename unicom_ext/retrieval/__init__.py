@@ -1,6 +1,6 @@
 """Exact retrieval: `evaluate` (Recall@K, mAP@R) and `topk`, in bounded memory."""
 
-from .metrics import Result, evaluate
-from .search import topk
+from unicom_ext.retrieval.metrics import Result, evaluate
+from unicom_ext.retrieval.search import topk
 
 __all__ = ["Result", "evaluate", "topk"]

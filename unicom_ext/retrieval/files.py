@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.data.labels import read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.retrieval.metrics import Result, evaluate
@@ -27,7 +26,7 @@ def evaluate_files(
 ) -> list[Result]:
     """`retrieval.evaluate` of the rows of feature files, all of which are read into memory.
 
-    features, gallery       see `unicom_ext.cluster.source`: [n, d] each; without a gallery each row
+    features, gallery       see `unicom_ext.data.formats`: [n, d] each; without a gallery each row
                             is searched among the others
     labels, gallery_labels  .npy files of integers [n], or directories of labels_*.npy; rows with a
                             negative label take no part
@@ -36,20 +35,19 @@ def evaluate_files(
 
     Raises ConfigError, SourceError or ValueError; the message names the file or what is wrong.
     """
-    config = ClusterConfig(joint=joint, image_weight=image_weight)
-    found = _read("labels", features, labels, config)
+    source = Source(features, joint=joint, image_weight=image_weight)
+    found = _labelled_rows("labels", labels, source)
     others = (None, None)
     if gallery is not None and gallery_labels is not None:
-        others = _read("gallery_labels", gallery, gallery_labels, config)
+        source = Source(gallery, joint=joint, image_weight=image_weight)
+        others = _labelled_rows("gallery_labels", gallery_labels, source)
     elif gallery is not None or gallery_labels is not None:
         raise ValueError("gallery and gallery_labels: give both or neither")
     return evaluate(*found, *others, dims=dims, ks=ks)
 
 
-def _read(
-    name: str, features: str | Path, labels: str | Path, config: ClusterConfig
-) -> tuple[Tensor, Tensor]:
-    source = Source(features, config)
-    known = read_labels(name, labels, source.rows)
+def _labelled_rows(name: str, path: str | Path, source: Source) -> tuple[Tensor, Tensor]:
+    """The rows [n, d] that have a label, and their labels int64 [n]."""
+    known = read_labels(name, path, source.rows)
     rows = (known >= 0).nonzero()[0]
     return source.take(rows), torch.from_numpy(known[rows])

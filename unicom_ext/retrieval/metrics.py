@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .search import (
+from unicom_ext.retrieval.search import (
     DEFAULT_BLOCK_BYTES,
     TieRank,
     best_keys,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_BLOCK_BYTES = 64 << 20
-# Bytes in flight at most, temporaries included; tests/test_retrieval.py counts them.
+# Bytes in flight at most, temporaries included; tests/retrieval counts them.
 PAIR_BYTES = 64  # per (query, gallery row) of a block of scores
 BEST_BYTES = 64  # per entry of the running lists
 VALUE_BYTES = 16  # per number of a block of rows, while it is normalised

@@ -1,1 +1,1 @@
-"""Training an image encoder with `PartialMarginSoftmax`: `unicom-ext train`, or `driver.train`."""
+"""Training an image encoder with `PartialMarginSoftmax`: `unicom-ext train`, or `run.train`."""

@@ -19,7 +19,7 @@ from unicom_ext.utils.settings import (
     whole,
 )
 
-BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.retrieval.baselines has them
+BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.data.baselines has them
 UPDATES = ("dense", "rows")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 

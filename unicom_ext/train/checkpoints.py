@@ -1,0 +1,54 @@
+"""Checkpoints of a run: one at a time in its output directory, beside metrics.json."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from unicom_ext import checkpoint
+from unicom_ext.train.config import Config
+from unicom_ext.train.trainer import Trainer
+from unicom_ext.utils.files import CheckpointError, write_atomically
+
+CHECKPOINTS = "checkpoints"  # directory in the output directory
+
+
+def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
+    """Write a checkpoint and metrics.json; the checkpoints before it are removed then."""
+    metrics["step"] = trainer.step
+    kept = {name: metrics[name] for name in ("baselines", "evaluations", "seconds", "step")}
+    path = output / CHECKPOINTS / f"step-{trainer.step}"
+    trainer.save(path, {"config": metrics["config"], "data": metrics["data"], "metrics": kept})
+    if trainer.rank == 0:
+        text = json.dumps(metrics, indent=1).encode()
+        write_atomically(output / "metrics.json", lambda file: file.write(text))
+        for other in path.parent.iterdir():
+            if other != path:
+                shutil.rmtree(other)
+    return path
+
+
+def to_resume(
+    output: Path, config: Config, resume: bool, overwrite: bool, first: bool
+) -> Path | None:
+    """The checkpoint to go on from, None to begin; CheckpointError where neither is right."""
+    directory = output / CHECKPOINTS
+    path = checkpoint.latest(directory)
+    if not resume:
+        if path is not None and not overwrite:
+            raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
+        # A run that is killed before its first checkpoint must not seem to have this one.
+        if first:
+            shutil.rmtree(directory, ignore_errors=True)
+        return None
+    if path is None:
+        raise CheckpointError(f"{directory}: there is no checkpoint")
+    saved = checkpoint.read_about(path)["extra"]
+    if "config" not in saved:
+        raise CheckpointError(f"{path}: is not a checkpoint of this driver")
+    differences = config.differences(Config.from_mapping(saved["config"]))
+    if differences:
+        raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
+    return path
