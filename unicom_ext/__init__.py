@@ -10,13 +10,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from unicom_ext.utils.versions import VERSION
+
 if TYPE_CHECKING:
     from unicom_ext.loss.functional import Metrics, partial_margin_softmax
     from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from unicom_ext.loss.module import PartialMarginSoftmax, Selection
     from unicom_ext.ops.cpu import cpu_capability, set_cpu_capability
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "ArcFace",

@@ -40,9 +40,9 @@ from unicom_ext.retrieval import evaluate
 from unicom_ext.train import evaluation, report
 from unicom_ext.train.augment import distort
 from unicom_ext.train.config import BASELINES, Config
+from unicom_ext.train.interrupt import Interrupted
 from unicom_ext.train.trainer import Trainer, schedule, share
 from unicom_ext.utils.files import write_atomically
-from unicom_ext.utils.interrupt import Interrupted
 from unicom_ext.utils.settings import ConfigError, read_toml
 
 

@@ -24,9 +24,9 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from unicom_ext import checkpoint
 from unicom_ext.distributed import launch
 from unicom_ext.train import report
+from unicom_ext.train.interrupt import Interrupted
 from unicom_ext.train.run import train
 from unicom_ext.train.trainer import Trainer
-from unicom_ext.utils.interrupt import Interrupted
 from unicom_ext.utils.settings import ConfigError
 
 # Batches of 23 do not divide by the ranks, and the last of an epoch, of 5 images, leaves some of

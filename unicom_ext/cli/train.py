@@ -58,8 +58,8 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
     try:
         from unicom_ext.distributed import launch
         from unicom_ext.train import report, run
+        from unicom_ext.train.interrupt import Interrupted
         from unicom_ext.utils.files import CheckpointError
-        from unicom_ext.utils.interrupt import Interrupted
     except ModuleNotFoundError as error:
         if error.name.startswith("unicom_ext"):
             raise click.ClickException(broken(error)) from None

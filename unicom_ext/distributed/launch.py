@@ -19,7 +19,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from unicom_ext.utils.interrupt import Interrupted
+from unicom_ext.train.run import Interrupted
 
 PATIENCE = 10.0  # seconds to find out which rank has failed
 _INTERVAL = 0.25  # seconds between two looks at the others

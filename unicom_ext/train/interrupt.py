@@ -1,10 +1,19 @@
-"""SIGINT and SIGTERM end a run after its step, saved."""
+"""A run that is asked to stop ends after its step, saved."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
 from typing import Any
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has saved itself after `step` of `steps` steps."""
+
+    def __init__(self, step: int, steps: int, path: Path) -> None:
+        super().__init__(f"stopped after step {step} of {steps}; saved in {path}")
+        self.step, self.steps, self.path = step, steps, path
 
 
 class StopRequest:

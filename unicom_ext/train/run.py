@@ -26,11 +26,10 @@ from unicom_ext.distributed.failures import agree
 from unicom_ext.train import checkpoints, report
 from unicom_ext.train.config import Config
 from unicom_ext.train.evaluation import evaluate, evaluate_baselines
-from unicom_ext.train.interrupt import StopRequest
+from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import EXAMPLES, Trainer, random_numbers
 from unicom_ext.utils.files import CheckpointError, write_atomically
-from unicom_ext.utils.interrupt import Interrupted
 from unicom_ext.utils.versions import versions
 
 

@@ -1,19 +1,21 @@
-"""The versions that a result depends on."""
+"""The version of this package, and those that a result depends on."""
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
-
-import torch
-
-import unicom_ext
+VERSION = "0.1.0"
 
 
 def versions() -> dict[str, str]:
+    """For the files that a run leaves behind."""
+    # Here, because whoever imports the package reads its own version alone.
+    import platform
+    from importlib import metadata
+
+    import torch
+
     return {
         "python": platform.python_version(),
-        "unicom_ext": unicom_ext.__version__,
+        "unicom_ext": VERSION,
         "torch": torch.__version__,
-        "numpy": version("numpy"),
+        "numpy": metadata.version("numpy"),
     }
