@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from click.testing import CliRunner
 from support.sharded_run import CLASSES, DIM, INPUTS, Run, assert_close, whole
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,83 +92,6 @@ def stored(gradient):
 def test_no_rank_skips_a_step_alone(ranks, world_size, optimizer):
     outcomes = ranks.run(world_size, one_rank_overflows, optimizer)
     assert outcomes == [[(False, [False, False], 2.0), (True, [True, True], 2.0)]] * world_size
-
-
-# ---- wrappers ----
-
-
-class Model(nn.Module):
-    def __init__(self, group, classes=4 * 75):
-        super().__init__()
-        self.encoder = nn.Linear(DIM, DIM)
-        self.loss = PartialMarginSoftmax(DIM, classes, process_group=group)
-
-    def forward(self, x, y):
-        return self.loss(self.encoder(x), y)
-
-
-def wrapped(group):
-    loss = PartialMarginSoftmax(DIM, CLASSES, process_group=group)
-    messages = []
-    # Of the same shape on both ranks or not: 301 classes.
-    for module in (loss, Model(group), Model(group, CLASSES), Model(None)):
-        with pytest.raises(TypeError) as caught:
-            DistributedDataParallel(module, process_group=group)
-        messages.append(str(caught.value))
-    with pytest.raises(TypeError) as caught:
-        fully_shard(loss, mesh=DeviceMesh.from_group(group, "cpu"))
-    messages.append(str(caught.value))
-    whole_model = Model(group)
-    with pytest.raises(TypeError) as caught:
-        fully_shard(whole_model, mesh=DeviceMesh.from_group(group, "cpu"))
-    messages.append(str(caught.value))
-    for original in (False, True):
-        with pytest.raises(TypeError) as caught:
-            FullyShardedDataParallel(
-                Model(group), group, device_id=torch.device("cpu"), use_orig_params=original
-            )
-        messages.append(str(caught.value))
-    fresh = Model(group).loss
-    with pytest.raises(TypeError, match="save its state_dict"):
-        pickle.dumps(fresh)
-    assert copy.deepcopy(fresh).shard is fresh.shard
-    return messages
-
-
-def test_the_loss_in_a_wrapper_is_refused(ranks):
-    for messages in ranks.run(2, wrapped):
-        for message in messages:
-            assert "must not be wrapped in DistributedDataParallel" in message
-            assert "process_group" in message
-
-
-def around_the_loss(group):
-    """Losses with FSDP of the encoder alone, then of a model without its loss."""
-    mesh = DeviceMesh.from_group(group, "cpu")
-    rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
-    losses = []
-    for together in (False, True):
-        torch.manual_seed(0)
-        model = Model(group)
-        if together:
-            fully_shard(model, mesh=mesh, ignored_params=set(model.loss.parameters()))
-        else:
-            fully_shard(model.encoder, mesh=mesh)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        x = torch.randn(8, DIM, generator=torch.Generator().manual_seed(1))
-        for _ in range(3):
-            loss = model(x[rows], torch.arange(8)[rows])
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    return losses
-
-
-def test_fsdp_of_a_model_that_leaves_the_loss_out(ranks):
-    for losses in ranks.run(2, around_the_loss):
-        assert losses[:3] == pytest.approx(losses[3:], rel=1e-6)
-        assert losses[2] < losses[1] < losses[0]
 
 
 # ---- checkpoints ----

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -16,17 +15,11 @@ from unicom_ext.loss import checks
 from unicom_ext.loss.functional import DEFAULT_WORKSPACE_BYTES, Metrics, call_loss
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
+from unicom_ext.loss.wrapping import NeverWrapped
 from unicom_ext.ops import library as devices
 from unicom_ext.ops import memory
 
 _ops = torch.ops.unicom_ext
-
-_WRAPPED = (
-    "PartialMarginSoftmax must not be wrapped in DistributedDataParallel or FSDP, nor be a part of "
-    "a module that is: ranks own different prototypes, whose gradients need no averaging. Wrap the "
-    "encoder alone (or fully_shard(model, ignored_params=set(loss.parameters()))), and give the "
-    "loss process_group=torch.distributed.group.WORLD to share its classes with the other ranks"
-)
 
 
 class Selection(NamedTuple):
@@ -36,7 +29,7 @@ class Selection(NamedTuple):
     feature_index: Tensor  # [d'] int64, sorted dimensions
 
 
-class PartialMarginSoftmax(nn.Module):
+class PartialMarginSoftmax(NeverWrapped):
     """Margin softmax cross entropy in which each step uses some classes and some dimensions.
 
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
@@ -373,24 +366,6 @@ class PartialMarginSoftmax(nn.Module):
         """The id of the class in row 0."""
         return 0 if self.shard is None else self.shard.start
 
-    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        # DistributedDataParallel asks every part of its module when it is made, before it compares
-        # the ranks' shapes.
-        if sys._getframe(1).f_code.co_qualname.startswith("DistributedDataParallel."):
-            raise TypeError(_WRAPPED)
-        return super().named_parameters(*args, **options)
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
-            raise TypeError(_WRAPPED)  # fully_shard makes such a class
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # fully_shard of a module around this one puts its own parameter here, FSDP1 a plain tensor.
-        if name == "weight" and (hasattr(value, "placements") or type(value) is Tensor):
-            raise TypeError(_WRAPPED)
-        super().__setattr__(name, value)
-
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:
         if step is None:
             return self.step
@@ -441,6 +416,12 @@ class PartialMarginSoftmax(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shard is not None:
             name = prefix + "weight"
+            if name not in destination:
+                raise RuntimeError(
+                    f"{name} of a loss with process_group must be a parameter to be saved, but "
+                    "something like weight_norm, parametrize or prune has put a function of others "
+                    "in its place; remove that first"
+                )
             destination[name] = self.shard.as_global(destination[name])
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
