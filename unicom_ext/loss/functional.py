@@ -18,7 +18,7 @@ from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.reference import Metrics
 from unicom_ext.ops import library as devices
-from unicom_ext.ops.row_sparse import refuse_dense_optimizers, row_sparse, updater_of
+from unicom_ext.ops.row_sparse import row_sparse, updater_of
 
 __all__ = ["Metrics", "partial_margin_softmax"]
 
@@ -226,8 +226,6 @@ def call_loss(
     slot: [B] int64, each label's position in class_index, -1 where ignored.
     count: how many entries of class_index are valid, int64 scalar tensor; None for all.
     """
-    if sparse_grad:
-        refuse_dense_optimizers()
     m2, m3 = margin.m2, margin.m3
     wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
     eager = wants_grad and not torch.compiler.is_compiling()

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-# Dense optimizers of torch that raise at a sparse gradient, some of them after they have moved
-# other parameters.
-_REFUSING = {
-    name: getattr(torch.optim, name)
-    for name in ("Adadelta", "Adafactor", "Adam", "Adamax", "AdamW", "ASGD", "LBFGS", "Muon",
-                 "NAdam", "RAdam", "RMSprop", "Rprop")
-    if hasattr(torch.optim, name)
-}  # fmt: skip
-_installed = False
 
 
 def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: torch.Size) -> Tensor:
@@ -28,6 +19,7 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
     rank that drew no class), that is a single row's id, with zeros; after a compiled step an
     optimizer cannot tell it from a class that was sampled and has no gradient.
     """
+    _refuse_dense_optimizers()
     if ids is None:
         ids = torch.arange(shape[0], device=rows.device)
     traced = type(ids) is not Tensor
@@ -90,16 +82,21 @@ def updater_of(param: Tensor) -> Any:
     return getattr(param, "_unicom_updater", None)
 
 
-def refuse_dense_optimizers() -> None:
-    """From now on torch's dense optimizers say what to use when they meet a sparse gradient."""
-    global _installed
-    if not _installed:
-        _installed = True
-        register_optimizer_step_pre_hook(_refuse_sparse)
+# Of torch's optimizers these take sparse gradients; all others raise at one in the middle of a step,
+# when the groups before it have been moved, and some of them recommend SparseAdam. A gradient does
+# not know who will read it, and an optimizer cannot be found from its parameters: only a hook that
+# all optimizers call can say so in time. It is there once a sparse gradient has been made.
+_TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam, torch.optim.LBFGS)
+
+
+@cache
+def _refuse_dense_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_sparse)
 
 
 def _refuse_sparse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not isinstance(optimizer, tuple(_REFUSING.values())):
+    kind = next(c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim."))
+    if kind is torch.optim.Optimizer or kind in _TAKE_SPARSE:  # the former: not torch's own
         return
     for group in optimizer.param_groups:
         for param in group["params"]:

@@ -24,7 +24,6 @@ from unicom_ext.loss.sharded.operators import (
     forward,
     took_part,
 )
-from unicom_ext.ops.row_sparse import refuse_dense_optimizers
 
 
 def call_loss(
@@ -67,8 +66,6 @@ def call_loss(
     Returns the loss (for ``reduction="none"`` of this rank's samples), the metrics of this rank's
     samples, and what took part.
     """
-    if sparse_grad:
-        refuse_dense_optimizers()
     if uneven_batches is None:
         uneven_batches = prototypes.device.type == "cpu"
     if not torch.compiler.is_compiling():
