@@ -332,7 +332,7 @@ class Memory(two_level.InMemory):
 
 
 def one_pass(rows: Tensor, centroids: Tensor, seed: int = 0):
-    return lloyd_pass(Memory(rows), centroids, Centroids, Ranks(alone=True), lambda t: None, seed)
+    return lloyd_pass(Memory(rows), centroids, Centroids, Ranks(None), lambda t: None, seed)
 
 
 def test_empty_clusters_take_half_of_the_largest():

@@ -29,7 +29,7 @@ from unicom_ext.cluster.lloyd import (
     sampled,
 )
 from unicom_ext.cluster.progress import PassProgress
-from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.utils.files import CheckpointError
 
 # What a random number is for; keeps the streams of one seed apart.
@@ -77,7 +77,7 @@ def cluster(
 class _Run:
     def __init__(self, config: ClusterConfig, input: Path, output: Path, console: Console) -> None:
         self.config, self.input, self.output = config, input, output
-        self.ranks = Ranks()
+        self.ranks = Ranks(default_group())
         self.console = console if self.ranks.is_first else Console(quiet=True)
         self.state_dir = output / "state"
 
@@ -106,7 +106,7 @@ class _Run:
         self.console.print(
             f"{self.source.rows:,} rows of {self.source.dim} dimensions in "
             f"{len(self.source.shards):,} shards, {config.clusters:,} clusters"
-            + (f", {self.ranks.size} processes" if self.ranks.size > 1 else "")
+            + (f", {self.ranks.world_size} processes" if self.ranks.world_size > 1 else "")
             + (f", on {self.device}" if self.device.type != "cpu" else ""),
             highlight=False,
         )
@@ -303,7 +303,7 @@ class _Run:
         with self.ranks.together():
             if self.ranks.is_first:
                 facts = {
-                    "processes": self.ranks.size,
+                    "processes": self.ranks.world_size,
                     "device": str(self.device),
                     "merged": merged,
                     "converged": self._converged(),
@@ -317,7 +317,7 @@ class _Run:
                     facts, self.true_labels, self.images, self.console,
                 )  # fmt: skip
                 shutil.rmtree(labels.directory)
-        if self.ranks.size > 1:
+        if self.ranks.world_size > 1:
             shared = [result]
             torch.distributed.broadcast_object_list(shared, 0)
             result = shared[0]

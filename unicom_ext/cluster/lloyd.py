@@ -130,9 +130,27 @@ def lloyd_pass(
         visit=lambda block, index, score: add_unit_rows(sums, counts, block.rows, index),
         **how,
     )
-    counts = ranks.sum(counts.cpu())
-    moved = ranks.unit_sums(sums.cpu())
+    sender = ranks.sends_from(nearest.device)
+    counts = ranks.sum(counts.to(sender)).cpu()
+    moved = unit_sums(sums.to(sender), ranks).cpu()
     return *_replace_empty(moved, centroids, counts, seed), totals
+
+
+def unit_sums(sums: Tensor, ranks: Ranks) -> Tensor:
+    """The sums [k, d] float64 over all ranks, divided by their norms: [k, d] float32, zero where
+    the sum is zero.
+
+    Each rank gets the sums of its part of the clusters, divides, and sends float32 to the others:
+    half of what an all-reduce of the sums would send.
+    """
+    k, dim = sums.shape
+    missing = -k % ranks.world_size
+    if missing:
+        sums = torch.cat([sums, sums.new_zeros(missing, dim)])
+    own = ranks.sum_scatter(sums)
+    norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
+    units = ranks.gather((own / torch.where(norm > 0, norm, torch.inf)).float())
+    return units[:k].clone() if missing else units
 
 
 def minibatch_pass(
@@ -153,7 +171,7 @@ def minibatch_pass(
     """
     totals = Totals()
     rng = np.random.default_rng([seed, ranks.rank])
-    size = max(1, batch_rows // ranks.size)
+    size = max(1, batch_rows // ranks.world_size)
     blocks = None
     while True:
         with ranks.together():
@@ -170,8 +188,9 @@ def minibatch_pass(
                 watch(totals)
         if not int(ranks.sum(torch.tensor(block is not None, dtype=torch.int64))):
             break
-        sums += ranks.sum(new_sums.cpu())
-        counts += ranks.sum(new_counts.cpu())
+        sender = ranks.sends_from(nearest.device)
+        sums += ranks.sum(new_sums.to(sender)).cpu()
+        counts += ranks.sum(new_counts.to(sender)).cpu()
         norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
         centroids = torch.where(norm > 0, sums / norm, centroids).float()
     centroids, empty = _replace_empty(centroids, centroids, counts, seed)

@@ -136,7 +136,7 @@ def cluster_runs(
     begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
     fine = torch.zeros(end - begin, source.dim)
     with ranks.together():
-        for cells in runs[ranks.rank :: ranks.size]:
+        for cells in runs[ranks.rank :: ranks.world_size]:
             fine[first[cells.start] - begin : first[cells.stop] - begin] = _cluster_run(
                 source, labels, cells, first, config, engine, watch
             )
@@ -174,7 +174,7 @@ def _cluster_run(
 
 def _cluster_cell(values: Tensor, k: int, config: ClusterConfig, engine: Engine) -> Tensor:
     rng = np.random.default_rng([config.seed, 4, len(values), k])
-    memory, alone = InMemory(values), Ranks(alone=True)
+    memory, alone = InMemory(values), Ranks(None)
     try:
         centroids = seeds.draw("kmeans++", memory, k, rng, engine)
     except SourceError:  # fewer different rows than clusters

@@ -17,6 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+class RankFailed(RuntimeError):
+    """Another rank raised or died; the message says which, and why as far as is known."""
+
+
 def agree(
     settings: Mapping[str, object], failure: Exception | None, group: dist.ProcessGroup | None
 ) -> None:
@@ -25,18 +29,29 @@ def agree(
     Slow (it sends Python objects): for construction, checkpoints, and to say what went wrong.
     group: None for one process alone.
     """
+    reports = exchange(dict(settings), failure, group)
+    for rank, (reason, _) in enumerate(reports):
+        if reason is not None:
+            raise RankFailed(f"rank {rank} of the process group raised {reason}")
+    for name in settings:
+        check_same(name, [theirs.get(name) for _, theirs in reports])
+
+
+def exchange(
+    word: object, failure: BaseException | None, group: dist.ProcessGroup | None
+) -> list[tuple[str | None, Any]]:
+    """What failed on each rank, None where nothing did, and each rank's `word`.
+
+    Raises this rank's failure, when the others know of it.
+    """
     reason = None if failure is None else f"{type(failure).__name__}: {failure}"
-    reports: list[Any] = [(reason, dict(settings))]
+    reports: list[Any] = [(reason, word)]
     if group is not None:
         reports *= dist.get_world_size(group)
         dist.all_gather_object(reports, reports[0], group=group)
     if failure is not None:
         raise failure
-    for rank, (reason, _) in enumerate(reports):
-        if reason is not None:
-            raise RuntimeError(f"rank {rank} of the process group raised {reason}")
-    for name in settings:
-        check_same(name, [theirs.get(name) for _, theirs in reports])
+    return reports
 
 
 def check_same(name: str, values: list[object]) -> None:

@@ -1,4 +1,4 @@
-"""Processes that train together under torchrun, and what they say when one of them fails.
+"""Processes that torchrun started, and what they say when one of them fails.
 
 A rank that dies breaks its connections, and the others learn of it at their next message, as an
 error about a socket; a rank that waits for one that waits itself learns of it later still. Here
@@ -11,45 +11,63 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
-from unicom_ext.train.run import Interrupted
+from unicom_ext.distributed.failures import RankFailed
 
 PATIENCE = 10.0  # seconds to find out which rank has failed
 _INTERVAL = 0.25  # seconds between two looks at the others
-_STORE = "unicom_ext/train"
-
-
-class RankFailed(RuntimeError):
-    """Another rank raised or died; the message says which, and why as far as is known."""
+_STORE = "unicom_ext"
+_LEFT = ""  # in place of a reason: the rank has done its work
 
 
 @contextmanager
-def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[dist.ProcessGroup | None]:
+def joined(
+    device: torch.device | None = None,
+    *,
+    stops: tuple[type[BaseException], ...] = (),
+    timeout: timedelta = timedelta(minutes=10),
+) -> Iterator[dist.ProcessGroup | None]:
     """All processes that torchrun started, as a group; None for a process that runs alone.
 
-    timeout: how long a rank waits for the others in one message. One that was killed is noticed at
-        once; this is for one that hangs.
+    Args:
+        device: what this process works on, None for the CPU. With a GPU, tensors there are sent by
+            NCCL; those on the CPU, and objects, by Gloo as ever.
+        stops: exceptions that end all ranks in good order, and are no failure of one.
+        timeout: how long a rank waits for the others in one message. One that was killed is noticed
+            at once; this is for one that hangs.
+
+    Raises:
+        RankFailed: another rank has failed. Whatever a rank raises itself goes through. From then
+            on SIGTERM goes unheard: the process is about to end, and its agent would make it do so
+            before it has said why.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield None
         return
-    dist.init_process_group("gloo", timeout=timeout)
+    bound = device if device is not None and device.type == "cuda" else None
+    if bound is not None:
+        torch.cuda.set_device(bound)
+    dist.init_process_group(backends(device), timeout=timeout, device_id=bound)
     roll = _Roll(dist.get_rank(), dist.get_world_size())
     try:
-        yield dist.group.WORLD
-    except Interrupted:
+        with roll.explains_sigterm(stops):
+            yield dist.group.WORLD
+        roll.leave()
+    except stops:
+        roll.leave()
         raise
     except Exception as error:
-        with _time_to_speak():
-            culprit = roll.explain(error)
-            roll.wait_for_readers()
+        culprit = roll.explain(error)
+        roll.wait_for_readers()
         if culprit is None:
             raise
         raise RankFailed(culprit) from error
@@ -58,18 +76,9 @@ def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[dist.ProcessG
         dist.destroy_process_group()
 
 
-@contextmanager
-def _time_to_speak() -> Iterator[None]:
-    """Leaves SIGTERM unheard: torchrun sends it to all others when a process has died, and kills
-    them half a minute later."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def backends(device: torch.device | None) -> str:
+    """What sends the tensors of a process that works on `device`, as torch.distributed names it."""
+    return "cpu:gloo,cuda:nccl" if device is not None and device.type == "cuda" else "gloo"
 
 
 def is_first() -> bool:
@@ -86,20 +95,59 @@ class _Roll:
         self.processes: list[tuple[str, int]] = [("", 0)] * world_size
         dist.all_gather_object(self.processes, (socket.gethostname(), os.getpid()))
         self._culprit: str | None = None
-        self._found, self._done = threading.Event(), threading.Event()
+        self._found, self._speaking, self._done = (threading.Event() for _ in range(3))
         self._lookout = threading.Thread(target=self._look_out, name="lookout", daemon=True)
         self._lookout.start()
+
+    @contextmanager
+    def explains_sigterm(self, stops: tuple[type[BaseException], ...]) -> Iterator[None]:
+        """In the block SIGTERM raises RankFailed if a rank has failed, else it does as before.
+
+        torchrun's agent sends it to all others when a process has died, and kills them half a
+        minute later. It may come at any time: before this rank has noticed anything, and when it is
+        on the way to say so.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def hear(number: int, frame: object) -> None:
+            self._look()  # on this machine a process that the agent misses is gone already
+            if self._found.wait(4 * _INTERVAL):
+                signal.signal(number, signal.SIG_IGN)
+                raise RankFailed(self._culprit)
+            signal.signal(number, before)
+            signal.raise_signal(number)
+
+        before = signal.signal(signal.SIGTERM, hear)
+        try:
+            yield
+        except stops:
+            signal.signal(signal.SIGTERM, before)
+            raise
+        except Exception:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise
+        except BaseException:
+            signal.signal(signal.SIGTERM, before)
+            raise
+        signal.signal(signal.SIGTERM, before)
 
     def explain(self, error: Exception) -> str | None:
         """Which other rank failed first, for an error that may be its consequence.
 
         None: this rank's own failure, which the others can read now.
         """
+        self._speaking.set()
         if not _is_about_others(error):
             self._report(f"rank {self.rank} raised {type(error).__name__}: {error}")
             return None
         self._found.wait(PATIENCE)
         return self._culprit or f"a rank on another machine has failed, or hangs: {error}"
+
+    def leave(self) -> None:
+        """This rank has done its work; that its process ends is no failure."""
+        self._report(_LEFT)
 
     def wait_for_readers(self) -> None:
         """Rank 0 stays until the others know who failed: the store may be in its process, and to a
@@ -110,19 +158,26 @@ class _Roll:
             time.sleep(0.1)
 
     def close(self) -> None:
+        self._speaking.set()
         self._done.set()
         self._lookout.join(PATIENCE)
 
     def _look_out(self) -> None:
-        """Finds the first rank that fails, and says that it is known here too."""
-        while not self._done.wait(_INTERVAL):
-            for rank in range(self.world_size):
-                reason = self._reason(rank) if rank != self.rank else None
-                if reason is not None:
-                    self._report(reason)
-                    self._culprit = reason
-                    self._found.set()
-                    return
+        while not self._found.is_set() and not self._done.wait(_INTERVAL):
+            self._look()
+        # The main thread may be in a message that does not end, as a kernel of NCCL's does not when
+        # the other side is gone. Then it is said here, before the agent kills this process too.
+        if not self._speaking.wait(PATIENCE):
+            print(f"rank {self.rank} waits in vain: {self._culprit}", file=sys.stderr, flush=True)
+
+    def _look(self) -> None:
+        """Finds the first rank that has failed, and says that it is known here too."""
+        for rank in range(self.world_size):
+            reason = self._reason(rank) if rank != self.rank else None
+            if reason is not None and not self._found.is_set():
+                self._report(reason)
+                self._culprit = reason
+                self._found.set()
 
     def _may_still_look(self, rank: int) -> bool:
         with suppress(RuntimeError):
@@ -134,7 +189,7 @@ class _Roll:
     def _reason(self, rank: int) -> str | None:
         with suppress(RuntimeError):  # where the store was in a process that is gone
             if self.store.check([f"failed/{rank}"]):
-                return self.store.get(f"failed/{rank}").decode()
+                return self.store.get(f"failed/{rank}").decode() or None
         host, process = self.processes[rank]
         if host == socket.gethostname() and not _runs(process):
             return f"rank {rank} (process {process} on {host}) has died without a word"
@@ -149,11 +204,12 @@ def _is_about_others(error: Exception) -> bool:
     """Whether an error is what a message to another rank gives when that one is gone."""
     chain: BaseException | None = error
     while chain is not None:
-        text = str(chain)
-        if isinstance(chain, dist.DistError) or "of the process group raised" in text:
+        if isinstance(chain, RankFailed | dist.DistError):
             return True
-        if isinstance(chain, RuntimeError) and ("gloo" in text or "NCCL" in text):
-            return True
+        if isinstance(chain, RuntimeError):  # Gloo has no type of its own
+            text = str(chain)
+            if "gloo" in text or "NCCL" in text:
+                return True
         chain = chain.__cause__ or chain.__context__
     return False
 

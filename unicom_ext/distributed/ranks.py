@@ -1,9 +1,7 @@
-"""The processes of a clustering: one, or those that torchrun started. torch.distributed does the
-work; with one process nothing is initialised and nothing is communicated."""
+"""Processes that work together, and what they send each other."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,23 +9,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext.distributed.shard import all_gather, reduce_scatter
+from unicom_ext.distributed.failures import RankFailed, exchange
+
+# torch 2.13 renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-class ProcessFailed(RuntimeError):
-    """Another process raised; the message says which, and what."""
+def default_group() -> dist.ProcessGroup | None:
+    """All processes, where torch.distributed is initialised."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 class Ranks:
-    """All processes of the default group, if there is one; or this one alone.
+    """The processes of a group, or this one alone, which sends nothing.
 
-    rank, size: of this process, and how many there are.
+    Args:
+        group: None for this process alone.
+
+    Attributes:
+        group: the same.
+        rank, world_size: this process in it, and how many there are.
     """
 
-    def __init__(self, alone: bool = False) -> None:
-        grouped = not alone and dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if grouped else 0
-        self.size = dist.get_world_size() if grouped else 1
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1 if group is None else dist.get_world_size(group)
 
     @property
     def is_first(self) -> bool:
@@ -35,72 +43,76 @@ class Ranks:
 
     def share(self, rows: int) -> tuple[int, int]:
         """The part [start, stop) of `rows` that is this process's."""
-        return rows * self.rank // self.size, rows * (self.rank + 1) // self.size
+        return rows * self.rank // self.world_size, rows * (self.rank + 1) // self.world_size
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of x over the processes; x itself, changed in place."""
-        if self.size > 1:
-            dist.all_reduce(x)
+        """The sum of x over the ranks; x itself, changed in place."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """The largest of x over the ranks; x itself, changed in place."""
+        if self.group is not None:
+            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
     def broadcast(self, x: Tensor) -> Tensor:
-        """x of the first process, in place."""
-        if self.size > 1:
-            dist.broadcast(x, 0)
+        """x of the first rank, in place."""
+        if self.group is not None:
+            dist.broadcast(x, group=self.group, group_src=0)
         return x
 
-    def unit_sums(self, sums: Tensor) -> Tensor:
-        """The sums [k, d] float64 over all processes, divided by their norms: [k, d] float32, zero
-        where the sum is zero. `sums` is used up.
+    def gather(self, rows: Tensor) -> Tensor:
+        """[n, ...] of each rank -> [world_size * n, ...], in rank order; n is the same everywhere."""
+        if self.group is None:
+            return rows
+        result, arrival = self.start_gather(rows)
+        arrival.wait()
+        return result
 
-        Each process gets the sums of its part of the clusters (reduce-scatter), divides, and sends
-        float32 to the others: half of what an all-reduce of the sums would send.
-        """
-        if self.size == 1:
-            return _unit(sums)
-        k, d = sums.shape
-        part = -(-k // self.size)
-        if part * self.size != k:
-            sums = torch.cat([sums, sums.new_zeros(part * self.size - k, d)])
-        own = sums.new_empty(part, d)
-        reduce_scatter(own, sums)
-        units = torch.empty(part * self.size, d)
-        all_gather(units, _unit(own))
-        return units[:k].clone()
+    def start_gather(self, rows: Tensor) -> tuple[Tensor, dist.Work]:
+        """`gather` of a group, and what must be waited for before the result is read."""
+        result = rows.new_empty((self.world_size * len(rows), *rows.shape[1:]))
+        work = _all_gather(result, rows.contiguous(), group=self.group, async_op=True)
+        return result, work
+
+    def sum_scatter(self, rows: Tensor) -> Tensor:
+        """[world_size * n, ...] on each rank, summed over ranks -> this rank's [n, ...]."""
+        if self.group is None:
+            return rows
+        shape = (self.world_size, len(rows) // self.world_size, *rows.shape[1:])
+        if backend(self.group, rows.device) == "gloo":
+            # Its reduce-scatter is an all-reduce of everything: twice the bytes of this.
+            parts = torch.empty_like(rows, memory_format=torch.contiguous_format)
+            dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
+            return parts.view(shape).sum(dim=0)
+        result = rows.new_empty(shape[1:])
+        _reduce_scatter(result, rows.contiguous(), group=self.group)
+        return result
+
+    def sends_from(self, device: torch.device) -> torch.device:
+        """Where large tensors of `device` are best sent from: there, or from the CPU if it would be
+        Gloo that takes them there, as it copies them to the CPU itself."""
+        if self.group is None or backend(self.group, device) != "gloo":
+            return device
+        return torch.device("cpu")
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What fails on one process fails on all: on the others with `ProcessFailed`. The block
-        must not communicate."""
+        """What fails on one process fails on all: on the others with `RankFailed`. The block must
+        not communicate."""
         failure: BaseException | None = None
         try:
             yield
         except BaseException as error:
             failure = error
-        if self.size > 1:
-            texts: list[str | None] = [None] * self.size
-            dist.all_gather_object(texts, failure and f"{type(failure).__name__}: {failure}")
-            if failure is None:
-                for rank, text in enumerate(texts):
-                    if text is not None:
-                        raise ProcessFailed(f"process {rank} of {self.size} failed: {text}")
-        if failure is not None:
-            raise failure
+        for rank, (reason, _) in enumerate(exchange(None, failure, self.group)):
+            if reason is not None:
+                raise RankFailed(f"process {rank} of {self.world_size} failed: {reason}")
 
 
-def _unit(sums: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-    return (sums / torch.where(norm > 0, norm, torch.inf)).float()
-
-
-@contextmanager
-def process_group() -> Iterator[Ranks]:
-    """The processes that torchrun started, joined for the length of the block."""
-    started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if started:
-        dist.init_process_group("gloo")
-    try:
-        yield Ranks()
-    finally:
-        if started:
-            dist.destroy_process_group()
+def backend(group: dist.ProcessGroup, device: torch.device) -> str:
+    """Which of its backends a group sends tensors of a device with, such as "gloo"."""
+    pairs = (pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return dict(pairs).get(device.type, "")

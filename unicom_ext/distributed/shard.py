@@ -1,4 +1,4 @@
-"""One rank's part of the classes: its range, the collectives of its group, and global tensors."""
+"""One rank's part of the classes: its range, and global tensors of all ranks' parts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unicom_ext.distributed.ranks import Ranks
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
-
-# torch 2.13 renamed them.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -28,7 +26,7 @@ def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
     return start, min(start + chunk, num_classes)
 
 
-class ClassShard:
+class ClassShard(Ranks):
     """One rank's part of the classes, and the group it shares them with.
 
     group: the process group, group_name: by which operators find it.
@@ -39,8 +37,8 @@ class ClassShard:
     def __init__(self, group: dist.ProcessGroup, num_classes: int) -> None:
         self.group = group
         self.check_alive()
+        super().__init__(group)
         self.group_name: str = group.group_name
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self.num_classes = num_classes
         self.start, self.stop = class_range(num_classes, self.world_size, self.rank)
         self._meshes: dict[str, DeviceMesh] = {}
@@ -72,37 +70,6 @@ class ClassShard:
             dist.get_process_group_ranks(self.group)
         except (KeyError, ValueError):
             raise ValueError("process_group was destroyed") from None
-
-    # ---- collectives ----
-
-    def gather(self, rows: Tensor, *, wait: bool = True) -> Tensor | tuple[Tensor, dist.Work]:
-        """[n, ...] of each rank -> [world_size * n, ...], in rank order; n is the same everywhere.
-
-        With ``wait=False`` also what must be waited for before the result is read.
-        """
-        result = rows.new_empty((self.world_size * len(rows), *rows.shape[1:]))
-        work = all_gather(result, rows.contiguous(), group=self.group, async_op=not wait)
-        return result if wait else (result, work)
-
-    def sum_scatter(self, rows: Tensor) -> Tensor:
-        """[world_size * n, ...] on each rank, summed over ranks -> this rank's [n, ...]."""
-        shape = (self.world_size, len(rows) // self.world_size, *rows.shape[1:])
-        if dist.get_backend(self.group) == "gloo":
-            # Its reduce-scatter is an all-reduce of everything: twice the bytes of this.
-            parts = torch.empty_like(rows, memory_format=torch.contiguous_format)
-            dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
-            return parts.view(shape).sum(dim=0)
-        result = rows.new_empty(shape[1:])
-        reduce_scatter(result, rows.contiguous(), group=self.group)
-        return result
-
-    def sum(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, group=self.group)
-        return values
-
-    def max(self, values: Tensor) -> Tensor:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
-        return values
 
     # ---- global tensors ----
 

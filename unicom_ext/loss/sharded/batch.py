@@ -142,8 +142,8 @@ def gather_batch(
         padding[:, 0] = ignore_index
         rows = torch.cat([rows, padding])
         embeddings = torch.cat([embeddings, embeddings.new_zeros(missing, embeddings.shape[1])])
-    rows, rows_arrival = shard.gather(rows, wait=False)
-    x, arrival = shard.gather(embeddings, wait=False)  # on its way while classes are selected
+    rows, rows_arrival = shard.start_gather(rows)
+    x, arrival = shard.start_gather(embeddings)  # on its way while classes are selected
     rows_arrival.wait()
     columns = [column.contiguous() for column in rows.unbind(dim=1)]
     values = iter([column.view(torch.float64) for column in columns[1:]])
