@@ -180,7 +180,7 @@ def test_one_two_and_four_processes_agree(tmp_path):
     assert load(tmp_path / "minibatch-3")[2]["rows"]["clustered"] == ROWS
     # Each says what happened; the one that failed in its own words.
     assert "OSError: [Errno 5] Input/output error" in text
-    assert "ProcessFailed: process 1 of 2 failed: OSError: [Errno 5]" in text
+    assert "RankFailed: process 1 of 2 failed: OSError: [Errno 5]" in text
 
 
 def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):

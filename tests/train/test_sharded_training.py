@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
 from support.sharded_run import CLASSES, DIM, INPUTS, Run, assert_close, whole
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import PartialMarginSoftmax, checkpoint, gradients
 from unicom_ext.checkpoint import CheckpointError

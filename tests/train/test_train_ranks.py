@@ -201,7 +201,7 @@ def fail_in_a_run(say, rank, output, failure):
             FileSystemWriter.write_data = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 
     try:
-        with launch.joined() as group:
+        with launch.joined(stops=(Interrupted,)) as group:
             train(
                 CONFIG, output, data=DATA, console=Console(file=io.StringIO()), group=group,
                 on_step=on_step,

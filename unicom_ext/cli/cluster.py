@@ -55,29 +55,28 @@ def cluster(
         raise click.UsageError(str(error)) from None
     spin_briefly()
     try:
-        from unicom_ext.cluster import driver, results
+        from unicom_ext.cluster import driver, engines, results
         from unicom_ext.data.formats import SourceError
-        from unicom_ext.distributed.ranks import ProcessFailed, process_group
+        from unicom_ext.distributed import launch
+        from unicom_ext.distributed.failures import RankFailed
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     from unicom_ext.utils.files import CheckpointError
 
     try:
-        with process_group() as ranks:
+        with launch.joined(engines.usable_device(config)):
             result = driver.cluster(
                 config, input, output, true_labels=true_labels, images=images, resume=resume,
                 overwrite=overwrite,
             )  # fmt: skip
     except CheckpointError as error:
         raise click.ClickException(f"{error}\n({ways_on(resume)})") from None
-    except (
-        ConfigError, SourceError, ProcessFailed, OSError, ModuleNotFoundError
-    ) as error:  # fmt: skip
+    except (ConfigError, SourceError, RankFailed, OSError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("\nStopped. To go on, give the same command with --resume.")
         sys.exit(INTERRUPTED)
-    if ranks.is_first:
+    if launch.is_first():
         for line in results.summary(result):
             click.echo(line)
         click.echo(f"Written: {output}")

@@ -57,6 +57,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
 
     try:
         from unicom_ext.distributed import launch
+        from unicom_ext.distributed.failures import RankFailed
         from unicom_ext.train import report, run
         from unicom_ext.train.interrupt import Interrupted
         from unicom_ext.utils.files import CheckpointError
@@ -71,7 +72,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
 
     console = Console()
     try:
-        with launch.joined() as group:
+        with launch.joined(stops=(Interrupted,)) as group:
             metrics = run.train(
                 config, output, resume=resume, overwrite=overwrite, console=console, group=group
             )
@@ -79,7 +80,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
         raise click.UsageError(str(error)) from None
     except CheckpointError as error:
         raise click.ClickException(f"{error}\n({ways_on(resume)})") from None
-    except launch.RankFailed as error:
+    except RankFailed as error:
         raise click.ClickException(str(error)) from None
     except Interrupted as stop:
         if launch.is_first():

@@ -70,6 +70,11 @@ def device_of(config: ClusterConfig) -> torch.device:
     return torch.device("cuda", _local_rank())
 
 
+def usable_device(config: ClusterConfig) -> torch.device:
+    """`device_of`, and the CPU where that raises: for ranks that must meet to say what is wrong."""
+    return CPU if _problem_with_cuda(config) else device_of(config)
+
+
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 

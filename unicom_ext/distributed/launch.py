@@ -148,10 +148,11 @@ class _Roll:
     def leave(self) -> None:
         """This rank has done its work; that its process ends is no failure."""
         self._report(_LEFT)
+        self.wait_for_readers()
 
     def wait_for_readers(self) -> None:
-        """Rank 0 stays until the others know who failed: the store may be in its process, and to a
-        rank that looks later rank 0 itself would seem to have died."""
+        """Rank 0 stays until the others know who failed, or have done their work too: the store may
+        be in its process, and to a rank that looks later rank 0 itself would seem to have died."""
         end = time.monotonic() + PATIENCE
         others = range(1, self.world_size) if self.rank == 0 else ()
         while any(map(self._may_still_look, others)) and time.monotonic() < end:
@@ -168,7 +169,7 @@ class _Roll:
         # The main thread may be in a message that does not end, as a kernel of NCCL's does not when
         # the other side is gone. Then it is said here, before the agent kills this process too.
         if not self._speaking.wait(PATIENCE):
-            print(f"rank {self.rank} waits in vain: {self._culprit}", file=sys.stderr, flush=True)
+            print(f"rank {self.rank} is held up: {self._culprit}", file=sys.stderr, flush=True)
 
     def _look(self) -> None:
         """Finds the first rank that has failed, and says that it is known here too."""

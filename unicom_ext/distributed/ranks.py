@@ -64,7 +64,7 @@ class Ranks:
         return x
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[n, ...] of each rank -> [world_size * n, ...], in rank order; n is the same everywhere."""
+        """[n, ...] of each rank, the same n everywhere -> [world_size * n, ...] in rank order."""
         if self.group is None:
             return rows
         result, arrival = self.start_gather(rows)

@@ -82,10 +82,10 @@ def updater_of(param: Tensor) -> Any:
     return getattr(param, "_unicom_updater", None)
 
 
-# Of torch's optimizers these take sparse gradients; all others raise at one in the middle of a step,
-# when the groups before it have been moved, and some of them recommend SparseAdam. A gradient does
-# not know who will read it, and an optimizer cannot be found from its parameters: only a hook that
-# all optimizers call can say so in time. It is there once a sparse gradient has been made.
+# Of torch's optimizers these take sparse gradients. All others raise at one in the middle of a
+# step, when the groups before it have been moved, and some recommend SparseAdam. A gradient does not
+# know who will read it, nor a parameter its optimizer: only a hook that all optimizers call can say
+# so in time. It is there once a sparse gradient has been made.
 _TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam, torch.optim.LBFGS)
 
 
