@@ -139,6 +139,17 @@ def test_other_parameters_get_their_gradients_and_updates():
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_options_that_were_loaded_count():
+    """Loading makes other dicts of the groups."""
+    module, optimizer = attached()
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = module.weight.detach().clone()
+    module(*batch(0)).backward()
+    assert optimizer.state[module.weight]["row_step"].any()
+    assert torch.equal(module.weight, before)
+
+
 def test_a_frozen_weight_is_not_updated():
     module, _ = attached()
     module.weight.requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -73,18 +73,33 @@ def _note(gradient: Tensor) -> tuple[int | None, Tensor | None]:
     return getattr(storage, "_unicom_merged", (None, None))
 
 
-def attach(param: Tensor, updater: Any) -> None:
+class Updater(Protocol):
+    """What backward calls for a parameter instead of making its gradient.
+
+    pending: a backward has updated the parameter, and the optimizer's step has yet to come.
+    """
+
+    pending: bool
+
+    def __call__(self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        """Update, and return the gradient of the embeddings.
+
+        operands: what the operator takes after grad_loss and before the optimizer's state.
+        """
+
+
+def attach(param: Tensor, updater: Updater | None) -> None:
     """Let backward call `updater` for this parameter instead of returning its gradient."""
     param._unicom_updater = updater
 
 
-def updater_of(param: Tensor) -> Any:
+def updater_of(param: Tensor) -> Updater | None:
     return getattr(param, "_unicom_updater", None)
 
 
 # Of torch's optimizers these take sparse gradients. All others raise at one in the middle of a
-# step, when the groups before it have been moved, and some recommend SparseAdam. A gradient does not
-# know who will read it, nor a parameter its optimizer: only a hook that all optimizers call can say
+# step, when the groups before it have been moved, and some recommend SparseAdam. A gradient does
+# not know its reader, nor a parameter its optimizer: only a hook that all optimizers call can say
 # so in time. It is there once a sparse gradient has been made.
 _TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam, torch.optim.LBFGS)
 

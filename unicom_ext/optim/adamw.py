@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from unicom_ext.ops import memory
-from unicom_ext.optim import plain as reference
+from unicom_ext.optim import plain
 from unicom_ext.optim.rows import (
     RowOptimizer,
     check_number,
@@ -177,5 +177,5 @@ class RowAdamW(RowOptimizer):
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]
         total = state["total_log_decay"].to(param.device)
-        reference.scale_rows_(param, (total - state["log_decay"]).exp())
+        plain.scale_rows_(param, (total - state["log_decay"]).exp())
         state["log_decay"].fill_(total)

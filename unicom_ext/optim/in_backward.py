@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
-
-from unicom_ext.ops.library import run
-
-if TYPE_CHECKING:
-    from unicom_ext.optim.rows import RowOptimizer
 
 
 class UpdateInBackward:
     """What backward calls for a parameter instead of making its gradient.
 
-    pending: a backward has updated the parameter, and the optimizer's step has yet to come.
+    Args:
+        update: a method of the optimizer. Takes the parameter, the upstream gradient of the loss
+            and what the operator wants after it; updates, and returns the gradient of the
+            embeddings.
+
+    Attributes:
+        pending: a backward has updated the parameter, and the optimizer's step has yet to come.
     """
 
-    def __init__(
-        self, optimizer: RowOptimizer, group: dict[str, Any], operator: Callable[..., Tensor]
-    ) -> None:
-        self.optimizer, self.group, self.operator = optimizer, group, operator
+    def __init__(self, update: Callable[[Tensor, Tensor, tuple[Any, ...]], Tensor]) -> None:
+        self._update = update
         self.pending = False
 
     @torch.no_grad()
     def __call__(self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        """Update, and return the gradient of the embeddings.
-
-        operands: what the operator takes after grad_loss and before the optimizer's state.
-        """
         self._refuse_all_but_plain_steps(param, grad_loss)
-        self.optimizer._check_group(self.group)
-        self.optimizer._init_row_state(self.group, param)
-        tensors, numbers = self.optimizer._row_operands(self.group, param)
-        grad_embeddings = run(self.operator, grad_loss, *operands, *tensors, *numbers)
-        increment_version(param)
-        self.optimizer._finish_row_step(self.group, param, numbers)
+        grad_embeddings = self._update(param, grad_loss, operands)
         self.pending = True
         return grad_embeddings
 

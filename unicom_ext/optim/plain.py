@@ -1,4 +1,5 @@
-"""The fused passes again, in plain PyTorch: the oracle of their tests, on any device."""
+"""The updates of rows in plain PyTorch: for devices without a fused pass, to catch rows up, and as
+the oracle of the fused passes."""
 
 from __future__ import annotations
 

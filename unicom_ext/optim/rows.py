@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-import unicom_ext.ops.library  # noqa: F401  (loads the operators)
+from unicom_ext.ops.library import run
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids, updater_of
-from unicom_ext.optim import plain as reference
+from unicom_ext.optim import plain
 from unicom_ext.optim.in_backward import UpdateInBackward
-
-if TYPE_CHECKING:
-    from unicom_ext.loss.module import PartialMarginSoftmax
 
 _ops = torch.ops.unicom_ext
 
@@ -74,6 +71,15 @@ def _has_kernel(operator: str, device: torch.device) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"unicom_ext::{operator}", key
     )
+
+
+class _Loss(Protocol):
+    """What `update_in_backward` asks of a `PartialMarginSoftmax`."""
+
+    weight: Tensor
+    sparse_grad: bool
+    reduction: str
+    shard: object | None
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -153,12 +159,12 @@ class RowOptimizer(torch.optim.Optimizer):
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
         fused = self._fused(group, param)
-        update = getattr(_ops if fused else reference, self._operator)
+        update = getattr(_ops if fused else plain, self._operator)
         update(param.detach(), *tensors, *_gradient_rows(param, merged=fused), *numbers)
         increment_version(param)
         self._finish_row_step(group, param, numbers)
 
-    def update_in_backward(self, loss_fn: PartialMarginSoftmax) -> None:
+    def update_in_backward(self, loss_fn: _Loss) -> None:
         """From now on update the prototypes of this loss inside `loss.backward()`.
 
         Their gradient is then never stored, which saves memory and a pass over it. `step` goes on
@@ -178,8 +184,7 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises ValueError: the loss cannot be updated so.
         """
         param = loss_fn.weight
-        groups = [g for g in self.param_groups if any(p is param for p in g["params"])]
-        if not groups:
+        if self._group_of(param) is None:
             raise ValueError("the weight of the loss must be among the optimizer's parameters")
         if not loss_fn.sparse_grad:
             raise ValueError("update_in_backward needs a loss with sparse_grad=True")
@@ -189,7 +194,26 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError("update_in_backward needs a loss without process_group")
         if not _has_kernel(self._backward_operator, param.device):
             raise ValueError(f"update_in_backward is not there on {param.device.type} yet")
-        attach(param, UpdateInBackward(self, groups[0], getattr(_ops, self._backward_operator)))
+        attach(param, UpdateInBackward(self._update_in_backward))
+
+    def _update_in_backward(
+        self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]
+    ) -> Tensor:
+        group = self._group_of(param)
+        self._check_group(group)
+        self._init_row_state(group, param)
+        tensors, numbers = self._row_operands(group, param)
+        operator = getattr(_ops, self._backward_operator)
+        grad_embeddings = run(operator, grad_loss, *operands, *tensors, *numbers)
+        increment_version(param)
+        self._finish_row_step(group, param, numbers)
+        return grad_embeddings
+
+    def _group_of(self, param: Tensor) -> dict[str, Any] | None:
+        for group in self.param_groups:
+            if any(p is param for p in group["params"]):
+                return group
+        return None
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -210,14 +234,13 @@ class RowOptimizer(torch.optim.Optimizer):
         For code that needs the state tensors before the first step, such as
         `torch.distributed.checkpoint`.
         """
-        params = list(params)
-        groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        for param in params:
-            if id(param) not in groups:
+        found = [(self._group_of(param), param) for param in params]
+        for group, param in found:
+            if group is None:
                 raise ValueError("params must be among the optimizer's parameters")
             _check_matrix(param)
-        for param in params:
-            self._init_row_state(groups[id(param)], param)
+        for group, param in found:
+            self._init_row_state(group, param)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; state keeps its own dtypes.

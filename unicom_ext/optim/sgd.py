@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from unicom_ext.ops import memory
-from unicom_ext.optim import plain as reference
+from unicom_ext.optim import plain
 from unicom_ext.optim.rows import (
     RowOptimizer,
     check_number,
@@ -162,7 +162,7 @@ class RowSGD(RowOptimizer):
             state["total_log_decay"].fill_(after)
             return
         # For the rows that missed this step.
-        transition = reference.sgd_transition(
+        transition = plain.sgd_transition(
             lr, group["momentum"], group["weight_decay"], group["nesterov"]
         )
         state["step"].fill_(step)
@@ -174,12 +174,12 @@ class RowSGD(RowOptimizer):
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]
         if "last_step" in state:
-            missed = reference.missed_transitions(state["history"]).to(param.device)
+            missed = plain.missed_transitions(state["history"]).to(param.device)
             missed = missed[int(state["step"]) - state["last_step"].long()]
-            reference.apply_transitions_(param, state.get("momentum_buffer"), missed)
+            plain.apply_transitions_(param, state.get("momentum_buffer"), missed)
             state["last_step"].fill_(int(state["step"]))
             state["history"] = state["history"][:0]
         else:
             total = state["total_log_decay"].to(param.device)
-            reference.scale_rows_(param, (total - state["log_decay"]).exp())
+            plain.scale_rows_(param, (total - state["log_decay"]).exp())
             state["log_decay"].fill_(total)
