@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from unicom_ext.utils.versions import VERSION
 
 if TYPE_CHECKING:
-    from unicom_ext.loss.functional import Metrics, partial_margin_softmax
+    from unicom_ext.loss.functional import partial_margin_softmax
     from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
-    from unicom_ext.loss.module import PartialMarginSoftmax, Selection
+    from unicom_ext.loss.module import PartialMarginSoftmax
+    from unicom_ext.loss.results import Metrics, Selection
     from unicom_ext.ops.cpu import cpu_capability, set_cpu_capability
 
 __version__ = VERSION
@@ -39,9 +40,9 @@ _HOME = {
     "ArcFace": "loss.margins",
     "CombinedMargin": "loss.margins",
     "CosFace": "loss.margins",
-    "Metrics": "loss.functional",
-    "PartialMarginSoftmax": "loss",
-    "Selection": "loss",
+    "Metrics": "loss.results",
+    "PartialMarginSoftmax": "loss.module",
+    "Selection": "loss.results",
     "SphereFace": "loss.margins",
     "cpu_capability": "ops.cpu",
     "partial_margin_softmax": "loss.functional",

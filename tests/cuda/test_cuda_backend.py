@@ -16,9 +16,9 @@ from support import backends
 from support.problems import Problem, random_problem, relative_error, row_errors, solve, truth
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from unicom_ext import PartialMarginSoftmax
-from unicom_ext.loss import functional
+from unicom_ext import PartialMarginSoftmax, functional
 from unicom_ext.margins import CombinedMargin
+from unicom_ext.ops import library
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc", path=str(CUDA_HOME / "bin")) or shutil.which("nvcc")
@@ -151,7 +151,7 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, dtype, emu
     slot = torch.searchsorted(classes, problem.labels)
     tensors = (problem.embeddings, slot, problem.prototypes, classes, None, features, None, None)
     options = [1.0, 0.3, 0.0, 64.0, 2.0], [False, False, precision, 1, 1 << 20, False]
-    real = functional._ops.loss(*tensors, *options)
+    real = library.ops.loss(*tensors, *options)
     with FakeTensorMode():
         fake = torch.ops.unicom_ext.loss(
             *(t if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda")

@@ -18,15 +18,10 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 import unicom_ext
-from unicom_ext.cluster import Centroids
-from unicom_ext.loss import functional
-from unicom_ext.loss import module as loss
-from unicom_ext.loss.sharded import operators as sharding
-from unicom_ext.optim import rows
+from unicom_ext.ops import autograd, library
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulation"
-nearest = sys.modules[Centroids.__module__]  # the package has a function of this name
 
 
 @functools.cache
@@ -59,29 +54,23 @@ def run_tool(command: list) -> str:
     return done.stdout
 
 
-def _register_autograd(namespace: str) -> None:
-    torch.library.register_autograd(
-        f"{namespace}::loss", functional._backward, setup_context=functional._setup_context
-    )
-
-
 @functools.cache
 def _emulated_cuda():
     torch.ops.load_library(build_emulation("_C_emulated").with_suffix(".so"))
-    _register_autograd("unicom_ext_emulated")
+    autograd.register("unicom_ext_emulated")
     return torch.ops.unicom_ext_emulated
 
 
 @functools.cache
 def _cuda():
-    library = torch.library.Library("unicom_ext_on_gpu", "DEF")
+    definitions = torch.library.Library("unicom_ext_on_gpu", "DEF")
     for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
                  "select_classes", "select_features", "label_slots",
                  "loss_backward_adamw_", "loss_backward_sgd_",
                  "merge_rows", "row_adamw_", "row_sgd_",
                  "pack_centroids", "nearest", "add_unit_rows"):  # fmt: skip
         overload = getattr(torch.ops.unicom_ext, name).default
-        library.define(str(overload._schema).removeprefix("unicom_ext::"))
+        definitions.define(str(overload._schema).removeprefix("unicom_ext::"))
 
         def on_gpu(*args, op=overload):
             there = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
@@ -91,9 +80,9 @@ def _cuda():
                     here.copy_(away)
             return results
 
-        library.impl(name, on_gpu, "CPU")
-    _register_autograd("unicom_ext_on_gpu")
-    _cuda.keep_alive = library
+        definitions.impl(name, on_gpu, "CPU")
+    autograd.register("unicom_ext_on_gpu")
+    _cuda.keep_alive = definitions
     return torch.ops.unicom_ext_on_gpu
 
 
@@ -105,5 +94,4 @@ if torch.cuda.is_available():
 def use(monkeypatch, name: str) -> None:
     """Sends the loss, the row optimizers and the search for the nearest centroid to a backend for
     the length of a test."""
-    for module in (functional, loss, sharding, rows, nearest):
-        monkeypatch.setattr(module, "_ops", BACKENDS[name]())
+    monkeypatch.setattr(library, "ops", BACKENDS[name]())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unicom_ext.loss.functional import _ops
 from unicom_ext.ops import library
 
 
@@ -30,7 +29,7 @@ class Centroids:
         self.values = _fp32_rows("centroids", centroids)
         if self.device.type == "cuda":
             _check_finite(self.values)
-        self._packed = library.run(_ops.pack_centroids, self.values)
+        self._packed = library.run(library.ops.pack_centroids, self.values)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -58,7 +57,7 @@ class Centroids:
         rows = _fp32_rows("rows", rows)
         if rows.device != self.device:
             raise ValueError(f"rows must be on {self.device} like the centroids, got {rows.device}")
-        return library.run(_ops.nearest, rows, self.values, self._packed, guess)
+        return library.run(library.ops.nearest, rows, self.values, self._packed, guess)
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +76,7 @@ def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> 
         rows: [N, d] float32.
         index: [N] int64 in [-1, k); rows with -1 are left out, and on CUDA what is not in [-1, k).
     """
-    library.run(_ops.add_unit_rows, sums, counts, rows, index)
+    library.run(library.ops.add_unit_rows, sums, counts, rows, index)
 
 
 def _check_finite(centroids: Tensor) -> None:

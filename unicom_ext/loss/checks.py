@@ -1,19 +1,20 @@
-"""Argument checks that the function, the module and the reference share.
+"""Checks of tensors and sizes that the function, the module and the reference share.
 
-Nothing here looks at the values inside a tensor, but for `check_finite` and `check_values`: the
-operators do that.
+`unicom_ext.loss.options` checks the options. Nothing here looks at the values inside a tensor, but
+for `check_finite` and `check_values`: the operators do that.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from unicom_ext.loss.margins import CombinedMargin
+from unicom_ext.loss.options import LossOptions, kind
+from unicom_ext.ops.library import check_device
 
 
 def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1) -> int:
@@ -33,44 +34,6 @@ def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1
     return number
 
 
-def check_options(
-    margin: object,
-    scale: object,
-    interclass_filter: object,
-    margin_grad: object,
-    beyond_pi: object,
-    precision: object,
-    reduction: object,
-    ignore_index: object,
-    workspace_bytes: object,
-) -> None:
-    if not isinstance(margin, CombinedMargin):
-        raise TypeError(f"margin must be a CombinedMargin such as ArcFace(0.3), got {margin!r}")
-    for name, value in (("scale", scale), ("interclass_filter", interclass_filter)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise TypeError(f"{name} must be a number, got {_kind(value)}: {value!r}")
-    for name, value in (("ignore_index", ignore_index), ("workspace_bytes", workspace_bytes)):
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            lowest = " >= 0" if name == "workspace_bytes" else ""
-            raise TypeError(f"{name} must be an int{lowest}, got {_kind(value)}: {value!r}")
-    if workspace_bytes < 0:
-        raise ValueError(f"workspace_bytes must be an int >= 0, got {workspace_bytes}")
-    if scale is None or not 0 < scale < math.inf:
-        raise ValueError(f"scale must be a finite number > 0, got {scale}")
-    if interclass_filter is not None and not -1 <= interclass_filter <= 1:
-        raise ValueError(
-            f"interclass_filter must be None or a cosine in [-1, 1], got {interclass_filter}"
-        )
-    for name, value, allowed in (
-        ("margin_grad", margin_grad, ("straight_through", "exact")),
-        ("beyond_pi", beyond_pi, ("keep", "linear")),
-        ("precision", precision, ("auto", "fp32", "fp16", "bf16")),
-        ("reduction", reduction, ("mean", "sum", "none")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
-
-
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +44,37 @@ def check_dtype(dtype: object) -> None:
 
 def is_local(value: object) -> bool:
     """Whether it is a tensor, and no `DTensor` (whose module is slow to import)."""
-    return isinstance(value, Tensor) and not hasattr(value, "placements")
+    plain = type(value) in (Tensor, Parameter)  # which saves a look for what is not there
+    return plain or (isinstance(value, Tensor) and not hasattr(value, "placements"))
+
+
+def check_call(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    options: LossOptions,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    *,
+    num_classes: int | None = None,
+) -> None:
+    """All that can be seen before the operators.
+
+    num_classes: with a process group those of all ranks, of which this one may own none.
+    """
+    check_tensors(
+        embeddings,
+        labels,
+        prototypes,
+        options.margin,
+        class_index,
+        feature_index,
+        min_classes=1 if num_classes is None else 0,
+    )
+    check_device(embeddings.device)
+    if options.check_inputs:
+        total = len(prototypes) if num_classes is None else num_classes
+        check_values(embeddings, labels, total, options.ignore_index)
 
 
 def check_tensors(
@@ -103,8 +96,7 @@ def check_tensors(
     for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
             raise TypeError(
-                f"{name} must be a float32, float64, bfloat16 or float16 tensor, "
-                f"got {_kind(tensor)}"
+                f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind(tensor)}"
             )
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
@@ -118,7 +110,7 @@ def check_tensors(
     if num_classes < min_classes or dim < 1:
         raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"labels must be an int32 or int64 tensor, got {_kind(labels)}")
+        raise TypeError(f"labels must be an int32 or int64 tensor, got {kind(labels)}")
     for name, tensor in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
         if isinstance(tensor, Tensor) and (tensor.dim() != 1 or tensor.shape[0] != batch):
             raise ValueError(f"{name} must have shape [{batch}], got {list(tensor.shape)}")
@@ -126,7 +118,7 @@ def check_tensors(
         if index is None:
             continue
         if not isinstance(index, Tensor) or index.dtype != torch.int64:
-            raise TypeError(f"{name} must be an int64 tensor, got {_kind(index)}")
+            raise TypeError(f"{name} must be an int64 tensor, got {kind(index)}")
         if index.dim() != 1:
             raise ValueError(f"{name} must be a vector, got the shape {list(index.shape)}")
     for name, tensor in (
@@ -162,7 +154,3 @@ def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, ignore_in
             f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), got "
             f"{int(labels[position])} at position {position}"
         )
-
-
-def _kind(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields, replace
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from unicom_ext.loss import checks
-from unicom_ext.loss.functional import DEFAULT_WORKSPACE_BYTES, Metrics, call_loss
+from unicom_ext.loss.functional import call_loss
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
+from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
+from unicom_ext.loss.prototypes import fill_prototypes, fill_with_centroids, read_centroids
+from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
+from unicom_ext.loss.selection import Sampling, select
 from unicom_ext.loss.wrapping import NeverWrapped
-from unicom_ext.ops import library as devices
 from unicom_ext.ops import memory
 
-_ops = torch.ops.unicom_ext
-
-
-class Selection(NamedTuple):
-    """What the last forward pass drew."""
-
-    class_index: Tensor  # [|S|] int64, sorted class ids; with a process group this rank's part
-    feature_index: Tensor  # [d'] int64, sorted dimensions
+__all__ = ["PartialMarginSoftmax", "Selection"]
 
 
 class PartialMarginSoftmax(NeverWrapped):
@@ -36,7 +31,7 @@ class PartialMarginSoftmax(NeverWrapped):
     classes that conflict, a random part of the feature dimensions makes embeddings that may be cut
     short. With `feature_rate` 1 it is PartialFC (arXiv:2203.15565), with both rates 1 plain
     ArcFace, CosFace or SphereFace. See `unicom_ext.functional.partial_margin_softmax` for the
-    formula and the options that are not explained here.
+    formula.
 
     In training mode each call draws max(1, round(sample_rate * C)) classes, the batch's own among
     them (more if the batch has more), and round(feature_rate * d) dimensions. Both depend on
@@ -49,24 +44,22 @@ class PartialMarginSoftmax(NeverWrapped):
         scale: s, default 64.
         sample_rate: share of the classes, in (0, 1].
         feature_rate: share of the dimensions, in (0, 1]; must leave at least one.
-        sparse_grad: `weight.grad` becomes a sparse COO tensor with the rows that were sampled. A
-            dense optimizer moves the other rows too, by momentum and weight decay; a sparse one
-            does not.
         process_group: share the prototypes with the other ranks of this group, such as
             ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
             rank calls the loss with a batch of its own; see
             `unicom_ext.functional.partial_margin_softmax` for what it gets back. The selections,
             the loss and the gradients are those of one process with all batches together.
-        grad_average: see there.
-        uneven_batches: see there; the ranks' steps are compared, too.
         want_metrics: with a process group, whether `last_metrics` finds the largest negative cosine
             and top-1 among the classes of all ranks, which costs one more message. Without a
             process group they are always there.
-        workspace_bytes: memory that may keep cosines for backward, 0 for none.
         seed: of the selections and the initial prototypes, any int64.
         device, dtype: of `weight`.
+        keywords: the other options of the loss, such as `sparse_grad`, `precision` and
+            `uneven_batches`; see `unicom_ext.functional.LossOptions`.
 
     Attributes:
+        options: the `LossOptions`. Each of them is an attribute too: ``loss.scale = 32`` makes new
+            options, checked, for the calls to come.
         weight: Parameter [C, d], the prototypes (with a process group those of this rank);
             initialised from a normal distribution with standard deviation 0.01, as PartialFC does.
             Only the directions matter. A class's initial prototype depends on (seed, class id, d)
@@ -94,44 +87,35 @@ class PartialMarginSoftmax(NeverWrapped):
         scale: float = 64.0,
         sample_rate: float = 1.0,
         feature_rate: float = 1.0,
-        interclass_filter: float | None = None,
-        margin_grad: str = "straight_through",
-        beyond_pi: str = "keep",
-        precision: str = "auto",
-        sparse_grad: bool = False,
-        reduction: str = "mean",
-        ignore_index: int = -100,
         process_group: dist.ProcessGroup | None = None,
-        grad_average: bool = True,
-        uneven_batches: bool | None = None,
         want_metrics: bool = False,
-        check_inputs: bool = False,
-        workspace_bytes: int = DEFAULT_WORKSPACE_BYTES,
         seed: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **keywords: Unpack[LossKwargs],
     ) -> None:
         super().__init__()
-        margin = ArcFace(0.3) if margin is None else margin
-        failure = None
+        refuse_unknown(type(self).__name__, keywords)
+        settings, failure = {}, None
         try:
             embedding_size = checks.integer("embedding_size", embedding_size, 1)
             num_classes = checks.integer("num_classes", num_classes, 1)
             seed = checks.integer("seed", seed)
             checks.check_dtype(dtype)
-            checks.check_options(
-                margin,
-                scale,
-                interclass_filter,
-                margin_grad,
-                beyond_pi,
-                precision,
-                reduction,
-                ignore_index,
-                workspace_bytes,
-            )
+            margin = ArcFace(0.3) if margin is None else margin
+            self.options = LossOptions(margin, scale, **keywords)
             self.num_sampled = num_sampled_classes(num_classes, sample_rate)
             self.num_features = num_selected_features(embedding_size, feature_rate)
+            settings = {
+                "embedding_size": embedding_size,
+                "num_classes": num_classes,
+                "seed": seed,
+                "sample_rate": sample_rate,
+                "feature_rate": feature_rate,
+                "dtype": str(dtype or torch.get_default_dtype()),
+                **self.options.same_on_every_rank(),
+                "want_metrics": want_metrics,
+            }
         except (TypeError, ValueError) as error:
             if process_group is None:
                 raise
@@ -142,47 +126,12 @@ class PartialMarginSoftmax(NeverWrapped):
             from unicom_ext.distributed.shard import ClassShard
 
             self.shard = ClassShard(process_group, 1 if failure else num_classes)
-            agree(
-                {
-                    "embedding_size": embedding_size,
-                    "num_classes": num_classes,
-                    "seed": seed,
-                    "sample_rate": sample_rate,
-                    "feature_rate": feature_rate,
-                    "dtype": str(dtype or torch.get_default_dtype()),
-                    "margin": repr(margin),
-                    "scale": scale,
-                    "interclass_filter": interclass_filter,
-                    "margin_grad": margin_grad,
-                    "beyond_pi": beyond_pi,
-                    "precision": precision,
-                    "reduction": reduction,
-                    "ignore_index": ignore_index,
-                    "grad_average": grad_average,
-                    "uneven_batches": uneven_batches,
-                    "want_metrics": want_metrics,
-                },
-                failure,
-                process_group,
-            )
+            agree(settings, failure, process_group)
         self.embedding_size = embedding_size
         self.num_classes = num_classes
-        self.margin = margin
-        self.scale = float(scale)
         self.sample_rate = sample_rate
         self.feature_rate = feature_rate
-        self.interclass_filter = interclass_filter
-        self.margin_grad = margin_grad
-        self.beyond_pi = beyond_pi
-        self.precision = precision
-        self.sparse_grad = sparse_grad
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.grad_average = grad_average
-        self.uneven_batches = uneven_batches
         self.want_metrics = want_metrics
-        self.check_inputs = check_inputs
-        self.workspace_bytes = workspace_bytes
         self.seed = seed
         rows = num_classes if self.shard is None else len(self.shard)
         self.weight = nn.Parameter(memory.empty(rows, embedding_size, device=device, dtype=dtype))
@@ -192,7 +141,9 @@ class PartialMarginSoftmax(NeverWrapped):
         self.reset_parameters()
 
     @classmethod
-    def from_centroids(cls, centroids: Tensor | str | PathLike, **options) -> PartialMarginSoftmax:
+    def from_centroids(
+        cls, centroids: Tensor | str | PathLike[str], **options: Any
+    ) -> PartialMarginSoftmax:
         """A loss whose prototypes start at the centroids of clusters (pseudo-classes).
 
         Args:
@@ -203,24 +154,10 @@ class PartialMarginSoftmax(NeverWrapped):
             options: those of the constructor but `embedding_size` and `num_classes`. With a process
                 group every rank gives all centroids and keeps its own.
         """
-        if not isinstance(centroids, Tensor):
-            centroids = torch.from_numpy(np.load(centroids))
-        if centroids.dim() != 2 or not centroids.is_floating_point() or centroids.numel() == 0:
-            raise ValueError(
-                "centroids must be a floating point matrix [C, d], got "
-                f"{centroids.dtype} of shape {list(centroids.shape)}"
-            )
-        finite = centroids.isfinite().all(dim=1)
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"centroids must be finite, but row {row} is not")
+        centroids = read_centroids(centroids)
         num_classes, embedding_size = centroids.shape
         module = cls(embedding_size, num_classes, **options)
-        own = centroids[module._start : module._start + len(module.weight)].double()
-        with torch.no_grad():
-            module.weight.copy_(
-                nn.functional.normalize(own, eps=1e-300) * (0.01 * embedding_size**0.5)
-            )
+        fill_with_centroids(module.weight, module._start, centroids)
         return module
 
     def reset_parameters(self) -> None:
@@ -251,115 +188,51 @@ class PartialMarginSoftmax(NeverWrapped):
             TypeError, ValueError: an argument is wrong; nothing has changed then. With a process
                 group every rank raises: the others a RuntimeError that names the rank.
         """
-        margin = self.margin if margin is None else margin
+        options, failure = self.options, None
+        if margin is not None:
+            try:
+                options = replace(options, margin=margin)
+            except TypeError as error:
+                failure = error
+        sampling = Sampling(
+            self.num_classes,
+            self.num_sampled if self.training else self.num_classes,
+            self.embedding_size,
+            self.num_features if self.training else self.embedding_size,
+            self.seed,
+        )
 
-        def check() -> None:
-            checks.check_options(
-                margin,
-                self.scale,
-                self.interclass_filter,
-                self.margin_grad,
-                self.beyond_pi,
-                self.precision,
-                self.reduction,
-                self.ignore_index,
-                self.workspace_bytes,
-            )
-            checks.check_tensors(
-                embeddings, labels, self.weight, margin, min_classes=1 if self.shard is None else 0
-            )
-            devices.check_device(embeddings.device)
-            if self.check_inputs:
-                checks.check_values(embeddings, labels, self.num_classes, self.ignore_index)
-
-        options = {
-            "margin": margin,
-            "scale": self.scale,
-            "interclass_filter": self.interclass_filter,
-            "margin_grad": self.margin_grad,
-            "beyond_pi": self.beyond_pi,
-            "precision": self.precision,
-            "sparse_grad": self.sparse_grad,
-            "reduction": self.reduction,
-            "workspace_bytes": self.workspace_bytes,
-        }
-        if self.shard is None:
-            check()
-            class_index, count, slot, feature_index = self._draw(labels, self._step_tensor(step))
-            loss, self._metrics = call_loss(
-                embeddings, slot, self.weight, class_index, count, feature_index, **options
-            )
-            self._drawn = class_index, count, feature_index
-        else:
-            loss = self._sharded(embeddings, labels, step, check, options)
-        if self.training and step is None:
-            self.step.add_(1)
-        return loss
-
-    def _sharded(
-        self,
-        embeddings: Tensor,
-        labels: Tensor,
-        step: int | Tensor | None,
-        check: Callable[[], None],
-        options: dict[str, Any],
-    ) -> Tensor:
-        """`forward` together with the other ranks."""
-        from unicom_ext.loss.sharded import step as sharding
-
-        shard = self.shard
-
-        def check_all() -> Tensor | None:
-            check()
+        def check() -> Tensor | None:
+            if failure is not None:
+                raise failure
+            num_classes = None if self.shard is None else self.num_classes
+            checks.check_call(embeddings, labels, self.weight, options, num_classes=num_classes)
             this_step = self._step_tensor(step)
             return this_step if self.training else None
 
-        loss, self._metrics, selected = sharding.call_loss(
-            shard,
-            embeddings,
-            labels,
-            self.weight,
-            check=check_all,
-            num_sampled=self.num_sampled if self.training else None,
-            num_features=self.num_features if self.training else None,
-            seed=self.seed,
-            ignore_index=self.ignore_index,
-            grad_average=self.grad_average,
-            uneven_batches=self.uneven_batches,
-            want_metrics=self.want_metrics,
-            **options,
-        )
-        rows = selected.class_index
-        class_index = None if rows is None else rows + shard.start
-        self._drawn = class_index, selected.count, selected.feature_index
-        return loss
-
-    def _draw(
-        self, labels: Tensor, step: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-        """Sampled classes, how many of them are valid, where the labels are among them, and the
-        sampled dimensions. None for all."""
-        class_index = count = feature_index = None
-        if self.training and self.num_sampled < self.num_classes:
-            class_index, count, slot = _ops.select_classes(
-                labels,
-                step,
-                self.num_classes,
-                self.num_sampled,
-                self.seed,
-                self.ignore_index,
-                0,
-                self.num_classes,
-            )
+        if self.shard is None:
+            selected = select(labels, sampling, options.ignore_index, step=check())
+            loss, self._metrics = call_loss(embeddings, self.weight, selected, options)
+            class_index = selected.class_index
         else:
-            slot = _ops.label_slots(
-                labels, None, self.num_classes, self.ignore_index, 0, self.num_classes
+            from unicom_ext.loss.sharded import step as sharded
+
+            loss, self._metrics, selected = sharded.call_loss(
+                self.shard,
+                embeddings,
+                labels,
+                self.weight,
+                options,
+                check=check,
+                sampling=sampling,
+                want_metrics=self.want_metrics,
             )
-        if self.training and self.num_features < self.embedding_size:
-            feature_index = _ops.select_features(
-                step, self.embedding_size, self.num_features, self.seed
-            )
-        return class_index, count, slot, feature_index
+            rows = selected.class_index
+            class_index = None if rows is None else rows + self.shard.start
+        self._drawn = class_index, selected.count, selected.feature_index
+        if self.training and step is None:
+            self.step.add_(1)
+        return loss
 
     @property
     def _start(self) -> int:
@@ -406,6 +279,12 @@ class PartialMarginSoftmax(NeverWrapped):
         process group: of this rank's samples; see `want_metrics`."""
         return self._metrics
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "options" not in state:  # pickled whole when every option was an attribute of its own
+            options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
+            state["options"] = LossOptions(**options)
+        super().__setstate__(state)
+
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.seed, dtype=torch.int64)
 
@@ -448,24 +327,18 @@ class PartialMarginSoftmax(NeverWrapped):
         )
 
 
-_BLOCK = 256
+class _Option:
+    """An attribute of the module that is one of its options; setting it makes new options."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: PartialMarginSoftmax | None, owner: type) -> Any:
+        return self if module is None else getattr(module.options, self.name)
+
+    def __set__(self, module: PartialMarginSoftmax, value: object) -> None:
+        module.options = replace(module.options, **{self.name: value})
 
 
-@torch.no_grad()
-def fill_prototypes(weight: Tensor, first_class: int, seed: int) -> None:
-    """Initial prototypes of the classes from `first_class` on, [n, d], in place.
-
-    Normal with standard deviation 0.01, drawn in float32. Each value is a function of (seed, class
-    id, dimension, d) and of the kind of device alone, so that shards are parts of one whole.
-    """
-    if weight.device.type == "meta":
-        return
-    generator = torch.Generator(weight.device)
-    stop, dim = first_class + len(weight), weight.shape[1]
-    rows = torch.empty(_BLOCK, dim, dtype=torch.float32, device=weight.device)
-    for block in range(first_class // _BLOCK, -(-stop // _BLOCK)):
-        key = np.random.SeedSequence([seed % 2**64, block]).generate_state(1, np.uint64)
-        rows.normal_(0.0, 0.01, generator=generator.manual_seed(int(key[0])))
-        begin, end = max(block * _BLOCK, first_class), min((block + 1) * _BLOCK, stop)
-        of_block = slice(begin - block * _BLOCK, end - block * _BLOCK)
-        weight[begin - first_class : end - first_class] = rows[of_block]
+for _field in fields(LossOptions):
+    setattr(PartialMarginSoftmax, _field.name, _Option(_field.name))

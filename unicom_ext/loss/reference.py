@@ -7,7 +7,7 @@ cosines and leaves the gradient to autograd. It shares no code with the engine.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,8 @@ from torch import Tensor
 
 from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
-
-
-class Metrics(NamedTuple):
-    """Per-sample figures of one call, without gradient; B samples, ignored ones included."""
-
-    loss: Tensor  # [B], 0 where ignored
-    target_cosine: Tensor  # [B], before the margin, 0 where ignored
-    largest_negative: Tensor  # [B], largest cosine of another class in S, before the filter
-    top1: Tensor  # [B] bool, target_cosine >= largest_negative, False where ignored
+from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
+from unicom_ext.loss.results import Metrics
 
 
 def partial_margin_softmax(
@@ -35,18 +28,9 @@ def partial_margin_softmax(
     scale: float,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
-    interclass_filter: float | None = None,
-    margin_grad: str = "straight_through",
-    beyond_pi: str = "keep",
-    precision: str = "auto",
-    sparse_grad: bool = False,
-    reduction: str = "mean",
-    ignore_index: int = -100,
     process_group: object | None = None,
-    grad_average: bool = True,
-    check_inputs: bool = False,
     return_metrics: bool = False,
-    workspace_bytes: int = 0,
+    **keywords: Unpack[LossKwargs],
 ) -> Tensor | tuple[Tensor, Metrics]:
     """Softmax cross entropy over margin cosines, on some of the classes and feature dimensions.
 
@@ -58,8 +42,8 @@ def partial_margin_softmax(
 
     embeddings: [B, d].  labels: [B] int32 or int64, global class ids or ``ignore_index``.
     prototypes: [C, d].  class_index, feature_index: sorted unique int64 ids, or None for all;
-    class_index holds every label.  The other arguments and the result are those of
-    `unicom_ext.functional.partial_margin_softmax`.
+    class_index holds every label.  The keywords are those of `unicom_ext.loss.options.LossOptions`,
+    the result is that of `unicom_ext.functional.partial_margin_softmax`.
 
     The arithmetic is done in the promoted dtype of embeddings and prototypes, float32 at least
     (float64 makes an oracle), and the loss has that dtype. ``precision``, ``grad_average``,
@@ -73,28 +57,19 @@ def partial_margin_softmax(
     """
     if process_group is not None:
         raise NotImplementedError("process_group must be None: the reference runs in one process")
-    checks.check_options(
-        margin,
-        scale,
-        interclass_filter,
-        margin_grad,
-        beyond_pi,
-        precision,
-        reduction,
-        ignore_index,
-        workspace_bytes,
-    )
+    refuse_unknown("partial_margin_softmax", keywords)
+    options = LossOptions(margin, scale, **keywords)
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
-    if check_inputs:
+    if options.check_inputs:
         checks.check_finite(embeddings)
-    _check_values(labels, len(prototypes), class_index, ignore_index)
+    _check_values(labels, len(prototypes), class_index, options.ignore_index)
     if feature_index is not None:
         _check_index("feature_index", feature_index, embeddings.shape[1])
         if len(feature_index) == 0:
             raise ValueError("feature_index must hold at least one dimension, got none")
 
     # [B']: what an ignored row holds, NaN included, must not reach the others.
-    kept = labels != ignore_index
+    kept = labels != options.ignore_index
     dtype = torch.promote_types(embeddings.dtype, prototypes.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     if class_index is None:
@@ -102,7 +77,7 @@ def partial_margin_softmax(
 
     with torch.autocast(embeddings.device.type, enabled=False):
         x = embeddings[kept].to(dtype)  # [B', d]
-        w = F.embedding(class_index, prototypes, sparse=sparse_grad).to(dtype)  # [|S|, d]
+        w = F.embedding(class_index, prototypes, sparse=options.sparse_grad).to(dtype)  # [|S|, d]
         if feature_index is not None:
             x, w = x[:, feature_index], w[:, feature_index]
         cosine = _unit(x) @ _unit(w).T  # [B', |S|]
@@ -110,14 +85,14 @@ def partial_margin_softmax(
         is_target = class_index == labels[kept, None]  # [B', |S|], one True per row
         target_cosine = cosine[is_target]  # [B']
         m2, m3 = (_per_sample(m, kept, target_cosine) for m in (margin.m2, margin.m3))
-        psi = _margin(target_cosine, margin.m1, m2, m3, margin_grad, beyond_pi)
+        psi = _margin(target_cosine, m2, m3, options)
         target_logit = scale * psi
 
         if len(class_index) > 1:
             negative = cosine.masked_fill(is_target, -math.inf)
             largest_negative = negative.detach().amax(dim=1)
-            if interclass_filter is not None:
-                negative = torch.where(negative > interclass_filter, 0.0, negative)
+            if options.interclass_filter is not None:
+                negative = torch.where(negative > options.interclass_filter, 0.0, negative)
             log_negatives = torch.logsumexp(scale * negative, dim=1)
         else:
             largest_negative = log_negatives = torch.full_like(target_cosine, -math.inf)
@@ -131,7 +106,7 @@ def partial_margin_softmax(
         "none": loss,
         "sum": loss.sum(),
         "mean": loss.sum() / kept.sum().clamp(min=1),
-    }[reduction]
+    }[options.reduction]
     if not return_metrics:
         return result
     target_cosine = target_cosine.detach()
@@ -154,22 +129,21 @@ def _unit(rows: Tensor) -> Tensor:
     return torch.where(is_zero, 0.0, rows / length.masked_fill(is_zero, 1.0))
 
 
-def _margin(
-    cosine: Tensor, m1: float, m2: Tensor, m3: Tensor, margin_grad: str, beyond_pi: str
-) -> Tensor:
+def _margin(cosine: Tensor, m2: Tensor, m3: Tensor, options: LossOptions) -> Tensor:
     """psi(cosine) [B'], with the chosen derivative."""
+    m1 = options.margin.m1
     c = cosine.detach().clamp(-1, 1)
     theta = torch.arccos(c)
     psi = torch.cos(m1 * theta + m2) - m3
     slope = m1 * torch.sin(m1 * theta + m2) / torch.sin(theta).clamp(min=1e-6)
-    if beyond_pi == "linear":
+    if options.beyond_pi == "linear":
         # Past the angle where the argument of the cosine reaches pi, psi goes on with slope 1. The
         # drop makes it at least as low as psi at that angle, and is m2 * sin(m2) when m1 is 1.
         last = ((math.pi - m2) / m1).clamp(0, math.pi)
         drop = torch.maximum((math.pi - last) * torch.sin(last), 1 + torch.cos(last))
         psi = torch.where(theta > last, c - drop - m3, psi)
         slope = torch.where(theta > last, 1.0, slope)
-    if margin_grad == "straight_through":
+    if options.margin_grad == "straight_through":
         slope = torch.ones_like(slope)
     # The difference is 0; it is there for its gradient.
     return psi + slope * (cosine - cosine.detach())

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicom_ext import _core
 from unicom_ext.loss.checks import integer
+from unicom_ext.ops import library
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -56,18 +56,18 @@ def select_classes(
         ValueError: a value is out of range; a bad positive is named with its position.
         TypeError: an argument has the wrong type.
     """
-    num_classes = integer("num_classes", num_classes, 1, _core.MAX_CLASSES)
+    num_classes = integer("num_classes", num_classes, 1, library.core.MAX_CLASSES)
     stop = num_classes if stop is None else integer("stop", stop, 0, num_classes)
     start = integer("start", start, 0, stop)
     labels = _class_ids(positives)
     # Every id must be a class: an ignore_index that is a class itself excuses nothing.
-    bad = _core.find_bad_label(labels, num_classes, ignore_index=0)
+    bad = library.core.find_bad_label(labels, num_classes, ignore_index=0)
     if bad >= 0:
         raise ValueError(
             f"positives must be in [0, num_classes = {num_classes}), "
             f"got {labels[bad]} at position {bad}"
         )
-    class_index, _ = _core.select_classes(
+    class_index, _ = library.core.select_classes(
         labels,
         num_classes,
         num_sampled_classes(num_classes, rate, name="rate"),
@@ -98,7 +98,7 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
     """
     dim = integer("dim", dim, 1)
     count = num_selected_features(dim, rate, name="rate")
-    feature_index = _core.select_features(
+    feature_index = library.core.select_features(
         dim, count, seed=integer("seed", seed), step=integer("step", step)
     )
     return torch.from_numpy(feature_index)
@@ -106,12 +106,12 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
 
 def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_rate") -> int:
     """How many of `num_classes` classes a step draws at least: max(1, rate * C rounded half up)."""
-    return max(1, _core.sample_size(_rate(name, rate), num_classes))
+    return max(1, library.core.sample_size(_rate(name, rate), num_classes))
 
 
 def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") -> int:
     """How many of `dim` dimensions a step draws: rate * d rounded half up; 0 is a ValueError."""
-    count = _core.sample_size(_rate(name, rate), dim)
+    count = library.core.sample_size(_rate(name, rate), dim)
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unicom_ext import _core
+from unicom_ext.ops import library
 
 
 def set_cpu_capability(name: str) -> None:
@@ -14,14 +14,14 @@ def set_cpu_capability(name: str) -> None:
     name: one of ``unicom_ext._core.cpu_capabilities()``, which this CPU can run: "portable",
     "avx2", "avx512", "avx512_bf16". Raises ValueError for any other.
     """
-    if not _core.set_cpu_capability(name):
-        raise ValueError(f"name must be one of {_core.cpu_capabilities()}, got {name!r}")
+    if not library.core.set_cpu_capability(name):
+        raise ValueError(f"name must be one of {library.core.cpu_capabilities()}, got {name!r}")
 
 
 @contextmanager
 def cpu_capability(name: str) -> Iterator[None]:
     """`set_cpu_capability` for the length of a ``with`` block."""
-    before = _core.cpu_capability()
+    before = library.core.cpu_capability()
     set_cpu_capability(name)
     try:
         yield

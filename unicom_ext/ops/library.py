@@ -1,4 +1,9 @@
-"""The compiled operators, and the devices that this build has them for."""
+"""The compiled modules, and the devices that this build has operators for.
+
+`ops` is the namespace of the operators and `core` the kernels that take NumPy arrays. Nothing else
+imports either. Both are looked up here at each call (``library.ops.loss(...)``), so that another
+namespace with the same operators can take the place of `ops`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,11 @@ torch.ops.load_library(_PACKAGE / "_C.so")
 HAS_CUDA = torch.version.cuda is not None and (_PACKAGE / "_C_cuda.so").exists()
 if HAS_CUDA:
     torch.ops.load_library(_PACKAGE / "_C_cuda.so")
+ops: Any = torch.ops.unicom_ext
+
+from unicom_ext import _core  # noqa: E402  (what is wrong with _C.so is said first)
+
+core = _core
 
 
 def check_device(device: torch.device, name: str = "embeddings") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unicom_ext import _core
+from unicom_ext.ops import library
 
 
 def empty(*shape: int, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
@@ -16,7 +16,7 @@ def empty(*shape: int, dtype: torch.dtype | None = None, device: object = None) 
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if tensor.device.type == "cpu" and type(tensor) is Tensor:
-        _core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        library.core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from unicom_ext.ops.library import run
+from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids, updater_of
 from unicom_ext.optim import plain
 from unicom_ext.optim.in_backward import UpdateInBackward
-
-_ops = torch.ops.unicom_ext
 
 _DENSE_ONLY = {
     "amsgrad": "it needs the largest second moment of every step, also of those a row missed",
@@ -61,7 +59,7 @@ def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     the host wait: equal ids lie beside each other, the first has the sum, the others zeros.
     """
     if _has_kernel("merge_rows", rows.device):
-        return _ops.merge_rows(ids, rows)
+        return library.ops.merge_rows(ids, rows)
     ids, position = ids.unique(return_inverse=True)
     return ids, rows.new_zeros(len(ids), rows.shape[1]).index_add_(0, position, rows)
 
@@ -159,7 +157,7 @@ class RowOptimizer(torch.optim.Optimizer):
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
         fused = self._fused(group, param)
-        update = getattr(_ops if fused else plain, self._operator)
+        update = getattr(library.ops if fused else plain, self._operator)
         update(param.detach(), *tensors, *_gradient_rows(param, merged=fused), *numbers)
         increment_version(param)
         self._finish_row_step(group, param, numbers)
@@ -203,8 +201,8 @@ class RowOptimizer(torch.optim.Optimizer):
         self._check_group(group)
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
-        operator = getattr(_ops, self._backward_operator)
-        grad_embeddings = run(operator, grad_loss, *operands, *tensors, *numbers)
+        operator = getattr(library.ops, self._backward_operator)
+        grad_embeddings = library.run(operator, grad_loss, *operands, *tensors, *numbers)
         increment_version(param)
         self._finish_row_step(group, param, numbers)
         return grad_embeddings

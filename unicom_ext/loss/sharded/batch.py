@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unicom_ext import _core
 from unicom_ext.distributed.failures import agree, check_same
 from unicom_ext.distributed.shard import ClassShard
 from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
+from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.sharded.volume import HEADER
+from unicom_ext.ops import library
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -27,9 +29,8 @@ def exchange_sizes(
     shard: ClassShard,
     embeddings: Tensor,
     labels: Tensor,
-    margin: CombinedMargin,
     device: torch.device,
-    ignore_index: int,
+    options: LossOptions,
     check: Callable[[], Tensor | None],
 ) -> tuple[Tensor | None, int, bool]:
     """The step, the largest batch of a rank, and whether any needs its embeddings' gradient.
@@ -41,8 +42,8 @@ def exchange_sizes(
     header = torch.zeros(HEADER, dtype=torch.int64)
     try:
         step = check()
-        _check_labels(labels, shard.num_classes, ignore_index)
-        kinds = [isinstance(m, Tensor) for m in (margin.m2, margin.m3)]
+        _check_labels(labels, shard.num_classes, options.ignore_index)
+        kinds = [isinstance(m, Tensor) for m in (options.margin.m2, options.margin.m3)]
         header[1] = len(embeddings)
         header[2] = _DTYPES.index(embeddings.dtype)
         header[3] = kinds[0] + 2 * kinds[1]
@@ -71,7 +72,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     if labels.device.type != "cpu":
         return
     values = labels.detach().contiguous().numpy()
-    bad = _core.find_bad_label(values, num_classes, ignore_index)
+    bad = library.core.find_bad_label(values, num_classes, ignore_index)
     if bad >= 0:
         raise ValueError(
             f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), "
@@ -80,12 +81,8 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
 
 
 def stand_in(
-    embeddings: object,
-    labels: object,
-    margin: object,
-    prototypes: Tensor,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, CombinedMargin, bool] | None:
+    embeddings: object, labels: object, prototypes: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor, LossOptions, bool] | None:
     """Ignored samples for a rank whose arguments are wrong, of the size that the others expect, and
     whether the gradient of their embeddings is wanted.
 
@@ -101,12 +98,13 @@ def stand_in(
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
     if usable:
         x = x + embeddings.flatten()[:0].sum().to(device)
-    y = torch.full((size,), ignore_index, device=device)
+    y = torch.full((size,), options.ignore_index, device=device)
     m2, m3 = (
-        torch.zeros(size, device=device) if isinstance(getattr(margin, name, None), Tensor) else 0.0
-        for name in ("m2", "m3")
+        torch.zeros(size, device=device) if isinstance(m, Tensor) else 0.0
+        for m in (options.margin.m2, options.margin.m3)
     )
-    return x, y, CombinedMargin(1.0, m2, m3), x.requires_grad or not usable
+    options = replace(options, margin=CombinedMargin(1.0, m2, m3))
+    return x, y, options, x.requires_grad or not usable
 
 
 class GlobalBatch(NamedTuple):

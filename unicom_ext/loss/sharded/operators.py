@@ -6,151 +6,63 @@ They are opaque to `torch.compile`, so a graph may hold the whole step.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from unicom_ext import _core
 from unicom_ext.distributed.failures import failures_of
 from unicom_ext.distributed.shard import ClassShard
-from unicom_ext.loss.functional import _REDUCTION
+from unicom_ext.loss.selection import Selected, select
 from unicom_ext.loss.sharded.batch import gather_batch
-from unicom_ext.ops import library as devices
+from unicom_ext.loss.sharded.call import SCHEMA, Call, Results, took_part
+from unicom_ext.ops import library
+from unicom_ext.ops.codes import REDUCTION, Codes, Reals
 from unicom_ext.ops.row_sparse import row_sparse
 
-_ops = torch.ops.unicom_ext
 _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
 
 
 # ---- the forward operator ----
 
-
-class Options(NamedTuple):
-    """What the operators take beside tensors, checked and resolved."""
-
-    group_name: str
-    size: int  # samples of the largest batch of a rank
-    num_classes: int
-    num_sampled: int  # classes to draw, of all ranks; num_classes for none
-    num_features: int  # dimensions to draw; d for none
-    seed: int
-    ignore_index: int
-    m1: float
-    m2: float  # where the margin is not per sample
-    m3: float
-    scale: float
-    filter: float  # inf: none
-    exact_margin_grad: bool
-    linear_beyond_pi: bool
-    precision: int
-    reduction: int
-    workspace_bytes: int
-    want_metrics: bool
-    grad_embeddings: bool  # some rank needs the gradient of its embeddings
-    grad_average: bool
-    sparse_grad: bool
-
-
-class Selected(NamedTuple):
-    """This rank's sampled classes, and the dimensions."""
-
-    class_index: Tensor | None  # [bound] rows of this rank's prototypes; None for all
-    count: Tensor | None  # how many of them are valid; None for all
-    feature_index: Tensor | None  # [d']; None for all
-
-
-class Results(NamedTuple):
-    """What forward returns; tensors that are not there are empty."""
-
-    loss: Tensor  # a scalar, or [b]
-    sample_loss: Tensor  # [b], of this rank's samples, as the next three
-    target_cosine: Tensor
-    largest_negative: Tensor
-    top1: Tensor
-    class_index: Tensor  # [bound] rows of this rank's prototypes
-    count: Tensor
-    feature_index: Tensor  # [d']
-    slot: Tensor  # [B] each label's position in class_index; -1 ignored, -2 elsewhere
-    x: Tensor  # [B, d] all embeddings; half precision is summed over ranks in float32
-    state: Tensor  # [B, 6]
-    packed: Tensor  # of the sampled prototypes; empty where there are none
-    kept: Tensor
-
-
-# Operators take them as a list of each type: torch looks at every argument of a Python operator at
-# a cost that grows with the square of their number.
-_TYPES = tuple(get_type_hints(Options).values())
-_LISTED = "str group_name, SymInt[] ints, float[] floats, bool[] bools"
-
-
-def as_lists(options: Options) -> tuple[str, list[int], list[float], list[bool]]:
-    def of(kind: type) -> list:
-        return [value for value, its in zip(options, _TYPES, strict=True) if its is kind]
-
-    return options.group_name, of(int), of(float), of(bool)
-
-
-def from_lists(group_name: str, ints: list[int], floats: list[float], bools: list[bool]) -> Options:
-    values = {str: iter([group_name]), int: iter(ints), float: iter(floats), bool: iter(bools)}
-    return Options(*(next(values[its]) for its in _TYPES))
-
-
-def _of_loss(options: Options) -> tuple[list[float], list[int]]:
-    """What the compiled operators take of them (csrc/bind/ops/options.h)."""
-    o = options
-    return (
-        [o.m1, o.m2, o.m3, o.scale, o.filter],
-        [
-            o.exact_margin_grad,
-            o.linear_beyond_pi,
-            o.precision,
-            o.reduction,
-            o.workspace_bytes,
-            o.sparse_grad,
-        ],
-    )
-
-
 _FORWARD = (
     "(Tensor embeddings, Tensor labels, Tensor prototypes, Tensor? step, Tensor? class_index, "
-    f"Tensor? feature_index, Tensor? m2_each, Tensor? m3_each, {_LISTED}) -> "
+    f"Tensor? feature_index, Tensor? m2_each, Tensor? m3_each, {SCHEMA}) -> "
     f"({', '.join(['Tensor'] * len(Results._fields))})"
 )
 
 
 @torch.library.custom_op("unicom_ext::sharded_loss", mutates_args=(), schema=_FORWARD)
-def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *options):
-    options = from_lists(*options)
-    shard = ClassShard.named(options.group_name, options.num_classes)
+def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
+    call = Call.of(*lists)
+    sizes, codes = call.sizes, Codes(*call.codes)
+    shard = ClassShard.named(call.group_name, sizes.num_classes)
     failures = failures_of(shard.group)
     failures.raise_earlier()
-    batch = gather_batch(shard, embeddings, labels, m2, m3, options.size, options.ignore_index)
-    total = _total_sampled(options, len(batch.labels))
+    batch = gather_batch(shard, embeddings, labels, m2, m3, sizes.batch, sizes.ignore_index)
+    total = _total_sampled(call, len(batch.labels))
     selected = sums = None
     with failures.kept(prototypes.device):
         if failures.own is None:
-            selected = _select(
-                shard, batch.labels, prototypes, step, class_index, feature_index, options
-            )
+            selected = _select(shard, batch.labels, step, class_index, feature_index, call)
     batch.arrival.wait()
     x = _in_float(batch.embeddings)
     with failures.kept(prototypes.device):
         if selected is not None:
-            sums = devices.run(
-                _ops.loss_sums,
+            sums = library.run(
+                library.ops.loss_sums,
                 x,
                 selected.slot,
                 prototypes,
                 *selected[1:],
                 total,
-                *_of_loss(options),
+                call.reals,
+                call.codes,
             )
     if sums is None:
         selected, sums = _nothing(batch.labels, x)
     pairs, exponent, largest_negative, inverse_norm, packed, kept = sums
 
-    if _core.constant_exponent(options.scale, total) is None:
+    if library.core.constant_exponent(Reals(*call.reals).scale, total) is None:
         # Beyond the range of a constant shift, sums have exponents of their own.
         common = shard.max(exponent.clone())
         pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
@@ -162,26 +74,27 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
     failures.settle(failed)
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
-    sample_loss, state = _ops.loss_merge(
+    sample_loss, state = library.ops.loss_merge(
         pairs,
         exponent,
         inverse_norm,
         slot,
         batch.m2,
         batch.m3,
-        *_of_loss(options),
+        call.reals,
+        call.codes,
     )
-    first = shard.rank * options.size
+    first = shard.rank * sizes.batch
     own = slice(first, first + len(embeddings))
-    if options.reduction == _REDUCTION["none"]:
+    if codes.reduction == REDUCTION["none"]:
         loss = sample_loss[own]
     else:
         loss = sample_loss.sum()
-        if options.reduction == _REDUCTION["mean"]:
+        if codes.reduction == REDUCTION["mean"]:
             loss = loss / (slot != _IGNORED).sum().clamp(min=1)
     real = _real(x, prototypes)
     target_cosine = pairs[own, 1].to(real)
-    if options.want_metrics:
+    if call.flags.want_metrics:
         largest_negative = shard.max(largest_negative.to(real))[own].clone()
         top1 = (slot[own] != _IGNORED) & (target_cosine >= largest_negative)
     else:
@@ -204,62 +117,39 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
     )
 
 
-class _Selection(NamedTuple):
-    slot: Tensor  # [B]
-    class_index: Tensor | None
-    count: Tensor | None
-    feature_index: Tensor | None
-
-
 def _select(
     shard: ClassShard,
     labels: Tensor,
-    prototypes: Tensor,
     step: Tensor | None,
     class_index: Tensor | None,
     feature_index: Tensor | None,
-    options: Options,
-) -> _Selection:
+    call: Call,
+) -> Selected:
     """This rank's classes that take part, as rows of its prototypes.  labels: of all ranks."""
-    count = None
     try:
-        if options.num_sampled < options.num_classes:
-            class_index, count, slot = _ops.select_classes(
-                labels,
-                step,
-                options.num_classes,
-                options.num_sampled,
-                options.seed,
-                options.ignore_index,
-                shard.start,
-                shard.stop,
-            )
-        else:
-            slot = _ops.label_slots(
-                labels,
-                class_index,
-                options.num_classes,
-                options.ignore_index,
-                shard.start,
-                shard.stop,
-            )
+        selected = select(
+            labels,
+            call.sizes.sampling,
+            call.sizes.ignore_index,
+            step=step,
+            class_index=class_index,
+            feature_index=feature_index,
+            start=shard.start,
+            stop=shard.stop,
+        )
     except ValueError as error:
         error.add_note("(positions count through the batches of all ranks, in rank order)")
         raise
-    if class_index is not None:
-        # What fills the list up behind the count need not lie in this shard.
-        class_index = (class_index - shard.start).clamp_(min=0)
-    if options.num_features < prototypes.shape[1]:
-        feature_index = _ops.select_features(
-            step, prototypes.shape[1], options.num_features, options.seed
-        )
-    return _Selection(slot, class_index, count, feature_index)
+    if selected.class_index is None:
+        return selected
+    # What fills the list up behind the count need not lie in this shard.
+    return selected._replace(class_index=(selected.class_index - shard.start).clamp_(min=0))
 
 
-def _nothing(labels: Tensor, x: Tensor) -> tuple[_Selection, tuple[Tensor, ...]]:
+def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
     """What a rank that has failed contributes."""
     slot = torch.full_like(labels, _IGNORED)
-    selected = _Selection(slot, slot.new_empty(0), slot.new_zeros(()), slot.new_empty(0))
+    selected = Selected(slot, slot.new_empty(0), slot.new_zeros(()), slot.new_empty(0))
     pairs = torch.zeros((len(labels), 2), dtype=torch.float64, device=x.device)
     exponent = pairs.new_full((len(labels),), -math.inf)
     saved = x.new_empty(0, dtype=torch.uint8)
@@ -267,10 +157,10 @@ def _nothing(labels: Tensor, x: Tensor) -> tuple[_Selection, tuple[Tensor, ...]]
     return selected, sums
 
 
-def _total_sampled(options: Options, samples: int) -> int:
+def _total_sampled(call: Call, samples: int) -> int:
     """At least as many as the sampled classes of all ranks."""
-    total = options.num_sampled + samples
-    return options.num_classes if total > options.num_classes else total
+    total = call.sizes.num_sampled + samples
+    return call.sizes.num_classes if total > call.sizes.num_classes else total
 
 
 def _in_float(x: Tensor) -> Tensor:
@@ -282,31 +172,26 @@ def _real(x: Tensor, prototypes: Tensor) -> torch.dtype:
 
 
 @forward.register_fake
-def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *options):
-    options = from_lists(*options)
-    shard = ClassShard.named(options.group_name, options.num_classes)
-    batch, samples = len(embeddings), shard.world_size * options.size
-    selected = _select(
-        shard,
-        labels.new_empty(samples, dtype=torch.int64),
-        prototypes,
-        step,
-        class_index,
-        feature_index,
-        options,
-    )
+def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
+    call = Call.of(*lists)
+    codes = Codes(*call.codes)
+    shard = ClassShard.named(call.group_name, call.sizes.num_classes)
+    batch, samples = len(embeddings), shard.world_size * call.sizes.batch
+    all_labels = labels.new_empty(samples, dtype=torch.int64)
+    selected = _select(shard, all_labels, step, class_index, feature_index, call)
     x = _in_float(embeddings.new_empty(samples, embeddings.shape[1]))
-    pairs, *_, packed, kept = _ops.loss_sums(
+    pairs, *_, packed, kept = library.ops.loss_sums(
         x,
         selected.slot,
         prototypes,
         *selected[1:],
-        _total_sampled(options, samples),
-        *_of_loss(options),
+        _total_sampled(call, samples),
+        call.reals,
+        call.codes,
     )
-    real, none = _real(x, prototypes), options.reduction == _REDUCTION["none"]
+    real, none = _real(x, prototypes), codes.reduction == REDUCTION["none"]
     each = x.new_empty(batch, dtype=real)
-    with_metrics = batch if options.want_metrics else 0
+    with_metrics = batch if call.flags.want_metrics else 0
     indices = [selected.slot.new_empty(0) if i is None else i for i in selected[1:]]
     if selected.count is None:
         indices[1] = selected.slot.new_empty(())
@@ -330,24 +215,25 @@ def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, 
 _BACKWARD = (
     "(Tensor grad_loss, Tensor x, Tensor slot, Tensor prototypes, Tensor? class_index, "
     "Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, Tensor kept, "
-    f"SymInt batch, bool grad_prototypes, {_LISTED}) -> (Tensor, Tensor)"
+    f"SymInt batch, bool grad_prototypes, {SCHEMA}) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("unicom_ext::sharded_loss_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
     grad_loss, x, slot, prototypes, class_index, count, feature_index, state, packed, kept,
-    batch, grad_prototypes, *options,
+    batch, grad_prototypes, *lists,
 ):  # fmt: skip
-    options = from_lists(*options)
-    shard = ClassShard.named(options.group_name, options.num_classes)
-    if options.reduction == _REDUCTION["none"]:
-        padding = grad_loss.new_zeros(options.size - batch)
+    call = Call.of(*lists)
+    codes, flags = Codes(*call.codes), call.flags
+    shard = ClassShard.named(call.group_name, call.sizes.num_classes)
+    if codes.reduction == REDUCTION["none"]:
+        padding = grad_loss.new_zeros(call.sizes.batch - batch)
         grad_loss = shard.gather(torch.cat([grad_loss, padding]))
-    compact = options.sparse_grad and class_index is not None
+    compact = codes.sparse_grad and class_index is not None
     if len(packed) > 0:
-        to_embeddings, to_prototypes = devices.run(
-            _ops.loss_backward,
+        to_embeddings, to_prototypes = library.run(
+            library.ops.loss_backward,
             grad_loss.contiguous(),
             x,
             slot,
@@ -358,8 +244,9 @@ def _backward(
             state,
             packed,
             kept,
-            *_of_loss(options),
-            options.grad_embeddings,
+            call.reals,
+            call.codes,
+            flags.grad_embeddings,
             grad_prototypes,
             compact,
         )
@@ -367,33 +254,34 @@ def _backward(
         rows = class_index if compact else prototypes
         to_embeddings = torch.zeros_like(x)
         to_prototypes = prototypes.new_zeros(len(rows) * grad_prototypes, x.shape[1])
-    if options.grad_embeddings:
+    if flags.grad_embeddings:
         to_embeddings = shard.sum_scatter(to_embeddings)[:batch]
-        if options.grad_average:
+        if flags.grad_average:
             to_embeddings *= shard.world_size
     return to_embeddings, to_prototypes
 
 
 @_backward.register_fake
 def _(grad_loss, x, slot, prototypes, class_index, count, feature_index, state, packed, kept,
-      batch, grad_prototypes, *options):  # fmt: skip
-    options = from_lists(*options)
-    rows = class_index if options.sparse_grad and class_index is not None else prototypes
+      batch, grad_prototypes, *lists):  # fmt: skip
+    call = Call.of(*lists)
+    rows = class_index if Codes(*call.codes).sparse_grad and class_index is not None else prototypes
     return (
-        x.new_empty((batch, x.shape[1]) if options.grad_embeddings else (0, 0)),
+        x.new_empty((batch, x.shape[1]) if call.flags.grad_embeddings else (0, 0)),
         prototypes.new_empty((len(rows), x.shape[1]) if grad_prototypes else (0, 0)),
     )
 
 
 def _setup_context(ctx, inputs, output) -> None:
     embeddings, _, prototypes, _, class_index, feature_index, *rest = inputs
-    ctx.options = from_lists(*rest[2:])
+    ctx.call = Call.of(*rest[2:])
     results = Results(*output)
+    slot, *of_classes = took_part(ctx.call, class_index, feature_index, results)
     ctx.save_for_backward(
         results.x,
-        results.slot,
+        slot,
         prototypes,
-        *took_part(ctx.options, class_index, feature_index, prototypes, results),
+        *of_classes,
         results.state,
         results.packed,
         results.kept,
@@ -406,17 +294,16 @@ def _setup_context(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad_loss, *_):
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
     _, _, prototypes, class_index, count, *_ = saved
-    options = ctx.options
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
     to_embeddings, to_prototypes = _backward(
-        grad_loss, *saved, ctx.batch, ctx.needs_input_grad[2], *as_lists(options)
+        grad_loss, *saved, ctx.batch, ctx.needs_input_grad[2], *ctx.call
     )
     if ctx.needs_input_grad[0]:
         grads[0] = to_embeddings.to(ctx.dtype)
     if ctx.needs_input_grad[2]:
-        if options.sparse_grad:
+        if Codes(*ctx.call.codes).sparse_grad:
             to_prototypes = row_sparse(to_prototypes, class_index, count, prototypes.shape)
         grads[2] = to_prototypes
     return tuple(grads)
@@ -425,20 +312,3 @@ def _differentiate(ctx, grad_loss, *_):
 torch.library.register_autograd(
     "unicom_ext::sharded_loss", _differentiate, setup_context=_setup_context
 )
-
-
-def took_part(
-    options: Options,
-    class_index: Tensor | None,
-    feature_index: Tensor | None,
-    prototypes: Tensor,
-    results: Results,
-) -> Selected:
-    """What took part.  class_index, feature_index: what forward was given."""
-    drawn = options.num_sampled < options.num_classes
-    some = options.num_features < prototypes.shape[1] or feature_index is not None
-    return Selected(
-        results.class_index if drawn or class_index is not None else None,
-        results.count if drawn else None,
-        results.feature_index if some else None,
-    )

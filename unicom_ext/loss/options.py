@@ -1,0 +1,222 @@
+"""The options of the loss: declared, described and checked here, and handed down whole.
+
+A new option is a field of `LossOptions` and of `LossKwargs`; `packed` hands it to the operators.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from unicom_ext.loss.margins import CombinedMargin
+from unicom_ext.ops import library
+from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes, Reals
+
+MarginGrad = Literal["straight_through", "exact"]
+BeyondPi = Literal["keep", "linear"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Reduction = Literal["mean", "sum", "none"]
+
+# Enough for the cosines of 4096 samples with 16,000 classes.
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+
+_FAST_BF16 = "avx512_bf16" in library.core.cpu_capabilities()
+# In this order: the abstract classes, which NumPy's numbers are of too, take ten times as long.
+_REAL, _INTEGRAL = (float, Real), (int, Integral)
+_MAY_DIFFER = {"may_differ": True}  # between the ranks of a process group
+
+
+class LossKwargs(TypedDict, total=False):
+    """Keywords of the loss, wherever it is called or made; `LossOptions` says what they mean.
+
+    `margin` and `scale` are not among them: not everywhere do they have defaults.
+    """
+
+    interclass_filter: float | None
+    margin_grad: MarginGrad
+    beyond_pi: BeyondPi
+    precision: Precision
+    reduction: Reduction
+    ignore_index: int
+    grad_average: bool
+    uneven_batches: bool | None
+    sparse_grad: bool
+    check_inputs: bool
+    workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Everything about the loss that is not a tensor of the batch; good once it is made.
+
+    Args:
+        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B].
+        scale: s > 0, the inverse temperature.
+        interclass_filter: a negative cosine above this counts as 0 and gets no gradient (UNICOM's
+            and PartialFC's filter for conflicting classes); None for no filter.
+        margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
+            ``"exact"`` is the true derivative, bounded near |c| = 1.
+        beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
+            continuation, so that psi stays monotone.
+        precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
+            ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
+            On CPUs ``"fp16"`` is computed as fp32.
+            ``"auto"`` is fp32; under autocast it is fp16 on CUDA (unit vectors need no range, and
+            fp16 has three more bits than bf16), and bf16 on CPUs that have bf16 instructions.
+        reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
+        ignore_index: the label of samples without loss and gradient.
+        grad_average: with a process group, multiply the gradient of the embeddings by the number of
+            ranks, because data-parallel wrappers (DDP, FSDP) average over ranks. False for wrappers
+            that sum.
+        uneven_batches: with a process group, whether ranks first tell each other their batch sizes
+            (and whether their arguments are good), so that these may differ or be 0. None: on CPUs,
+            where it costs one small message; elsewhere the host would wait for the device. To
+            compile a step whole (``torch.compile(fullgraph=True)``) it must be False.
+        sparse_grad: the gradient of the prototypes becomes a sparse COO tensor with the rows of the
+            classes that took part. A dense optimizer moves the other rows too, by momentum and
+            weight decay; a sparse one does not.
+        check_inputs: look at the values first: raise if an embedding is NaN or infinite, or, on
+            CUDA, if a label is no class. Otherwise the loss of such an embedding is NaN. Labels are
+            always looked at on the CPU; on CUDA that would wait for the device, so there the loss
+            of a sample with a bad label is NaN too, and the sample has no part in gradients.
+        workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
+            multiplies three times instead of four; the rest it computes again. The result is the
+            same bit for bit. Nothing is kept where no gradient is wanted, nor on CUDA in fp16 and
+            bf16, where multiplying again is as fast as reading.
+
+    Raises:
+        TypeError, ValueError: an option is wrong; the message names it, what was given and what is
+            allowed.
+    """
+
+    margin: CombinedMargin
+    scale: float
+    interclass_filter: float | None = None
+    margin_grad: MarginGrad = "straight_through"
+    beyond_pi: BeyondPi = "keep"
+    precision: Precision = "auto"
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    grad_average: bool = True
+    uneven_batches: bool | None = None
+    sparse_grad: bool = field(default=False, metadata=_MAY_DIFFER)
+    check_inputs: bool = field(default=False, metadata=_MAY_DIFFER)
+    workspace_bytes: int = field(default=DEFAULT_WORKSPACE_BYTES, metadata=_MAY_DIFFER)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.margin, CombinedMargin):
+            raise TypeError(
+                f"margin must be a CombinedMargin such as ArcFace(0.3), got {self.margin!r}"
+            )
+        for name in ("scale", "interclass_filter"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, _REAL)):
+                raise TypeError(f"{name} must be a number, got {kind(value)}: {value!r}")
+        for name, lowest in (("ignore_index", ""), ("workspace_bytes", " >= 0")):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, _INTEGRAL):
+                raise TypeError(f"{name} must be an int{lowest}, got {kind(value)}: {value!r}")
+        if self.workspace_bytes < 0:
+            raise ValueError(f"workspace_bytes must be an int >= 0, got {self.workspace_bytes}")
+        if self.scale is None or not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a finite number > 0, got {self.scale}")
+        if self.interclass_filter is not None and not -1 <= self.interclass_filter <= 1:
+            raise ValueError(
+                "interclass_filter must be None or a cosine in [-1, 1], got "
+                f"{self.interclass_filter}"
+            )
+        for name, allowed in _ALLOWED.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def for_ranks(cls, given: Mapping[str, Any]) -> tuple[LossOptions, Exception | None]:
+        """The options, and what is wrong with them.
+
+        A rank with bad options cannot leave the others alone. It gets, instead of each bad one,
+        its default, so that it can do its part until all ranks raise.
+        """
+        try:
+            return cls(**given), None
+        except (TypeError, ValueError) as error:
+            usable = cls(CombinedMargin(), 1.0)
+            for name, value in given.items():
+                with suppress(TypeError, ValueError):
+                    usable = replace(usable, **{name: value})
+            return usable, error
+
+    def same_on_every_rank(self) -> dict[str, object]:
+        """The options in which the ranks of a process group must agree, as they compare them."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
+        return {**values, "margin": repr(self.margin)}
+
+    def per_sample(self) -> tuple[Tensor | None, Tensor | None]:
+        """m2 and m3 where there is one for each sample, [B] float64, as the operators take them."""
+        return _per_sample(self.margin.m2), _per_sample(self.margin.m3)
+
+    def packed(self, device: torch.device, wants_grad: bool) -> tuple[list[float], list[int]]:
+        """`Reals` and `Codes`, the lists that the operators take.
+
+        Args:
+            device: of the prototypes.
+            wants_grad: whether there will be a backward pass.
+        """
+        m2, m3 = self.margin.m2, self.margin.m3
+        reals = Reals(
+            self.margin.m1,
+            0.0 if isinstance(m2, Tensor) else m2,
+            0.0 if isinstance(m3, Tensor) else m3,
+            float(self.scale),
+            math.inf if self.interclass_filter is None else float(self.interclass_filter),
+        )
+        codes = Codes(
+            self.margin_grad == "exact",
+            self.beyond_pi == "linear",
+            PRECISION[self._resolved_precision(device.type)],
+            REDUCTION[self.reduction],
+            self.workspace_bytes if wants_grad else 0,
+            self.sparse_grad,
+        )
+        return list(reals), list(codes)
+
+    def _resolved_precision(self, device_type: str) -> str:
+        if self.precision != "auto":
+            return self.precision
+        if not torch.is_autocast_enabled(device_type):
+            return "fp32"
+        if device_type == "cuda":
+            return "fp16"
+        return "bf16" if _FAST_BF16 else "fp32"
+
+
+_ALLOWED = {
+    name: get_args(its_type)
+    for name, its_type in get_type_hints(LossOptions).items()
+    if get_origin(its_type) is Literal
+}
+
+
+def refuse_unknown(function: str, options: Mapping[str, object]) -> None:
+    """TypeError where a keyword that `function` was given is no option of the loss."""
+    for name in options:
+        if name not in LossKwargs.__annotations__:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}; options of the loss "
+                f"are {', '.join(f.name for f in fields(LossOptions))}"
+            )
+
+
+def kind(value: object) -> str:
+    """What a value is, for messages."""
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _per_sample(m: float | Tensor) -> Tensor | None:
+    return m.detach().to(torch.float64).contiguous() if isinstance(m, Tensor) else None

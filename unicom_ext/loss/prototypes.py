@@ -1,0 +1,63 @@
+"""Prototypes before the first step."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+STANDARD_DEVIATION = 0.01  # as PartialFC has it
+_BLOCK = 256
+
+
+@torch.no_grad()
+def fill_prototypes(weight: Tensor, first_class: int, seed: int) -> None:
+    """Initial prototypes of the classes from `first_class` on, [n, d], in place.
+
+    Normal with standard deviation 0.01, drawn in float32. Each value is a function of (seed, class
+    id, dimension, d) and of the kind of device alone, so that shards are parts of one whole.
+    """
+    if weight.device.type == "meta":
+        return
+    generator = torch.Generator(weight.device)
+    stop, dim = first_class + len(weight), weight.shape[1]
+    rows = torch.empty(_BLOCK, dim, dtype=torch.float32, device=weight.device)
+    for block in range(first_class // _BLOCK, -(-stop // _BLOCK)):
+        key = np.random.SeedSequence([seed % 2**64, block]).generate_state(1, np.uint64)
+        rows.normal_(0.0, STANDARD_DEVIATION, generator=generator.manual_seed(int(key[0])))
+        begin, end = max(block * _BLOCK, first_class), min((block + 1) * _BLOCK, stop)
+        of_block = slice(begin - block * _BLOCK, end - block * _BLOCK)
+        weight[begin - first_class : end - first_class] = rows[of_block]
+
+
+@torch.no_grad()
+def fill_with_centroids(weight: Tensor, first_class: int, centroids: Tensor) -> None:
+    """Prototypes [n, d] in the directions of their centroids [C, d], in place.
+
+    They get the norm that random prototypes have on average; a zero row stays zero.
+    """
+    own = centroids[first_class : first_class + len(weight)].double()
+    length = STANDARD_DEVIATION * weight.shape[1] ** 0.5
+    weight.copy_(nn.functional.normalize(own, eps=1e-300) * length)
+
+
+def read_centroids(centroids: Tensor | str | PathLike[str]) -> Tensor:
+    """Centroids [C, d], checked; of a `.npy` file, if it is a name.
+
+    Raises:
+        ValueError: they are not a floating point matrix of finite numbers.
+    """
+    if not isinstance(centroids, Tensor):
+        centroids = torch.from_numpy(np.load(centroids))
+    if centroids.dim() != 2 or not centroids.is_floating_point() or centroids.numel() == 0:
+        raise ValueError(
+            "centroids must be a floating point matrix [C, d], got "
+            f"{centroids.dtype} of shape {list(centroids.shape)}"
+        )
+    finite = centroids.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise ValueError(f"centroids must be finite, but row {row} is not")
+    return centroids

@@ -1,0 +1,24 @@
+"""What the loss tells beside its value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Metrics(NamedTuple):
+    """Per-sample figures of one call, without gradient; B samples, ignored ones included."""
+
+    loss: Tensor  # [B], 0 where ignored
+    target_cosine: Tensor  # [B], before the margin, 0 where ignored
+    # With a process group the next two are None unless they were asked for.
+    largest_negative: Tensor | None  # [B], largest cosine of another class in S, before the filter
+    top1: Tensor | None  # [B] bool, target_cosine >= largest_negative, False where ignored
+
+
+class Selection(NamedTuple):
+    """What the last forward pass drew."""
+
+    class_index: Tensor  # [|S|] int64, sorted class ids; with a process group this rank's part
+    feature_index: Tensor  # [d'] int64, sorted dimensions

@@ -1,0 +1,89 @@
+"""The classes and dimensions that take part in a call, on one rank or several."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from unicom_ext.ops import library
+
+
+class Sampling(NamedTuple):
+    """How much a step draws, and from which random stream."""
+
+    num_classes: int  # of all ranks
+    num_sampled: int  # classes to draw; `num_classes` for none
+    dim: int
+    num_features: int  # dimensions to draw; `dim` for none
+    seed: int
+
+    @classmethod
+    def nothing(cls, num_classes: int, dim: int) -> Sampling:
+        return cls(num_classes, num_classes, dim, dim, 0)
+
+    @property
+    def draws_classes(self) -> bool:
+        return self.num_sampled < self.num_classes
+
+    @property
+    def draws_features(self) -> bool:
+        return self.num_features < self.dim
+
+
+class Selected(NamedTuple):
+    """What takes part, in the order in which the operators take it."""
+
+    slot: Tensor  # [B] int64, each label's position in class_index; -1 ignored, -2 elsewhere
+    class_index: Tensor | None  # [bound] int64, sorted; None for all
+    count: Tensor | None  # how many of them are valid, int64 scalar; None for all
+    feature_index: Tensor | None  # [d'] int64, sorted; None for all
+
+
+def select(
+    labels: Tensor,
+    sampling: Sampling,
+    ignore_index: int,
+    *,
+    step: Tensor | None = None,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Selected:
+    """What is drawn, or else what is given, or else everything.
+
+    Args:
+        labels: [B] int32 or int64, of all ranks.
+        sampling: whether classes and dimensions are drawn.
+        ignore_index: the label of samples without loss.
+        step: int64 scalar tensor, for which they are drawn.
+        class_index: sorted ids of the classes that take part; not with classes that are drawn.
+        feature_index: sorted dimensions; not with dimensions that are drawn.
+        start, stop: only of the classes in [start, stop), which this rank owns. Past the count
+            `class_index` may hold others.
+
+    Raises:
+        ValueError: a label is no class or not in `class_index`.
+    """
+    count = None
+    owned = start, sampling.num_classes if stop is None else stop
+    if sampling.draws_classes:
+        class_index, count, slot = library.ops.select_classes(
+            labels,
+            step,
+            sampling.num_classes,
+            sampling.num_sampled,
+            sampling.seed,
+            ignore_index,
+            *owned,
+        )
+    else:
+        slot = library.ops.label_slots(
+            labels, class_index, sampling.num_classes, ignore_index, *owned
+        )
+    if sampling.draws_features:
+        feature_index = library.ops.select_features(
+            step, sampling.dim, sampling.num_features, sampling.seed
+        )
+    return Selected(slot, class_index, count, feature_index)

@@ -1,0 +1,92 @@
+"""What the operators of a step on several ranks take beside tensors, and what they return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from unicom_ext.loss.selection import Sampling, Selected
+
+
+class Sizes(NamedTuple):
+    """The list ``sizes``."""
+
+    batch: int  # samples of the largest batch of a rank
+    ignore_index: int
+    num_classes: int  # this and the next: the fields of `Sampling`
+    num_sampled: int
+    dim: int
+    num_features: int
+    seed: int
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(*self[2:])
+
+
+class Flags(NamedTuple):
+    """The list ``flags``."""
+
+    want_metrics: bool
+    grad_embeddings: bool  # some rank needs the gradient of its embeddings
+    grad_average: bool
+
+
+# Lists, because torch looks at every argument of a Python operator at a cost that grows with the
+# square of their number.
+SCHEMA = "str group_name, SymInt[] sizes, float[] reals, int[] codes, bool[] flags"
+
+
+class Call(NamedTuple):
+    """What the operators take beside tensors, in the order of `SCHEMA`."""
+
+    group_name: str
+    sizes: Sizes
+    reals: list[float]  # `Reals` and `Codes`, as the compiled operators take them
+    codes: list[int]
+    flags: Flags
+
+    @classmethod
+    def of(
+        cls,
+        group_name: str,
+        sizes: list[int],
+        reals: list[float],
+        codes: list[int],
+        flags: list[bool],
+    ) -> Call:
+        """From what an operator got."""
+        return cls(group_name, Sizes(*sizes), reals, codes, Flags(*flags))
+
+
+class Results(NamedTuple):
+    """What forward returns; tensors that are not there are empty."""
+
+    loss: Tensor  # a scalar, or [b]
+    sample_loss: Tensor  # [b], of this rank's samples, as the next three
+    target_cosine: Tensor
+    largest_negative: Tensor
+    top1: Tensor
+    class_index: Tensor  # [bound] rows of this rank's prototypes
+    count: Tensor
+    feature_index: Tensor  # [d']
+    slot: Tensor  # [B] each label's position in class_index; -1 ignored, -2 elsewhere
+    x: Tensor  # [B, d] all embeddings; half precision is summed over ranks in float32
+    state: Tensor  # [B, 6]
+    packed: Tensor  # of the sampled prototypes; empty where there are none
+    kept: Tensor
+
+
+def took_part(
+    call: Call, class_index: Tensor | None, feature_index: Tensor | None, results: Results
+) -> Selected:
+    """What took part.  class_index, feature_index: what forward was given."""
+    sampling = call.sizes.sampling
+    some = sampling.draws_features or feature_index is not None
+    return Selected(
+        results.slot,
+        results.class_index if sampling.draws_classes or class_index is not None else None,
+        results.count if sampling.draws_classes else None,
+        results.feature_index if some else None,
+    )

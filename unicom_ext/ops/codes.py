@@ -1,0 +1,32 @@
+"""The options of the loss as the operators take them: two lists, in the order that stands here.
+
+csrc/bind/ops/options.h reads them in the same order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+REDUCTION = {"none": 0, "mean": 1, "sum": 2}
+PRECISION = {"fp32": 0, "fp16": 1, "bf16": 2}
+
+
+class Reals(NamedTuple):
+    """The list ``reals``, float[]."""
+
+    m1: float
+    m2: float  # 0 where there is one for each sample
+    m3: float  # 0 where there is one for each sample
+    scale: float
+    filter: float  # infinity for none
+
+
+class Codes(NamedTuple):
+    """The list ``codes``, int[]."""
+
+    exact_margin_grad: int
+    linear_beyond_pi: int
+    precision: int  # of PRECISION
+    reduction: int  # of REDUCTION
+    workspace_bytes: int
+    sparse_grad: int
