@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from unicom_ext.loss.selection import Sampling, Selected
+from unicom_ext.ops.codes import Codes, Reals
 
 
 class Sizes(NamedTuple):
@@ -43,21 +45,21 @@ class Call(NamedTuple):
 
     group_name: str
     sizes: Sizes
-    reals: list[float]  # `Reals` and `Codes`, as the compiled operators take them
-    codes: list[int]
+    reals: Reals
+    codes: Codes
     flags: Flags
 
     @classmethod
     def of(
         cls,
         group_name: str,
-        sizes: list[int],
-        reals: list[float],
-        codes: list[int],
-        flags: list[bool],
+        sizes: Sequence[int],
+        reals: Sequence[float],
+        codes: Sequence[int],
+        flags: Sequence[bool],
     ) -> Call:
-        """From what an operator got."""
-        return cls(group_name, Sizes(*sizes), reals, codes, Flags(*flags))
+        """From lists such as an operator gets."""
+        return cls(group_name, Sizes(*sizes), Reals(*reals), Codes(*codes), Flags(*flags))
 
 
 class Results(NamedTuple):

@@ -16,7 +16,7 @@ from unicom_ext.loss.selection import Selected, select
 from unicom_ext.loss.sharded.batch import gather_batch
 from unicom_ext.loss.sharded.call import SCHEMA, Call, Results, took_part
 from unicom_ext.ops import library
-from unicom_ext.ops.codes import REDUCTION, Codes, Reals
+from unicom_ext.ops.codes import REDUCTION
 from unicom_ext.ops.row_sparse import row_sparse
 
 _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
@@ -34,7 +34,7 @@ _FORWARD = (
 @torch.library.custom_op("unicom_ext::sharded_loss", mutates_args=(), schema=_FORWARD)
 def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
     call = Call.of(*lists)
-    sizes, codes = call.sizes, Codes(*call.codes)
+    sizes, codes = call.sizes, call.codes
     shard = ClassShard.named(call.group_name, sizes.num_classes)
     failures = failures_of(shard.group)
     failures.raise_earlier()
@@ -62,7 +62,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
         selected, sums = _nothing(batch.labels, x)
     pairs, exponent, largest_negative, inverse_norm, packed, kept = sums
 
-    if library.core.constant_exponent(Reals(*call.reals).scale, total) is None:
+    if library.core.constant_exponent(call.reals.scale, total) is None:
         # Beyond the range of a constant shift, sums have exponents of their own.
         common = shard.max(exponent.clone())
         pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
@@ -174,7 +174,6 @@ def _real(x: Tensor, prototypes: Tensor) -> torch.dtype:
 @forward.register_fake
 def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
     call = Call.of(*lists)
-    codes = Codes(*call.codes)
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     batch, samples = len(embeddings), shard.world_size * call.sizes.batch
     all_labels = labels.new_empty(samples, dtype=torch.int64)
@@ -189,7 +188,7 @@ def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, 
         call.reals,
         call.codes,
     )
-    real, none = _real(x, prototypes), codes.reduction == REDUCTION["none"]
+    real, none = _real(x, prototypes), call.codes.reduction == REDUCTION["none"]
     each = x.new_empty(batch, dtype=real)
     with_metrics = batch if call.flags.want_metrics else 0
     indices = [selected.slot.new_empty(0) if i is None else i for i in selected[1:]]
@@ -225,7 +224,7 @@ def _backward(
     batch, grad_prototypes, *lists,
 ):  # fmt: skip
     call = Call.of(*lists)
-    codes, flags = Codes(*call.codes), call.flags
+    codes, flags = call.codes, call.flags
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     if codes.reduction == REDUCTION["none"]:
         padding = grad_loss.new_zeros(call.sizes.batch - batch)
@@ -265,7 +264,7 @@ def _backward(
 def _(grad_loss, x, slot, prototypes, class_index, count, feature_index, state, packed, kept,
       batch, grad_prototypes, *lists):  # fmt: skip
     call = Call.of(*lists)
-    rows = class_index if Codes(*call.codes).sparse_grad and class_index is not None else prototypes
+    rows = class_index if call.codes.sparse_grad and class_index is not None else prototypes
     return (
         x.new_empty((batch, x.shape[1]) if call.flags.grad_embeddings else (0, 0)),
         prototypes.new_empty((len(rows), x.shape[1]) if grad_prototypes else (0, 0)),
@@ -303,7 +302,7 @@ def _differentiate(ctx, grad_loss, *_):
     if ctx.needs_input_grad[0]:
         grads[0] = to_embeddings.to(ctx.dtype)
     if ctx.needs_input_grad[2]:
-        if Codes(*ctx.call.codes).sparse_grad:
+        if ctx.call.codes.sparse_grad:
             to_prototypes = row_sparse(to_prototypes, class_index, count, prototypes.shape)
         grads[2] = to_prototypes
     return tuple(grads)

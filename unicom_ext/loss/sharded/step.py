@@ -80,7 +80,7 @@ def call_loss(
     wants_grad = grad_embeddings or (grad_enabled and prototypes.requires_grad)
     if sampling is None:
         sampling = Sampling.nothing(shard.num_classes, prototypes.shape[1])
-    call = Call(
+    call = Call.of(
         shard.group_name,
         Sizes(size, options.ignore_index, *sampling),
         *options.packed(prototypes.device, wants_grad),
