@@ -12,14 +12,14 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/kernels/select.h"
-#include "../../csrc/cuda/kernels/row_updates.h"
-#include "../../csrc/cuda/host/loss.h"
-#include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cpu/host/loss.h"
 #include "../../csrc/cpu/host/nearest.h"
-#include "../../csrc/cpu/host/select.h"
 #include "../../csrc/cpu/host/row_updates.h"
+#include "../../csrc/cpu/host/select.h"
+#include "../../csrc/cuda/host/loss.h"
+#include "../../csrc/cuda/host/nearest.h"
+#include "../../csrc/cuda/kernels/row_updates.h"
+#include "../../csrc/cuda/kernels/select.h"
 
 namespace unicom {
 namespace {
@@ -70,6 +70,7 @@ struct Inputs {
   Case c;
   Array<float> embeddings, prototypes;
   Array<int64_t> labels, class_index, slot, feature_index;
+  Array<uint16_t> feature_bits;
   int64_t count, bound;
 
   explicit Inputs(const Case& c_)
@@ -80,6 +81,7 @@ struct Inputs {
         class_index(selection_bound(c.num_classes, c.sampled, c.batch, 0, c.num_classes)),
         slot(c.batch),
         feature_index(c.features),
+        feature_bits((c.dim + 15) / 16),
         bound(class_index.size) {
     std::mt19937 random(static_cast<unsigned>(c.batch * 31 + c.num_classes));
     std::normal_distribution<float> normal;
@@ -92,9 +94,14 @@ struct Inputs {
     for (int64_t j = count; j < bound; ++j)
       class_index.data[j] = count > 0 ? class_index.data[count - 1] : 0;
     select_features(c.dim, c.features, 5, 9, feature_index.get());
+    for (int64_t k = 0; k < c.features; ++k) {
+      const int64_t column = feature_index.data[k];
+      feature_bits.data[column / 16] |= static_cast<uint16_t>(1 << column % 16);
+    }
   }
   RowSource source(const Array<float>& rows) const {
-    return {rows.get(), DType::kFloat32, c.dim, feature_index.get(), c.features};
+    return {rows.get(),          DType::kFloat32, c.dim,
+            feature_index.get(), c.features,      feature_bits.get()};
   }
   RowSink sink(const Array<float>& rows) const {
     return {rows.get(), DType::kFloat32, c.dim, feature_index.get(), c.features};

@@ -5,8 +5,11 @@
 
 namespace unicom::cuda {
 
-// Blocks that fill the largest GPUs twice over: work is cut until there are about as many.
-constexpr int64_t kWantedBlocks = 528;
+// Work is cut for a GPU of this many multiprocessors (Hopper's), whatever the one at hand has: so
+// all of them add in the same order.
+constexpr int64_t kMultiprocessors = 132;
+// Where blocks do not need the whole multiprocessor, or are of unequal length.
+constexpr int64_t kWantedBlocks = 4 * kMultiprocessors;
 
 // Hands out pieces of one block of memory; over a null block it only adds up their sizes.
 class Arena {

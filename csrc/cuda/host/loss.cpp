@@ -1,6 +1,9 @@
 #include "loss.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
 
 #include "../kernels/pack.h"
 #include "../kernels/product.h"
@@ -13,9 +16,25 @@ namespace {
 
 // Probabilities in flight, and one copy of their sums. A chunk of classes has to be long enough
 // that its products fill the device, and the shorter it is, the more of it stays in the
-// second-level cache.
-constexpr int64_t kChunkBytes = int64_t{128} << 20;
+// second-level cache. Benchmarks vary it.
+int64_t chunk_bytes() {
+  static const int64_t bytes = [] {
+    const char* given = std::getenv("UNICOM_CUDA_CHUNK_MIB");
+    if (given == nullptr) return int64_t{128} << 20;
+    char* end = nullptr;
+    const long mib = std::strtol(given, &end, 10);
+    if (end == given || *end != '\0' || mib < 1 || mib > 1 << 16)
+      throw std::runtime_error(
+          "UNICOM_CUDA_CHUNK_MIB must be a whole number from 1 to 65536, got '" +
+          std::string(given) + "'");
+    return int64_t{mib} << 20;
+  }();
+  return bytes;
+}
+
 constexpr int64_t kMaxSplits = 16;
+// To write and read a block's sums takes about as long as products of this depth (sixteen-bit).
+constexpr int64_t kDepthOfSums = 1024;
 
 template <class Unit>
 constexpr int64_t kUnitBytes = static_cast<int64_t>(sizeof(Unit));
@@ -62,7 +81,7 @@ int64_t backward_chunk(const Problem& p) {
   const Padded n(p);
   const int64_t class_bytes =
       std::max(n.rows * kUnitBytes<Unit>, n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
-  return std::clamp(kChunkBytes / class_bytes / kClassGranule * kClassGranule, kClassGranule,
+  return std::clamp(chunk_bytes() / class_bytes / kClassGranule * kClassGranule, kClassGranule,
                     std::max(n.classes, kClassGranule));
 }
 
@@ -106,11 +125,18 @@ struct BackwardSpace {
   int64_t taken_bytes(int64_t row_bytes) const { return chunk * row_bytes; }
 
  private:
-  // How often to cut the sum over `depth` so that rows x cols results fill the device.
+  // How often to cut the sum over `depth` so that rows x cols results fill the device: few waves of
+  // blocks, one on each multiprocessor, and few sums to add up.
   static int64_t splits(int64_t rows, int64_t cols, int64_t depth) {
     const int64_t blocks = std::max<int64_t>(rows / kRowGranule * ceil_div(cols, 256), 1);
-    return std::clamp<int64_t>(kWantedBlocks / 2 / blocks, 1,
-                               std::clamp<int64_t>(depth / kClassGranule, 1, kMaxSplits));
+    const int64_t most = std::clamp<int64_t>(depth / kClassGranule, 1, kMaxSplits);
+    auto cost = [&](int64_t parts) {
+      return ceil_div(blocks * parts, kMultiprocessors) * (ceil_div(depth, parts) + kDepthOfSums);
+    };
+    int64_t best = 1;
+    for (int64_t parts = 2; parts <= most; ++parts)
+      if (cost(parts) < cost(best)) best = parts;
+    return best;
   }
 };
 

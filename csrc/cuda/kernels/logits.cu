@@ -49,6 +49,22 @@ UNICOM_DEVICE int64_t class_count(const Logits& a) {
   return a.count != nullptr ? *a.count : a.bound;
 }
 
+// Some tiles of classes, which one block goes through.
+struct TileRun {
+  int64_t first;  // tile
+  int tiles;
+};
+
+// This block's part of the tiles that hold `classes`. By their count, not by their bound: runs are
+// equally long, however many of the sampled classes the labels brought.
+template <int kCols>
+UNICOM_DEVICE TileRun run_of_block(int64_t classes, int64_t runs) {
+  const int64_t all = (max_of<int64_t>(classes, 0) + kCols - 1) / kCols;
+  const int64_t length = (all + runs - 1) / runs;
+  const int64_t first = min_of(blockIdx.y * length, all);
+  return {first, static_cast<int>(min_of(length, all - first))};
+}
+
 // Puts kNoCosine where there is no negative: at the targets and past the last class.
 template <class T>
 UNICOM_DEVICE void mask_tile(T& tile, const Logits& a, int64_t first_row, int64_t first_class,
@@ -94,11 +110,8 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
   using Real = typename T::Real;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
   const int64_t count = class_count(a.logits);
-  const int64_t run_tiles = (a.logits.classes / T::kCols + a.runs - 1) / a.runs;
-  const int64_t first_class = blockIdx.y * run_tiles * T::kCols;
-  const int64_t end_class = min_of(count, first_class + run_tiles * T::kCols);
-  const int tiles =
-      static_cast<int>(max_of<int64_t>(end_class - first_class + T::kCols - 1, 0) / T::kCols);
+  const TileRun run = run_of_block<T::kCols>(count, a.runs);
+  const int64_t first_class = run.first * T::kCols;
   const Exponential<Unit> exponential(a.logits.scale);
   const auto filter = static_cast<Real>(a.logits.filter);
   const bool filtered = a.logits.filter <= 1;
@@ -112,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
     largest[i] = Real(kNoCosine);
   }
   tile.run(
-      a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
+      a.plan, run.tiles, static_cast<int>(a.logits.depth / T::kDepth),
       class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
         const int64_t begin = first_class + int64_t{t} * T::kCols;
         mask_tile(tile, a.logits, first_row, begin, count);
@@ -179,7 +192,8 @@ UNICOM_HD inline int64_t kept_of_chunk(const Probabilities& a) {
   return min_of(max_of<int64_t>(a.kept_classes - a.first, 0), a.chunk);
 }
 
-// The classes of the chunk whose cosines were not kept.
+// The classes of the chunk whose cosines were not kept, up to the tile of the last: nobody reads
+// what lies behind it.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads, 1)
     probabilities_kernel(__grid_constant__ const Probabilities a) {
@@ -188,17 +202,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
   const int64_t count = class_count(a.logits);
   const int64_t kept = kept_of_chunk(a);
-  const int64_t run_tiles = ((a.chunk - kept) / T::kCols + a.runs - 1) / a.runs;
-  const int64_t first = kept + blockIdx.y * run_tiles * T::kCols;  // within the chunk
-  const int64_t end = min_of(a.chunk, first + run_tiles * T::kCols);
-  const int tiles = static_cast<int>(max_of<int64_t>(end - first, 0) / T::kCols);
+  const TileRun run = run_of_block<T::kCols>(min_of(count - a.first, a.chunk) - kept, a.runs);
+  const int64_t first = kept + run.first * T::kCols;  // within the chunk
   const Probability<Unit> probability(a.logits);
   RowScale<Real> scale[T::kThreadRows];
   T tile;
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i)
     scale[i] = static_cast<const RowScale<Real>*>(a.row)[first_row + tile.row(i)];
-  tile.run(a.plan, tiles, static_cast<int>(a.logits.depth / T::kDepth),
+  tile.run(a.plan, run.tiles, static_cast<int>(a.logits.depth / T::kDepth),
            class_tiles<Unit, T>(a.logits, first_row, a.first + first), [&](int t) {
              const int64_t begin = first + int64_t{t} * T::kCols;
              mask_tile(tile, a.logits, first_row, a.first + begin, count);

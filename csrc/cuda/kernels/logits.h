@@ -56,7 +56,8 @@ struct Probabilities {
   int64_t kept_classes;
   int64_t runs;
   const void* row;  // [rows] RowScale<RealOf<Unit>>
-  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count
+  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count,
+                    // but in tiles that are past it as a whole nothing is written
   TilePlan plan{};  // by the launch
 };
 template <class Unit>

@@ -277,15 +277,19 @@ __global__ void __launch_bounds__(kThreads, 1)
             best[i] = larger(best[i], tile.at(i, j));
           }
         }
-        bool found = false;
+        unsigned above = 0;  // bit i: row i has found something
+#pragma unroll
+        for (int i = 0; i < T::kThreadRows; ++i)
+          above |= (best[i] > unordered(search.floor[tile.row(i)]) ? 1u : 0u) << i;
+        // Between barriers floors are either read or raised.
+        if (!__syncthreads_or(above != 0)) return;
 #pragma unroll
         for (int i = 0; i < T::kThreadRows; ++i) {
           const int r = tile.row(i);
-          if (!(best[i] > unordered(search.floor[r]))) continue;
-          found = true;
-          atomicMax(&search.floor[r], ordered(best[i] - search.window[r]));
+          if ((above >> i & 1u) != 0)
+            atomicMax(&search.floor[r], ordered(best[i] - search.window[r]));
         }
-        if (!__syncthreads_or(found)) return;
+        __syncthreads();
         if (!__syncthreads_or(take(begin, false))) return;
         // Some list is full. The floor has risen since its first candidates came.
         clear_full_lists(search, lists, begin);

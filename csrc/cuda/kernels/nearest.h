@@ -1,6 +1,6 @@
 // The steps of the search for the nearest centroid on GPUs. The algorithm, and why its result is
-// that of double arithmetic, is csrc/cpu/host/nearest.h's; here the products that find candidates are
-// those of halves, on tensor cores.
+// that of double arithmetic, is csrc/cpu/host/nearest.h's; here the products that find candidates
+// are those of halves, on tensor cores.
 //
 // With mean that of the unit centroids, vectors are multiplied as kVectorScale * (unit vector -
 // mean). No value is above 2^14, and what is small enough to lose digits as a subnormal half is

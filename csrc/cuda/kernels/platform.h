@@ -27,10 +27,14 @@ struct Queue {
               const std::type_identity_t<Args>& args) {
     if (error != cudaSuccess || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     constexpr size_t kDefaultLimit = 48 << 10;
-    if (shared_bytes > kDefaultLimit)
-      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                   static_cast<int>(shared_bytes));
+    if (shared_bytes > kDefaultLimit) {
+      // The attribute is the kernel's, not the launch's: always the device's limit, so that threads
+      // which launch at once with different sizes do not take it from each other.
+      const auto limit = static_cast<int>(shared_limit());
+      if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
+    }
     if (error != cudaSuccess) return;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;

@@ -1,8 +1,8 @@
 // Row-sparse optimizer steps, and what makes any sparse gradient one that they take.
 #pragma once
 
-#include "../../core/rows.h"
 #include "../../core/row_step.h"
+#include "../../core/rows.h"
 #include "types.h"
 
 namespace unicom::cuda {

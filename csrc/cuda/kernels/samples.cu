@@ -149,21 +149,30 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
 }
 
-// Every sample counts those that come before it.
+// Every sample counts those that come before it: a lane for each sample, and each warp of the block
+// compares with a part of the batch.
 __global__ void order_samples_kernel(__grid_constant__ const OrderSamples a) {
-  __shared__ int64_t slots[kThreads];
-  const int64_t i = global_thread();
-  const int64_t slot = i < a.batch ? a.slot[i] : 0;
-  int64_t place = 0;
-  for (int64_t first = 0; first < a.batch; first += kThreads) {
-    const int count = static_cast<int>(min_of<int64_t>(kThreads, a.batch - first));
-    const int t = static_cast<int>(threadIdx.x);
+  constexpr int kPart = 128, kTile = kPart * kWarpsPerBlock;
+  __shared__ int64_t keys[kTile];
+  __shared__ int64_t places[kWarpsPerBlock][kWarp];
+  const int t = static_cast<int>(threadIdx.x), warp = t / kWarp, lane = lane_index();
+  // One comparison orders by slot and then by position.
+  auto key = [&](int64_t i) { return i < a.batch ? a.slot[i] * a.batch + i : INT64_MAX; };
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane, own = key(i);
+  int before = 0;
+  for (int64_t first = 0; first < a.batch; first += kTile) {
     __syncthreads();
-    if (t < count) slots[t] = a.slot[first + t];
+    for (int j = t; j < kTile; j += kThreads) keys[j] = key(first + j);
     __syncthreads();
-    for (int j = 0; j < count; ++j) place += slots[j] < slot || (slots[j] == slot && first + j < i);
+#pragma unroll 16
+    for (int j = 0; j < kPart; ++j) before += keys[warp * kPart + j] < own;
   }
-  if (i < a.batch) a.by_slot[place] = i;
+  places[warp][lane] = before;
+  __syncthreads();
+  if (warp != 0 || i >= a.batch) return;
+  int64_t place = 0;
+  for (int w = 0; w < kWarpsPerBlock; ++w) place += places[w][lane];
+  a.by_slot[place] = i;
 }
 
 }  // namespace
@@ -184,7 +193,8 @@ void prepare_backward(Queue& queue, const PrepareBackward& a) {
   queue.launch(prepare_backward_kernel<Real>, dim3(1), kWideThreads, 0, a);
 }
 void order_samples(Queue& queue, const OrderSamples& a) {
-  queue.launch(order_samples_kernel, thread_grid(a.batch), kThreads, 0, a);
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.batch, kWarp)));
+  queue.launch(order_samples_kernel, grid, kThreads, 0, a);
 }
 
 #define UNICOM_INSTANTIATE(Real)                                  \
