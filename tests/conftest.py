@@ -24,6 +24,11 @@ else:
     hypothesis.settings.load_profile("tests")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: runs on a GPU")
+    config.addinivalue_line("markers", "emulated: runs on the CUDA backend over its emulation")
+
+
 def pytest_generate_tests(metafunc):
     if "capability" in metafunc.fixturenames:
         from support import backends
@@ -34,7 +39,7 @@ def pytest_generate_tests(metafunc):
         if "avx512" not in names:  # the same kernels in instructions that every CPU has
             names = [*names, "emulated_avx512"]
         if not getattr(metafunc.module, "CPU_ONLY", False):
-            names = [*names, *backends.BACKENDS]
+            names = [*names, *backends.PARAMS]
         metafunc.parametrize("capability", names, indirect=True)
 
 

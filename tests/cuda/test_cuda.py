@@ -19,6 +19,7 @@ from unicom_ext.ops import library as devices
 from unicom_ext.optim import RowAdamW, RowSGD
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
     pytest.mark.skipif(not devices.HAS_CUDA, reason="unicom_ext is built without CUDA"),
 ]

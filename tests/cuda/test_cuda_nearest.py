@@ -25,7 +25,7 @@ CANDIDATES = 64  # room for a row's, csrc/cuda/kernels/nearest.h
 CHUNK_ROWS = 16384  # csrc/cuda/host/nearest.cpp
 
 
-@pytest.fixture(params=list(backends.BACKENDS))
+@pytest.fixture(params=backends.PARAMS)
 def backend(request, monkeypatch):
     """Runs its argument on the CPU's own kernels and on the backend; checks that both agree."""
 

@@ -3,7 +3,9 @@
 Each backend is a namespace of operators with the signatures of ``torch.ops.unicom_ext``:
 
 - ``emulated_cuda``: the CUDA backend, its kernels compiled as C++ (tests/emulation);
-- ``cuda``: the real one, on copies of the tensors, where there is a GPU.
+- ``cuda``: the real one, on copies of the tensors, where there is a GPU;
+- ``copies``: the CPU's own, on copies of the tensors: how ``cuda`` is called, without a GPU. No
+  test is parametrized with it; tests/cuda/test_backends.py is about it.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import fcntl
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import unicom_ext
 from unicom_ext.ops import autograd, library
@@ -61,37 +65,59 @@ def _emulated_cuda():
     return torch.ops.unicom_ext_emulated
 
 
-@functools.cache
-def _cuda():
-    definitions = torch.library.Library("unicom_ext_on_gpu", "DEF")
-    for name in ("loss", "loss_backward", "loss_sums", "loss_merge",
-                 "select_classes", "select_features", "label_slots",
-                 "loss_backward_adamw_", "loss_backward_sgd_",
-                 "merge_rows", "row_adamw_", "row_sgd_",
-                 "pack_centroids", "nearest", "add_unit_rows"):  # fmt: skip
+def _on_copies(namespace: str, copy: Callable[[torch.Tensor], torch.Tensor]):
+    """The operators under another namespace, for CPU tensors: each works on copies of its tensors
+    and gives CPU tensors back, also in the arguments that it writes to."""
+    definitions = torch.library.Library(namespace, "DEF")
+    names = [name.removeprefix("unicom_ext::") for name in torch._C._dispatch_get_all_op_names()
+             if name.startswith("unicom_ext::")]  # fmt: skip
+    for name in names:
         overload = getattr(torch.ops.unicom_ext, name).default
         definitions.define(str(overload._schema).removeprefix("unicom_ext::"))
 
-        def on_gpu(*args, op=overload):
-            there = tree_map_only(torch.Tensor, lambda t: t.cuda(), args)
+        def on_copies(*args, op=overload):
+            # The dispatcher leaves out arguments at the end that have their default.
+            schema = op._schema.arguments[: len(args)]
+            there = tree_map_only(torch.Tensor, copy, args)
             results = tree_map_only(torch.Tensor, lambda t: t.cpu(), op(*there))
-            for argument, here, away in zip(op._schema.arguments, args, there, strict=True):
+            for argument, here, away in zip(schema, args, there, strict=True):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    here.copy_(away)
+                    for a, b in zip(tree_leaves(here), tree_leaves(away), strict=True):
+                        if a is not None:  # an optional tensor
+                            a.copy_(b)
             return results
 
-        definitions.impl(name, on_gpu, "CPU")
-    autograd.register("unicom_ext_on_gpu")
-    _cuda.keep_alive = definitions
-    return torch.ops.unicom_ext_on_gpu
+        definitions.impl(name, on_copies, "CPU")
+    autograd.register(namespace)
+    _LIBRARIES.append(definitions)
+    return getattr(torch.ops, namespace)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # which live as long as somebody holds them
+
+
+@functools.cache
+def _cuda():
+    return _on_copies("unicom_ext_on_gpu", torch.Tensor.cuda)
+
+
+@functools.cache
+def _copies():
+    """The CPU's operators the way those of a GPU are called."""
+    return _on_copies("unicom_ext_on_copies", torch.Tensor.clone)
 
 
 BACKENDS = {"emulated_cuda": _emulated_cuda}
 if torch.cuda.is_available():
     BACKENDS["cuda"] = _cuda
 
+# To parametrize tests with: `-m gpu` selects what needs one, `-m emulated` its stand-in.
+MARKS = {"emulated_cuda": pytest.mark.emulated, "cuda": pytest.mark.gpu}
+PARAMS = [pytest.param(name, marks=MARKS[name]) for name in BACKENDS]
+
 
 def use(monkeypatch, name: str) -> None:
     """Sends the loss, the row optimizers and the search for the nearest centroid to a backend for
     the length of a test."""
-    monkeypatch.setattr(library, "ops", BACKENDS[name]())
+    operators = {**BACKENDS, "copies": _copies}[name]()
+    monkeypatch.setattr(library, "ops", operators)
