@@ -71,7 +71,15 @@ def _cuda_options() -> list[str]:
             file=sys.stderr,
         )
         return []
-    return ["-DUNICOM_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    # CMake itself would look at its variable in a fresh build directory alone.
+    architectures = os.environ.get("CUDAARCHS")
+    return [
+        "-DUNICOM_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"
+        if architectures
+        else "-UCMAKE_CUDA_ARCHITECTURES",
+    ]
 
 
 class CMakeBuild(build_ext):
