@@ -34,9 +34,9 @@ format: build
 bench: build
 	$(BIN)/unicom-ext bench --quick
 
-# With the Python that has a CUDA torch; needs no network.
+# With the Python that has a CUDA torch; needs no network. See docs/gpu.md for CHECK's options.
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py
+	$(PYTHON) benchmarks/gpu_check.py $(CHECK)
 
 doctor: build
 	$(BIN)/unicom-ext doctor

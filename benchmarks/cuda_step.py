@@ -28,11 +28,11 @@ GRID = [
     (8192, 100_000, 256),
     (8192, 100_000, 512),
     (1024, 100_000, 256),
+    (8192, 1_000_000, 256),
+    (8192, 1_000_000, 512),
     (1024, 100_000, 512),
     (32768, 100_000, 256),
     (32768, 100_000, 512),
-    (8192, 1_000_000, 256),
-    (8192, 1_000_000, 512),
     (1024, 1_000_000, 256),
     (1024, 1_000_000, 512),
     (32768, 1_000_000, 256),
@@ -179,14 +179,16 @@ class Run:
     suffix: str = ""
 
 
-WHOLE_PLAN = [Run(size, tuple(c.name for c in CANDIDATES), plain=True) for size in GRID]
-# Compiling takes longer than the rest of a shape: some shapes without, then the first one again.
 _EAGER = (REFERENCE, "partialfc", "ours-stored", "ours-graph")
-QUICK_PLAN = [
-    *(Run(size, _EAGER, plain=False) for size in GRID[:4]),
-    Run(GRID[0], (REFERENCE, "compile"), plain=True, suffix="-compiled"),
-    *(Run(size, _EAGER, plain=False) for size in GRID[4:8]),
-]
+PLANS = {
+    "all": [Run(size, tuple(c.name for c in CANDIDATES), plain=True) for size in GRID],
+    "first": [Run(size, _EAGER, plain=False) for size in GRID[:4]],
+    # Compiling takes longer than the rest of a shape.
+    "peers": [Run(GRID[0], (REFERENCE, "compile"), plain=True, suffix="-compiled")],
+    "rest": [Run(size, _EAGER, plain=False) for size in GRID[4:]],
+    # For each value of UNICOM_CUDA_CHUNK_MIB, which a process reads once.
+    "chunk": [Run(size, (REFERENCE, "ours-stored"), plain=False) for size in GRID[:2]],
+}
 
 
 def floors(shape: Shape, ceilings: dict[str, Any], precision: str) -> dict[str, float]:
@@ -382,3 +384,15 @@ def run(
         plot(results, output / "cuda.png")
         where.release()
     return results
+
+
+def one_step(candidate: Candidate, shape: Shape, where: torch.device | str = "cuda") -> None:
+    """For a profiler to look at."""
+    head = candidate.build(Problem(shape, where))
+    head.forward()
+    head.backward()
+    head.update()
+
+
+if __name__ == "__main__":
+    one_step(CANDIDATES[0], Shape(1_000_000, 8192, DIM, SAMPLE_RATE, 1.0))

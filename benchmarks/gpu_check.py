@@ -5,10 +5,10 @@
 
 Needs torch with CUDA, nvcc, cmake, ninja, pybind11 and pytest, and no network. The most telling
 stages come first. One that fails does not stop the others, and a run that is cut, by its time, by a
-signal or by the end of the machine, leaves what it knew: each stage's output and result are in
-results/gpu when it ends, and packed into OUTPUT as soon as they are there. Without a GPU the emulation
-stands in for it: a dry run of the same stages, whose results mean nothing and go to build/gpu-check.
-See docs/gpu.md.
+signal or by the end of the machine, leaves what it knew: all that a stage says and measures is
+written at once to a folder of this run in build/gpu-check, and packed into OUTPUT within seconds.
+Without a GPU the emulation stands in for it: a dry run of the same stages, whose results mean
+nothing. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, PACKAGE = ROOT / "tests", ROOT / "unicom_ext"
 GPU = torch.cuda.is_available()
-RESULTS = ROOT / ("benchmarks/results/gpu" if GPU else "build/gpu-check")
+RESULTS = ROOT / "build" / "gpu-check" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 BUILT = ROOT / "build" / "gpu-check-built.json"  # what the binaries were built from
 MINUTES = 8.0
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short")
@@ -54,11 +54,13 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """name: for --only and --from. seconds: the most it may take, all of its commands together."""
+    """name: for --only and --from. seconds: the most it may take, all of its commands together.
+    then: what is called once it has passed."""
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
+    then: Callable[[], object] = lambda: None
 
 
 # ---- what there is to do
@@ -71,30 +73,29 @@ def build() -> Stage:
         # Hopper's own instructions have a name of their own.
         environment["CUDAARCHS"] = f"{major}{minor}{'a' if major == 9 else ''}-real"
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
-    return Stage("build", 150, (Command(command, environment),))
+    return Stage("build", 100, (Command(command, environment),), note_what_was_built)
 
 
 def stages() -> list[Stage]:
-    """Every stage after the build; those that fill the first eight minutes, then those of another
-    four (`--from racecheck`)."""
+    """Every stage after the build: those of the first eight minutes, then those of another four
+    (`--from racecheck`)."""
     parallel = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
-    cuda = str(TESTS_OF_THE_GPU)
     return [
-        stage("doctor", 40, sys.executable, "-m", "unicom_ext.cli", "doctor"),
-        stage("small", 90, *PYTEST, cuda, "--maxfail=8"),
-        steps("first", 100),
-        stage("loss", 110, *PYTEST, *parallel, "-m", MARK, *usable_tests()),
-        stage("nearest", 45, *PYTEST, *parallel, "-m", MARK, TESTS_OF_NEAREST),
+        stage("doctor", 20, sys.executable, "-m", "unicom_ext.cli", "doctor"),
+        stage("small", 60, *PYTEST, TESTS_OF_THE_GPU, "--maxfail=8"),
+        steps("first", 90),
+        stage("loss", 75, *PYTEST, *parallel, "-m", MARK, *usable_tests()),
+        stage("nearest", 30, *PYTEST, *parallel, "-m", MARK, TESTS_OF_NEAREST),
         # The caching allocator hides most accesses beyond the end of an array.
-        sanitizer("memcheck", 70, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        Stage("chunks", 75, tuple(c for mib in (32, 64, 128, 256) for c in chunk(mib))),
+        sanitizer("memcheck", 50, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        Stage("chunks", 50, tuple(map(chunk, (32, 64, 128, 256)))),
         # ---- the second call
-        sanitizer("racecheck", 60),
-        sanitizer("initcheck", 40, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        sanitizer("synccheck", 30),
-        steps("peers", 80),
+        sanitizer("racecheck", 45),
+        sanitizer("initcheck", 30, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        sanitizer("synccheck", 20),
+        steps("peers", 60),
         profile(),
-        steps("rest", 80),
+        steps("rest", 60),
         clustering(),
     ]
 
@@ -126,7 +127,7 @@ def usable_tests() -> list[str]:
 
 
 def steps(plan: str, seconds: float) -> Stage:
-    """Some shapes of the head, each written when it is done; without a GPU tests of the benchmark."""
+    """Some shapes of the head, each written when it is done; without a GPU its tests."""
     if not GPU:
         return stage(plan, seconds, *PYTEST, STAND_IN, "-k", "not nearest")
     return stage(plan, seconds, *head_step(plan, RESULTS, seconds))
@@ -139,13 +140,13 @@ def head_step(plan: str, output: Path, seconds: float) -> tuple[str, ...]:
             "--output", str(output))  # fmt: skip
 
 
-def chunk(mib: int) -> list[Command]:
-    """The sizes of backward's chunks, each in a process of its own."""
+def chunk(mib: int) -> Command:
+    """The classes that backward takes at a time: read once by a process."""
     environment = {"UNICOM_CUDA_CHUNK_MIB": str(mib)}
     if not GPU:
         words = (*PYTEST, "tests/cuda/test_cuda_backend.py", "-k", "overflow")
-        return [Command(words, environment)]
-    return [Command(head_step("chunk", RESULTS / f"chunk-{mib}", 60), environment)]
+        return Command(words, environment)
+    return Command(head_step("chunk", RESULTS / f"chunk-{mib}", 40), environment)
 
 
 def sanitizer(tool: str, seconds: float, environment: dict[str, str] | None = None) -> Stage:
@@ -160,20 +161,20 @@ def sanitizer(tool: str, seconds: float, environment: dict[str, str] | None = No
 def profile() -> Stage:
     """Counters of the kernels that take the time, at B = 8192, |S| = 100k, d' = 512."""
     if not GPU:
-        return stage("profile", 60, *PYTEST, STAND_IN, "-k", "profiled")
-    kernels = "regex:sum_exp_kernel|^probabilities_kernel|product_kernel|unpack_prototypes_kernel"
-    script = str(ROOT / "benchmarks" / "cuda_step.py")
-    return stage("profile", 60, "ncu", "--clock-control", "none", "--set", "detailed", "--force-overwrite",
-                 "--kernel-name-base", "function", "--kernel-name", kernels, "--launch-count", "5",
-                 "--export", str(RESULTS / "step.ncu-rep"), "--print-summary", "per-kernel",
-                 sys.executable, script)  # fmt: skip
+        return stage("profile", 40, *PYTEST, STAND_IN, "-k", "profiled")
+    kernels = "regex:sum_exp_kernel|probabilities_kernel|product_kernel|unpack_prototypes_kernel"
+    counters = ("ncu", "--clock-control", "none", "--set", "detailed", "--page", "details",
+                "--kernel-name", kernels, "--launch-count", "5",
+                "--export", str(RESULTS / "step.ncu-rep"))  # fmt: skip
+    return stage("profile", 40, *counters, sys.executable, str(ROOT / "benchmarks/cuda_step.py"))
 
 
 def clustering() -> Stage:
     if not GPU:
-        return stage("clustering", 45, *PYTEST, STAND_IN, "-k", "nearest")
-    script, output = str(ROOT / "benchmarks" / "cuda_nearest.py"), str(RESULTS / "cuda-nearest.json")
-    return stage("clustering", 45, sys.executable, script, "--quick", "--output", output)
+        return stage("clustering", 30, *PYTEST, STAND_IN, "-k", "nearest")
+    output = ("--output", str(RESULTS / "cuda-nearest.json"))
+    script = str(ROOT / "benchmarks" / "cuda_nearest.py")
+    return stage("clustering", 30, sys.executable, script, "--quick", *output)
 
 
 # ---- binaries and their sources
@@ -190,7 +191,15 @@ def sources() -> str:
 
 
 def binaries() -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(PACKAGE.glob("*.so"))}
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(PACKAGE.glob("*.so"))
+    }
+
+
+def note_what_was_built() -> None:
+    BUILT.parent.mkdir(exist_ok=True)
+    record = {"sources": sources(), "binaries": binaries(), "torch": torch.__version__}
+    replace(BUILT, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
 
 
 def why_not_these_binaries() -> str | None:
@@ -202,9 +211,10 @@ def why_not_these_binaries() -> str | None:
         return "they were built from other sources than csrc and CMakeLists.txt are now"
     found = binaries()
     for name, digest in built["binaries"].items():
-        if found.get(name) != digest:
-            return f"unicom_ext/{name} is {'not the one' if name in found else 'missing, one'} " \
-                   "that was built from these sources"  # fmt: skip
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not the one that was built from these sources"
     if GPU and "_C_cuda.so" not in built["binaries"]:
         return "they were built without CUDA"
     return None
@@ -240,7 +250,7 @@ class Run:
             self.write()
             log = self.results / f"{stage.name}.log"
             try:
-                with open(log, "wb") as out:
+                with log.open("wb") as out:
                     for command in stage.commands:
                         status = self._command(command, start + seconds, out)
                         if entry["status"] == "running" and status != 0:
@@ -258,6 +268,8 @@ class Run:
             if entry["status"] != 0:
                 print(text[-6000:])
         passed = entry["status"] == 0
+        if passed:
+            stage.then()
         took = f" in {entry['seconds']:.0f} s" if "seconds" in entry else ""
         print(f"{'ok' if passed else 'FAILED'}  {stage.name}{took}: "
               f"{entry['last_line'] if passed else entry['status']}", flush=True)  # fmt: skip
@@ -379,35 +391,33 @@ def run(first: Stage | None, planned: list[Stage], results: Path, output: Path |
     return 1 if failed else 0
 
 
-def note_what_was_built(stage: Stage) -> Stage:
-    """The same stage, which also writes BUILT."""
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); " \
-           "import gpu_check; gpu_check.write_built()"  # fmt: skip
-    return Stage(stage.name, stage.seconds, (*stage.commands, Command((sys.executable, "-c", code))))
-
-
-def write_built() -> None:
-    BUILT.parent.mkdir(exist_ok=True)
-    record = {"sources": sources(), "binaries": binaries(), "torch": torch.__version__}
-    replace(BUILT, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
-
-
 def main(arguments: list[str] | None = None) -> int:
     planned = stages()
     names = [stage.name for stage in planned]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog=f"Stages, in their order: {', '.join(names)}.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=f"Stages, in their order: {', '.join(names)}."
+    )
     some = parser.add_mutually_exclusive_group()
-    some.add_argument("--only", nargs="+", metavar="STAGE", choices=["build", *names],
-                      help="these, and the build, which always comes first")  # fmt: skip
-    some.add_argument("--from", dest="first", metavar="STAGE", choices=names,
-                      help="this one and those after it, and the build")  # fmt: skip
-    parser.add_argument("--skip-build", action="store_true",
-                        help="use the binaries that are there, if they are of these sources")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=MINUTES,
-                        help="the most for everything together (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), metavar="DIR",
-                        help="pack results into DIR/gpu-check.tar.gz (default: $OUT, if set)")  # fmt: skip
+    some.add_argument(
+        "--only", nargs="+", metavar="STAGE", choices=["build", *names],
+        help="these, and the build, which always comes first",
+    )  # fmt: skip
+    some.add_argument(
+        "--from", dest="first", metavar="STAGE", choices=names,
+        help="this one and those after it, and the build",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-build", action="store_true",
+        help="use the binaries that are there, if they are of these sources",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=MINUTES,
+        help="the most for everything together (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=os.environ.get("OUT"), metavar="DIR",
+        help="pack results into DIR/gpu-check.tar.gz (default: $OUT, if it is set)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.minutes <= 0:
         parser.error(f"--minutes must be positive, got {options.minutes:g}")
@@ -415,7 +425,7 @@ def main(arguments: list[str] | None = None) -> int:
         planned = [stage for stage in planned if stage.name in options.only]
     elif options.first:
         planned = planned[names.index(options.first) :]
-    first = None if options.skip_build else note_what_was_built(build())
+    first = None if options.skip_build else build()
     if options.skip_build and (reason := why_not_these_binaries()) is not None:
         parser.error(f"--skip-build: the binaries in unicom_ext cannot be used: {reason}")
     if not GPU:

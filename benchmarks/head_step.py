@@ -145,8 +145,12 @@ def parse_peers(context: click.Context, option: click.Parameter, value: str) -> 
 )
 @click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu",
-    help="cuda: a grid of sizes on a GPU, see README.md; of the options --quick, --minutes, "
-    "--rounds and --output count then.",
+    help="cuda: a grid of sizes on a GPU, see README.md; of the options --plan, --quick, "
+    "--minutes, --rounds and --output count then.",
+)  # fmt: skip
+@click.option(
+    "--plan", type=click.Choice(["all", "first", "peers", "rest", "chunk"]), default="all",
+    help="On CUDA: which of the grid's sizes and peers.",
 )  # fmt: skip
 @click.option(
     "--minutes", type=click.FloatRange(min=0), default=60.0,
@@ -167,6 +171,7 @@ def main(
     rounds: int | None,
     threads: int | None,
     device: str,
+    plan: str,
     minutes: float,
     peers: list[str],
     memory: bool,
@@ -179,7 +184,8 @@ def main(
     NAME.json (every raw figure) and NAME.md to the output directory.
     """
     if device == "cuda":
-        return _on_cuda(output, quick, minutes, rounds or (5 if quick else 10))
+        plan = "first" if quick and plan == "all" else plan
+        return _on_cuda(output, plan, minutes, rounds or (10 if plan == "all" else 5))
     preset = "quick" if quick else preset
     sizes = {key: value for key, value in sizes.items() if value is not None}
     try:
@@ -209,7 +215,7 @@ def main(
     console.print(f"Written: {output / name}.json and {name}.md", highlight=False)
 
 
-def _on_cuda(output: Path, quick: bool, minutes: float, rounds: int) -> None:
+def _on_cuda(output: Path, plan: str, minutes: float, rounds: int) -> None:
     if not torch.cuda.is_available():
         raise click.UsageError("--device cuda needs a GPU, and torch finds none")
     import cuda_step
@@ -217,7 +223,7 @@ def _on_cuda(output: Path, quick: bool, minutes: float, rounds: int) -> None:
 
     results = cuda_step.run(
         output,
-        plan=cuda_step.QUICK_PLAN if quick else cuda_step.WHOLE_PLAN,
+        plan=cuda_step.PLANS[plan],
         minutes=minutes,
         rounds=rounds,
         where=Cuda(),

@@ -3,10 +3,10 @@ show on a GPU only, as failures of the operators."""
 
 from __future__ import annotations
 
-import backends
 import pytest
 import torch
-from helpers import random_problem, solve
+from support import backends
+from support.problems import random_problem, solve
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.cluster import Centroids, add_unit_rows

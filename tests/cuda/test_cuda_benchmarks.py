@@ -257,6 +257,11 @@ def test_a_graph_keeps_its_gradient_for_the_update(where):
         assert not torch.equal(head.module.weight, before)
 
 
+def test_one_step_to_be_profiled():
+    (candidate,) = (c for c in cuda_step.CANDIDATES if c.name == "ours-fp32")
+    cuda_step.one_step(candidate, Shape(500, 16, 24, sample_rate=0.2, feature_rate=0.5), "cpu")
+
+
 def test_the_nearest_centroid(where, tmp_path, capsys):
     shapes = ["30x7x5", "8x300x16"]
     results = cuda_nearest.run(where, shapes, 2, tmp_path / "out.json")
