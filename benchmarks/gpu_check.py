@@ -41,7 +41,9 @@ RESULTS = ROOT / "build" / "gpu-check" / time.strftime("%Y%m%d-%H%M%S", time.gmt
 BUILT = ROOT / "build" / "gpu-check-built.json"  # what the binaries were built from
 MINUTES = 8.0
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short")
-TESTS_OF_THE_GPU, TESTS_OF_NEAREST = "tests/cuda/test_cuda.py", "tests/cuda/test_cuda_nearest.py"
+TESTS_OF_THE_GPU = "tests/cuda/test_cuda.py"
+TESTS_OF_NEAREST = "tests/cuda/test_cuda_nearest.py"
+TESTS_OF_RANKS = "tests/cuda/test_cuda_ranks.py"
 STAND_IN = "tests/cuda/test_cuda_benchmarks.py"  # of benchmarks
 MARK = "gpu" if GPU else "emulated"
 
@@ -55,12 +57,12 @@ class Command:
 @dataclass(frozen=True)
 class Stage:
     """name: for --only and --from. seconds: the most it may take, all of its commands together.
-    then: what is called once it has passed."""
+    then: called once it has passed; says what is wrong all the same."""
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
-    then: Callable[[], object] = lambda: None
+    then: Callable[[], str | None] = lambda: None
 
 
 # ---- what there is to do
@@ -93,6 +95,7 @@ def stages() -> list[Stage]:
         sanitizer("racecheck", 45),
         sanitizer("initcheck", 30, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         sanitizer("synccheck", 20),
+        stage("ranks", 45, *PYTEST, *parallel, TESTS_OF_RANKS),
         steps("peers", 60),
         profile(),
         steps("rest", 60),
@@ -121,7 +124,7 @@ def usable_tests() -> list[str]:
         missing = sorted(m for m in modules - local if importlib.util.find_spec(m) is None)
         if missing:
             print(f"left out: {name}, which needs {', '.join(missing)}", flush=True)
-        elif name not in (TESTS_OF_THE_GPU, TESTS_OF_NEAREST):
+        elif name not in (TESTS_OF_THE_GPU, TESTS_OF_NEAREST, TESTS_OF_RANKS):
             usable.append(name)
     return usable
 
@@ -196,10 +199,11 @@ def binaries() -> dict[str, str]:
     }
 
 
-def note_what_was_built() -> None:
+def note_what_was_built() -> str | None:
     BUILT.parent.mkdir(exist_ok=True)
     record = {"sources": sources(), "binaries": binaries(), "torch": torch.__version__}
     replace(BUILT, lambda path: path.write_text(json.dumps(record, indent=1) + "\n"))
+    return why_not_these_binaries()
 
 
 def why_not_these_binaries() -> str | None:
@@ -267,9 +271,9 @@ class Run:
                 self.write()
             if entry["status"] != 0:
                 print(text[-6000:])
+        if entry["status"] == 0 and (problem := stage.then()) is not None:
+            entry["status"] = problem
         passed = entry["status"] == 0
-        if passed:
-            stage.then()
         took = f" in {entry['seconds']:.0f} s" if "seconds" in entry else ""
         print(f"{'ok' if passed else 'FAILED'}  {stage.name}{took}: "
               f"{entry['last_line'] if passed else entry['status']}", flush=True)  # fmt: skip

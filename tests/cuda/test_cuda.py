@@ -4,6 +4,8 @@ run on it as the capability "cuda"."""
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -171,6 +173,34 @@ def test_twenty_replays_of_a_graph_draw_twenty_selections(precision):
         assert torch.equal(module.weight.grad, eager.weight.grad)
         drawn.add(tuple(module.last_selection.class_index.tolist()))
     assert len(drawn) == 20
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_kernels_may_be_used_first_in_a_graph(precision):
+    """CUDA loads a kernel when it is launched first: in a fresh process, while a graph is captured."""
+    script = f"""
+import torch
+from unicom_ext import PartialMarginSoftmax
+module = PartialMarginSoftmax(64, 5000, sample_rate=0.1, feature_rate=0.5, precision="{precision}")
+module.to("cuda")
+x = torch.randn(200, 64, device="cuda", requires_grad=True)
+labels = torch.arange(200, device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss = module(x, labels)
+    loss.backward()
+graph.replay()
+got = [t.clone() for t in (loss.detach(), x.grad, module.weight.grad)]
+module.step.zero_()
+x.grad = module.weight.grad = None
+right = module(x, labels)
+right.backward()
+for a, b in zip(got, (right.detach(), x.grad, module.weight.grad), strict=True):
+    assert torch.equal(a, b)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_one_compiled_graph_draws_twenty_selections():

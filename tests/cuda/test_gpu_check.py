@@ -73,6 +73,13 @@ def test_without_a_build_nothing_else_is_tried(tmp_path):
     assert record["ended"] == "bad failed"
 
 
+def test_a_build_without_cuda_is_no_build(tmp_path):
+    build = Stage("build", 20, GOOD.commands, lambda: "they were built without CUDA")
+    status, record, _ = run(tmp_path, build, [GOOD])
+    assert status == 1
+    assert statuses(record) == {"build": "they were built without CUDA"}
+
+
 def test_all_its_time_is_over(tmp_path):
     status, record, _ = run(
         tmp_path, None, [says("long", SLOW.commands[0].words[2], 60), GOOD], 0.03
