@@ -151,6 +151,17 @@ def test_single_files_directories_and_parquet_are_the_same_rows(tmp_path, dump):
     assert torch.equal(source.take(np.arange(ROWS)), other.take(np.arange(ROWS)))
 
 
+@pytest.mark.parametrize(
+    "how", [{"joint": "both"}, {"image_weight": 1.0}, {"image_weight": "much"}], ids=str
+)
+def test_a_source_refuses_what_the_settings_refuse(dump, how):
+    with pytest.raises(ConfigError) as here:
+        Source(dump[0], **how)
+    with pytest.raises(ConfigError) as there:
+        config(**how)
+    assert str(here.value) == str(there.value)
+
+
 def _truncate(path):
     file = path / "img_emb" / "img_emb_0001.npy"
     file.write_bytes(file.read_bytes()[:-10])
