@@ -399,7 +399,7 @@ def test_ranks_that_disagree(ranks, name, mine, theirs):
 def test_a_bad_option_on_one_rank(ranks):
     first, second, third = ranks.run(3, disagree, "scale", 64.0, -1.0)
     assert second == "ValueError: scale must be a finite number > 0, got -1.0"
-    assert first == third == f"RuntimeError: rank 1 of the process group raised {second}"
+    assert first == third == f"RankFailed: rank 1 of the process group raised {second}"
 
 
 def bad_call(group, changes, rank, again=True):
@@ -440,7 +440,7 @@ def test_a_bad_argument_on_one_rank(ranks, changes, message):
     assert (
         messages[0]
         == messages[1]
-        == f"RuntimeError: rank 2 of the process group raised {messages[2]}"
+        == f"RankFailed: rank 2 of the process group raised {messages[2]}"
     )
 
 
@@ -484,7 +484,7 @@ def test_a_failure_between_the_messages(ranks):
     assert (
         messages[0]
         == messages[2]
-        == f"RuntimeError: rank 1 of the process group raised {messages[1]}"
+        == f"RankFailed: rank 1 of the process group raised {messages[1]}"
     )
 
 
@@ -569,7 +569,7 @@ def test_a_bad_argument_on_one_rank_with_equal_batches(ranks, changes, message):
     for rank, outcome in enumerate(ranks.run(3, bad_call_with_equal_batches, changes, True)):
         (first, second), *_, again = outcome
         assert message in first
-        assert first.startswith("RuntimeError: rank") == (rank != 1)
+        assert first.startswith("RankFailed: rank") == (rank != 1)
         assert second is None
         assert again
 
@@ -583,7 +583,7 @@ def test_a_bad_argument_where_the_host_cannot_look(ranks, changes, message):
         assert math.isnan(loss)
         assert all(g is None or not g.any() for g in gradients)
         assert message in second
-        assert second.startswith("RuntimeError: rank 1 of") == (rank != 1)
+        assert second.startswith("RankFailed: rank 1 of") == (rank != 1)
         assert len(warned) == (rank == 1)
         assert again
 
