@@ -7,6 +7,7 @@ for `check_finite` and `check_values`: the operators do that.
 from __future__ import annotations
 
 import operator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)
+        number = operator.index(value)  # type: ignore[arg-type]  # that is the question
     except TypeError:
         raise TypeError(f"{name} must be an integer {allowed}, got {value!r}") from None
     if not low <= number <= high:
@@ -42,7 +43,7 @@ def check_dtype(dtype: object) -> None:
         raise TypeError(f"dtype must be None or one of {_FLOATING}, got {dtype!r}")
 
 
-def is_local(value: object) -> bool:
+def is_local(value: object) -> TypeGuard[Tensor]:
     """Whether it is a tensor, and no `DTensor` (whose module is slow to import)."""
     plain = type(value) in (Tensor, Parameter)  # which saves a look for what is not there
     return plain or (isinstance(value, Tensor) and not hasattr(value, "placements"))
@@ -111,9 +112,9 @@ def check_tensors(
         raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"labels must be an int32 or int64 tensor, got {kind(labels)}")
-    for name, tensor in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
-        if isinstance(tensor, Tensor) and (tensor.dim() != 1 or tensor.shape[0] != batch):
-            raise ValueError(f"{name} must have shape [{batch}], got {list(tensor.shape)}")
+    for name, each in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
+        if isinstance(each, Tensor) and (each.dim() != 1 or each.shape[0] != batch):
+            raise ValueError(f"{name} must have shape [{batch}], got {list(each.shape)}")
     for name, index in (("class_index", class_index), ("feature_index", feature_index)):
         if index is None:
             continue
@@ -121,7 +122,7 @@ def check_tensors(
             raise TypeError(f"{name} must be an int64 tensor, got {kind(index)}")
         if index.dim() != 1:
             raise ValueError(f"{name} must be a vector, got the shape {list(index.shape)}")
-    for name, tensor in (
+    for name, other in (
         ("labels", labels),
         ("prototypes", prototypes),
         ("margin.m2", margin.m2),
@@ -129,9 +130,9 @@ def check_tensors(
         ("class_index", class_index),
         ("feature_index", feature_index),
     ):
-        if isinstance(tensor, Tensor) and tensor.device != embeddings.device:
+        if isinstance(other, Tensor) and other.device != embeddings.device:
             raise ValueError(
-                f"{name} must be on {embeddings.device} like the embeddings, got {tensor.device}"
+                f"{name} must be on {embeddings.device} like the embeddings, got {other.device}"
             )
 
 

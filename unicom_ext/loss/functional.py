@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,57 @@ from unicom_ext.loss.selection import Sampling, Selected, select
 from unicom_ext.ops import autograd, library
 
 __all__ = ["LossKwargs", "LossOptions", "Metrics", "partial_margin_softmax"]
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
+    return_metrics: Literal[False] = False,
+    **keywords: Unpack[LossKwargs],
+) -> Tensor: ...
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LossKwargs],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
+    return_metrics: bool,
+    **keywords: Unpack[LossKwargs],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def partial_margin_softmax(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from os import PathLike
 from typing import Any, Unpack
@@ -77,6 +78,8 @@ class PartialMarginSoftmax(NeverWrapped):
     without, and ranks own different prototypes. Wrap the encoder alone; where the loss is a part of
     a model, ``fully_shard(model, ignored_params=set(model.loss.parameters()))`` leaves it out.
     """
+
+    step: Tensor
 
     def __init__(
         self,
@@ -229,7 +232,7 @@ class PartialMarginSoftmax(NeverWrapped):
             )
             rows = selected.class_index
             class_index = None if rows is None else rows + self.shard.start
-        self._drawn = class_index, selected.count, selected.feature_index
+        self._drawn = class_index, selected.num_valid, selected.feature_index
         if self.training and step is None:
             self.step.add_(1)
         return loss
@@ -261,13 +264,13 @@ class PartialMarginSoftmax(NeverWrapped):
         """
         if self._drawn is None:
             return None
-        class_index, count, feature_index = self._drawn
+        class_index, num_valid, feature_index = self._drawn
         device = self.weight.device
         if class_index is None:
             start = self._start
             class_index = torch.arange(start, start + len(self.weight), device=device)
-        elif count is not None:
-            class_index = class_index[: int(count)]
+        elif num_valid is not None:
+            class_index = class_index[: int(num_valid)]
         if feature_index is None:
             feature_index = torch.arange(self.embedding_size, device=device)
         return Selection(class_index, feature_index)
@@ -283,7 +286,7 @@ class PartialMarginSoftmax(NeverWrapped):
         if "options" not in state:  # pickled whole when every option was an attribute of its own
             options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
             state["options"] = LossOptions(**options)
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.seed, dtype=torch.int64)
@@ -291,7 +294,9 @@ class PartialMarginSoftmax(NeverWrapped):
     def set_extra_state(self, state: Tensor) -> None:
         self.seed = int(state)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.shard is not None:
             name = prefix + "weight"
@@ -303,7 +308,7 @@ class PartialMarginSoftmax(NeverWrapped):
                 )
             destination[name] = self.shard.as_global(destination[name])
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         name = prefix + "weight"
         if self.shard is not None and name in state_dict:
             expected = (self.num_classes, self.embedding_size)
@@ -337,7 +342,8 @@ class _Option:
         return self if module is None else getattr(module.options, self.name)
 
     def __set__(self, module: PartialMarginSoftmax, value: object) -> None:
-        module.options = replace(module.options, **{self.name: value})
+        changes: dict[str, Any] = {self.name: value}
+        module.options = replace(module.options, **changes)
 
 
 for _field in fields(LossOptions):

@@ -7,7 +7,7 @@ cosines and leaves the gradient to autograd. It shares no code with the engine.
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Literal, Unpack, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,56 @@ from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
 from unicom_ext.loss.results import Metrics
+
+__all__ = ["Metrics", "partial_margin_softmax"]
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: object | None = None,
+    return_metrics: Literal[False] = False,
+    **keywords: Unpack[LossKwargs],
+) -> Tensor: ...
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: object | None = None,
+    return_metrics: Literal[True],
+    **keywords: Unpack[LossKwargs],
+) -> tuple[Tensor, Metrics]: ...
+
+
+@overload
+def partial_margin_softmax(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    process_group: object | None = None,
+    return_metrics: bool,
+    **keywords: Unpack[LossKwargs],
+) -> Tensor | tuple[Tensor, Metrics]: ...
 
 
 def partial_margin_softmax(

@@ -12,9 +12,9 @@ class Metrics(NamedTuple):
 
     loss: Tensor  # [B], 0 where ignored
     target_cosine: Tensor  # [B], before the margin, 0 where ignored
-    # With a process group the next two are None unless they were asked for.
-    largest_negative: Tensor | None  # [B], largest cosine of another class in S, before the filter
-    top1: Tensor | None  # [B] bool, target_cosine >= largest_negative, False where ignored
+    # With a process group the next two are there if they were asked for, and else None.
+    largest_negative: Tensor  # [B], largest cosine of another class in S, before the filter
+    top1: Tensor  # [B] bool, target_cosine >= largest_negative, False where ignored
 
 
 class Selection(NamedTuple):

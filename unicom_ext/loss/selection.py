@@ -36,7 +36,7 @@ class Selected(NamedTuple):
 
     slot: Tensor  # [B] int64, each label's position in class_index; -1 ignored, -2 elsewhere
     class_index: Tensor | None  # [bound] int64, sorted; None for all
-    count: Tensor | None  # how many of them are valid, int64 scalar; None for all
+    num_valid: Tensor | None  # of class_index, int64 scalar; None for all
     feature_index: Tensor | None  # [d'] int64, sorted; None for all
 
 
@@ -60,16 +60,16 @@ def select(
         step: int64 scalar tensor, for which they are drawn.
         class_index: sorted ids of the classes that take part; not with classes that are drawn.
         feature_index: sorted dimensions; not with dimensions that are drawn.
-        start, stop: only of the classes in [start, stop), which this rank owns. Past the count
-            `class_index` may hold others.
+        start, stop: only of the classes in [start, stop), which this rank owns. Past what
+            is valid `class_index` may hold others.
 
     Raises:
         ValueError: a label is no class or not in `class_index`.
     """
-    count = None
+    num_valid = None
     owned = start, sampling.num_classes if stop is None else stop
     if sampling.draws_classes:
-        class_index, count, slot = library.ops.select_classes(
+        class_index, num_valid, slot = library.ops.select_classes(
             labels,
             step,
             sampling.num_classes,
@@ -86,4 +86,4 @@ def select(
         feature_index = library.ops.select_features(
             step, sampling.dim, sampling.num_features, sampling.seed
         )
-    return Selected(slot, class_index, count, feature_index)
+    return Selected(slot, class_index, num_valid, feature_index)

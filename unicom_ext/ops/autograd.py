@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from unicom_ext.ops.codes import Codes
 from unicom_ext.ops.row_sparse import row_sparse, updater_of
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _m2, _m3, reals, codes = inputs
     _loss, *metrics, state, packed, kept = output
     ctx.mark_non_differentiable(*metrics, state)
@@ -21,7 +23,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_loss, *_):
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
     _embeddings, _slot, prototypes, class_index, count, *_rest = saved
     grads: list[Tensor | None] = [None] * ctx.num_inputs
@@ -60,11 +62,11 @@ def register(namespace: str) -> None:
 register("unicom_ext")
 
 
-def loss(*inputs):
+def loss(*inputs: Any) -> tuple[Tensor, ...]:
     """`library.ops.loss`, where a gradient is wanted."""
-    if torch.compiler.is_compiling():
-        return library.ops.loss(*inputs)
-    return _Loss.apply(*inputs)
+    apply = library.ops.loss if torch.compiler.is_compiling() else _Loss.apply
+    outputs: tuple[Tensor, ...] = apply(*inputs)
+    return outputs
 
 
 class _Loss(torch.autograd.Function):
@@ -74,8 +76,8 @@ class _Loss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = library.ops.loss(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = library.ops.loss(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -89,9 +91,10 @@ class _LossBackward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        return library.ops.loss_backward(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = library.ops.loss_backward(*inputs)
+        return output
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> None:
         raise RuntimeError("the partial margin softmax can be differentiated only once")

@@ -8,7 +8,9 @@ from torch import Tensor
 from unicom_ext.ops import library
 
 
-def empty(*shape: int, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
+def empty(
+    *shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """`torch.empty`, on CPUs in huge pages where the system has them to give.
 
     A row is found with fewer misses of the page tables then: sampled rows of matrices of gigabytes
@@ -20,5 +22,7 @@ def empty(*shape: int, dtype: torch.dtype | None = None, device: object = None) 
     return tensor
 
 
-def zeros(*shape: int, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
+def zeros(
+    *shape: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     return empty(*shape, dtype=dtype, device=device).zero_()

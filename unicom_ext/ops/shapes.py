@@ -5,7 +5,11 @@ They must say what csrc/cpu and csrc/cuda do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
+from torch import Tensor
 
 from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes
 
@@ -13,24 +17,46 @@ _LANES, _TILE = 16, 6  # csrc/cpu/kernels/layout.h
 _CUDA_ROWS, _CUDA_CLASSES, _CUDA_DEPTH = 128, 256, 64  # csrc/cuda/kernels/logits.h
 
 
-def _round_up(a, b):
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _of(operator: str) -> Callable[[_Function], _Function]:
+    """Makes a function say the shapes of an operator's results."""
+    register: Callable[[_Function], _Function]
+    register = torch.library.register_fake(f"unicom_ext::{operator}")
+    return register
+
+
+def _round_up(a: int, b: int) -> int:
     return (a + b - 1) // b * b
 
 
-def _packed_bytes(num_sampled, dim, bytes_per_value, device_type):
+def _smaller(a: int, b: int) -> int:
+    smaller: int = torch.sym_min(a, b)
+    return smaller
+
+
+def _packed_bytes(num_sampled: int, dim: int, bytes_per_value: int, device_type: str) -> int:
     cuda = device_type == "cuda"
     classes = _round_up(num_sampled, _CUDA_CLASSES if cuda else _LANES)
     height = _round_up(dim, _CUDA_DEPTH if cuda else _TILE)
     return classes * height * bytes_per_value + classes * 8
 
 
-def _kept_bytes(num_sampled, batch, real_bytes, value_bytes, workspace_bytes, device_type):
+def _kept_bytes(
+    num_sampled: int,
+    batch: int,
+    real_bytes: int,
+    value_bytes: int,
+    workspace_bytes: int,
+    device_type: str,
+) -> int:
     if device_type == "cuda":  # kept_classes in csrc/cuda/host/loss.h
         class_bytes = _round_up(batch, _CUDA_ROWS) * real_bytes
         if value_bytes == 2 or class_bytes == 0:
             return 0
         fit = workspace_bytes // (class_bytes * _CUDA_CLASSES) * _CUDA_CLASSES
-        return torch.sym_min(fit, _round_up(num_sampled, _CUDA_CLASSES)) * class_bytes
+        return _smaller(fit, _round_up(num_sampled, _CUDA_CLASSES)) * class_bytes
     panels = (num_sampled + _LANES - 1) // _LANES
     panel_bytes = _round_up(batch, _TILE) * _LANES * real_bytes
     if workspace_bytes == 0 or panel_bytes == 0:
@@ -39,14 +65,23 @@ def _kept_bytes(num_sampled, batch, real_bytes, value_bytes, workspace_bytes, de
     return (panels if fit >= panels else fit // 4 * 4) * panel_bytes
 
 
-@torch.library.register_fake("unicom_ext::select_classes")
-def _(labels, step, num_classes, num_sampled, seed, ignore_index, start, stop):
+@_of("select_classes")
+def _(
+    labels: Tensor,
+    step: Tensor,
+    num_classes: int,
+    num_sampled: int,
+    seed: int,
+    ignore_index: int,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, ...]:
     batch = labels.shape[0]
     # selection_bound in csrc/core/sampler.h
     covered = min((stop + 255) // 256 * 256, num_classes) - start // 256 * 256
     whole = covered == num_classes
     quota = num_sampled if whole else num_sampled * covered // num_classes + 1
-    bound = torch.sym_min(stop - start, quota + torch.sym_min(batch, covered))
+    bound = _smaller(stop - start, quota + _smaller(batch, covered))
     new = labels.new_empty
     return (
         new((bound,), dtype=torch.int64),
@@ -55,17 +90,30 @@ def _(labels, step, num_classes, num_sampled, seed, ignore_index, start, stop):
     )
 
 
-@torch.library.register_fake("unicom_ext::select_features")
-def _(step, dim, num_selected, seed):
+@_of("select_features")
+def _(step: Tensor, dim: int, num_selected: int, seed: int) -> Tensor:
     return step.new_empty((num_selected,))
 
 
-@torch.library.register_fake("unicom_ext::label_slots")
-def _(labels, class_index, num_classes, ignore_index, start, stop):
+@_of("label_slots")
+def _(
+    labels: Tensor,
+    class_index: Tensor | None,
+    num_classes: int,
+    ignore_index: int,
+    start: int,
+    stop: int,
+) -> Tensor:
     return labels.new_empty(labels.shape, dtype=torch.int64)
 
 
-def _saved_sizes(embeddings, prototypes, class_index, feature_index, codes):
+def _saved_sizes(
+    embeddings: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    feature_index: Tensor | None,
+    codes: Codes,
+) -> tuple[int, int]:
     """Bytes of `packed` and `kept`."""
     batch, dim = embeddings.shape
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
@@ -82,16 +130,27 @@ def _saved_sizes(embeddings, prototypes, class_index, feature_index, codes):
     )
 
 
-@torch.library.register_fake("unicom_ext::loss")
-def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, reals, codes):
-    codes = Codes(*codes)
+@_of("loss")
+def _(
+    embeddings: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    count: Tensor | None,
+    feature_index: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    reals: list[float],
+    codes: list[int],
+) -> tuple[Tensor, ...]:
+    code = Codes(*codes)
     batch = embeddings.shape[0]
     double = torch.float64 in (embeddings.dtype, prototypes.dtype)
     real = torch.float64 if double else torch.float32
-    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, codes)
+    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, code)
     new = embeddings.new_empty
     return (
-        new((batch,) if codes.reduction == REDUCTION["none"] else (), dtype=real),
+        new((batch,) if code.reduction == REDUCTION["none"] else (), dtype=real),
         new((batch,), dtype=real),
         new((batch,), dtype=real),
         new((batch,), dtype=real),
@@ -101,11 +160,20 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, m2, m3, r
     )
 
 
-@torch.library.register_fake("unicom_ext::loss_sums")
-def _(embeddings, slot, prototypes, class_index, count, feature_index, total_sampled, reals, codes):
-    codes = Codes(*codes)
+@_of("loss_sums")
+def _(
+    embeddings: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    count: Tensor | None,
+    feature_index: Tensor | None,
+    total_sampled: int,
+    reals: list[float],
+    codes: list[int],
+) -> tuple[Tensor, ...]:
     batch = embeddings.shape[0]
-    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, codes)
+    packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, Codes(*codes))
     new = embeddings.new_empty
     return (
         new((batch, 2), dtype=torch.float64),
@@ -115,18 +183,42 @@ def _(embeddings, slot, prototypes, class_index, count, feature_index, total_sam
     )
 
 
-@torch.library.register_fake("unicom_ext::loss_merge")
-def _(sums, exponent, inverse_norm, slot, m2, m3, reals, codes):
+@_of("loss_merge")
+def _(
+    sums: Tensor,
+    exponent: Tensor,
+    inverse_norm: Tensor,
+    slot: Tensor,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    reals: list[float],
+    codes: list[int],
+) -> tuple[Tensor, Tensor]:
     batch = slot.shape[0]
     return sums.new_empty((batch,)), sums.new_empty((batch, 6))
 
 
-@torch.library.register_fake("unicom_ext::loss_backward")
-def _(grad_loss, embeddings, slot, prototypes, class_index, count, feature_index, state, packed,
-      kept, reals, codes, want_embeddings, want_prototypes, compact):  # fmt: skip
-    num_rows = class_index.shape[0] if compact else prototypes.shape[0]
+@_of("loss_backward")
+def _(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    count: Tensor | None,
+    feature_index: Tensor | None,
+    state: Tensor,
+    packed: Tensor,
+    kept: Tensor,
+    reals: list[float],
+    codes: list[int],
+    want_embeddings: bool,
+    want_prototypes: bool,
+    compact: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = class_index if compact and class_index is not None else prototypes
     dim = embeddings.shape[1]
     return (
         embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0)),
-        prototypes.new_empty((num_rows, dim) if want_prototypes else (0, 0)),
+        prototypes.new_empty((rows.shape[0], dim) if want_prototypes else (0, 0)),
     )

@@ -21,7 +21,7 @@ from unicom_ext.ops import library
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@torch.compiler.disable(
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
     reason="with uneven batches ranks exchange sizes, which no graph can hold: with equal batches "
     "give the loss uneven_batches=False to compile it whole"
 )
@@ -38,7 +38,8 @@ def exchange_sizes(
     check: looks at this rank's arguments and raises if they are wrong; then all ranks raise.
         Returns the step of the selections, which must be the same on every rank, or None.
     """
-    failure = step = None
+    failure: Exception | None = None
+    step = None
     header = torch.zeros(HEADER, dtype=torch.int64)
     try:
         step = check()
@@ -58,11 +59,11 @@ def exchange_sizes(
     reports = shard.gather(header).view(shard.world_size, -1).tolist()  # the host waits here
     if any(failed for failed, *_ in reports):
         agree({}, failure, shard.group)
-    _, sizes, dtypes, kinds, grads, classes, steps = zip(*reports, strict=True)
+    _, sizes, dtypes, per_sample, grads, classes, steps = zip(*reports, strict=True)
     margins = ("numbers", "m2 per sample", "m3 per sample", "m2 and m3 per sample")
     check_same("num_classes", list(classes))
     check_same("embeddings.dtype", [_DTYPES[d] for d in dtypes])
-    check_same("margin", [margins[k] for k in kinds])
+    check_same("margin", [margins[k] for k in per_sample])
     check_same("step", list(steps))
     return step, max(sizes), any(grads)
 
@@ -93,18 +94,18 @@ def stand_in(
     if not sizes:
         return None
     size, device = sizes[0], prototypes.device
-    usable = checks.is_local(embeddings) and embeddings.dtype in _DTYPES
-    dtype = embeddings.dtype if usable else prototypes.dtype
+    usable = embeddings if checks.is_local(embeddings) and embeddings.dtype in _DTYPES else None
+    dtype = prototypes.dtype if usable is None else usable.dtype
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
-    if usable:
-        x = x + embeddings.flatten()[:0].sum().to(device)
+    if usable is not None:
+        x = x + usable.flatten()[:0].sum().to(device)
     y = torch.full((size,), options.ignore_index, device=device)
     m2, m3 = (
         torch.zeros(size, device=device) if isinstance(m, Tensor) else 0.0
         for m in (options.margin.m2, options.margin.m3)
     )
     options = replace(options, margin=CombinedMargin(1.0, m2, m3))
-    return x, y, options, x.requires_grad or not usable
+    return x, y, options, x.requires_grad or usable is None
 
 
 class GlobalBatch(NamedTuple):

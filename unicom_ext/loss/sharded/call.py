@@ -26,6 +26,11 @@ class Sizes(NamedTuple):
     def sampling(self) -> Sampling:
         return Sampling(*self[2:])
 
+    def most_sampled(self, samples: int) -> int:
+        """At least as many as the sampled classes of all ranks, for samples of all ranks."""
+        most = self.num_sampled + samples
+        return self.num_classes if most > self.num_classes else most
+
 
 class Flags(NamedTuple):
     """The list ``flags``."""
@@ -71,7 +76,7 @@ class Results(NamedTuple):
     largest_negative: Tensor
     top1: Tensor
     class_index: Tensor  # [bound] rows of this rank's prototypes
-    count: Tensor
+    num_valid: Tensor  # of class_index
     feature_index: Tensor  # [d']
     slot: Tensor  # [B] each label's position in class_index; -1 ignored, -2 elsewhere
     x: Tensor  # [B, d] all embeddings; half precision is summed over ranks in float32
@@ -89,6 +94,6 @@ def took_part(
     return Selected(
         results.slot,
         results.class_index if sampling.draws_classes or class_index is not None else None,
-        results.count if sampling.draws_classes else None,
+        results.num_valid if sampling.draws_classes else None,
         results.feature_index if some else None,
     )

@@ -6,6 +6,7 @@ They are opaque to `torch.compile`, so a graph may hold the whole step.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,15 +33,25 @@ _FORWARD = (
 
 
 @torch.library.custom_op("unicom_ext::sharded_loss", mutates_args=(), schema=_FORWARD)
-def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
+def forward(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    step: Tensor | None,
+    class_index: Tensor | None,
+    feature_index: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    *lists: Any,
+) -> Results:
     call = Call.of(*lists)
     sizes, codes = call.sizes, call.codes
     shard = ClassShard.named(call.group_name, sizes.num_classes)
     failures = failures_of(shard.group)
     failures.raise_earlier()
     batch = gather_batch(shard, embeddings, labels, m2, m3, sizes.batch, sizes.ignore_index)
-    total = _total_sampled(call, len(batch.labels))
-    selected = sums = None
+    total = sizes.most_sampled(len(batch.labels))
+    selected = sums = None  # of a rank that has failed
     with failures.kept(prototypes.device):
         if failures.own is None:
             selected = _select(shard, batch.labels, step, class_index, feature_index, call)
@@ -58,7 +69,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
                 call.reals,
                 call.codes,
             )
-    if sums is None:
+    if selected is None or sums is None:
         selected, sums = _nothing(batch.labels, x)
     pairs, exponent, largest_negative, inverse_norm, packed, kept = sums
 
@@ -75,14 +86,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
     sample_loss, state = library.ops.loss_merge(
-        pairs,
-        exponent,
-        inverse_norm,
-        slot,
-        batch.m2,
-        batch.m3,
-        call.reals,
-        call.codes,
+        pairs, exponent, inverse_norm, slot, batch.m2, batch.m3, call.reals, call.codes
     )
     first = shard.rank * sizes.batch
     own = slice(first, first + len(embeddings))
@@ -99,7 +103,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
         top1 = (slot[own] != _IGNORED) & (target_cosine >= largest_negative)
     else:
         largest_negative, top1 = target_cosine.new_empty(0), slot.new_empty(0, dtype=torch.bool)
-    _, class_index, count, feature_index = selected
+    _, class_index, num_valid, feature_index = selected
     return Results(
         loss=loss.masked_fill(failed > 0, math.nan).to(real),
         sample_loss=sample_loss[own].to(real, copy=True),
@@ -107,7 +111,7 @@ def forward(embeddings, labels, prototypes, step, class_index, feature_index, m2
         largest_negative=largest_negative,
         top1=top1,
         class_index=slot.new_empty(0) if class_index is None else class_index,
-        count=slot.new_zeros(()) if count is None else count,
+        num_valid=slot.new_zeros(()) if num_valid is None else num_valid,
         feature_index=slot.new_empty(0) if feature_index is None else feature_index.clone(),
         slot=slot,
         x=x,
@@ -142,7 +146,7 @@ def _select(
         raise
     if selected.class_index is None:
         return selected
-    # What fills the list up behind the count need not lie in this shard.
+    # What fills the list up behind those that are valid need not lie in this shard.
     return selected._replace(class_index=(selected.class_index - shard.start).clamp_(min=0))
 
 
@@ -157,12 +161,6 @@ def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
     return selected, sums
 
 
-def _total_sampled(call: Call, samples: int) -> int:
-    """At least as many as the sampled classes of all ranks."""
-    total = call.sizes.num_sampled + samples
-    return call.sizes.num_classes if total > call.sizes.num_classes else total
-
-
 def _in_float(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -172,7 +170,17 @@ def _real(x: Tensor, prototypes: Tensor) -> torch.dtype:
 
 
 @forward.register_fake
-def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, *lists):
+def _(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    step: Tensor | None,
+    class_index: Tensor | None,
+    feature_index: Tensor | None,
+    m2: Tensor | None,
+    m3: Tensor | None,
+    *lists: Any,
+) -> Results:
     call = Call.of(*lists)
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     batch, samples = len(embeddings), shard.world_size * call.sizes.batch
@@ -184,28 +192,28 @@ def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, 
         selected.slot,
         prototypes,
         *selected[1:],
-        _total_sampled(call, samples),
+        call.sizes.most_sampled(samples),
         call.reals,
         call.codes,
     )
     real, none = _real(x, prototypes), call.codes.reduction == REDUCTION["none"]
     each = x.new_empty(batch, dtype=real)
     with_metrics = batch if call.flags.want_metrics else 0
-    indices = [selected.slot.new_empty(0) if i is None else i for i in selected[1:]]
-    if selected.count is None:
-        indices[1] = selected.slot.new_empty(())
+    slot, class_index, num_valid, feature_index = selected
     return Results(
-        each.clone() if none else x.new_empty((), dtype=real),
-        each,
-        each.clone(),
-        x.new_empty(with_metrics, dtype=real),
-        x.new_empty(with_metrics, dtype=torch.bool),
-        *indices,
-        selected.slot,
-        x,
-        pairs.new_empty(samples, 6),
-        packed,
-        kept,
+        loss=each.clone() if none else x.new_empty((), dtype=real),
+        sample_loss=each,
+        target_cosine=each.clone(),
+        largest_negative=x.new_empty(with_metrics, dtype=real),
+        top1=x.new_empty(with_metrics, dtype=torch.bool),
+        class_index=slot.new_empty(0) if class_index is None else class_index,
+        num_valid=slot.new_empty(()) if num_valid is None else num_valid,
+        feature_index=slot.new_empty(0) if feature_index is None else feature_index.clone(),
+        slot=slot,
+        x=x,
+        state=pairs.new_empty(samples, 6),
+        packed=packed,
+        kept=kept,
     )
 
 
@@ -213,23 +221,34 @@ def _(embeddings, labels, prototypes, step, class_index, feature_index, m2, m3, 
 
 _BACKWARD = (
     "(Tensor grad_loss, Tensor x, Tensor slot, Tensor prototypes, Tensor? class_index, "
-    "Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, Tensor kept, "
+    "Tensor? num_valid, Tensor? feature_index, Tensor state, Tensor packed, Tensor kept, "
     f"SymInt batch, bool grad_prototypes, {SCHEMA}) -> (Tensor, Tensor)"
 )
 
 
 @torch.library.custom_op("unicom_ext::sharded_loss_backward", mutates_args=(), schema=_BACKWARD)
 def _backward(
-    grad_loss, x, slot, prototypes, class_index, count, feature_index, state, packed, kept,
-    batch, grad_prototypes, *lists,
-):  # fmt: skip
+    grad_loss: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    num_valid: Tensor | None,
+    feature_index: Tensor | None,
+    state: Tensor,
+    packed: Tensor,
+    kept: Tensor,
+    batch: int,
+    grad_prototypes: bool,
+    *lists: Any,
+) -> tuple[Tensor, Tensor]:
     call = Call.of(*lists)
     codes, flags = call.codes, call.flags
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     if codes.reduction == REDUCTION["none"]:
         padding = grad_loss.new_zeros(call.sizes.batch - batch)
         grad_loss = shard.gather(torch.cat([grad_loss, padding]))
-    compact = codes.sparse_grad and class_index is not None
+    sampled = class_index if codes.sparse_grad else None
     if len(packed) > 0:
         to_embeddings, to_prototypes = library.run(
             library.ops.loss_backward,
@@ -238,7 +257,7 @@ def _backward(
             slot,
             prototypes,
             class_index,
-            count,
+            num_valid,
             feature_index,
             state,
             packed,
@@ -247,10 +266,10 @@ def _backward(
             call.codes,
             flags.grad_embeddings,
             grad_prototypes,
-            compact,
+            sampled is not None,
         )
     else:  # no classes, or this rank has failed
-        rows = class_index if compact else prototypes
+        rows = prototypes if sampled is None else sampled
         to_embeddings = torch.zeros_like(x)
         to_prototypes = prototypes.new_zeros(len(rows) * grad_prototypes, x.shape[1])
     if flags.grad_embeddings:
@@ -261,8 +280,21 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad_loss, x, slot, prototypes, class_index, count, feature_index, state, packed, kept,
-      batch, grad_prototypes, *lists):  # fmt: skip
+def _(
+    grad_loss: Tensor,
+    x: Tensor,
+    slot: Tensor,
+    prototypes: Tensor,
+    class_index: Tensor | None,
+    num_valid: Tensor | None,
+    feature_index: Tensor | None,
+    state: Tensor,
+    packed: Tensor,
+    kept: Tensor,
+    batch: int,
+    grad_prototypes: bool,
+    *lists: Any,
+) -> tuple[Tensor, Tensor]:
     call = Call.of(*lists)
     rows = class_index if call.codes.sparse_grad and class_index is not None else prototypes
     return (
@@ -271,7 +303,7 @@ def _(grad_loss, x, slot, prototypes, class_index, count, feature_index, state, 
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     embeddings, _, prototypes, _, class_index, feature_index, *rest = inputs
     ctx.call = Call.of(*rest[2:])
     results = Results(*output)
@@ -290,9 +322,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_loss, *_):
+def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
-    _, _, prototypes, class_index, count, *_ = saved
+    _x, _slot, prototypes, class_index, num_valid, *_rest = saved
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
@@ -303,7 +335,7 @@ def _differentiate(ctx, grad_loss, *_):
         grads[0] = to_embeddings.to(ctx.dtype)
     if ctx.needs_input_grad[2]:
         if ctx.call.codes.sparse_grad:
-            to_prototypes = row_sparse(to_prototypes, class_index, count, prototypes.shape)
+            to_prototypes = row_sparse(to_prototypes, class_index, num_valid, prototypes.shape)
         grads[2] = to_prototypes
     return tuple(grads)
 

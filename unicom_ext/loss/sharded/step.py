@@ -101,8 +101,8 @@ def call_loss(
     metrics = Metrics(
         results.sample_loss.detach(),
         results.target_cosine.detach(),
-        results.largest_negative.detach() if want_metrics else None,
-        results.top1 if want_metrics else None,
+        results.largest_negative.detach() if want_metrics else None,  # type: ignore[arg-type]
+        results.top1 if want_metrics else None,  # type: ignore[arg-type]
     )
     selected = took_part(call, class_index, feature_index, results)
     return results.loss, metrics, selected
@@ -117,19 +117,20 @@ def partial_margin_softmax(
     feature_index: Tensor | None,
     *,
     process_group: dist.ProcessGroup,
-    num_classes: int | None,
+    num_classes: Any,
     want_metrics: bool,
 ) -> tuple[Tensor, Metrics]:
     """`unicom_ext.functional.partial_margin_softmax` with a process group.
 
-    given: the options, which may be bad.
+    given, num_classes: the options and the number of classes of all ranks, which may be bad.
     """
     options, failure = LossOptions.for_ranks(given)
-    good = isinstance(num_classes, int) and not isinstance(num_classes, bool) and num_classes >= 1
-    shard = ClassShard(process_group, num_classes if good else 1)
+    is_number = isinstance(num_classes, int) and not isinstance(num_classes, bool)
+    total = num_classes if is_number and num_classes >= 1 else None
+    shard = ClassShard(process_group, total or 1)
 
     def check() -> None:
-        if not good:
+        if total is None:
             raise ValueError(
                 "num_classes must be the number of classes of all ranks, an int >= 1, with a "
                 f"process_group; got {num_classes!r}"
@@ -143,7 +144,7 @@ def partial_margin_softmax(
             options,
             class_index,
             feature_index,
-            num_classes=num_classes,
+            num_classes=total,
         )
         if len(prototypes) != len(shard):
             raise ValueError(
