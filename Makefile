@@ -10,7 +10,7 @@ DEMO   ?= demo
 
 BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
-NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint format bench build doctor gpu-check clean
 

@@ -4,8 +4,7 @@
 // end, stop the program with a message.
 //
 //   shared memory        dynamic: a block of exactly the size asked for, filled with NaN before
-//   each
-//                        block of threads starts; static: static variables
+//                        each block of threads starts; static: static variables
 //   asynchronous copies  happen when the thread waits for them, not before
 //   warp functions       all 32 lanes must take part
 //

@@ -31,7 +31,6 @@ struct VectorMath {
 };
 
 // ---- values in memory as vectors of Real
-// ---------------------------------------------------------
 
 // Bits of a 16-bit type with a value.
 struct Bf16Bits {
@@ -127,7 +126,6 @@ UNICOM_INLINE void prefetch_values(const void* row, int64_t k) {
 }
 
 // ---- AdamW
-// ---------------------------------------------------------------------------------------
 
 template <class Real>
 AdamWStep<Real> narrowed(const AdamWStep<double>& s) {
@@ -184,7 +182,6 @@ void adamw_row(const AdamWRow& row) {
 }
 
 // ---- SGD
-// -----------------------------------------------------------------------------------------
 
 template <class Real>
 SgdStep<Real> narrowed(const SgdStep<double>& s) {
@@ -219,7 +216,6 @@ void sgd_row(const SgdRow& row) {
 }
 
 // ---- by type
-// -------------------------------------------------------------------------------------
 
 // Calls f with a null pointer to the parameter's type, and one to its arithmetic.
 template <class F>

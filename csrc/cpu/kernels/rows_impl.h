@@ -404,7 +404,6 @@ void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
 }
 
 // ---- normalisation backward
-// ------------------------------------------------------------------------
 
 template <class Unit>
 void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
@@ -460,7 +459,6 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
 }
 
 // ---- rows back to where their columns were
-// -----------------------------------------------------
 
 template <class Real>
 void spread_rows(const Real* rows, int64_t height, int64_t count, const RowSource& columns,
