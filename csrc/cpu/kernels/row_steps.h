@@ -1,5 +1,5 @@
 // One optimizer step of one row, one table of functions per instruction set. The arithmetic is
-// core/update.h; here it meets vectors and the types that parameters and moments are kept in.
+// core/row_step.h; here it meets vectors and the types that parameters and moments are kept in.
 #pragma once
 
 #include "../../core/row_step.h"
