@@ -13,6 +13,21 @@ from typing import TYPE_CHECKING
 from unicom_ext.utils.versions import VERSION
 
 if TYPE_CHECKING:
+    from unicom_ext import (
+        checkpoint,
+        cluster,
+        compat,
+        data,
+        functional,
+        gradients,
+        loss,
+        margins,
+        optim,
+        reference,
+        retrieval,
+        sampling,
+        sharding,
+    )
     from unicom_ext.loss.functional import partial_margin_softmax
     from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from unicom_ext.loss.module import PartialMarginSoftmax
@@ -65,7 +80,7 @@ _SUBMODULES = (
 )
 
 
-def __getattr__(name: str) -> object:
+def _load(name: str) -> object:
     if name in _SUBMODULES:
         return import_module(f"{__name__}.{name}")
     if name not in _HOME:
@@ -73,3 +88,7 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # to which it would say that every name is there
+    __getattr__ = _load

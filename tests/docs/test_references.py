@@ -107,6 +107,8 @@ def is_there(dotted: str) -> bool:
                 value = import_module(module)
             except ModuleNotFoundError:
                 return False
+            except ImportError:
+                return True  # a library of operators is no module of Python, but it is there
     return True
 
 

@@ -1,0 +1,132 @@
+"""What users write, as a strict type checker sees it. Never run: `make lint` checks it.
+
+A comment that silences an error stands where there has to be one: the checker complains of those
+that silence nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, assert_type
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import unicom_ext
+from unicom_ext import (
+    ArcFace,
+    CombinedMargin,
+    CosFace,
+    Metrics,
+    PartialMarginSoftmax,
+    Selection,
+    SphereFace,
+    checkpoint,
+    gradients,
+    optim,
+    partial_margin_softmax,
+    reference,
+    retrieval,
+    sampling,
+    sharding,
+)
+from unicom_ext.cluster import ClusterConfig, cluster
+from unicom_ext.compat import PartialFC_V2
+from unicom_ext.optim import RowAdamW, RowSGD
+
+
+def margins() -> list[CombinedMargin]:
+    ArcFace("0.3")  # type: ignore[arg-type]
+    return [
+        ArcFace(0.3),
+        CosFace(m3=torch.ones(4)),
+        SphereFace(1.35),
+        CombinedMargin(1.0, m2=0.3, m3=0.1),
+    ]
+
+
+def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    loss_fn = PartialMarginSoftmax(
+        512,
+        10_000,
+        margin=ArcFace(0.3),
+        scale=64.0,
+        sample_rate=0.1,
+        feature_rate=0.5,
+        interclass_filter=0.8,
+        margin_grad="exact",
+        precision="bf16",
+        sparse_grad=True,
+        seed=1,
+        dtype=torch.float32,
+        device="cpu",
+    )
+    assert_type(loss_fn.num_sampled, int)
+    assert_type(loss_fn.weight, nn.Parameter)
+    assert_type(loss_fn.last_metrics, Metrics | None)
+    assert_type(loss_fn.last_selection, Selection | None)
+    assert_type(loss_fn.forward(images, labels, step=3, margin=ArcFace(0.2)), Tensor)
+    if (metrics := loss_fn.last_metrics) is not None:
+        assert_type(metrics.top1, Tensor)
+    if loss_fn.shard is not None:
+        assert_type(loss_fn.shard.start, int)
+    PartialMarginSoftmax(512, 10_000, sampel_rate=0.1)  # type: ignore[call-arg]
+    PartialMarginSoftmax(512, 10_000, margin=0.3)  # type: ignore[arg-type]
+    assert_type(
+        PartialMarginSoftmax.from_centroids("centroids.npy", scale=32.0), PartialMarginSoftmax
+    )
+    loss: Tensor = loss_fn(encoder(images), labels)
+    return loss
+
+
+def the_function(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Metrics:
+    loss = partial_margin_softmax(embeddings, labels, prototypes, margin=CosFace(), scale=64.0)
+    assert_type(loss, Tensor)
+    loss, metrics = partial_margin_softmax(
+        embeddings, labels, prototypes, margin=CosFace(), scale=64.0, return_metrics=True
+    )
+    assert_type(metrics, Metrics)
+    plain, _ = reference.partial_margin_softmax(
+        embeddings, labels, prototypes, margin=CosFace(), scale=64.0, return_metrics=True
+    )
+    assert_type(plain, Tensor)
+    partial_margin_softmax(embeddings, labels, prototypes, margin=CosFace())  # type: ignore[call-overload]
+    return metrics
+
+
+def optimizers(encoder: nn.Module, loss_fn: PartialMarginSoftmax) -> None:
+    rows = RowAdamW(
+        [{"params": encoder.parameters()}, {"params": loss_fn.parameters(), "lr": 0.01}],
+        betas=(0.9, 0.99),
+        moment_dtype=torch.bfloat16,
+    )
+    rows.update_in_backward(loss_fn)
+    rows.step()
+    rows.catch_up()
+    RowSGD(loss_fn.parameters(), lr=0.1, momentum=0.9, exact=True).zero_grad()
+    assert_type(optim.clip_grad_norm_(encoder.parameters(), 5.0), Tensor)
+    torch.optim.lr_scheduler.StepLR(rows, 10)
+
+
+def several_ranks(encoder: nn.Module, group: dist.ProcessGroup) -> dict[str, Any]:
+    loss_fn = PartialMarginSoftmax(512, 10_000, process_group=group, uneven_batches=False)
+    assert_type(gradients.clip_grad_norm_(encoder.parameters(), loss_fn, max_norm=5.0), Tensor)
+    checkpoint.save("a", modules={"encoder": encoder, "loss": loss_fn}, extra={"epoch": 3})
+    assert_type(sharding.communication_volume(256, 512, 8).total, int)
+    assert_type(sharding.class_range(10_000, 8, 1), tuple[int, int])
+    return checkpoint.load("a", modules={"loss": loss_fn}, class_map=torch.arange(10_000))
+
+
+def the_rest(embeddings: Tensor, labels: Tensor) -> None:
+    assert_type(sampling.select_classes(100, 0.1, labels, seed=0, step=0), Tensor)
+    assert_type(sampling.select_features(512, 0.5, seed=0, step=0), Tensor)
+    for result in retrieval.evaluate(embeddings, labels, dims=[64, 512], ks=[1, 5]):
+        assert_type(result.recall, dict[int, float])
+    cosine, index = retrieval.topk(embeddings, k=5)
+    assert_type((cosine, index), tuple[Tensor, Tensor])
+    assert_type(cluster(ClusterConfig(clusters=10), "features", "clusters"), dict[str, Any])
+    assert_type(PartialFC_V2(ArcFace(0.5), 512, 100, fp16=False)(embeddings, labels), Any)
+    with unicom_ext.cpu_capability("avx2"):
+        unicom_ext.set_cpu_capability("portable")
+    assert_type(unicom_ext.__version__, str)
+    unicom_ext.PartialMarginSoftMax  # type: ignore[attr-defined]  # noqa: B018
