@@ -25,6 +25,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/mypy
 
 format: build
 	$(BIN)/ruff check --fix .
