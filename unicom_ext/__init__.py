@@ -13,21 +13,24 @@ from typing import TYPE_CHECKING
 from unicom_ext.utils.versions import VERSION
 
 if TYPE_CHECKING:
+    # isort: off
     from unicom_ext import (
-        checkpoint,
-        cluster,
-        compat,
-        data,
-        functional,
-        gradients,
-        loss,
-        margins,
-        optim,
-        reference,
-        retrieval,
-        sampling,
-        sharding,
+        checkpoint as checkpoint,
+        cluster as cluster,
+        compat as compat,
+        data as data,
+        functional as functional,
+        gradients as gradients,
+        loss as loss,
+        margins as margins,
+        optim as optim,
+        reference as reference,
+        retrieval as retrieval,
+        sampling as sampling,
+        sharding as sharding,
     )
+
+    # isort: on
     from unicom_ext.loss.functional import partial_margin_softmax
     from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from unicom_ext.loss.module import PartialMarginSoftmax

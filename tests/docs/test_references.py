@@ -1,4 +1,4 @@
-"""What the documentation names exists: links, anchors, files, commands, options, names in Python."""
+"""What the documentation names exists: links, paths, commands and their options, Python names."""
 
 from __future__ import annotations
 
