@@ -45,7 +45,7 @@ __all__ = ["CheckpointError", "latest", "load", "merge", "read_about", "save", "
 
 
 def save(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer] | None = None,
@@ -102,7 +102,7 @@ def save(
 
 
 def load(
-    directory: str | os.PathLike,
+    directory: str | os.PathLike[str],
     *,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer] | None = None,
@@ -133,6 +133,7 @@ def load(
     except Exception as error:
         failure = error
     agree({}, failure, parts.group)
+    assert plan is not None
     where = {
         "checkpoint_id": directory,
         "process_group": parts.group,

@@ -22,18 +22,18 @@ VERSION = 1  # raise it when the content changes
 ABOUT = "about"  # the tensor of plain values
 
 
-def latest(directory: str | os.PathLike) -> Path | None:
+def latest(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint ``step-N`` in a directory with the largest N; None if there is none."""
     found = [path for path in Path(directory).glob("step-*") if path.name[5:].isdigit()]
     return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
-def read_about(directory: str | os.PathLike) -> dict[str, Any]:
+def read_about(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The plain values of a checkpoint: its losses' sizes, optimizers' settings, and `extra`."""
     return read(Path(directory))[1]
 
 
-def show(directory: str | os.PathLike) -> None:
+def show(directory: str | os.PathLike[str]) -> None:
     """Print what is in a checkpoint."""
     metadata, about = read(Path(directory))
     for key, entry in sorted(metadata.state_dict_metadata.items()):
@@ -45,7 +45,7 @@ def show(directory: str | os.PathLike) -> None:
     print(json.dumps(about, indent=1, ensure_ascii=False))
 
 
-def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
+def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
     """A checkpoint as one file for `torch.load`: a dict of tensors by name."""
     metadata, _ = read(Path(directory))
     state = {
@@ -56,7 +56,7 @@ def merge(directory: str | os.PathLike, file: str | os.PathLike) -> None:
     write_atomically(file, lambda handle: torch.save(state, handle))
 
 
-def split(file: str | os.PathLike, directory: str | os.PathLike) -> None:
+def split(file: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
     """The inverse of `merge`: a directory that any number of ranks can load."""
     directory = Path(directory)
     if directory.exists():
@@ -78,7 +78,7 @@ def read(directory: Path) -> tuple[Any, dict[str, Any]]:
     if not (directory / ".metadata").is_file():
         raise CheckpointError(f"{directory}: there is no checkpoint")
     try:
-        metadata = FileSystemReader(directory).read_metadata()
+        metadata: Any = FileSystemReader(directory).read_metadata()
         entry = metadata.state_dict_metadata[ABOUT]
         text = {ABOUT: torch.empty(entry.size, dtype=torch.uint8)}
         read_tensors(text, checkpoint_id=directory, no_dist=True)
@@ -101,7 +101,7 @@ def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
         dcp.load(state, **where)
 
 
-def _check_format(path: str | os.PathLike, about: Mapping[str, Any]) -> None:
+def _check_format(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
     if about.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a {FORMAT}")
     if about["version"] != VERSION:

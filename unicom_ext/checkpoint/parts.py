@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -64,8 +64,8 @@ class Parts:
                 for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, Tensor):
                         full = joined("optimizers", name, param_name, key)
-                        loss = self.loss_of(optimizer, param_name, key, value.dim())
-                        state[full] = _as_global(loss, param, key, value)
+                        owner = self.loss_of(optimizer, param_name, key, value.dim())
+                        state[full] = _as_global(owner, param, key, value)
                     else:
                         values.setdefault(param_name, {})[key] = value
             about["optimizers"][name] = {"groups": self.groups(optimizer), "values": values}
@@ -137,6 +137,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
         elif hasattr(module, "_orig_mod"):  # torch.compile
-            module = module._orig_mod
+            module = cast(nn.Module, module._orig_mod)
         else:
             return module

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -79,7 +80,7 @@ class Plan:
             raise CheckpointError(f"{self.directory}: has no {key}")
         if loss is not None and self.class_map is not None:
             local = target.to_local() if isinstance(target, DTensor) else target
-            self.rows[key] = self._rows(loss, entry, local)
+            self.rows[key] = _saved_rows(self.class_map, loss, entry, local)
         elif list(entry.size) != list(target.shape):
             raise CheckpointError(
                 f"{self.directory}: {key} has shape {list(entry.size)} there, but "
@@ -87,15 +88,6 @@ class Plan:
             )
         else:
             self.whole[key] = target
-
-    def _rows(self, loss: PartialMarginSoftmax, entry: Any, target: Tensor) -> _Rows:
-        start = 0 if loss.shard is None else loss.shard.start
-        old = self.class_map[start : start + len(target)].cpu()
-        known = old[old >= 0]
-        first, stop = (int(known[0]), int(known[-1]) + 1) if len(known) else (0, 0)
-        buffer = torch.empty((stop - first, *entry.size[1:]), dtype=entry.properties.dtype)
-        of_row = torch.where(old >= 0, old - first, -1)
-        return _Rows(buffer, first, of_row, target)
 
     def _add_optimizer(self, name: str, optimizer: Optimizer) -> None:
         saved = self.about["optimizers"].get(name)
@@ -157,6 +149,19 @@ class Plan:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
+def _saved_rows(
+    class_map: Tensor, loss: PartialMarginSoftmax, entry: TensorStorageMetadata, target: Tensor
+) -> _Rows:
+    """What to read of a saved tensor for the rows of `target`, this rank's classes."""
+    start = 0 if loss.shard is None else loss.shard.start
+    old = class_map[start : start + len(target)].cpu()
+    known = old[old >= 0]
+    first, stop = (int(known[0]), int(known[-1]) + 1) if len(known) else (0, 0)
+    buffer = torch.empty((stop - first, *entry.size[1:]), dtype=entry.properties.dtype)
+    of_row = torch.where(old >= 0, old - first, -1)
+    return _Rows(buffer, first, of_row, target)
+
+
 def _room(loss: PartialMarginSoftmax | None, param: Tensor, entry: TensorStorageMetadata) -> Tensor:
     """Room for a state tensor, laid out as its parameter is.  loss: whose classes have rows."""
     dtype = entry.properties.dtype
@@ -190,7 +195,9 @@ class RowPlanner(LoadPlanner):
     def __init__(self, rows: Mapping[str, _Rows]) -> None:
         self.rows = rows
 
-    def set_up_planner(self, state_dict, metadata=None, is_coordinator=False) -> None:
+    def set_up_planner(
+        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
         self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
@@ -209,10 +216,10 @@ class RowPlanner(LoadPlanner):
     def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
         return central_plan
 
-    def load_bytes(self, read_item, value) -> None:
+    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
         raise AssertionError("only tensors are asked for")
 
-    def resolve_tensor(self, read_item) -> Tensor:
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         tensor = self.rows[read_item.dest_index.fqn].buffer
         for dim, (offset, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
@@ -220,5 +227,5 @@ class RowPlanner(LoadPlanner):
             tensor = tensor.narrow(dim, offset, length)
         return tensor
 
-    def commit_tensor(self, read_item, tensor) -> None:
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass

@@ -19,9 +19,9 @@ def bench(arguments: tuple[str, ...]) -> None:
 
     `bench parts` times the parts of a step alone, `bench sweep` steps of many sizes.
     """
-    name = "head_step"
-    if arguments and arguments[0] in ("parts", "sweep"):
-        name, *arguments = arguments
+    name, options = "head_step", list(arguments)
+    if options and options[0] in ("parts", "sweep"):
+        name = options.pop(0)
     script = Path(__file__).resolve().parents[2] / "benchmarks" / f"{name}.py"
     if not script.is_file():
         raise click.ClickException(
@@ -29,4 +29,4 @@ def bench(arguments: tuple[str, ...]) -> None:
             "the source repository, install from it with `pip install --no-build-isolation -e .`, "
             "and run this again."
         )
-    sys.exit(subprocess.call([sys.executable, str(script), *arguments]))
+    sys.exit(subprocess.call([sys.executable, str(script), *options]))

@@ -10,11 +10,13 @@ import click
 
 from unicom_ext.utils.settings import ConfigError, Settings, parse_list, setting_types
 
+Command = Callable[..., Any]
 
-def setting_options(settings: type[Settings]) -> Callable[[Callable], Callable]:
+
+def setting_options(settings: type[Settings]) -> Callable[[Command], Command]:
     """One option for each setting, None where it is not given."""
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Command) -> Command:
         types = setting_types(settings)
         for setting in reversed(dataclasses.fields(settings)):
             wanted, default = types[setting.name], setting.default

@@ -62,7 +62,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
         from unicom_ext.train.interrupt import Interrupted
         from unicom_ext.utils.files import CheckpointError
     except ModuleNotFoundError as error:
-        if error.name.startswith("unicom_ext"):
+        if error.name is not None and error.name.startswith("unicom_ext"):
             raise click.ClickException(broken(error)) from None
         raise click.ClickException(
             f"{error.name} is not installed; training needs: pip install matplotlib pillow jinja2"

@@ -29,6 +29,7 @@ from unicom_ext.cluster.lloyd import (
     sampled,
 )
 from unicom_ext.cluster.progress import PassProgress
+from unicom_ext.data.source import Block
 from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.utils.files import CheckpointError
 
@@ -253,7 +254,7 @@ class _Run:
         sizes = torch.zeros(len(centroids), dtype=torch.float64)
         scores = torch.zeros(len(centroids), dtype=torch.float64)
 
-        def visit(block, index: Tensor, score: Tensor) -> None:
+        def visit(block: Block, index: Tensor, score: Tensor) -> None:
             index, score = index.cpu(), score.cpu()  # where sums have an order
             good = index >= 0
             sizes.add_(index[good].bincount(minlength=len(sizes)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ CPU = torch.device("cpu")
 
 
 class Nearest(Protocol):
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
@@ -42,7 +43,7 @@ class FaissCentroids:
     def __init__(self, centroids: Tensor) -> None:
         import faiss
 
-        self._index = faiss.IndexFlatIP(centroids.shape[1])
+        self._index: Any = faiss.IndexFlatIP(centroids.shape[1])
         if faiss.get_num_gpus() > 0:
             self._index = faiss.index_cpu_to_all_gpus(self._index)
         self._index.add(F.normalize(centroids).numpy())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from unicom_ext.cluster.engines import Engine, Nearest
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.nearest import add_unit_rows
-from unicom_ext.data.source import Block, Rows, on_device
+from unicom_ext.data.source import Block, Rows, Source, on_device
 from unicom_ext.distributed.ranks import Ranks
 
 SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
@@ -63,7 +64,8 @@ class Totals:
         counts = [self.rows, self.zero, self.not_finite, self.changed, self.compared]
         total = ranks.sum(torch.tensor([*map(float, counts), self.score], dtype=torch.float64))
         *whole, score = total.tolist()
-        return Totals(*map(int, whole), score)
+        rows, zero, not_finite, changed, compared = map(int, whole)
+        return Totals(rows, zero, not_finite, changed, compared, score)
 
 
 Watch = Callable[[Totals], object]  # called after each block with the totals so far
@@ -114,7 +116,13 @@ def assign(
 
 
 def lloyd_pass(
-    source: Rows, centroids: Tensor, engine: Engine, ranks: Ranks, watch: Watch, seed: int, **how
+    source: Rows,
+    centroids: Tensor,
+    engine: Engine,
+    ranks: Ranks,
+    watch: Watch,
+    seed: int,
+    **how: Any,
 ) -> tuple[Tensor, int, Totals]:
     """Returns the centroids after the pass, how many clusters had been empty, and its totals.
 
@@ -154,7 +162,7 @@ def unit_sums(sums: Tensor, ranks: Ranks) -> Tensor:
 
 
 def minibatch_pass(
-    source: Rows,
+    source: Source,
     centroids: Tensor,
     sums: Tensor,
     counts: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def write(
         own = labels.read(shard)
         own = np.where(own >= 0, numbers[own], -1).astype(own.dtype)
         path = final.path(shard)
-        write_file(path, lambda file, own=own: np.save(file, own))
+        write_file(path, partial(np.save, arr=own))
         checksums[path.name] = sha256(path)
     values = centroids[kept].numpy()
     write_file(output / "centroids.npy", lambda file: np.save(file, values))

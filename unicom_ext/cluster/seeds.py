@@ -66,7 +66,7 @@ def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: E
         )
         near = (sample[drawn] @ sample[drawn].T).double().numpy()
         then, now = distance[drawn], distance[drawn]
-        taken = []
+        taken: list[int] = []
         for i in range(len(drawn)):
             if count + len(taken) < k and rng.random() * then[i] < now[i]:
                 taken.append(i)

@@ -19,7 +19,7 @@ from unicom_ext.cluster.engines import Engine
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import converged, lloyd_pass
 from unicom_ext.data.formats import SourceError
-from unicom_ext.data.source import Block, Source
+from unicom_ext.data.source import Block, Shard, Source
 from unicom_ext.distributed.ranks import Ranks
 
 CELL_BYTES = 512 << 20  # of rows in memory at a time
@@ -33,12 +33,13 @@ class InMemory:
     def __init__(self, values: Tensor) -> None:
         self._values = values
         self.rows, self.dim = values.shape
+        self.shards = [Shard("memory", None, None, 0)]
 
     def take(self, rows: np.ndarray) -> Tensor:
         return self._values[torch.from_numpy(rows)]
 
-    def blocks(self, start: int, stop: int, size: int, shuffle: None = None) -> Iterator[Block]:
-        yield Block(None, start, self._values[start:stop])
+    def blocks(self, start: int, stop: int, size: int) -> Iterator[Block]:
+        yield Block(self.shards[0], start, self._values[start:stop])
 
 
 def share_out(k: int, sizes: np.ndarray) -> np.ndarray:

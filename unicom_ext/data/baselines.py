@@ -21,29 +21,32 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Array = np.ndarray | Tensor
+
 PCA_BEFORE_LDA = 256  # keeps the within-class scatter well conditioned
 
 
-def raw_pixels(train_images, train_labels, images, dim: int = 128) -> Tensor:
+def raw_pixels(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
     return _pca(train.flatten(1), test.flatten(1), dim)[1]
 
 
-def hog(train_images, train_labels, images, dim: int = 128) -> Tensor:
+def hog(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
     return _pca(_gradient_histograms(train), _gradient_histograms(test), dim)[1]
 
 
-def lda(train_images, train_labels, images, dim: int = 128) -> Tensor:
+def lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
     return _discriminants(train.flatten(1), train_labels, test.flatten(1), dim)
 
 
-def hog_lda(train_images, train_labels, images, dim: int = 128) -> Tensor:
+def hog_lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
     return _discriminants(
         _gradient_histograms(train), train_labels, _gradient_histograms(test), dim
@@ -53,7 +56,7 @@ def hog_lda(train_images, train_labels, images, dim: int = 128) -> Tensor:
 BASELINES = {"raw pixels": raw_pixels, "HOG": hog, "LDA": lda, "HOG + LDA": hog_lda}
 
 
-def _as_pixels(name: str, images) -> Tensor:
+def _as_pixels(name: str, images: Array) -> Tensor:
     """fp32 [n, h, w] in [0, 1]."""
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8 or images.ndim != 3 or len(images) == 0:
@@ -77,7 +80,7 @@ def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return train @ axes, test @ axes
 
 
-def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
+def _discriminants(train: Tensor, labels: Array, test: Tensor, dim: int) -> Tensor:
     """Fisher's discriminants [n, dim] of test, fitted on train [m, f] and labels [m].
 
     They maximise the variance of the class means where the variance within classes is 1. Each is
@@ -89,7 +92,7 @@ def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.shape != train.shape[:1]:
         raise ValueError(f"train_labels: got shape {list(labels.shape)}, must be [{len(train)}]")
-    _, labels, count = labels.unique(return_inverse=True, return_counts=True)
+    _, of_class, count = labels.unique(return_inverse=True, return_counts=True)
     if not 1 <= dim < len(count) < len(train):
         raise ValueError(
             f"dim: got {dim}, must be from 1 to {len(count) - 1}, one less than the number of "
@@ -97,8 +100,8 @@ def _discriminants(train: Tensor, labels, test: Tensor, dim: int) -> Tensor:
         )
     train, count = train.double(), count[:, None].double()
     means = torch.zeros(len(count), train.shape[1], dtype=torch.float64)
-    means.index_add_(0, labels, train).div_(count)
-    within = train - means[labels]
+    means.index_add_(0, of_class, train).div_(count)
+    within = train - means[of_class]
     within = within.T @ within / (len(train) - len(count))
     within.diagonal().add_(1e-6 * within.diagonal().mean())  # a feature may be constant
     root = torch.linalg.cholesky(within)

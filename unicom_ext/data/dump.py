@@ -63,15 +63,15 @@ def captions(glyphs: Glyphs, kept_words: float, seed: int) -> list[str]:
 def name_features(texts: list[str], dim: int, seed: int = 0) -> Tensor:
     """fp32 [n, dim]: counts of character 2- to 4-grams, hashed, weighted by rarity (TF-IDF), and
     projected on random directions, which keeps cosines up to 1 / sqrt(dim)."""
-    row: list[int] = []
-    bucket: list[int] = []
+    texts_of: list[int] = []
+    buckets: list[int] = []
     for i, text in enumerate(texts):
         padded = f" {text} "
         for n in NGRAMS:
             for at in range(len(padded) - n + 1):
-                row.append(i)
-                bucket.append(zlib.crc32(padded[at : at + n].encode()) % BUCKETS)
-    key = torch.tensor(row) * BUCKETS + torch.tensor(bucket)
+                texts_of.append(i)
+                buckets.append(zlib.crc32(padded[at : at + n].encode()) % BUCKETS)
+    key = torch.tensor(texts_of) * BUCKETS + torch.tensor(buckets)
     key, count = key.unique(return_counts=True)
     of_text, bucket = key // BUCKETS, key % BUCKETS
     rarity = (len(texts) / bucket.bincount(minlength=BUCKETS).clamp(min=1)).log()

@@ -27,6 +27,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Glyphs:
         return len(self.images)
 
 
-def load(cache_dir: str | os.PathLike | None = None) -> Glyphs:
+def load(cache_dir: str | os.PathLike[str] | None = None) -> Glyphs:
     """The glyph images, drawn on the first call (some seconds) and read from disk afterwards.
 
     cache_dir: where to keep them; None is `$XDG_CACHE_HOME/unicom_ext`, or `~/.cache/unicom_ext`.
@@ -196,7 +197,7 @@ def _is_visible(codepoint: int) -> bool:
     return unicodedata.category(chr(codepoint))[0] in "LNPS"
 
 
-def _draw_one(font, character: str) -> np.ndarray | None:
+def _draw_one(font: Any, character: str) -> np.ndarray | None:
     """One glyph, uint8 [32, 32]; None if it has no ink."""
     from PIL import Image, ImageDraw
 
@@ -253,7 +254,7 @@ def _clean(images: np.ndarray, codepoints: np.ndarray, fonts: np.ndarray) -> Gly
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def _cache_root(cache_dir: str | os.PathLike | None) -> Path:
+def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir)
     base = os.environ.get("XDG_CACHE_HOME", "")
@@ -303,7 +304,7 @@ def _read(path: Path) -> Glyphs | None:
 
 def _write(path: Path, g: Glyphs) -> None:
     """Write beside `path`, then rename: a reader finds the whole file or none."""
-    arrays = {field.name: np.asarray(getattr(g, field.name)) for field in fields(g)}
+    arrays: dict[str, Any] = {field.name: np.asarray(getattr(g, field.name)) for field in fields(g)}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

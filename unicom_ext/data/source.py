@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from unicom_ext.data.joint import check_joint, join
 
 BLOCK_BYTES = 32 << 20  # of fp32 rows, of which three blocks are in memory at a time
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -29,8 +32,13 @@ class Shard:
     first: int  # number of its first row in the whole
 
     @property
+    def files(self) -> list[FeatureFile]:
+        """Image and text, as far as they are there."""
+        return [file for file in (self.image, self.text) if file is not None]
+
+    @property
     def rows(self) -> int:
-        return (self.image or self.text).rows
+        return self.files[0].rows
 
 
 class Block(NamedTuple):
@@ -44,12 +52,11 @@ class Rows(Protocol):
 
     rows: int
     dim: int
+    shards: list[Shard]
 
     def take(self, rows: np.ndarray) -> Tensor: ...
 
-    def blocks(
-        self, start: int, stop: int, size: int, shuffle: np.random.Generator | None = None
-    ) -> Iterator[Block]: ...
+    def blocks(self, start: int, stop: int, size: int) -> Iterator[Block]: ...
 
 
 class Source:
@@ -90,18 +97,18 @@ class Source:
         self.rows = first
         if self.rows == 0:
             raise SourceError(f"{path}: has no rows")
-        one = self.shards[0]
-        dims = [f.dim for f in (one.image, one.text) if f is not None]
+        files = self.shards[0].files
+        dims = [file.dim for file in files]
         if joint == "average" and dims[0] != dims[1]:
             raise SourceError(
-                f"{one.text.path}: has {dims[1]} dimensions and {one.image.path} {dims[0]}; an "
+                f"{files[1].path}: has {dims[1]} dimensions and {files[0].path} {dims[0]}; an "
                 "average needs equal ones (concat does not)"
             )
         self.dim = sum(dims) if joint == "concat" else dims[0]
 
     def read(self, shard: Shard, start: int, stop: int) -> Tensor:
         """Joint features fp32 [stop - start, d]; see `join`."""
-        return self._join(lambda file: file.read(start, stop), shard)
+        return self._join([file.read(start, stop) for file in shard.files])
 
     def take(self, rows: np.ndarray) -> Tensor:
         """Joint features fp32 [n, d] of the given rows of the whole, increasing."""
@@ -110,7 +117,7 @@ class Source:
             begin, end = np.searchsorted(rows, (shard.first, shard.first + shard.rows))
             if begin < end:
                 own = rows[begin:end] - shard.first
-                parts.append(self._join(lambda file, own=own: file.take(own), shard))
+                parts.append(self._join([file.take(own) for file in shard.files]))
         return torch.cat(parts) if parts else torch.empty(0, self.dim)
 
     def blocks(
@@ -135,19 +142,18 @@ class Source:
                 for at in range(begin, end, size):
                     yield shard, at, min(at + size, end)
 
-        order = pieces()
+        order: Iterable[tuple[Shard, int, int]] = pieces()
         if shuffle is not None:
             order = list(order)
             shuffle.shuffle(order)
         return _one_ahead(lambda p: Block(p[0], p[1], self.read(*p)), order)
 
-    def _join(self, get: Callable[[FeatureFile], np.ndarray], shard: Shard) -> Tensor:
-        parts = [
-            torch.from_numpy(get(file)).float()
-            for file in (shard.image, shard.text)
-            if file is not None
-        ]
-        return parts[0] if len(parts) == 1 else join(*parts, self._joint, self._image_weight)
+    def _join(self, of_files: list[np.ndarray]) -> Tensor:
+        parts = [torch.from_numpy(values).float() for values in of_files]
+        if len(parts) == 1:
+            return parts[0]
+        image, text = parts
+        return join(image, text, self._joint, self._image_weight)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -193,7 +199,7 @@ def on_device(blocks: Iterable[Block], device: torch.device) -> Iterator[Block]:
     yield from _one_ahead(bring, blocks)
 
 
-def _one_ahead(read: Callable, items: Iterable) -> Iterator:
+def _one_ahead(read: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """read(item) for each item, computed in a thread one item ahead of the caller."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None

@@ -34,6 +34,8 @@ class ClassShard(Ranks):
     num_classes: C, of all ranks.  start, stop: this rank owns the classes in [start, stop).
     """
 
+    group: dist.ProcessGroup
+
     def __init__(self, group: dist.ProcessGroup, num_classes: int) -> None:
         self.group = group
         self.check_alive()
@@ -45,12 +47,13 @@ class ClassShard(Ranks):
 
     @classmethod
     def named(cls, group_name: str, num_classes: int) -> ClassShard:
-        return cls(torch._C._distributed_c10d._resolve_process_group(group_name), num_classes)
+        resolve: Any = torch._C._distributed_c10d._resolve_process_group
+        return cls(resolve(group_name), num_classes)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __deepcopy__(self, memo: dict) -> ClassShard:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClassShard:
         return self  # the copy is on the same rank of the same group
 
     def __reduce__(self) -> Any:

@@ -115,7 +115,7 @@ class RowAdamW(RowOptimizer):
                 state["exp_avg_sq"] = torch.zeros_like(param)
         adamw(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -171,7 +171,9 @@ class RowAdamW(RowOptimizer):
         tensors = (state["exp_avg"], state["exp_avg_sq"], state["row_step"], state["log_decay"])
         return tensors, (total, lr, *group["betas"], group["eps"], group["maximize"])
 
-    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+    def _finish_row_step(
+        self, group: dict[str, Any], param: Tensor, numbers: tuple[Any, ...]
+    ) -> None:
         self.state[param]["total_log_decay"].fill_(numbers[0])
 
     def _catch_up(self, param: Tensor) -> None:

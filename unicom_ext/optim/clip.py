@@ -35,7 +35,7 @@ def clip_grad_norm_(
             "gradients cannot be clipped where prototypes are updated in backward: they have been "
             "updated already. Make an optimizer without update_in_backward for this"
         )
-    values = [_values(p) for p in parameters if p.grad is not None]
+    values = [stored_values(p, p.grad) for p in parameters if p.grad is not None]
     norm = get_total_norm(values, norm_type, error_if_nonfinite)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for value in values:
@@ -43,12 +43,11 @@ def clip_grad_norm_(
     return norm
 
 
-def _values(param: Tensor) -> Tensor:
-    """What of a gradient is stored: all of a dense one, the rows of a sparse one."""
-    gradient = param.grad
+def stored_values(param: Tensor, gradient: Tensor) -> Tensor:
+    """What of its gradient is stored: all of a dense one, the rows of a sparse one."""
     if not gradient.is_sparse:
         return gradient
     if not is_merged(gradient):
         ids, rows = merge_rows(gradient._indices()[0], gradient._values())
-        param.grad = merged_gradient(ids, rows, gradient.shape)
-    return param.grad._values()
+        param.grad = gradient = merged_gradient(ids, rows, gradient.shape)
+    return gradient._values()

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from unicom_ext.loss.module import PartialMarginSoftmax
-from unicom_ext.optim.clip import _values as stored_values
+from unicom_ext.optim.clip import stored_values
 
 
 @torch.no_grad()
@@ -32,9 +32,10 @@ def global_grad_norm(parameters: Iterable[Tensor], loss: PartialMarginSoftmax) -
     common = get_total_norm(gradients)
     if isinstance(common, DTensor):
         common = common.full_tensor()
-    own = get_total_norm([] if loss.weight.grad is None else [stored_values(loss.weight)])
+    weight = loss.weight
+    own = get_total_norm([] if weight.grad is None else [stored_values(weight, weight.grad)])
     if loss.shard is not None:
-        own = torch.linalg.vector_norm(loss.shard.gather(own.reshape(1).to(loss.weight.device)))
+        own = torch.linalg.vector_norm(loss.shard.gather(own.reshape(1).to(weight.device)))
     return torch.linalg.vector_norm(torch.stack([common.to(own), own]))
 
 
@@ -59,5 +60,5 @@ def clip_grad_norm_(
         if param.grad is not None and param is not loss.weight:
             param.grad.mul_(factor.to(param.grad.device))
     if loss.weight.grad is not None:
-        stored_values(loss.weight).mul_(factor)
+        stored_values(loss.weight, loss.weight.grad).mul_(factor)
     return norm

@@ -74,7 +74,7 @@ def row_sgd_(
     gradient = -gradient if maximize else gradient
     p = param[ids].to(gradient)
     b = torch.zeros_like(p) if momentum_buffer is None else momentum_buffer[ids]
-    if last_step is not None:
+    if last_step is not None and history is not None:
         missed = missed_transitions(history).to(param.device)[step - 1 - last_step[ids].long()]
         p, b = _transformed(p, b, missed)
         last_step[ids] = step

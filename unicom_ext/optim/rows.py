@@ -105,7 +105,9 @@ class RowOptimizer(torch.optim.Optimizer):
         """What the operators take before and after the gradient: state tensors, then numbers."""
         raise NotImplementedError
 
-    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+    def _finish_row_step(
+        self, group: dict[str, Any], param: Tensor, numbers: tuple[Any, ...]
+    ) -> None:
         """Note in the state what is the same for all rows."""
         raise NotImplementedError
 
@@ -307,6 +309,7 @@ def _check_matrix(param: Tensor) -> None:
 def _gradient_rows(param: Tensor, *, merged: bool) -> tuple[Tensor, Tensor]:
     """ids [n] and rows [n, d], on demand as of `merge_rows`; of a dense gradient all rows."""
     gradient = param.grad
+    assert gradient is not None
     if not gradient.is_sparse:
         return torch.arange(len(param), device=param.device), gradient
     ids, rows = gradient._indices()[0], gradient._values()

@@ -106,7 +106,7 @@ class RowSGD(RowOptimizer):
         buffers = [s.get("momentum_buffer") for s in states]
         sgd(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             buffers,
             fused=all(self._fused(group, p) for p in params),
             lr=group["lr"],
@@ -156,7 +156,9 @@ class RowSGD(RowOptimizer):
         options = group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"]
         return tensors, (before, after, step, lr, *options)
 
-    def _finish_row_step(self, group: dict[str, Any], param: Tensor, numbers: tuple) -> None:
+    def _finish_row_step(
+        self, group: dict[str, Any], param: Tensor, numbers: tuple[Any, ...]
+    ) -> None:
         state, (_, after, step, lr, *_) = self.state[param], numbers
         if "last_step" not in state:
             state["total_log_decay"].fill_(after)

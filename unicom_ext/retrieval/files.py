@@ -37,7 +37,7 @@ def evaluate_files(
     """
     source = Source(features, joint=joint, image_weight=image_weight)
     found = _labelled_rows("labels", labels, source)
-    others = (None, None)
+    others: tuple[Tensor | None, Tensor | None] = (None, None)
     if gallery is not None and gallery_labels is not None:
         source = Source(gallery, joint=joint, image_weight=image_weight)
         others = _labelled_rows("gallery_labels", gallery_labels, source)

@@ -75,7 +75,7 @@ def evaluate(
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: give both or neither")
     exclude_self = gallery is None
-    if exclude_self:
+    if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, query_labels
     check_gallery(queries, gallery)
     _check_labels("gallery_labels", gallery_labels, "gallery", gallery)
@@ -123,8 +123,8 @@ def evaluate(
             sums = torch.tensor([*hits.tolist(), precision], dtype=torch.float64)
             sums = sums.to(queries.device)
             dist.all_reduce(sums, group=process_group)
-            *hits, precision = sums.tolist()
-            hits = torch.tensor(hits, dtype=torch.int64)
+            *found_by_all, precision = sums.tolist()
+            hits = torch.tensor(found_by_all, dtype=torch.int64)
         recall = {k: hit / n for k, hit in zip(ks, hits.tolist(), strict=True)}
         results.append(Result(dim, recall, precision / n, n, len(queries) - n))
     return results

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import index as as_int
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ def topk(
     """
     check_rows("queries", queries)
     exclude_self = gallery is None
-    if exclude_self:
-        gallery = queries
+    gallery = queries if gallery is None else gallery
     check_gallery(queries, gallery)
     check_block_bytes(block_bytes)
     available = max(len(gallery) - exclude_self, 0)
@@ -203,9 +202,10 @@ def unit_rows(name: str, x: Tensor, ids: Tensor | int) -> Tensor:
 
 
 @contextmanager
-def _full_precision(device: torch.device):
+def _full_precision(device: torch.device) -> Iterator[None]:
     """fp32 products, even under autocast or where the caller allows TF32 or bf16 inside them."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    cpu: Any = torch.backends.mkldnn
+    backends = (torch.backends.cuda.matmul, cpu.matmul)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -39,7 +39,9 @@ def distort(
     cos, sin = angle.cos(), angle.sin()
     row_x = torch.stack([cos * stretch_x, slant - sin * stretch_y, move_x], dim=1)
     row_y = torch.stack([sin * stretch_x, cos * stretch_y, move_y], dim=1)
-    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), images.shape, align_corners=False)
+    grid = F.affine_grid(
+        torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False
+    )
     images = F.grid_sample(images, grid, align_corners=False)
 
     weight = draw(0.5)[:, None, None, None]

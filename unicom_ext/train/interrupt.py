@@ -28,7 +28,7 @@ class StopRequest:
             self._before = {s: signal.signal(s, self._request) for s in self.SIGNALS}
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -180,8 +180,8 @@ def _run(
 def _facts(train_set: Glyphs, test_set: Glyphs) -> dict[str, Any]:
     digest = hashlib.sha256()
     for part in (train_set, test_set):
-        digest.update(np.ascontiguousarray(part.images))
-        digest.update(np.ascontiguousarray(part.labels))
+        digest.update(np.ascontiguousarray(part.images).data)
+        digest.update(np.ascontiguousarray(part.labels).data)
     return {
         "train_images": len(train_set),
         "train_classes": train_set.num_classes,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import checkpoint
@@ -70,8 +70,8 @@ class Trainer:
                 seed=config.seed,
                 process_group=group,
             )
-        self.encoder.to(memory_format=torch.channels_last)
-        self.model = self.encoder
+        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model: nn.Module = self.encoder
         if group is not None:
             # Without a search for unused parameters DDP puts gradients into other buckets after
             # its first step: a resumed run would sum them in another order, and differ in bits.

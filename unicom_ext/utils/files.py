@@ -12,7 +12,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is not there, not whole, or does not fit."""
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk, then rename it to `path`.
 
     A reader finds the old file or the new one, whole, whenever this is interrupted.

@@ -106,13 +106,13 @@ def setting_types(settings: type[Settings]) -> dict[str, Any]:
     return get_type_hints(settings)
 
 
-def parse_list(setting_type: Any, text: str) -> tuple:
+def parse_list(setting_type: Any, text: str) -> tuple[Any, ...]:
     """A comma-separated list for a setting of type `tuple[item, ...]`; "" is the empty list."""
     item = get_args(setting_type)[0]
     return tuple(item(part) for part in text.split(",")) if text else ()
 
 
-def _converted(setting: dataclasses.Field, wanted: Any, value: Any) -> Any:
+def _converted(setting: dataclasses.Field[Any], wanted: Any, value: Any) -> Any:
     """`value` in the type of the setting; TOML and the callers may write 1 for 1.0, a list for a
     tuple. Nothing else is converted: "3" is not a number, and True is not 1."""
     if get_origin(wanted) is tuple:
@@ -126,6 +126,6 @@ def _converted(setting: dataclasses.Field, wanted: Any, value: Any) -> Any:
     raise _refusal(setting, value)
 
 
-def _refusal(setting: dataclasses.Field, value: Any) -> ConfigError:
+def _refusal(setting: dataclasses.Field[Any], value: Any) -> ConfigError:
     value = list(value) if isinstance(value, tuple) else value
     return ConfigError(f"{setting.name}: got {value!r}, must be {setting.metadata['allowed']}")
