@@ -177,7 +177,7 @@ def test_twenty_replays_of_a_graph_draw_twenty_selections(precision):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_kernels_may_be_used_first_in_a_graph(precision):
-    """CUDA loads a kernel when it is launched first: in a fresh process, while a graph is captured."""
+    """CUDA loads a kernel at its first launch: in a fresh process, while a graph is captured."""
     script = f"""
 import torch
 from unicom_ext import PartialMarginSoftmax
