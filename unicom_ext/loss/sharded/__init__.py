@@ -7,6 +7,7 @@ embedding gradients that leaves each rank its own rows; `volume` counts the byte
 Every rank makes the same calls in the same order, so a rank that fails must not leave the others
 waiting: see `unicom_ext.distributed.failures`.
 
-Modules, each on those before it: `volume`, `batch` (the batch of all ranks), `operators` (a step
-as two operators), `step` (what the module and the function call).
+Modules, each on those before it: `volume`, `batch` (the batch of all ranks), `call` (what the
+operators take and return), `operators` (a step as two operators), `step` (what the module and the
+function call).
 """

@@ -16,7 +16,7 @@ class Sizes(NamedTuple):
 
     batch: int  # samples of the largest batch of a rank
     ignore_index: int
-    num_classes: int  # this and the next: the fields of `Sampling`
+    num_classes: int  # from here on the fields of `Sampling`
     num_sampled: int
     dim: int
     num_features: int
