@@ -13,6 +13,7 @@ from support.problems import random_problem
 from unicom_ext import ArcFace, CombinedMargin, CosFace, PartialMarginSoftmax, reference
 from unicom_ext.compat import PartialFC_V2
 from unicom_ext.functional import LossKwargs, LossOptions, partial_margin_softmax
+from unicom_ext.loss.options import OptionAttributes
 
 C, D = 50, 6
 NAMES = [field.name for field in fields(LossOptions)]
@@ -50,6 +51,10 @@ def test_keywords_are_the_options_that_have_defaults():
     keywords, options = get_type_hints(LossKwargs), get_type_hints(LossOptions)
     assert list(options) == NAMES == ["margin", "scale", *keywords]
     assert {name: options[name] for name in keywords} == keywords
+    attributes = {name: value for name, value in vars(OptionAttributes).items() if name in NAMES}
+    assert {name: value.__orig_class__.__args__ for name, value in attributes.items()} == {
+        name: (option,) for name, option in options.items()
+    }
     assert list(OTHER) == NAMES
 
 

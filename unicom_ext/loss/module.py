@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from unicom_ext.loss import checks
 from unicom_ext.loss.functional import call_loss
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
-from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
+from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
 from unicom_ext.loss.prototypes import fill_prototypes, fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
@@ -25,7 +25,7 @@ from unicom_ext.ops import memory
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
 
-class PartialMarginSoftmax(NeverWrapped):
+class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
     """Margin softmax cross entropy in which each step uses some classes and some dimensions.
 
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
@@ -330,21 +330,3 @@ class PartialMarginSoftmax(NeverWrapped):
             f"feature_rate={self.feature_rate:g}, seed={self.seed}"
             + ("" if self.shard is None else f", classes {self.shard.start} to {self.shard.stop}")
         )
-
-
-class _Option:
-    """An attribute of the module that is one of its options; setting it makes new options."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __get__(self, module: PartialMarginSoftmax | None, owner: type) -> Any:
-        return self if module is None else getattr(module.options, self.name)
-
-    def __set__(self, module: PartialMarginSoftmax, value: object) -> None:
-        changes: dict[str, Any] = {self.name: value}
-        module.options = replace(module.options, **changes)
-
-
-for _field in fields(LossOptions):
-    setattr(PartialMarginSoftmax, _field.name, _Option(_field.name))

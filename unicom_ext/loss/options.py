@@ -1,6 +1,7 @@
 """The options of the loss: declared, described and checked here, and handed down whole.
 
-A new option is a field of `LossOptions` and of `LossKwargs`; `packed` hands it to the operators.
+A new option is a field of `LossOptions`, and to type checkers one of `LossKwargs` and
+`OptionAttributes`; `packed` hands it to the operators.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -194,6 +195,46 @@ class LossOptions:
         if device_type == "cuda":
             return "fp16"
         return "bf16" if _FAST_BF16 else "fp32"
+
+
+_T = TypeVar("_T")
+
+
+class _Option(Generic[_T]):
+    """An attribute that is one of the `options` of its object; setting it makes new options."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: OptionAttributes, owner: type) -> _T:
+        if instance is None:
+            raise AttributeError(self.name)
+        value: _T = getattr(instance.options, self.name)
+        return value
+
+    def __set__(self, instance: OptionAttributes, value: _T) -> None:
+        changes: dict[str, Any] = {self.name: value}
+        instance.options = replace(instance.options, **changes)
+
+
+class OptionAttributes:
+    """Each option as an attribute of an object that has `options`: checked when it is set."""
+
+    options: LossOptions
+
+    margin = _Option[CombinedMargin]()
+    scale = _Option[float]()
+    interclass_filter = _Option[float | None]()
+    margin_grad = _Option[MarginGrad]()
+    beyond_pi = _Option[BeyondPi]()
+    precision = _Option[Precision]()
+    reduction = _Option[Reduction]()
+    ignore_index = _Option[int]()
+    grad_average = _Option[bool]()
+    uneven_batches = _Option[bool | None]()
+    sparse_grad = _Option[bool]()
+    check_inputs = _Option[bool]()
+    workspace_bytes = _Option[int]()
 
 
 _ALLOWED = {
