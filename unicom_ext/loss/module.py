@@ -192,6 +192,9 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 group every rank raises: the others a RuntimeError that names the rank.
         """
         options, failure = self.options, None
+        if options.sparse_grad and not self.weight.is_leaf:
+            # A function of the parameters, such as weight_norm's: not all take a sparse gradient.
+            options = replace(options, sparse_grad=False)
         if margin is not None:
             try:
                 options = replace(options, margin=margin)
