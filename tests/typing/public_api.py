@@ -62,6 +62,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         device="cpu",
     )
     assert_type(loss_fn.num_sampled, int)
+    assert_type(loss_fn.options.scale, float)
     assert_type(loss_fn.weight, nn.Parameter)
     assert_type(loss_fn.last_metrics, Metrics | None)
     assert_type(loss_fn.last_selection, Selection | None)
@@ -72,6 +73,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         assert_type(loss_fn.shard.start, int)
     PartialMarginSoftmax(512, 10_000, sampel_rate=0.1)  # type: ignore[call-arg]
     PartialMarginSoftmax(512, 10_000, margin=0.3)  # type: ignore[arg-type]
+    PartialMarginSoftmax(512, 10_000, precision="fp8")  # type: ignore[arg-type]
     assert_type(
         PartialMarginSoftmax.from_centroids("centroids.npy", scale=32.0), PartialMarginSoftmax
     )
@@ -95,8 +97,12 @@ def the_function(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Metr
 
 
 def optimizers(encoder: nn.Module, loss_fn: PartialMarginSoftmax) -> None:
+    groups: list[dict[str, Any]] = [
+        {"params": encoder.parameters()},
+        {"params": loss_fn.parameters(), "lr": 0.01},
+    ]
     rows = RowAdamW(
-        [{"params": encoder.parameters()}, {"params": loss_fn.parameters(), "lr": 0.01}],
+        groups,
         betas=(0.9, 0.99),
         moment_dtype=torch.bfloat16,
     )

@@ -36,7 +36,7 @@ class NeverWrapped(nn.Module):
         # learn of loading, and its DTensors are in their places already.
         if any(hasattr(param, "placements") for param in self._parameters.values()):
             raise TypeError(_WRAPPED)
-        return super().register_load_state_dict_post_hook(hook)
+        return super().register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _refuse(wrapper: nn.Module, name: str, module: nn.Module) -> None:
@@ -46,7 +46,7 @@ def _refuse(wrapper: nn.Module, name: str, module: nn.Module) -> None:
     """
     if name == "module" and isinstance(wrapper, DistributedDataParallel):
         ignored = wrapper.parameters_to_ignore
-        left_out = {param for name, param in module.named_parameters() if name in ignored}
+        left_out: Any = {param for name, param in module.named_parameters() if name in ignored}
     elif name == "_fsdp_wrapped_module" and _is_fsdp1(wrapper):
         left_out = wrapper._ignored_params
     else:

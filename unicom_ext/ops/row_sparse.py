@@ -24,7 +24,7 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
         ids = torch.arange(shape[0], device=rows.device)
     traced = type(ids) is not Tensor
     padded = count is not None
-    if padded and count.device.type == "cpu" and not traced:
+    if count is not None and count.device.type == "cpu" and not traced:
         ids, rows, padded = ids[:count], rows[:count], False
     if not traced:
         _note_merged(ids, count if padded else None)
@@ -41,7 +41,8 @@ def _note_merged(ids: Tensor, count: Tensor | None) -> None:
     memory of its ids. So that is where it is noted. What is accumulated or copied has memory of
     its own, and nothing is known of it.
     """
-    ids.untyped_storage()._unicom_merged = len(ids), count
+    storage: Any = ids.untyped_storage()
+    storage._unicom_merged = len(ids), count
 
 
 def merged_gradient(ids: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
@@ -90,7 +91,8 @@ class Updater(Protocol):
 
 def attach(param: Tensor, updater: Updater | None) -> None:
     """Let backward call `updater` for this parameter instead of returning its gradient."""
-    param._unicom_updater = updater
+    owner: Any = param
+    owner._unicom_updater = updater
 
 
 def updater_of(param: Tensor) -> Updater | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids, updater_of
 from unicom_ext.optim import plain
 from unicom_ext.optim.in_backward import UpdateInBackward
+
+if TYPE_CHECKING:
+    from unicom_ext.loss.module import PartialMarginSoftmax
 
 _DENSE_ONLY = {
     "amsgrad": "it needs the largest second moment of every step, also of those a row missed",
@@ -69,15 +72,6 @@ def _has_kernel(operator: str, device: torch.device) -> bool:
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"unicom_ext::{operator}", key
     )
-
-
-class _Loss(Protocol):
-    """What `update_in_backward` asks of a `PartialMarginSoftmax`."""
-
-    weight: Tensor
-    sparse_grad: bool
-    reduction: str
-    shard: object | None
 
 
 class RowOptimizer(torch.optim.Optimizer):
@@ -164,7 +158,7 @@ class RowOptimizer(torch.optim.Optimizer):
         increment_version(param)
         self._finish_row_step(group, param, numbers)
 
-    def update_in_backward(self, loss_fn: _Loss) -> None:
+    def update_in_backward(self, loss_fn: PartialMarginSoftmax) -> None:
         """From now on update the prototypes of this loss inside `loss.backward()`.
 
         Their gradient is then never stored, which saves memory and a pass over it. `step` goes on
@@ -184,13 +178,12 @@ class RowOptimizer(torch.optim.Optimizer):
         Raises ValueError: the loss cannot be updated so.
         """
         param = loss_fn.weight
-        if self._group_of(param) is None:
-            raise ValueError("the weight of the loss must be among the optimizer's parameters")
-        if not loss_fn.sparse_grad:
+        self._group_of("the weight of the loss", param)
+        if not loss_fn.options.sparse_grad:
             raise ValueError("update_in_backward needs a loss with sparse_grad=True")
-        if loss_fn.reduction == "none":
+        if loss_fn.options.reduction == "none":
             raise ValueError('update_in_backward needs reduction "mean" or "sum", got "none"')
-        if getattr(loss_fn, "shard", None) is not None:
+        if loss_fn.shard is not None:
             raise ValueError("update_in_backward needs a loss without process_group")
         if not _has_kernel(self._backward_operator, param.device):
             raise ValueError(f"update_in_backward is not there on {param.device.type} yet")
@@ -199,7 +192,7 @@ class RowOptimizer(torch.optim.Optimizer):
     def _update_in_backward(
         self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]
     ) -> Tensor:
-        group = self._group_of(param)
+        group = self._group_of("the weight of the loss", param)
         self._check_group(group)
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
@@ -209,11 +202,11 @@ class RowOptimizer(torch.optim.Optimizer):
         self._finish_row_step(group, param, numbers)
         return grad_embeddings
 
-    def _group_of(self, param: Tensor) -> dict[str, Any] | None:
+    def _group_of(self, name: str, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:
             if any(p is param for p in group["params"]):
                 return group
-        return None
+        raise ValueError(f"{name} must be among the optimizer's parameters")
 
     @torch.no_grad()
     def catch_up(self) -> None:
@@ -234,10 +227,8 @@ class RowOptimizer(torch.optim.Optimizer):
         For code that needs the state tensors before the first step, such as
         `torch.distributed.checkpoint`.
         """
-        found = [(self._group_of(param), param) for param in params]
-        for group, param in found:
-            if group is None:
-                raise ValueError("params must be among the optimizer's parameters")
+        found = [(self._group_of("params", param), param) for param in params]
+        for _, param in found:
             _check_matrix(param)
         for group, param in found:
             self._init_row_state(group, param)

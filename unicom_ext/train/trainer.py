@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from unicom_ext import checkpoint
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
+from unicom_ext.loss.options import Precision
 from unicom_ext.optim import RowAdamW
 from unicom_ext.train.augment import distort
 from unicom_ext.train.config import Config
@@ -65,7 +66,7 @@ class Trainer:
                 scale=config.scale,
                 sample_rate=config.sample_rate,
                 feature_rate=config.feature_rate,
-                precision=config.precision,
+                precision=cast(Precision, config.precision),
                 sparse_grad=config.prototype_update == "rows",
                 seed=config.seed,
                 process_group=group,
