@@ -277,18 +277,19 @@ __global__ void __launch_bounds__(kThreads, 1)
             best[i] = larger(best[i], tile.at(i, j));
           }
         }
-        unsigned above = 0;  // bit i: row i has found something
-#pragma unroll
-        for (int i = 0; i < T::kThreadRows; ++i)
-          above |= (best[i] > unordered(search.floor[tile.row(i)]) ? 1u : 0u) << i;
-        // Between barriers floors are either read or raised.
-        if (!__syncthreads_or(above != 0)) return;
+        bool found = false;
 #pragma unroll
         for (int i = 0; i < T::kThreadRows; ++i) {
           const int r = tile.row(i);
-          if ((above >> i & 1u) != 0)
-            atomicMax(&search.floor[r], ordered(best[i] - search.window[r]));
+          const bool above = best[i] > unordered(search.floor[r]);
+          best[i] = above ? best[i] - search.window[r] : -kInfinity;
+          found |= above;
         }
+        // Between two barriers floors are either read or raised.
+        if (!__syncthreads_or(found)) return;
+#pragma unroll
+        for (int i = 0; i < T::kThreadRows; ++i)
+          if (best[i] > -kInfinity) atomicMax(&search.floor[tile.row(i)], ordered(best[i]));
         __syncthreads();
         if (!__syncthreads_or(take(begin, false))) return;
         // Some list is full. The floor has risen since its first candidates came.
