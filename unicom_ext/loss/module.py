@@ -76,7 +76,8 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
 
     The loss must not be wrapped in `DistributedDataParallel` or FSDP: its gradients are exact
     without, and ranks own different prototypes. Wrap the encoder alone; where the loss is a part of
-    a model, ``fully_shard(model, ignored_params=set(model.loss.parameters()))`` leaves it out.
+    a model, ``fully_shard(model, ignored_params=set(model.loss.parameters()))`` leaves it out, and
+    so does ``_ddp_params_and_buffers_to_ignore`` of a model for `DistributedDataParallel`.
     """
 
     step: Tensor
