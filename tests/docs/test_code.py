@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
+import traceback
 
 import pytest
+import torch
 from support.pages import PAGES, python_blocks, run_python
 from support.ranks import free_port
 
@@ -27,25 +28,29 @@ def test_in_one_process(page, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", ON_RANKS)
 def test_on_two_ranks(page, tmp_path):
-    port = str(free_port())
-    script = f"from support.pages import run_python; print('blocks run:', run_python({page!r}))"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            cwd=tmp_path,
-            env={
-                **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
-                "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=120)
-        assert rank.returncode == 0, output
-        assert f"blocks run: {len(python_blocks(page))}" in output
+    context = multiprocessing.get_context("forkserver")  # which imports torch once, for all
+    context.set_forkserver_preload(["support.pages", "torch.distributed.checkpoint"])
+    port, ranks = str(free_port()), []
+    for rank in range(2):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=run_as_rank, args=(page, rank, port, tmp_path, theirs))
+        process.start()
+        theirs.close()
+        ranks.append((process, ours))
+    for process, pipe in ranks:
+        assert pipe.poll(300), f"{page} hangs"
+        assert pipe.recv() == len(python_blocks(page))
+        process.join()
     assert (tmp_path / "runs" / "a" / "step-1000" / ".metadata").exists()
+
+
+def run_as_rank(page, rank, port, folder, pipe):
+    """As under torchrun, in a process of its own."""
+    os.chdir(folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    try:
+        pipe.send(run_python(page))
+    except Exception:
+        pipe.send(traceback.format_exc())
