@@ -62,7 +62,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         device="cpu",
     )
     assert_type(loss_fn.num_sampled, int)
-    assert_type(loss_fn.options.scale, float)
+    assert_type(loss_fn.scale, float)
     assert_type(loss_fn.weight, nn.Parameter)
     assert_type(loss_fn.last_metrics, Metrics | None)
     assert_type(loss_fn.last_selection, Selection | None)
