@@ -122,6 +122,7 @@ def check_tensors(
             raise TypeError(f"{name} must be an int64 tensor, got {kind(index)}")
         if index.dim() != 1:
             raise ValueError(f"{name} must be a vector, got the shape {list(index.shape)}")
+    device = embeddings.device
     for name, other in (
         ("labels", labels),
         ("prototypes", prototypes),
@@ -130,10 +131,8 @@ def check_tensors(
         ("class_index", class_index),
         ("feature_index", feature_index),
     ):
-        if isinstance(other, Tensor) and other.device != embeddings.device:
-            raise ValueError(
-                f"{name} must be on {embeddings.device} like the embeddings, got {other.device}"
-            )
+        if isinstance(other, Tensor) and other.device != device:
+            raise ValueError(f"{name} must be on {device} like the embeddings, got {other.device}")
 
 
 def check_finite(embeddings: Tensor) -> None:
