@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
@@ -34,12 +35,8 @@ class Parts:
             for path, param in module.named_parameters():
                 self.names[param] = joined("modules", name, path)
         groups = [loss.shard.group for loss in self.losses.values() if loss.shard is not None]
-        if process_group is None and groups:
-            process_group = groups[0]
-        elif process_group is None and dist.is_available() and dist.is_initialized():
-            process_group = dist.group.WORLD
-        self.group = process_group
-        self.is_first = process_group is None or dist.get_rank(process_group) == 0
+        self.group = process_group or next(iter(groups), None) or default_group()
+        self.is_first = Ranks(self.group).is_first
 
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors, and the plain values that belong to them."""

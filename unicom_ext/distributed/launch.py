@@ -112,9 +112,9 @@ class _Roll:
             return
 
         def hear(number: int, frame: object) -> None:
+            signal.signal(number, signal.SIG_IGN)  # another one must not come in between
             self._look()  # on this machine a process that the agent misses is gone already
             if self._found.wait(4 * _INTERVAL):
-                signal.signal(number, signal.SIG_IGN)
                 raise RankFailed(self._culprit)
             signal.signal(number, before)
             signal.raise_signal(number)

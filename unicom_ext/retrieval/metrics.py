@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.retrieval.search import (
     DEFAULT_BLOCK_BYTES,
     TieRank,
@@ -90,8 +91,8 @@ def evaluate(
     # Largest R first: no query of a block needs a longer list than the one that starts it.
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
     n = len(counted)
-    if process_group is not None:  # every so many, so that ranks have as much to do
-        counted = counted[dist.get_rank(process_group) :: dist.get_world_size(process_group)]
+    ranks = Ranks(process_group)
+    counted = counted[ranks.rank :: ranks.world_size]  # so that ranks have as much to do
     longest = relevant[counted].tolist()
 
     def is_wrong(query: Tensor, item: Tensor) -> Tensor:
@@ -119,12 +120,9 @@ def evaluate(
             r = relevant[ids, None]
             counts = right & (rank <= r)
             precision += (found.float() / (rank * r) * counts).sum(dtype=torch.float64).item()
-        if process_group is not None:
-            sums = torch.tensor([*hits.tolist(), precision], dtype=torch.float64)
-            sums = sums.to(queries.device)
-            dist.all_reduce(sums, group=process_group)
-            *found_by_all, precision = sums.tolist()
-            hits = torch.tensor(found_by_all, dtype=torch.int64)
+        sums = torch.tensor([*hits.tolist(), precision], dtype=torch.float64)
+        *found_by_all, precision = ranks.sum(sums.to(queries.device)).tolist()
+        hits = torch.tensor(found_by_all, dtype=torch.int64)
         recall = {k: hit / n for k, hit in zip(ks, hits.tolist(), strict=True)}
         results.append(Result(dim, recall, precision / n, n, len(queries) - n))
     return results

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import checkpoint
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.loss.options import Precision
@@ -41,8 +42,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.group = group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.world_size = 1 if group is None else dist.get_world_size(group)
+        self.ranks = Ranks(group)
+        self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
         self.images = torch.from_numpy(train_set.images)
         self.labels = torch.from_numpy(train_set.labels)
         self.batch_size = min(config.batch_size, len(train_set))
@@ -117,11 +118,7 @@ class Trainer:
         embeddings = torch.zeros(part, self.config.embedding_size)
         if blocks:
             embeddings[: len(own)] = torch.cat(blocks)
-        if self.group is None:
-            return embeddings
-        parts = [torch.empty_like(embeddings) for _ in range(self.world_size)]
-        dist.all_gather(parts, embeddings, group=self.group)
-        return torch.cat(parts)[: len(images)]
+        return self.ranks.gather(embeddings)[: len(images)]
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
         self._share_buffers()
@@ -136,11 +133,7 @@ class Trainer:
         return extra
 
     def any_rank(self, condition: bool) -> bool:
-        if self.group is None:
-            return condition
-        flag = torch.tensor(int(condition))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+        return bool(self.ranks.max(torch.tensor(int(condition))))
 
     def _parts(self) -> dict[str, Any]:
         return {
@@ -151,9 +144,8 @@ class Trainer:
 
     def _share_buffers(self) -> None:
         """The running statistics of the first rank count: DDP hands them on before each step."""
-        if self.group is not None:
-            for buffer in self.encoder.buffers():
-                dist.broadcast(buffer, group=self.group, group_src=0)
+        for buffer in self.encoder.buffers():
+            self.ranks.broadcast(buffer)
 
     def _batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """Images float [b, 1, 32, 32] and labels int64 [b]: a rank's part of the step's batch.
