@@ -57,7 +57,7 @@ def joined(
     if bound is not None:
         torch.cuda.set_device(bound)
     dist.init_process_group(backends(device), timeout=timeout, device_id=bound)
-    roll = _Roll(dist.get_rank(), dist.get_world_size())
+    roll, failed = _Roll(dist.get_rank(), dist.get_world_size()), False
     try:
         with roll.explains_sigterm(stops):
             yield dist.group.WORLD
@@ -66,6 +66,7 @@ def joined(
         roll.leave()
         raise
     except Exception as error:
+        failed = True
         culprit = roll.explain(error)
         roll.wait_for_readers()
         if culprit is None:
@@ -73,7 +74,8 @@ def joined(
         raise RankFailed(culprit) from error
     finally:
         roll.close()
-        dist.destroy_process_group()
+        if bound is None or not failed:  # NCCL could wait for the rank that is gone
+            dist.destroy_process_group()
 
 
 def backends(device: torch.device | None) -> str:
