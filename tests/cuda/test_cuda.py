@@ -17,13 +17,13 @@ from support.problems import random_problem, relative_error, solve, truth
 from unicom_ext import ArcFace, PartialMarginSoftmax
 from unicom_ext.cluster import Centroids, ClusterConfig, add_unit_rows, cluster, pictures
 from unicom_ext.functional import partial_margin_softmax
-from unicom_ext.ops import library as devices
+from unicom_ext.ops import library
 from unicom_ext.optim import RowAdamW, RowSGD
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.skipif(not devices.HAS_CUDA, reason="unicom_ext is built without CUDA"),
+    pytest.mark.skipif(not library.HAS_CUDA, reason="unicom_ext is built without CUDA"),
 ]
 
 

@@ -18,7 +18,7 @@ from support.clusters import all_labels, config, cosines, gaussian, make_dump, r
 from torch import Tensor
 
 from unicom_ext.cluster import Centroids, add_unit_rows, engines, nearest, pictures, two_level
-from unicom_ext.ops import library as devices
+from unicom_ext.ops import library
 from unicom_ext.utils.settings import ConfigError
 
 CANDIDATES = 64  # room for a row's, csrc/cuda/kernels/nearest.h
@@ -352,7 +352,7 @@ def test_two_level_search(backend):
 @pytest.fixture
 def gpus(monkeypatch):
     """A machine with two GPUs, as far as anybody asks."""
-    monkeypatch.setattr(devices, "HAS_CUDA", True)
+    monkeypatch.setattr(library, "HAS_CUDA", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -370,7 +370,7 @@ def test_each_process_of_a_machine_has_its_gpu(gpus, monkeypatch, device):
 @pytest.mark.parametrize(
     ("spoil", "settings", "words"),
     [
-        (lambda patch: patch.setattr(devices, "HAS_CUDA", False), {}, "built without CUDA"),
+        (lambda patch: patch.setattr(library, "HAS_CUDA", False), {}, "built without CUDA"),
         (lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False), {}, "no GPU"),
         (
             lambda patch: patch.setattr(torch.cuda, "get_device_capability", lambda d: (7, 5)),
