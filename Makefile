@@ -12,14 +12,19 @@ BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
 NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format bench build doctor gpu-check clean
+.PHONY: demo test test-quick lint format bench build doctor gpu-check clean
 
 demo: build
 	$(BIN)/unicom-ext train --config unicom_ext/train/demo.toml --output $(DEMO)
 	@echo "Open $(DEMO)/report.html"
 
+# More for pytest may stand in PYTEST: make test PYTEST="--durations=20 tests/loss"
 test: build
-	$(RUN) -m pytest -n 2 --dist worksteal
+	$(RUN) -m pytest -n 2 --dist worksteal $(PYTEST)
+
+# An answer in a minute and a half: without what needs a compiler, other programs or many seconds.
+test-quick: build
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not emulated" $(PYTEST)
 
 lint: build
 	$(BIN)/ruff check .

@@ -24,29 +24,22 @@ else:
     hypothesis.settings.load_profile("tests")
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: runs on a GPU")
-    config.addinivalue_line("markers", "emulated: runs on the CUDA backend over its emulation")
-
-
 def pytest_generate_tests(metafunc):
-    if "capability" in metafunc.fixturenames:
+    """`capability` is each set of kernels that can run here: those of each instruction set of this
+    CPU, those of the CUDA backend over its emulation and on a GPU. `any_backend` is the best of the
+    CPU's and those of CUDA: for what does not depend on the instruction set."""
+    for name in {"capability", "any_backend"} & set(metafunc.fixturenames):
         from support import backends
 
-        from unicom_ext import _core
-
-        names = _core.cpu_capabilities()
-        if "avx512" not in names:  # the same kernels in instructions that every CPU has
-            names = [*names, "emulated_avx512"]
+        names = backends.capabilities() if name == "capability" else [backends.BEST]
         if not getattr(metafunc.module, "CPU_ONLY", False):
             names = [*names, *backends.PARAMS]
-        metafunc.parametrize("capability", names, indirect=True)
+        metafunc.parametrize(name, names, indirect=True)
 
 
 @pytest.fixture
 def capability(request, monkeypatch):
-    """Each set of kernels that can run here, in use for the length of the test: those of each
-    instruction set of this CPU, those of the CUDA backend over its emulation and on a GPU."""
+    """Name of the set of kernels that is in use for the length of the test."""
     from support import backends
 
     import unicom_ext
@@ -57,6 +50,40 @@ def capability(request, monkeypatch):
     else:
         with unicom_ext.cpu_capability(request.param):
             yield request.param
+
+
+any_backend = capability
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The CUDA backend over its emulation, in use for the length of the test."""
+    from support import backends
+
+    backends.use(monkeypatch, "emulated_cuda")
+
+
+def pytest_collection_modifyitems(items, config):
+    """Leaves out what runs the same machine code again, thins products that are marked `pairs`, and
+    begins with what is marked `first`."""
+    from support import backends, pairs
+
+    for item in items:
+        if "emulated" in getattr(item, "fixturenames", ()):
+            item.add_marker("emulated")
+    left_out = {item for item in items if backends.runs_again(item)}
+    products = {}
+    for item in items:
+        if item.get_closest_marker("pairs") and item not in left_out:
+            products.setdefault(item.function, []).append(item)
+    for product in products.values():
+        params = [item.callspec.params for item in product]
+        best = {i for i, p in enumerate(params) if p.get("capability") == backends.BEST}
+        kept = pairs.covering(params, best)
+        left_out |= {item for i, item in enumerate(product) if i not in kept}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.get_closest_marker("first") is None)
 
 
 @pytest.fixture(scope="session")

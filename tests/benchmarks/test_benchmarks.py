@@ -176,6 +176,7 @@ def test_a_run_writes_json_and_markdown(tmp_path, set_threads):
             assert line.count("|") in (6, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_peak_memory_counts_the_gradient_and_the_logits():
     shape = Shape(20_000, 256, 64, sample_rate=0.5, feature_rate=1.0)
@@ -264,6 +265,7 @@ def test_contestants_of_the_full_softmax_do_the_same_work():
     torch.testing.assert_close(peer(x, labels), parts._loss(weight)(x, labels), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, set_threads):
     set_threads(1)
     shapes = {b: Shape(300, b, 24, sample_rate=0.2, feature_rate=0.5) for b in (4, 8)}

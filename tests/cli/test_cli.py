@@ -187,6 +187,7 @@ def test_bench_without_a_checkout_says_where_to_get_it(tmp_path, monkeypatch):
 # ---- report --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_report_of_a_finished_training(tmp_path, tiny_glyphs):
     trained = invoke("train", "--output", tmp_path, *TINY)
     page = (tmp_path / "report.html").read_text()
@@ -307,6 +308,7 @@ def test_help_lists_the_choices():
 # ---- doctor --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_doctor_when_all_is_well():
     import torch
 
@@ -352,6 +354,7 @@ def run_copy(directory, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_doctor_without_the_compiled_modules(copy_of_the_package):
     result = run_copy(copy_of_the_package, "doctor")
     assert result.returncode == 1, result.stderr
@@ -362,6 +365,7 @@ def test_doctor_without_the_compiled_modules(copy_of_the_package):
     assert "threads" in result.stdout
 
 
+@pytest.mark.slow
 def test_doctor_with_modules_that_do_not_load(copy_of_the_package):
     for built in Path(unicom_ext.__file__).parent.glob("*.so"):
         (copy_of_the_package / "unicom_ext" / built.name).write_bytes(b"not a library")
@@ -372,6 +376,7 @@ def test_doctor_with_modules_that_do_not_load(copy_of_the_package):
     assert "To mend it: pip install --no-build-isolation" in result.stdout
 
 
+@pytest.mark.slow
 def test_train_without_the_compiled_modules_points_to_the_doctor(copy_of_the_package):
     result = run_copy(copy_of_the_package, "train", "--output", "run")
     assert result.returncode == 1

@@ -559,6 +559,7 @@ def test_quality_by_counting_pairs(rows):
 # ---- files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_written(tmp_path, dump):
     path, data = dump
     rng = np.random.default_rng(0)

@@ -164,6 +164,7 @@ def load(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     return labels, np.load(output / "centroids.npy"), result
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_agree(tmp_path):
     make_dump(tmp_path / "dump")
     text = python(RANKS, tmp_path)
@@ -183,6 +184,7 @@ def test_one_two_and_four_processes_agree(tmp_path):
     assert "RankFailed: process 1 of 2 failed: OSError: [Errno 5]" in text
 
 
+@pytest.mark.slow
 def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
     """Only the first process writes; the other must not end in a traceback."""
     make_dump(tmp_path / "dump")
@@ -206,6 +208,7 @@ def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
         assert "Traceback" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "settings"),
     [
@@ -226,6 +229,7 @@ def test_killed_five_times(tmp_path, seed, settings):
         assert {name: a[name] for name in steady} == {name: b[name] for name in steady}
 
 
+@pytest.mark.slow
 def test_files_that_cannot_grow(tmp_path):
     make_dump(tmp_path / "dump")
     errors = [line for line in python(FULL, tmp_path).splitlines() if "Error" in line]

@@ -22,17 +22,16 @@ from unicom_ext.ops import library
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc", path=str(CUDA_HOME / "bin")) or shutil.which("nvcc")
-KERNELS = sorted((backends.ROOT / "csrc" / "cuda" / "kernels").glob("*.cu"))
+CSRC = backends.ROOT / "csrc"
+KERNELS = sorted((CSRC / "cuda" / "kernels").glob("*.cu"))
+BINDING = sorted([*(CSRC / "bind" / "cuda").glob("*.cpp"), *(CSRC / "cuda" / "host").glob("*.cpp")])
 op = functional.partial_margin_softmax
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: kernels not compiled")
 
 
-@pytest.fixture
-def emulated(monkeypatch):
-    backends.use(monkeypatch, "emulated_cuda")
-
-
+@pytest.mark.first
+@pytest.mark.slow
 def test_kernels_under_sanitizers():
     """Every kernel on awkward sizes beside the CPU backend, under AddressSanitizer and
     UndefinedBehaviorSanitizer, in two orders of the threads."""
@@ -126,6 +125,7 @@ def test_gradients_do_not_overflow_halves(upstream, emulated):
         assert relative_error(a.double() / upstream, b) < 1e-5
 
 
+@pytest.mark.emulated
 def test_twenty_steps_draw_what_the_cpu_draws(monkeypatch):
     labels = torch.randint(0, 1000, (32,), generator=torch.Generator().manual_seed(0))
     drawn = {}
@@ -166,10 +166,19 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, dtype, emu
 # --- the compiler
 
 
+def test_the_sources_are_found():
+    """A pattern that fits no file would compile nothing, and pass."""
+    emulated = (backends.ROOT / "tests" / "emulation" / "kernels.cpp").read_text()
+    assert KERNELS
+    assert {path.name for path in KERNELS} == set(re.findall(r"cuda/kernels/(\w+\.cu)", emulated))
+    assert {path.parent for path in BINDING} == {CSRC / "bind" / "cuda", CSRC / "cuda" / "host"}
+
+
 def compile_kernels(path: Path, out: Path) -> tuple[str, str]:
-    """ptxas' report on one file, and whatever else the compiler said."""
+    """ptxas' report on one file, and whatever else the compiler said. What runs on the host is
+    compiled with the emulation."""
     command = [
-        NVCC, "-std=c++20", "-O3", "-c", str(path), "-o", str(out / f"{path.stem}.o"),
+        NVCC, "-std=c++20", "-O3", "-fatbin", str(path), "-o", str(out / f"{path.stem}.fatbin"),
         "-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a",
         "-Xptxas", "-v,-warn-spills", "-Werror", "all-warnings",
     ]  # fmt: skip
@@ -185,6 +194,8 @@ def demangled(name: str) -> str:
     return re.search(r"\w+_kernel(<.*>)?(?=\()", full)[0]
 
 
+@pytest.mark.first
+@pytest.mark.slow
 @needs_nvcc
 def test_kernels_compile_without_warnings_and_spills(tmp_path, record_property):
     with ThreadPoolExecutor(2) as pool:
@@ -209,22 +220,16 @@ def test_kernels_compile_without_warnings_and_spills(tmp_path, record_property):
     record_property("summary", "\n".join(lines))
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_binding_compiles(tmp_path):
     torch_include = Path(torch.__path__[0]) / "include"
-    for source in (
-        "csrc/bind/cuda/loss_ops.cpp",
-        "csrc/bind/cuda/nearest_ops.cpp",
-        "csrc/bind/cuda/selection_ops.cpp",
-        "csrc/bind/cuda/update_ops.cpp",
-        "csrc/cuda/host/loss.cpp",
-        "csrc/cuda/host/nearest.cpp",
-    ):
+    for source in BINDING:
         command = [
             "c++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror",
             "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000",
             "-isystem", str(CUDA_HOME / "include"), "-isystem", str(torch_include),
-            str(backends.ROOT / source),
+            str(source),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -109,6 +109,8 @@ def run(where, path, said, monkeypatch, **options):
     return cuda_step.run(path, where=where, say=said.append, **options)
 
 
+@pytest.mark.first
+@pytest.mark.slow
 def test_a_run_writes_every_shape(where, tmp_path, monkeypatch, set_threads):
     set_threads(1)
     said = []
@@ -135,6 +137,7 @@ def test_a_run_writes_every_shape(where, tmp_path, monkeypatch, set_threads):
     assert (tmp_path / "cuda.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_time_runs_out_between_shapes(where, tmp_path, monkeypatch, set_threads):
     set_threads(1)
     said = []

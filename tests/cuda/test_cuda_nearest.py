@@ -202,6 +202,7 @@ def test_no_guess_changes_the_result(backend):
         assert torch.equal(again[1].nan_to_num(7), score.nan_to_num(7))
 
 
+@pytest.mark.emulated
 @settings(max_examples=25)
 @given(
     st.integers(1, 40),
@@ -254,11 +255,6 @@ def test_sums_of_unit_rows(backend, n, k, d):
 
 
 # ---- bad input -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    backends.use(monkeypatch, "emulated_cuda")
 
 
 def test_indices_out_of_range_are_passed_over(emulated):
@@ -327,6 +323,7 @@ def test_a_clustering_is_that_of_the_cpu(features, tmp_path, backend, options):
     backend(cluster)
 
 
+@pytest.mark.emulated
 def test_a_clustering_goes_on_on_another_device(features, tmp_path, monkeypatch):
     run(features, tmp_path / "whole", config(passes=4))
     run(features, tmp_path / "parts", config(passes=2))

@@ -16,6 +16,8 @@ from unicom_ext.ops.row_sparse import _note_merged, is_merged
 from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_, rows
 from unicom_ext.optim.in_backward import UpdateInBackward
 
+pytestmark = pytest.mark.emulated
+
 FLOATING = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TIGHT = {torch.float32: 3e-7, torch.float64: 1e-15, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 VARIANTS = {
@@ -30,11 +32,6 @@ VARIANTS = {
     "sgd-plain": lambda p: RowSGD(p, lr=0.05, weight_decay=0.1, maximize=True),
 }
 variants = pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
-
-
-@pytest.fixture
-def emulated(monkeypatch):
-    backends.use(monkeypatch, "emulated_cuda")
 
 
 class Padded(torch.autograd.Function):

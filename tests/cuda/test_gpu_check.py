@@ -15,6 +15,8 @@ import gpu_check
 import pytest
 from gpu_check import Command, Stage
 
+pytestmark = pytest.mark.slow  # programs that it starts
+
 BENCHMARKS = Path(gpu_check.__file__).parent
 
 

@@ -44,6 +44,7 @@ def collection(tmp_path_factory) -> Glyphs:
 # ---- the collection ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_size_and_types(collection):
     g = collection
     assert len(g) > 25_000
@@ -56,6 +57,7 @@ def test_size_and_types(collection):
     assert np.bincount(g.labels, minlength=g.num_classes).min() >= glyphs.MIN_IMAGES
 
 
+@pytest.mark.slow
 def test_glyphs_are_cropped_centred_and_white(collection):
     images = collection.images
     assert images.max(axis=(1, 2)).min() > 100
@@ -71,10 +73,12 @@ def test_glyphs_are_cropped_centred_and_white(collection):
     assert abs(2 * first + length - 32).max() <= 3
 
 
+@pytest.mark.slow
 def test_no_bitmap_occurs_twice(collection):
     assert len({image.tobytes() for image in collection.images}) == len(collection)
 
 
+@pytest.mark.slow
 def test_lookalikes_are_one_class_and_others_are_not(collection):
     classes = set(collection.codepoints.tolist())
     assert ord("A") in classes
@@ -86,12 +90,14 @@ def test_lookalikes_are_one_class_and_others_are_not(collection):
     assert collection.captions[where] == "GREEK SMALL LETTER BETA"
 
 
+@pytest.mark.slow
 def test_every_class_is_a_visible_character(collection):
     for codepoint, caption in zip(collection.codepoints.tolist(), collection.captions, strict=True):
         assert unicodedata.category(chr(codepoint))[0] in "LNPS"
         assert unicodedata.name(chr(codepoint)) == caption
 
 
+@pytest.mark.slow
 def test_faces_draw_only_what_they_have(monkeypatch):
     """Without a glyph of its own a character would come out as the face's missing-glyph box."""
     from pathlib import Path
@@ -244,6 +250,7 @@ def test_other_versions_have_their_own_cache(small, tmp_path, monkeypatch):
 # ---- split ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.5, 0.1])
 def test_split_shares_no_class_and_loses_none(collection, fraction):
     train, test = glyphs.split(collection, seed=3, test_fraction=fraction)
@@ -261,6 +268,7 @@ def test_split_shares_no_class_and_loses_none(collection, fraction):
         assert part.captions == [unicodedata.name(chr(c)) for c in part.codepoints.tolist()]
 
 
+@pytest.mark.slow
 def test_split_depends_on_the_seed_alone(collection):
     for a, b in zip(glyphs.split(collection), glyphs.split(collection, seed=0), strict=True):
         assert_same(a, b)
@@ -271,6 +279,7 @@ def test_split_depends_on_the_seed_alone(collection):
             assert abs(len(tests[i] & tests[j]) - collection.num_classes / 4) < 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, 1e-9, float("nan")])
 def test_split_refuses_an_empty_part(collection, fraction):
     with pytest.raises(ValueError, match="test_fraction: got"):
@@ -293,6 +302,7 @@ def features(halves):
     return {name: f(train.images, train.labels, test.images) for name, f in BASELINES.items()}
 
 
+@pytest.mark.slow
 def test_features_are_finite_and_ordered(halves, features):
     for x in features.values():
         assert (x.dtype, x.shape) == (torch.float32, (len(halves[1]), 128))
@@ -301,6 +311,7 @@ def test_features_are_finite_and_ordered(halves, features):
         assert spread[:16].sum() > spread[16:32].sum() > spread[32:64].sum() > spread[96:].sum()
 
 
+@pytest.mark.slow
 def test_features_of_an_image_do_not_depend_on_the_others(halves, features):
     train, test = halves
     for name, function in BASELINES.items():
@@ -308,6 +319,7 @@ def test_features_of_an_image_do_not_depend_on_the_others(halves, features):
         assert torch.allclose(alone, features[name][:5], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_better_features_retrieve_better(collection):
     few = glyphs._take(collection, list(range(0, collection.num_classes, 6)))
     train, test = glyphs.split(few)
@@ -319,6 +331,7 @@ def test_better_features_retrieve_better(collection):
     assert recall["raw pixels"] < recall["LDA"]
 
 
+@pytest.mark.slow
 def test_labels_matter_to_the_discriminants_alone(halves, features):
     train, test = halves
     shuffled = np.random.default_rng(0).permutation(train.labels)
@@ -354,6 +367,7 @@ def test_discriminants_solve_fishers_problem():
     assert np.allclose(_discriminants(data, labels, data, 3), y[:, :3], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_histograms_ignore_the_sign_and_the_level(halves):
     train, test = halves
     images = test.images[:50] // 2 + 40
@@ -373,6 +387,7 @@ def test_gradient_histograms_tell_the_angle():
         assert middle.topk(len(bins)).values.sum() > 0.99 * middle.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", BASELINES.values())
 def test_bad_images_and_sizes(halves, function):
     train, test = halves
@@ -386,6 +401,7 @@ def test_bad_images_and_sizes(halves, function):
         function(train.images, train.labels, test.images, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [lda, hog_lda])
 def test_discriminants_need_enough_classes(halves, function):
     train, test = halves

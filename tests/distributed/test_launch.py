@@ -188,6 +188,7 @@ def wait_without_a_message(rank, folder, group):
     time.sleep(600)  # which a signal handler that raises ends
 
 
+@pytest.mark.slow
 def test_sigterm_after_a_death_says_who_died(tmp_path):
     """Before the others have noticed, as they send nothing."""
     both = Processes(wait_without_a_message, tmp_path)
@@ -200,6 +201,7 @@ def test_sigterm_after_a_death_says_who_died(tmp_path):
     assert both.said(0).endswith("has died without a word")
 
 
+@pytest.mark.slow
 def test_sigterm_with_all_alive_ends_the_process_as_ever(tmp_path):
     both = Processes(wait_without_a_message, tmp_path)
     both.until("joined-0", "joined-1")
@@ -221,6 +223,7 @@ def notice_a_death(rank, folder, group):
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.01])
 def test_sigterm_on_the_way_to_say_who_died(tmp_path, seconds):
     """Again and again, from the error to the end."""
@@ -242,6 +245,7 @@ def in_a_message_that_does_not_end(rank, folder, group):
         ctypes.CDLL(None).usleep(100_000)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_held_up_says_so_from_aside(tmp_path):
     """No error reaches its main thread."""
     both = Processes(in_a_message_that_does_not_end, tmp_path)
@@ -263,6 +267,7 @@ def leave_early(rank, folder, group):
         time.sleep(2.0)  # longer than it takes to say that the other has died
 
 
+@pytest.mark.slow
 def test_a_rank_that_stops_or_leaves_has_not_failed(tmp_path):
     for name, work in (("stop", stop_in_good_order), ("early", leave_early)):
         folder = tmp_path / name

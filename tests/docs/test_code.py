@@ -26,6 +26,7 @@ def test_in_one_process(page, tmp_path, monkeypatch):
     assert run_python(page) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ON_RANKS)
 def test_on_two_ranks(page, tmp_path):
     context = multiprocessing.get_context("forkserver")  # which imports torch once, for all

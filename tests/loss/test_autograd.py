@@ -38,6 +38,7 @@ def assert_all_equal(first, second) -> None:
 # --- gradients
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     "margin",
     [ArcFace(0.3), CosFace(0.35), SphereFace(1.35), CombinedMargin(1.1, 0.2, 0.1), "each"],
@@ -97,7 +98,7 @@ def test_gradients_nobody_asked_for_are_not_there(needed, capability):
     assert w.requires_grad == (w.grad is not None)
 
 
-def test_no_grad(capability):
+def test_no_grad(any_backend):
     problem = random_problem(33, 131, 37)
     x, w = leaves(problem)
     with torch.no_grad():
@@ -109,7 +110,7 @@ def test_no_grad(capability):
     assert torch.equal(loss, inference)
 
 
-def test_margins_get_no_gradient(capability):
+def test_margins_get_no_gradient(any_backend):
     problem = random_problem(9, 17, 8)
     m2 = torch.full((9,), 0.3, requires_grad=True)
     x, w = leaves(problem)
@@ -120,7 +121,7 @@ def test_margins_get_no_gradient(capability):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_gradients_flow_on_to_what_made_the_inputs(dtype, capability):
+def test_gradients_flow_on_to_what_made_the_inputs(dtype, any_backend):
     problem = random_problem(33, 131, 37, dtype=dtype)
     plain = solve(partial_margin_softmax, problem)
     x, w = leaves(problem)
@@ -133,7 +134,7 @@ def test_gradients_flow_on_to_what_made_the_inputs(dtype, capability):
 # --- several passes
 
 
-def test_a_second_backward_through_a_kept_graph(capability):
+def test_a_second_backward_through_a_kept_graph(any_backend):
     problem = random_problem(33, 131, 37, sampled=80)
     x, w = leaves(problem)
     loss = partial_margin_softmax(x, problem.labels, w, **problem.options)
@@ -196,7 +197,7 @@ def test_threads_do_not_disturb_each_other(capability):
                 assert_all_equal(got, right)
 
 
-def test_changing_an_input_before_backward_is_an_error(capability):
+def test_changing_an_input_before_backward_is_an_error(any_backend):
     problem = random_problem(33, 131, 37)
     x, w = leaves(problem)
     loss = partial_margin_softmax(x, problem.labels, w, **problem.options)
@@ -207,7 +208,7 @@ def test_changing_an_input_before_backward_is_an_error(capability):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_inputs_are_never_modified(dtype, capability):
+def test_inputs_are_never_modified(dtype, any_backend):
     problem = random_problem(
         33,
         131,
@@ -244,6 +245,7 @@ def test_inputs_are_never_modified(dtype, capability):
 SIZES = [(70, 5000, 64), (1, 3000, 40), (600, 300, 33), (3, 70, 500)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("shape", SIZES, ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -290,6 +292,7 @@ def loss_arguments(
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize(("reduction", "workspace_bytes"), [(0, 0), (1, 1 << 20), (2, 3000)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -369,6 +372,8 @@ def test_compiled_calls_draw_a_new_selection_each(fresh_compiler):
     assert int(compiled_module.step) == 20
 
 
+@pytest.mark.first
+@pytest.mark.slow
 def test_the_default_compiler(fresh_compiler):
     module = PartialMarginSoftmax(16, 50, sample_rate=0.5, feature_rate=0.5, seed=1)
     compiled = torch.compile(module, fullgraph=True)

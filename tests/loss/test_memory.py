@@ -52,6 +52,7 @@ for batch, classes in itertools.product(*json.loads(sys.argv[3])):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc"
 )

@@ -47,6 +47,7 @@ def as_problem(module: PartialMarginSoftmax, problem: Problem, **options) -> Pro
 # --- the loss and its gradient
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.5), (0.1, 0.5)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_loss_is_that_of_the_reference_on_the_selection(rates, training, capability):
@@ -107,7 +108,7 @@ def test_defaults_are_those_of_the_function_of_all_classes():
     assert torch.equal(module(problem.embeddings, problem.labels), expected)
 
 
-def test_the_margin_of_a_call_comes_before_that_of_the_module(capability):
+def test_the_margin_of_a_call_comes_before_that_of_the_module(any_backend):
     module = make()
     problem = batch()
     for margin in (CosFace(0.4), per_sample_margin(16)):
@@ -199,6 +200,7 @@ def test_class_counts_that_are_multiples_of_nothing(num_classes, capability):
     check_fp32((loss.detach(), x.grad, module.weight.grad), as_problem(module, problem))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("size", [0, 5])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_batch_without_positives(size, sparse, capability):

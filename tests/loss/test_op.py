@@ -53,6 +53,7 @@ def test_shapes(shape, capability):
 
 
 # One block of rows and two; a constant shift and a running one.
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "scale"), [(5, 30.0), (200, 100.0)])
 @pytest.mark.parametrize("name", [*_core.cpu_capabilities(), "emulated_avx512"])
 def test_so_many_classes_that_sums_are_taken_up_again(batch, scale, name):
@@ -75,6 +76,7 @@ def test_shapes_of_selections(shape, capability):
     check_fp32(solve(partial_margin_softmax, problem), problem)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(
     "shape", [(1, 64, 5), (65, 151, 33), (9, 1000, 40), (700, 300, 20)], ids=str
 )
@@ -103,6 +105,7 @@ def test_more_is_kept_than_caches_hold(name, precision):
         assert torch.equal(a, b)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("margin", MARGINS, ids=repr)
 @pytest.mark.parametrize("margin_grad", ["straight_through", "exact"])
 @pytest.mark.parametrize("beyond_pi", ["keep", "linear"])
@@ -128,6 +131,7 @@ def test_the_interclass_filter_works_below_zero_too(capability):
     check_fp32(solve(partial_margin_softmax, problem), problem)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("x_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("w_dtype", FLOATS, ids=str)
 def test_dtypes(x_dtype, w_dtype, capability):
@@ -160,6 +164,7 @@ def test_float64_runs_in_float64(batch, capability):
         assert relative_error(a, b) < 1e-13
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("shape", [(64, 2000, 512), (7, 65, 511), (300, 300, 640)], ids=str)
 @pytest.mark.parametrize("closeness", [0.0, 1.0])
 @pytest.mark.parametrize("features", [None, 500])
@@ -177,7 +182,7 @@ def test_bf16_operands(shape, closeness, features, capability):
     assert relative_error(got.loss, right.loss) > 1e-6
 
 
-def test_labels_may_be_int32(capability):
+def test_labels_may_be_int32(any_backend):
     problem = random_problem(33, 131, 37, ignored=3)
     for a, b in zip(
         solve(partial_margin_softmax, problem),
@@ -320,6 +325,7 @@ def test_all_three_margins_count(capability):
     assert len(losses) == 8
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("interclass_filter", [None, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -356,7 +362,7 @@ def test_metrics(dtype, interclass_filter, reduction, capability):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
-def test_metrics_do_not_change_the_result(capability):
+def test_metrics_do_not_change_the_result(any_backend):
     problem = random_problem(33, 131, 37)
     plain = solve(partial_margin_softmax, problem)
     with_metrics = solve(
@@ -367,6 +373,7 @@ def test_metrics_do_not_change_the_result(capability):
         assert torch.equal(a, b)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("features", [None, 30])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_sparse_gradient_equals_the_dense_one(features, dtype, capability):

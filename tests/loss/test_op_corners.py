@@ -26,12 +26,17 @@ from unicom_ext.margins import ArcFace, CombinedMargin, CosFace
 op = functional.partial_margin_softmax
 
 
-@pytest.fixture(params=["op fp32", "op fp64", "reference"])
+DEFINITIONS = {
+    "op fp32": (op, torch.float32),
+    "op fp64": (op, torch.float64),
+    "reference": (reference.partial_margin_softmax, torch.float64),
+}
+
+
+@pytest.fixture(params=DEFINITIONS.values(), ids=DEFINITIONS)
 def definition(request, capability):
     """(implementation, dtype) of everything that has to keep to the defined corners."""
-    if request.param == "reference":
-        return reference.partial_margin_softmax, torch.float64
-    return op, torch.float32 if request.param == "op fp32" else torch.float64
+    return request.param
 
 
 # --- converged and hopeless samples
@@ -59,6 +64,7 @@ def from_converged_to_hopeless(dim: int = 24, num_classes: int = 50, scale=64.0,
     return Problem(x[kept], labels[kept], w, problem.options)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("margin", [CombinedMargin(), CosFace(0.1), ArcFace(0.3)], ids=repr)
 @pytest.mark.parametrize("margin_grad", ["straight_through", "exact"])
 def test_every_sample_is_right_however_converged(margin, margin_grad, capability):
@@ -128,6 +134,7 @@ def test_a_converged_batch_still_has_a_gradient(capability):
 # --- extreme scales
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 64.0, 78.9, 79.0, 79.1, 80.0, 200.0, 1000.0])
 @pytest.mark.parametrize("closeness", [0.0, 0.7])
 @pytest.mark.parametrize("margin", [ArcFace(0.3), per_sample_margin(48)], ids=["one", "each"])
@@ -160,6 +167,7 @@ def test_all_cosines_at_one_end(scale, capability):
 # --- cos = +-1
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("margin_grad", ["straight_through", "exact"])
 @pytest.mark.parametrize("beyond_pi", ["keep", "linear"])
 @pytest.mark.parametrize(
@@ -267,6 +275,7 @@ def test_two_classes(capability):
     check_fp32(solve(op, problem), problem)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize("scale", [64.0, 1000.0])
@@ -291,6 +300,7 @@ def test_no_other_class(reduction, selected, scale, definition):
     assert metrics.top1.all()
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("selected", [None, 1, 60])
 def test_all_samples_ignored(reduction, selected, definition):
@@ -305,6 +315,7 @@ def test_all_samples_ignored(reduction, selected, definition):
     assert not any(value.any() for value in got)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("label_dtype", [torch.int32, torch.int64], ids=str)
 def test_empty_batch(reduction, label_dtype, definition):

@@ -197,6 +197,7 @@ def test_one_optimizer_trains_encoder_and_prototypes():
     assert losses[-1] < 0.05 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sample_rate", [0.2, 1.0])
 def test_a_compiled_step_gives_the_same_rows(sample_rate):
     torch.compiler.reset()

@@ -63,6 +63,7 @@ class Twins:
 # ---- the dense optimizers ------------------------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("features", [1.0, 0.5])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_adamw_with_every_row_is_torchs(features, maximize, capability):
@@ -75,6 +76,7 @@ def test_adamw_with_every_row_is_torchs(features, maximize, capability):
     assert float((twins.ours.detach() - 0).abs().max()) > 0.1
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
 @pytest.mark.parametrize("share", [0.1, 1.0])
 def test_exact_sgd_is_torchs_under_partial_sampling(momentum, nesterov, share, capability):
@@ -206,6 +208,7 @@ def test_the_first_step_of_a_row_is_the_first_step_of_adam_whenever_it_comes():
 # ---- the fused pass and its reference -----------------------------------------------------------
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize(
     "make",

@@ -12,6 +12,7 @@ from unicom_ext.optim import RowAdamW, clip_grad_norm_
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
+@pytest.mark.pairs
 @each_optimizer
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(

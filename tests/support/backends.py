@@ -22,6 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import unicom_ext
+from unicom_ext import _core, reference
 from unicom_ext.ops import autograd, library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,17 +32,18 @@ BUILD = ROOT / "build" / "emulation"
 @functools.cache
 def build_emulation(target: str) -> Path:
     """Builds one target of tests/emulation/CMakeLists.txt; test processes wait for each other."""
-    BUILD.mkdir(parents=True, exist_ok=True)
+    build = BUILD / target  # of its own, so that two targets are built at once
+    build.mkdir(parents=True, exist_ok=True)
     configure = [
-        *("cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulation", "-B", BUILD),
+        *("cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulation", "-B", build),
         f"-DTORCH_DIR={torch.__path__[0]}",
         f"-DUNICOM_DIR={Path(unicom_ext.__file__).parent}",
     ]
-    with open(BUILD / "lock", "w") as lock:
+    with open(build / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
+        for command in (configure, ["cmake", "--build", build, "--target", target]):
             run_tool(command)
-    return BUILD / target
+    return build / target
 
 
 def run_tool(command: list) -> str:
@@ -114,6 +116,29 @@ if torch.cuda.is_available():
 # To parametrize tests with: `-m gpu` selects what needs one, `-m emulated` its stand-in.
 MARKS = {"emulated_cuda": pytest.mark.emulated, "cuda": pytest.mark.gpu}
 PARAMS = [pytest.param(name, marks=MARKS[name]) for name in BACKENDS]
+
+BEST = _core.cpu_capabilities()[-1]  # of the instruction sets of this CPU
+
+
+def capabilities() -> list:
+    """Instruction sets whose kernels can run here, to parametrize tests with. Where the CPU has no
+    AVX-512 its kernels run too, in instructions that every CPU has."""
+    names = _core.cpu_capabilities()
+    emulated = pytest.param("emulated_avx512", marks=pytest.mark.slow)
+    return names if "avx512" in names else [*names, emulated]
+
+
+def runs_again(item: pytest.Item) -> bool:
+    """Whether a case of a test of the loss runs what another one runs, under another name: float64
+    kernels are one object for every instruction set, and the reference has no kernels."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    if "capability" not in params or item.path.parent.name not in ("loss", "distributed"):
+        return False
+    values = tree_leaves(params)
+    if any(value is reference.partial_margin_softmax for value in values):
+        return params["capability"] != BEST
+    in_float64 = any(value is torch.float64 for value in values)
+    return in_float64 and params["capability"] not in (BEST, *BACKENDS)
 
 
 def use(monkeypatch, name: str) -> None:

@@ -68,6 +68,7 @@ def test_relabelled_glyphs():
     assert np.array_equal(new.labels, (labels[kept] == 7).astype(int))
 
 
+@pytest.mark.slow
 def test_training_on_pseudo_classes(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(-1, 5, len(TRAIN)).astype(np.int32)
@@ -124,6 +125,7 @@ def test_captions_keep_some_words():
     assert all(len(text.split()) == 1 for text in none)
 
 
+@pytest.mark.slow
 def test_features_then_clusters(tmp_path, monkeypatch):
     """The two commands as a user gives them."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")

@@ -124,6 +124,7 @@ def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished
     assert apart_from_timing(ours) == apart_from_timing(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_resumed_on_another_number_of_ranks(ranks, finished, tmp_path, world_size):
     ranks.run(3, train_together, tmp_path, {}, 6)
@@ -212,6 +213,7 @@ def fail_in_a_run(say, rank, output, failure):
     say(("finished", ""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, failure):
     context = multiprocessing.get_context("forkserver")
@@ -252,6 +254,7 @@ def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, fail
         assert metrics["loss"] == finished[1]["loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["killed in a step", "killed in a checkpoint"])
 def test_killed_under_the_agent_of_torchrun(ranks, finished, tmp_path, failure):
     """The agent ends the others, which have said by then who was killed."""
