@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import backends
 from support.clusters import all_labels, config, cosines, gaussian, make_dump, run
 from torch import Tensor
 
+from unicom_ext.cli import main as cli
 from unicom_ext.cluster import Centroids, add_unit_rows, engines, nearest, pictures, two_level
+from unicom_ext.distributed import launch
 from unicom_ext.ops import library
 from unicom_ext.utils.settings import ConfigError
 
@@ -364,6 +367,26 @@ def test_each_process_of_a_machine_has_its_gpu(gpus, monkeypatch, device):
     assert engines.device_of(config(device="cpu")) == torch.device("cpu")
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_the_command_joins_with_what_it_works_on(gpus, monkeypatch, features, tmp_path, device):
+    joined = []
+
+    class Joined(Exception):
+        pass
+
+    def join(device):
+        joined.append(device)
+        raise Joined
+
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
+    monkeypatch.setattr(launch, "joined", join)
+    command = ["cluster", features, "--output", tmp_path / "out", "--clusters=2"]
+    call = CliRunner().invoke(cli.main, [*map(str, command), f"--device={device}"])
+    assert isinstance(call.exception, Joined)
+    assert joined == [torch.device("cpu") if device == "cpu" else torch.device("cuda", 1)]
+
+
 @pytest.mark.parametrize(
     ("spoil", "settings", "words"),
     [
@@ -381,6 +404,8 @@ def test_each_process_of_a_machine_has_its_gpu(gpus, monkeypatch, device):
 def test_a_gpu_that_cannot_be_used(gpus, monkeypatch, tmp_path, features, spoil, settings, words):
     spoil(monkeypatch)
     assert engines.device_of(config(device="auto", **settings)) == torch.device("cpu")
+    # Processes join all the same, and say together what is wrong.
+    assert engines.usable_device(config(device="cuda", **settings)) == torch.device("cpu")
     with pytest.raises(ConfigError, match=f"device: cuda cannot be used: .*{words}"):
         run(features, tmp_path / "output", config(device="cuda", **settings))
     assert not (tmp_path / "output").exists()
