@@ -7,7 +7,7 @@
 
 namespace unicom::cuda {
 
-// What a shard knows of each sample, as ShardSums of csrc/engine/engine.h. The target's cosine is
+// What a shard knows of each sample (the fields of ShardSums). The target's cosine is
 // taken in double from the rows as they were given.
 struct FinishSums {
   RowSource embeddings, prototypes;
