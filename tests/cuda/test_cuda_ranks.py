@@ -9,6 +9,8 @@ from support.device_rank import run
 
 from unicom_ext.ops import library
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 on_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),

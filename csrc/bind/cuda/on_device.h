@@ -51,7 +51,7 @@ class OnDevice {
 };
 
 // Memory of the caching allocator. Through the stable ABI its errors have lost their type and their
-// message: where the device still answers, it was out of memory, and unicom_ext/devices.py makes
+// message: where the device still answers, it was out of memory, and unicom_ext/ops/library.py makes
 // torch's error of ours.
 inline Tensor allocate(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   try {
