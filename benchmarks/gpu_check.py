@@ -40,7 +40,8 @@ GPU = torch.cuda.is_available()
 RESULTS = ROOT / "build" / "gpu-check" / time.strftime("%Y%m%d-%H%M%S", time.gmtime())
 BUILT = ROOT / "build" / "gpu-check-built.json"  # what the binaries were built from
 MINUTES = 8.0
-PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short")
+# A line for each test: what failed is known before the end.
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv")
 TESTS_OF_THE_GPU = "tests/cuda/test_cuda.py"
 TESTS_OF_NEAREST = "tests/cuda/test_cuda_nearest.py"
 TESTS_OF_RANKS = "tests/cuda/test_cuda_ranks.py"
