@@ -27,6 +27,7 @@ def test_in_one_process(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ON_RANKS)
 def test_on_two_ranks(page, tmp_path):
     context = multiprocessing.get_context("forkserver")  # which imports torch once, for all

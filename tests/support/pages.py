@@ -49,7 +49,7 @@ def prose(page: str) -> str:
 def commands(page: str) -> list[str]:
     """What is meant for a shell: indented lines, and spans of code in a sentence."""
     text = prose(page)
-    indented = re.findall(r"^    (\S.*)$", text, re.M)
+    indented = re.findall(r"^ {4,}(\S.*)$", text, re.M)
     spans = re.findall(r"`([^`]+)`", text.replace("\n", " "))
     lines = [re.sub(r"\s+#.*$", "", line) for line in [*indented, *spans]]
-    return [line for line in lines if re.match(r"(unicom-ext|python|torchrun|make) ", line)]
+    return [line for line in lines if re.match(r"(unicom-ext|python3?|torchrun|make) ", line)]
