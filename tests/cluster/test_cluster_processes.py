@@ -151,7 +151,7 @@ print("done")
 
 def python(program: str, *arguments: object) -> str:
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("done\n"), done.stdout + done.stderr
     assert "FutureWarning" not in done.stderr, done.stderr
@@ -201,7 +201,7 @@ def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
         for rank in "01"
     ]
     for process in processes:
-        _, text = process.communicate(timeout=120)
+        _, text = process.communicate(timeout=300)
         assert process.returncode == 1, text
         assert "Error: " in text
         assert "Not a directory" in text

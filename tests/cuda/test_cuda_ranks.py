@@ -28,6 +28,7 @@ def together(ranks):
     return whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 def test_two_processes_are_one(device, tmp_path):
     """Over Gloo, which also takes tensors of a GPU: NCCL has no two ranks on one."""
@@ -37,6 +38,7 @@ def test_two_processes_are_one(device, tmp_path):
         torch.testing.assert_close(got[name], right, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "backend"),
     [
