@@ -78,7 +78,8 @@ def pytest_collection_modifyitems(items, config):
             products.setdefault(item.function, []).append(item)
     for product in products.values():
         params = [item.callspec.params for item in product]
-        best = {i for i, p in enumerate(params) if p.get("capability") == backends.BEST}
+        best = {i for i, p in enumerate(params)
+                if backends.BEST in (p.get("capability"), p.get("any_backend"))}  # fmt: skip
         kept = pairs.covering(params, best)
         left_out |= {item for i, item in enumerate(product) if i not in kept}
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])

@@ -45,7 +45,7 @@ def assert_all_equal(first, second) -> None:
     ids=repr,
 )
 @pytest.mark.parametrize("beyond_pi", ["keep", "linear"])
-def test_gradcheck(margin, beyond_pi, capability):
+def test_gradcheck(margin, beyond_pi, any_backend):
     problem = random_problem(
         7,
         11,
@@ -68,7 +68,7 @@ def test_gradcheck(margin, beyond_pi, capability):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_gradcheck_of_a_reduced_loss(reduction, capability):
+def test_gradcheck_of_a_reduced_loss(reduction, any_backend):
     problem = random_problem(
         7, 11, 6, dtype=torch.float64, scale=8.0, margin_grad="exact", reduction=reduction
     )

@@ -157,7 +157,7 @@ def test_gradients_of_half_precision_are_rounded_once(dtype, capability):
 
 
 @pytest.mark.parametrize("batch", [1, 5, 6, 200])
-def test_float64_runs_in_float64(batch, capability):
+def test_float64_runs_in_float64(batch, any_backend):
     problem = random_problem(batch, 700, 65, dtype=torch.float64, closeness=0.5, features=60)
     for a, b in zip(solve(partial_margin_softmax, problem), truth(problem), strict=True):
         assert a.dtype == torch.float64
