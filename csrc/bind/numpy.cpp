@@ -17,10 +17,10 @@
 #include "../core/random.h"
 #include "../core/sampler.h"
 #include "../core/softmax.h"
-#include "../cpu/kernels/kernels.h"
 #include "../cpu/host/buffers.h"
 #include "../cpu/host/parallel.h"
 #include "../cpu/host/select.h"
+#include "../cpu/kernels/kernels.h"
 
 #ifndef UNICOM_BUILD_FLAGS
 #define UNICOM_BUILD_FLAGS ""
@@ -57,7 +57,7 @@ void require_vector(const char* what, const Array<T>& array) {
 }
 
 // Threads of its own, each taking the next index: a module without torch has no pool to borrow.
-class Threads final : public Parallel {
+class Threads final : public cpu::Parallel {
  public:
   explicit Threads(int count) : count_(count) {}
 
@@ -136,9 +136,21 @@ py::array block_quotas(int64_t num_classes, int64_t count, int64_t seed, int64_t
 }
 
 template <class Label>
+Labels labels_of(const Array<Label>& labels, int64_t num_classes, int64_t ignore_index,
+                 int64_t start, int64_t stop) {
+  return {.data = labels.data(),
+          .is_64_bit = std::is_same_v<Label, int64_t>,
+          .batch = labels.size(),
+          .num_classes = num_classes,
+          .ignore_index = ignore_index,
+          .start = start,
+          .stop = stop};
+}
+
+template <class Label>
 int64_t bad_label(const Array<Label>& labels, int64_t num_classes, int64_t ignore_index) {
   require_vector("labels", labels);
-  return find_bad_label(labels.data(), labels.size(), num_classes, ignore_index);
+  return cpu::find_bad_label(labels_of(labels, num_classes, ignore_index, 0, num_classes));
 }
 
 template <class Label>
@@ -155,23 +167,32 @@ py::tuple class_selection(const Array<Label>& labels, int64_t num_classes, int64
   const int64_t batch = labels.size();
   const int64_t bound = selection_bound(num_classes, count, batch, start, stop);
   Array<int64_t> class_index(bound), slot(batch);
-  const Label* label_data = labels.data();
-  int64_t* index_data = class_index.mutable_data();
-  int64_t* slot_data = slot.mutable_data();
-  int64_t written = 0;
+  int64_t selected = 0;
+  const ClassSelection selection{
+      .labels = labels_of(labels, num_classes, ignore_index, start, stop),
+      .count = count,
+      .seed = seed,
+      .step = &step,
+      .bound = bound,
+      .class_index = class_index.mutable_data(),
+      .selected = &selected,
+      .slot = slot.mutable_data()};
   {
     py::gil_scoped_release release;
-    written = select_classes(label_data, batch, num_classes, count, seed, step, ignore_index, start,
-                             stop, index_data, slot_data, Threads(threads));
+    cpu::select_classes(selection, Threads(threads));
   }
-  class_index.resize({written});
+  class_index.resize({selected});
   return py::make_tuple(class_index, slot);
 }
 
 py::array feature_selection(int64_t dim, int64_t count, int64_t seed, int64_t step) {
   require_sample("dim", dim, count);
   Array<int64_t> feature_index(count);
-  select_features(dim, count, seed, step, feature_index.mutable_data());
+  cpu::select_features({.dim = dim,
+                        .count = count,
+                        .seed = seed,
+                        .step = &step,
+                        .out = feature_index.mutable_data()});
   return feature_index;
 }
 
@@ -250,10 +271,11 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) {
-        advise_huge_pages(reinterpret_cast<void*>(address), bytes);
+        cpu::advise_huge_pages(reinterpret_cast<void*>(address), bytes);
       },
       "Asks for huge pages where fresh memory lies.");
-  m.def("pooled_bytes", &pooled_bytes, "Bytes in free blocks that the operators keep for reuse.");
-  m.def("trim_pool", &trim_pool, "Gives the free blocks back to the system.");
+  m.def("pooled_bytes", &cpu::pooled_bytes,
+        "Bytes in free blocks that the operators keep for reuse.");
+  m.def("trim_pool", &cpu::trim_pool, "Gives the free blocks back to the system.");
   m.def("build_info", &build_info, "Compiler, C++ standard and flags this module was built with.");
 }

@@ -1,4 +1,4 @@
-// Rows of a user's matrix, as the kernels of every device read and write them.
+// Rows of a user's matrix, as every device reads and writes them.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,6 @@ struct RowSource {
   int64_t row_stride;      // in elements
   const int64_t* columns;  // selected columns, ascending, or nullptr for all
   int64_t dim;             // number of selected columns
-  // For CPUs the selected columns again: bit c % 16 of entry c / 16, up to the last one.
-  const uint16_t* column_bits = nullptr;
 };
 
 static inline const void* row_of(const RowSource& source, int64_t id) {
@@ -33,13 +31,28 @@ static inline int64_t bytes_of_row(const RowSource& source) {
   return width * bytes_of(source.dtype);
 }
 
-// A gradient matrix: zero except where rows are written.
+// A matrix of which some columns of some rows are written.
 struct RowSink {
   void* data;  // nullptr: not wanted
   DType dtype;
   int64_t row_stride;
   const int64_t* columns;
   int64_t dim;
+};
+
+// Rows of a matrix that is updated in place: [*, dim], unit column stride.
+struct RowArray {
+  void* data;  // nullptr: not there
+  DType dtype;
+  int64_t row_stride;  // in elements
+};
+
+// fp32 rows of a matrix [count, dim] with unit column stride.
+struct FloatRows {
+  const float* data;
+  int64_t count, dim, stride;  // stride in elements
+
+  UNICOM_HD const float* operator[](int64_t i) const { return data + i * stride; }
 };
 
 }  // namespace unicom

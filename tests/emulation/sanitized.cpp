@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/core/sampler.h"
 #include "../../csrc/cpu/host/loss.h"
 #include "../../csrc/cpu/host/nearest.h"
 #include "../../csrc/cpu/host/row_updates.h"
@@ -70,7 +71,6 @@ struct Inputs {
   Case c;
   Array<float> embeddings, prototypes;
   Array<int64_t> labels, class_index, slot, feature_index;
-  Array<uint16_t> feature_bits;
   int64_t count, bound;
 
   explicit Inputs(const Case& c_)
@@ -81,7 +81,6 @@ struct Inputs {
         class_index(selection_bound(c.num_classes, c.sampled, c.batch, 0, c.num_classes)),
         slot(c.batch),
         feature_index(c.features),
-        feature_bits((c.dim + 15) / 16),
         bound(class_index.size) {
     std::mt19937 random(static_cast<unsigned>(c.batch * 31 + c.num_classes));
     std::normal_distribution<float> normal;
@@ -89,22 +88,47 @@ struct Inputs {
     for (int64_t i = 0; i < prototypes.size; ++i) prototypes.data[i] = normal(random);
     for (int64_t i = 0; i < c.batch; ++i)
       labels.data[i] = i % 7 == 3 ? -100 : static_cast<int64_t>(random() % (c.num_classes / 2 + 1));
-    count = select_classes(labels.get(), c.batch, c.num_classes, c.sampled, 5, 9, -100, 0,
-                           c.num_classes, class_index.get(), slot.get(), Serial());
-    for (int64_t j = count; j < bound; ++j)
-      class_index.data[j] = count > 0 ? class_index.data[count - 1] : 0;
-    select_features(c.dim, c.features, 5, 9, feature_index.get());
-    for (int64_t k = 0; k < c.features; ++k) {
-      const int64_t column = feature_index.data[k];
-      feature_bits.data[column / 16] |= static_cast<uint16_t>(1 << column % 16);
-    }
+    const int64_t step = 9;
+    cpu::select_classes({.labels = {.data = labels.get(),
+                                    .is_64_bit = true,
+                                    .batch = c.batch,
+                                    .num_classes = c.num_classes,
+                                    .ignore_index = -100,
+                                    .start = 0,
+                                    .stop = c.num_classes},
+                         .count = c.sampled,
+                         .seed = 5,
+                         .step = &step,
+                         .bound = bound,
+                         .class_index = class_index.get(),
+                         .selected = &count,
+                         .slot = slot.get()},
+                        cpu::Serial());
+    cpu::select_features(
+        {.dim = c.dim, .count = c.features, .seed = 5, .step = &step, .out = feature_index.get()});
   }
   RowSource source(const Array<float>& rows) const {
-    return {rows.get(),          DType::kFloat32, c.dim,
-            feature_index.get(), c.features,      feature_bits.get()};
+    return {.data = rows.get(),
+            .dtype = DType::kFloat32,
+            .row_stride = c.dim,
+            .columns = feature_index.get(),
+            .dim = c.features};
   }
-  RowSink sink(const Array<float>& rows) const {
-    return {rows.get(), DType::kFloat32, c.dim, feature_index.get(), c.features};
+  Problem problem(Precision precision, int64_t keep_bytes) const {
+    return {.embeddings = source(embeddings),
+            .prototypes = source(prototypes),
+            .batch = c.batch,
+            .num_classes = c.num_classes,
+            .dim = c.dim,
+            .class_index = class_index.get(),
+            .count = &count,
+            .bound = bound,
+            .slot = slot.get(),
+            .scale = c.scale,
+            .filter = 0.4,
+            .total_sampled = bound,
+            .precision = precision,
+            .keep_bytes = keep_bytes};
   }
   Outcome outcome() const {
     return {Array<double>(c.batch), Array<float>(c.batch * c.dim),
@@ -112,103 +136,102 @@ struct Inputs {
   }
 };
 
-const MarginOptions kMargin{1.0, 0.3, 0.05, nullptr, nullptr, false, false};
+const MarginOptions kMargin{.m1 = 1.0,
+                            .m2 = 0.3,
+                            .m3 = 0.05,
+                            .m2_per_sample = nullptr,
+                            .m3_per_sample = nullptr,
+                            .exact_grad = false,
+                            .linear_beyond_pi = false};
+
+// What forward makes and backward reads.
+struct Forward {
+  Array<double> sums;
+  Array<SampleState> state;
+  Array<char> packed, kept;
+
+  Forward(int64_t batch, int64_t packed_bytes, int64_t kept_bytes)
+      : sums(5 * batch), state(batch), packed(packed_bytes), kept(kept_bytes) {}
+
+  ShardSums shard() const {
+    double* const s = sums.get();
+    const int64_t b = state.size;
+    return {.sum = s,
+            .exponent = s + b,
+            .target_cosine = s + 2 * b,
+            .inverse_norm = s + 3 * b,
+            .largest_negative = s + 4 * b,
+            .stride = 1};
+  }
+  Saved saved() const { return {.packed = packed.get(), .kept = kept.get()}; }
+  JoinTargets join(const Inputs& in, const Outcome& out) const {
+    return {.margin = kMargin,
+            .scale = in.c.scale,
+            .batch = in.c.batch,
+            .slot = in.slot.get(),
+            .sums = shard(),
+            .loss = out.loss.get(),
+            .state = state.get()};
+  }
+  Gradients gradients(const Inputs& in, const Outcome& out) const {
+    static constexpr float kUpstream = 1.0f;
+    return {.grad_loss = &kUpstream,
+            .reduction = Reduction::kSum,
+            .state = state.get(),
+            .packed = packed.get(),
+            .kept = kept.get(),
+            .embeddings = out.grad_embeddings.get(),
+            .prototypes = out.grad_prototypes.get(),
+            .compact = in.c.compact};
+  }
+};
 
 Outcome on_cpu(const Inputs& in) {
   Outcome out = in.outcome();
-  const Problem p{in.source(in.embeddings),
-                  in.c.batch,
-                  in.source(in.prototypes),
-                  in.class_index.get(),
-                  in.count,
-                  in.slot.get(),
-                  in.c.scale,
-                  0.4,
-                  in.count,
-                  cpu::Rounding::kNone,
-                  0};
-  Array<double> sums(5 * in.c.batch);
-  Array<SampleState> state(in.c.batch);
-  Array<char> packed(packed_bytes(in.bound, in.c.features, 4));
-  double* s = sums.get();
-  const int64_t b = in.c.batch;
-  const ShardSums shard{s, s + b, s + 2 * b, s + 3 * b, s + 4 * b, 1, packed.get(), nullptr};
-  forward<float>(p, shard, Serial());
-  merge(kMargin, in.c.scale, b, in.slot.get(), shard, out.loss.get(), state.get());
-  Array<double> weight(b);
-  for (int64_t i = 0; i < b; ++i) weight.data[i] = in.slot.data[i] == kIgnoredSlot ? 0 : 1;
-  backward<float>(p,
-                  {state.get(), packed.get(), nullptr, weight.get(), in.sink(out.grad_embeddings),
-                   in.sink(out.grad_prototypes), in.c.compact},
-                  Serial());
+  const Problem p = in.problem(Precision::kFp32, 0);
+  const Forward saved(p.batch, cpu::packed_bytes(p), cpu::kept_bytes(p));
+  cpu::forward(p, saved.shard(), saved.saved(), cpu::Serial());
+  cpu::join_targets(saved.join(in, out));
+  cpu::backward(p, saved.gradients(in, out), nullptr, cpu::Serial());
   return out;
 }
 
 // take: the prototypes' gradient is handed over in pieces, as for an update inside backward.
-template <class Unit>
-Outcome on_gpu(const Inputs& in, int64_t workspace_bytes, bool take) {
+Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool take) {
   using namespace unicom::cuda;
   Outcome out = in.outcome();
   Queue queue;
-  const int64_t b = in.c.batch;
-  const cuda::Problem p{in.source(in.embeddings),
-                        b,
-                        in.source(in.prototypes),
-                        in.class_index.get(),
-                        &in.count,
-                        in.bound,
-                        in.slot.get(),
-                        in.c.scale,
-                        0.4,
-                        in.bound,
-                        kept_classes<Unit>(in.bound, b, workspace_bytes)};
-  Array<double> sums(5 * b);
-  Array<SampleState> state(b);
-  Array<char> packed(cuda::packed_bytes(in.bound, in.c.features, sizeof(Unit)));
-  Array<char> kept(kept_bytes<Unit>(p.kept_classes, b));
-  double* s = sums.get();
+  const Problem p = in.problem(precision, keep_bytes);
+  const Forward saved(p.batch, cuda::packed_bytes(p), cuda::kept_bytes(p));
   {
-    Array<char> workspace(forward_workspace<Unit>(p));
-    forward<Unit>(queue, p,
-                  {s, s + b, 1, s + 2 * b, s + 3 * b, s + 4 * b, packed.get(), kept.get()},
-                  workspace.get());
+    Array<char> workspace(forward_workspace(p));
+    forward(queue, p, saved.shard(), saved.saved(), workspace.get());
   }
-  join_targets(queue, {kMargin, in.c.scale, b, in.slot.get(), s, s + b, 1, s + 2 * b, s + 4 * b,
-                       out.loss.get(), state.get()});
-  const float upstream = 1.0f;
-  const int64_t dim = in.c.dim;
+  join_targets(queue, saved.join(in, out));
   const TakeRows take_rows = [&](Queue&, const GradientRows& part) {
     for (int64_t j = 0; j < part.count && part.first + j < in.count; ++j) {
       const int64_t slot = part.first + j, row = in.c.compact ? slot : in.class_index.data[slot];
-      std::copy_n(static_cast<const float*>(part.rows) + j * dim, dim,
-                  out.grad_prototypes.get() + row * dim);
+      std::copy_n(static_cast<const float*>(part.rows) + j * p.dim, p.dim,
+                  out.grad_prototypes.get() + row * p.dim);
     }
   };
-  Gradients gradients{&upstream,
-                      Reduction::kSum,
-                      state.get(),
-                      packed.get(),
-                      kept.get(),
-                      in.sink(out.grad_embeddings),
-                      in.sink(out.grad_prototypes),
-                      in.c.compact,
-                      take ? &take_rows : nullptr,
-                      dim};
-  if (take) gradients.prototypes.data = nullptr;
-  Array<char> workspace(backward_workspace<Unit>(p, gradients));
-  backward<Unit>(queue, p, gradients, workspace.get());
+  const TakeRows* const taken = take ? &take_rows : nullptr;
+  Gradients gradients = saved.gradients(in, out);
+  if (take) gradients.prototypes = nullptr;
+  Array<char> workspace(backward_workspace(p, gradients, taken));
+  backward(queue, p, gradients, taken, workspace.get());
   return out;
 }
 
-template <class Unit>
-void compare(const Inputs& in, const Outcome& right, double tolerance, const std::string& name) {
+void compare(const Inputs& in, Precision precision, const Outcome& right, double tolerance,
+             const std::string& name) {
   emulation::set_schedule(0);
-  const Outcome in_order = on_gpu<Unit>(in, 0, false);
+  const Outcome in_order = on_gpu(in, precision, 0, false);
   // Nothing of this may be seen in the result: the order of the threads, kept cosines, less shared
   // memory, gradients in pieces.
   emulation::set_schedule(12345);
   emulation::set_shared_limit(99 << 10);
-  const Outcome out = on_gpu<Unit>(in, 1 << 18, true);
+  const Outcome out = on_gpu(in, precision, 1 << 18, true);
   emulation::set_shared_limit(227 << 10);
   expect(same_bits(out.grad_embeddings, in_order.grad_embeddings) &&
              same_bits(out.grad_prototypes, in_order.grad_prototypes),
@@ -229,18 +252,31 @@ void compare_selections(int64_t num_classes, int64_t count, int64_t batch, int64
   for (int64_t i = 0; i < batch; ++i) labels.data[i] = i % 5 == 0 ? -100 : i * 37 % num_classes;
   const int64_t bound = selection_bound(num_classes, count, batch, start, stop);
   Array<int64_t> ids(bound), slot(batch), gpu_ids(bound), gpu_slot(batch);
-  const int64_t selected =
-      select_classes(labels.get(), batch, num_classes, count, int64_t{3}, int64_t{4}, -100, start,
-                     stop, ids.get(), slot.get(), Serial());
-  const cuda::Labels described{labels.get(), true, batch, num_classes, -100, start, stop};
   const int64_t step = 4;
-  int64_t gpu_selected = -1;
+  int64_t selected = -1, gpu_selected = -1;
+  ClassSelection selection{.labels = {.data = labels.get(),
+                                      .is_64_bit = true,
+                                      .batch = batch,
+                                      .num_classes = num_classes,
+                                      .ignore_index = -100,
+                                      .start = start,
+                                      .stop = stop},
+                           .count = count,
+                           .seed = 3,
+                           .step = &step,
+                           .bound = bound,
+                           .class_index = ids.get(),
+                           .selected = &selected,
+                           .slot = slot.get()};
+  cpu::select_classes(selection, cpu::Serial());
+  selection.class_index = gpu_ids.get();
+  selection.selected = &gpu_selected;
+  selection.slot = gpu_slot.get();
   cuda::Queue queue;
-  Array<uint64_t> workspace(cuda::selection_workspace(described));
-  cuda::select_classes(queue, {described, count, 3, &step, bound, gpu_ids.get(), &gpu_selected,
-                               gpu_slot.get(), workspace.get()});
+  Array<char> workspace(cuda::selection_workspace(selection.labels));
+  cuda::select_classes(queue, selection, workspace.get());
   bool same = selected == gpu_selected;
-  for (int64_t j = 0; same && j < selected; ++j) same = ids.data[j] == gpu_ids.data[j];
+  for (int64_t j = 0; same && j < bound; ++j) same = ids.data[j] == gpu_ids.data[j];
   for (int64_t i = 0; i < batch; ++i) same = same && slot.data[i] == gpu_slot.data[i];
   expect(same, "selection of " + std::to_string(num_classes));
 }
@@ -279,42 +315,55 @@ struct RowOutcome {
   }
 };
 
-const AdamWOptions kAdamW{0.01, 0.9, 0.999, 1e-8, false};
-const SgdOptions kSgd{0.01, 0.9, 0.1, true, false};
+RowArray array_of(const Array<float>& values, int64_t dim) {
+  return {.data = values.get(), .dtype = DType::kFloat32, .row_stride = dim};
+}
+
+AdamWRows adamw_rows(const RowInputs& in, const RowOutcome& out) {
+  return {.options = {.lr = 0.01, .beta1 = 0.9, .beta2 = 0.999, .eps = 1e-8, .maximize = false},
+          .parameter = array_of(out.parameter, in.dim),
+          .first = array_of(out.first, in.dim),
+          .second = array_of(out.second, in.dim),
+          .second_per_row = false,
+          .row_step = out.row_step.get(),
+          .log_decay = out.log_decay.get(),
+          .total_log_decay = -0.01,
+          .num_rows = in.num_rows,
+          .dim = in.dim};
+}
+
+SgdRows sgd_rows(const RowInputs& in, const RowOutcome& out) {
+  return {.options = {.lr = 0.01,
+                      .momentum = 0.9,
+                      .weight_decay = 0.1,
+                      .nesterov = true,
+                      .maximize = false},
+          .parameter = array_of(out.parameter, in.dim),
+          .buffer = array_of(out.first, in.dim),
+          .log_decay = nullptr,
+          .decay_before = 0,
+          .decay_after = 0,
+          .last_step = out.last_step.get(),
+          .history = in.steps.get(),
+          .remembered = in.steps.size,
+          .now = in.steps.size + 1,
+          .num_rows = in.num_rows,
+          .dim = in.dim};
+}
 
 RowOutcome updated_on_cpu(const RowInputs& in) {
   RowOutcome out(in);
-  const MergedRows merged(in.ids.get(), in.count);
+  const cpu::MergedRows merged(in.ids.get(), in.count);
   Array<int64_t> ids(merged.count());
   Array<float> rows(merged.count() * in.dim);
-  const RowGradient gradient{
-      ids.get(), merged.count(), {rows.get(), DType::kFloat32, in.dim}, in.dim};
-  merged.write({in.ids.get(), in.count, {in.rows.get(), DType::kFloat32, in.dim}, in.dim},
-               ids.get(), gradient.rows, Serial());
-  auto array = [&](const Array<float>& values) {
-    return RowArray{values.get(), DType::kFloat32, in.dim};
-  };
-  RowAdamW adamw;
-  adamw.options = kAdamW;
-  adamw.parameter = array(out.parameter);
-  adamw.first = array(out.first);
-  adamw.second = array(out.second);
-  adamw.second_per_row = false;
-  adamw.row_step = out.row_step.get();
-  adamw.log_decay = out.log_decay.get();
-  adamw.total_log_decay = -0.01;
-  adamw.dim = in.dim;
-  update_rows(adamw, gradient, Serial());
-  const auto missed = missed_transitions(in.steps.get(), in.steps.size);
-  RowSgd sgd;
-  sgd.options = kSgd;
-  sgd.parameter = array(out.parameter);
-  sgd.buffer = array(out.first);
-  sgd.last_step = out.last_step.get();
-  sgd.missed = missed.data();
-  sgd.now = in.steps.size + 1;
-  sgd.dim = in.dim;
-  update_rows(sgd, gradient, Serial());
+  const cpu::RowGradient gradient{
+      .ids = ids.get(), .count = merged.count(), .rows = array_of(rows, in.dim), .dim = in.dim};
+  merged.write(
+      {.ids = in.ids.get(), .count = in.count, .rows = array_of(in.rows, in.dim), .dim = in.dim},
+      ids.get(), gradient.rows, cpu::Serial());
+  update_rows(cpu::RowAdamW(adamw_rows(in, out)), gradient, cpu::Serial());
+  update_rows(cpu::RowSgd(sgd_rows(in, out), gradient.ids, gradient.count), gradient,
+              cpu::Serial());
   return out;
 }
 
@@ -323,8 +372,15 @@ RowOutcome updated_on_gpu(const RowInputs& in) {
   cuda::Queue queue;
   Array<int64_t> keys(in.count), order(in.count), sorted(in.count), ids(in.count);
   Array<float> rows(in.count * in.dim);
-  cuda::Merge merge{in.ids.get(), in.rows.get(), DType::kFloat32, in.count,  in.dim,
-                    keys.get(),   order.get(),   ids.get(),       rows.get()};
+  cuda::Merge merge{.ids = in.ids.get(),
+                    .rows = in.rows.get(),
+                    .dtype = DType::kFloat32,
+                    .count = in.count,
+                    .dim = in.dim,
+                    .keys = keys.get(),
+                    .order = order.get(),
+                    .merged_ids = ids.get(),
+                    .merged_rows = rows.get()};
   give_keys(queue, merge);
   std::iota(order.get(), order.get() + in.count, int64_t{0});
   std::stable_sort(order.get(), order.get() + in.count,
@@ -332,18 +388,13 @@ RowOutcome updated_on_gpu(const RowInputs& in) {
   for (int64_t j = 0; j < in.count; ++j) sorted.data[j] = keys.data[order.data[j]];
   merge.keys = sorted.get();
   add_equal(queue, merge);
-  const cuda::SparseRows gradient{ids.get(), rows.get(), in.count, in.dim, in.num_rows};
-  auto array = [&](const Array<float>& values) {
-    return cuda::Rows{values.get(), DType::kFloat32, in.dim};
+  const cuda::SparseRows gradient{.ids = ids.get(), .rows = rows.get(), .count = in.count};
+  const auto update = [&](const auto& state) {
+    Array<char> workspace(cuda::update_workspace(state, in.count));
+    cuda::update_rows(queue, state, gradient, workspace.get());
   };
-  Array<char> adamw_space(cuda::adamw_workspace(in.count, DType::kFloat32));
-  update_rows(queue, cuda::AdamWUpdate{gradient, kAdamW, array(out.parameter), array(out.first),
-                                       array(out.second), false, out.row_step.get(),
-                                       out.log_decay.get(), -0.01, adamw_space.get()});
-  Array<char> sgd_space(cuda::sgd_workspace(in.count, in.steps.size, DType::kFloat32));
-  update_rows(queue, cuda::SgdUpdate{gradient, kSgd, array(out.parameter), array(out.first),
-                                     nullptr, 0, 0, out.last_step.get(), in.steps.get(),
-                                     in.steps.size, in.steps.size + 1, sgd_space.get()});
+  update(adamw_rows(in, out));
+  update(sgd_rows(in, out));
   return out;
 }
 
@@ -379,8 +430,7 @@ bool same_array(const Array<T>& a, const Array<T>& b) {
   return std::memcmp(a.get(), b.get(), sizeof(T) * static_cast<size_t>(a.size)) == 0;
 }
 
-Found found_on_gpu(const cuda::FloatRows& rows, const cuda::FloatRows& centroids,
-                   const int64_t* guess) {
+Found found_on_gpu(const FloatRows& rows, const FloatRows& centroids, const int64_t* guess) {
   Found out(rows.count, centroids.count, rows.dim);
   cuda::Queue queue;
   Array<char> packed(cuda::packed_centroid_bytes(centroids.count, rows.dim));
@@ -397,9 +447,14 @@ Found found_on_gpu(const cuda::FloatRows& rows, const cuda::FloatRows& centroids
                    [&](int64_t a, int64_t b) { return out.index.data[a] < out.index.data[b]; });
   for (int64_t j = 0; j < rows.count; ++j) key.data[j] = out.index.data[order.data[j]];
   Array<double> inverse_norm(rows.count);
-  cuda::inverse_norms(queue, {rows, inverse_norm.get()});
-  cuda::add_unit_rows(queue, {rows, inverse_norm.get(), key.get(), order.get(), centroids.count,
-                              out.sums.get(), out.counts.get()});
+  cuda::inverse_norms(queue, {.rows = rows, .inverse_norm = inverse_norm.get()});
+  cuda::add_unit_rows(queue, {.rows = rows,
+                              .inverse_norm = inverse_norm.get(),
+                              .key = key.get(),
+                              .order = order.get(),
+                              .num_sums = centroids.count,
+                              .sums = out.sums.get(),
+                              .counts = out.counts.get()});
   expect(queue.error == cudaSuccess, "a launch");
   return out;
 }
@@ -416,20 +471,21 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
   Array<int64_t> guess(n);
   for (int64_t i = 0; i < n; ++i) guess.data[i] = static_cast<int64_t>(random() % (k + 1)) - 1;
 
-  const Rows cpu_rows{rows.get(), n, dim, dim}, cpu_centroids{centroids.get(), k, dim, dim};
+  const FloatRows all_rows{.data = rows.get(), .count = n, .dim = dim, .stride = dim};
+  const FloatRows all_centroids{.data = centroids.get(), .count = k, .dim = dim, .stride = dim};
   Found right(n, k, dim);
-  Array<char> packed(packed_centroid_bytes(k, dim));
-  pack_centroids(cpu_centroids, packed.get(), Serial());
-  nearest(cpu_rows, nullptr, cpu_centroids, packed.get(), right.index.get(), right.score.get(),
-          Serial());
-  add_unit_rows(cpu_rows, right.index.get(), k, right.sums.get(), right.counts.get(), Serial());
+  Array<char> packed(cpu::packed_centroid_bytes(k, dim));
+  cpu::pack_centroids(all_centroids, packed.get(), cpu::Serial());
+  cpu::nearest(all_rows, nullptr, all_centroids, packed.get(), right.index.get(), right.score.get(),
+               cpu::Serial());
+  cpu::add_unit_rows(all_rows, right.index.get(), k, right.sums.get(), right.counts.get(),
+                     cpu::Serial());
 
   const std::string name =
       "nearest of " + std::to_string(n) + " x " + std::to_string(k) + " x " + std::to_string(dim);
   for (const uint64_t schedule : {0, 12345}) {
     emulation::set_schedule(schedule);
-    const Found out = found_on_gpu({rows.get(), n, dim, dim}, {centroids.get(), k, dim, dim},
-                                   schedule == 0 ? nullptr : guess.get());
+    const Found out = found_on_gpu(all_rows, all_centroids, schedule == 0 ? nullptr : guess.get());
     expect(same_array(out.index, right.index), name + ": index");
     expect(same_array(out.score, right.score), name + ": score");
     expect(same_array(out.sums, right.sums), name + ": sums");
@@ -450,9 +506,12 @@ int main() {
   for (int64_t dim : {1, 2, 64, 1000}) {
     Array<int64_t> a((dim + 1) / 2), b((dim + 1) / 2);
     const int64_t step = 8;
-    select_features(dim, a.size, 1, 8, a.get());
+    FeatureSelection selection{
+        .dim = dim, .count = a.size, .seed = 1, .step = &step, .out = a.get()};
+    cpu::select_features(selection);
     cuda::Queue queue;
-    cuda::select_features(queue, {dim, b.size, 1, &step, b.get()});
+    selection.out = b.get();
+    cuda::select_features(queue, selection);
     expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
            "features of " + std::to_string(dim));
   }
@@ -476,9 +535,9 @@ int main() {
     const Outcome right = on_cpu(in);
     const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
                              " x " + std::to_string(c.dim);
-    compare<float>(in, right, 2e-7, name + " float");
-    compare<cuda::Half>(in, right, 1e-3, name + " half");
-    compare<cuda::BFloat>(in, right, 1e-2, name + " bfloat");
+    compare(in, Precision::kFp32, right, 2e-7, name + " float");
+    compare(in, Precision::kFp16, right, 1e-3, name + " half");
+    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat");
   }
   std::printf(failed ? "FAILED\n" : "all the same\n");
   return failed ? 1 : 0;

@@ -33,9 +33,9 @@ INCLUDES = {
     "cuda/kernels": ("core",),
     "cuda/host": ("cuda/kernels", "core"),
     "bind/ops": ("core",),
-    "bind/cpu": ("bind/ops", "cpu/host", "cpu/kernels", "core"),
+    "bind/cpu": ("bind/ops", "cpu/host", "core"),
     "bind/cuda": ("bind/ops", "cuda/host", "cuda/kernels", "core"),
-    "bind": ("cpu/host", "core"),
+    "bind": ("cpu/host", "cpu/kernels", "core"),  # numpy.cpp: which kernels there are
 }
 FOLDERS = (  # by floors, as they are drawn
     ("bind/cpu", "bind/cuda"),

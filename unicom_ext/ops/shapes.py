@@ -51,7 +51,7 @@ def _kept_bytes(
     workspace_bytes: int,
     device_type: str,
 ) -> int:
-    if device_type == "cuda":  # kept_classes in csrc/cuda/host/loss.h
+    if device_type == "cuda":  # kept_classes in csrc/cuda/host/loss.cpp
         class_bytes = _round_up(batch, _CUDA_ROWS) * real_bytes
         if value_bytes == 2 or class_bytes == 0:
             return 0

@@ -6,13 +6,11 @@
 #include <optional>
 #include <vector>
 
-#include "../../core/target.h"
+#include "../../core/problem.h"
 #include "tensors.h"
 
 namespace unicom {
 namespace {  // types of torch::stable are hidden
-
-enum class Precision : int64_t { kFp32, kFp16, kBf16 };
 
 struct Options {
   MarginOptions margin;  // without its per-sample arrays
@@ -69,19 +67,6 @@ struct Options {
     return t->const_data_ptr<double>();
   }
 };
-
-// What loss_merge takes of each sample, checked and made contiguous. Returns the batch size.
-inline int64_t prepare_merge(Tensor& sums, Tensor& exponent, Tensor& inverse_norm, Tensor& slot) {
-  const int64_t batch = slot.numel();
-  check_vector(slot, "slot", batch, ScalarType::Long);
-  check_vector(exponent, "exponent", batch, ScalarType::Double);
-  check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
-  check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 2 &&
-            sums.scalar_type() == ScalarType::Double,
-        "sums must be Double of shape [", batch, ", 2]");
-  for (Tensor* t : {&sums, &exponent, &inverse_norm, &slot}) *t = torch::stable::contiguous(*t);
-  return batch;
-}
 
 }  // namespace
 }  // namespace unicom

@@ -1,175 +1,32 @@
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <numeric>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "../../core/softmax.h"
-#include "operands.h"
-#include "row_updates.h"
+#include "gradient_rows.h"
+#include "loss.h"
+#include "samples.h"
 
-namespace unicom {
-
-namespace {
-
-// A gradient larger than the caches gains nothing from passing through them: stores that go past
-// them do not read the memory first.
-void zero_piece(char* data, size_t bytes) {
-#if defined(__SSE2__)
-  const size_t lines = bytes / 64;
-  for (size_t i = 0; i < lines; ++i, data += 64)
-    for (int j = 0; j < 4; ++j)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(data) + j, _mm_setzero_si128());
-  _mm_sfence();
-  bytes -= lines * 64;
-#endif
-  std::memset(data, 0, bytes);
-}
-
-}  // namespace
-
-void fill_zero(void* data, int64_t bytes, const Parallel& parallel) {
-  constexpr int64_t kPiece = int64_t{1} << 20;
-  const bool past_caches = bytes > kCacheBytes && reinterpret_cast<uintptr_t>(data) % 64 == 0;
-  parallel.run(ceil_div(bytes, kPiece), [&](int64_t i) {
-    char* piece = static_cast<char*>(data) + i * kPiece;
-    const auto size = static_cast<size_t>(std::min(kPiece, bytes - i * kPiece));
-    if (past_caches)
-      zero_piece(piece, size);
-    else
-      std::memset(piece, 0, size);
-  });
-}
+namespace unicom::cpu {
 
 namespace {
-
-template <class To, class Real>
-void write_columns(To* row, const RowSink& sink, const Real* values) {
-  auto convert = [](Real value) -> To {
-    if constexpr (std::is_same_v<To, uint16_t>)
-      return cpu::float_to_bf16(static_cast<float>(value));
-    else
-      return static_cast<To>(value);
-  };
-  if (sink.columns == nullptr) {
-    for (int64_t k = 0; k < sink.dim; ++k) row[k] = convert(values[k]);
-  } else {
-    for (int64_t k = 0; k < sink.dim; ++k) row[sink.columns[k]] = convert(values[k]);
-  }
-}
-
-template <class Real>
-void write_row(const RowSink& sink, int64_t id, const Real* values) {
-  const int64_t offset = id * sink.row_stride;
-  switch (sink.dtype) {
-    case cpu::DType::kFloat32:
-      return write_columns(static_cast<float*>(sink.data) + offset, sink, values);
-    case cpu::DType::kFloat64:
-      return write_columns(static_cast<double*>(sink.data) + offset, sink, values);
-    case cpu::DType::kBFloat16:
-      return write_columns(static_cast<uint16_t*>(sink.data) + offset, sink, values);
-    case cpu::DType::kFloat16:
-      return write_columns(static_cast<_Float16*>(sink.data) + offset, sink, values);
-  }
-}
 
 // The target's part of the gradients of one sample, in double from the rows as they were given:
 // d loss / d cosine = -weight * scale * miss * slope, and d cosine / d x = (w^ - c x^) / |x|.
 // embedding and prototype [dim]: nullptr where not wanted.
 template <class Real>
-void target_gradients(const Problem& p, const BackwardArgs& args, int64_t i, double* x, double* w,
-                      Real* embedding, Real* prototype) {
+void target_gradients(const Plan& p, const SampleState& state, double weight, int64_t i, double* x,
+                      double* w, Real* embedding, Real* prototype) {
   const auto& k = kernels_for<double>();
   const int64_t dim = p.embeddings.dim;
-  const SampleState& state = args.state[i];
-  const double x_inverse = k.unit_row(p.embeddings, i, x, dim);
-  const double w_inverse = k.unit_row(p.prototypes, class_of(p, i), w, dim);
-  const double factor = -args.weight[i] * p.scale * state.miss * state.slope;
+  const double x_inverse = k.unit_row(p.embedding_rows, i, x, dim);
+  const double w_inverse = k.unit_row(p.prototype_rows, p.class_of(p.slot[i]), w, dim);
+  const double factor = -weight * p.scale * state.miss * state.slope;
   for (int64_t d = 0; d < dim && embedding != nullptr; ++d)
     embedding[d] = static_cast<Real>(factor * x_inverse * (w[d] - state.cosine * x[d]));
   for (int64_t d = 0; d < dim && prototype != nullptr; ++d)
     prototype[d] = static_cast<Real>(factor * w_inverse * (x[d] - state.cosine * w[d]));
 }
-
-// Where the finished rows of the prototype gradient go, panel by panel: to a matrix, or to the
-// optimizer at once.
-template <class Unit>
-class PrototypeRows {
-  using Real = RealOf<Unit>;
-
- public:
-  PrototypeRows(const Problem& p, const BackwardArgs& args)
-      : p_(p),
-        args_(args),
-        width_(args.prototypes.row_stride),
-        spread_(whole() && args.prototypes.columns != nullptr),
-        rows_(spread_ ? kLanes * width_ : 0),
-        converted_(args.update != nullptr ? width_ : 0) {
-    std::fill_n(rows_.get(), spread_ ? kLanes * width_ : 0, Real(0));
-  }
-#if defined(__SSE2__)
-  ~PrototypeRows() { _mm_sfence(); }
-#endif
-
-  // rows [count][height] of the selected columns, of the slots from `first` on
-  void put(int64_t first, int64_t count, const Real* rows, int64_t height) {
-    if (!whole()) {
-      for (int64_t r = 0; r < count; ++r)
-        write_row(args_.prototypes, id_of(first + r), rows + r * height);
-      return;
-    }
-    if (spread_) {
-      kernels_for<Unit>().spread_rows(rows, height, count, p_.prototypes, rows_.get(), width_);
-      rows = rows_.get();
-      height = width_;
-    }
-    RowSink sink{args_.prototypes.data, args_.prototypes.dtype, width_, nullptr, width_};
-    for (int64_t r = 0; r < count; ++r) {
-      const Real* row = rows + r * height;
-      if (args_.update == nullptr) {
-        if (!store_past_caches(sink, first + r, row)) write_row(sink, first + r, row);
-        continue;
-      }
-      const cpu::DType dtype = arithmetic(sink.dtype);
-      const void* gradient = row;
-      if (cpu::bytes_of(dtype) != sizeof(Real)) {
-        write_row({converted_.get(), dtype, 0, nullptr, width_}, 0, row);
-        gradient = converted_.get();
-      }
-      args_.update->step(id_of(first + r), gradient,
-                         id_of(first + std::min(r + kRowsAhead, count - 1)));
-    }
-  }
-
- private:
-  bool whole() const { return args_.compact || args_.update != nullptr; }
-  int64_t id_of(int64_t slot) const { return p_.class_index ? p_.class_index[slot] : slot; }
-
-  // A gradient larger than the caches gains nothing from passing through them.
-  bool store_past_caches(const RowSink& sink, int64_t slot, const Real* row) const {
-#if defined(__SSE2__)
-    const int64_t bytes = width_ * static_cast<int64_t>(sizeof(Real));
-    auto* to = reinterpret_cast<__m128i*>(static_cast<char*>(sink.data) + slot * bytes);
-    if (sink.dtype == cpu::DType::kFloat32 && sizeof(Real) == 4 && bytes % 16 == 0 &&
-        bytes * p_.sampled > kCacheBytes && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-      const auto* from = reinterpret_cast<const __m128i*>(row);
-      for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
-      return true;
-    }
-#endif
-    return false;
-  }
-
-  const Problem& p_;
-  const BackwardArgs& args_;
-  const int64_t width_;       // of a whole row
-  const bool spread_;         // columns were selected
-  Buffer<Real> rows_;         // [16][width], zero where columns were not selected
-  Buffer<double> converted_;  // wide enough for any type
-};
 
 // Works through the sampled classes in runs. For each run, over all rows of the batch:
 //   1. the tile of probabilities, in the two layouts the products want;
@@ -186,14 +43,16 @@ class Backward {
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
  public:
-  Backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel)
+  Backward(const Plan& p, const Gradients& gradients, const RowUpdate* update,
+           const Parallel& parallel)
       : p_(p),
-        args_(args),
+        g_(gradients),
+        update_(update),
         parallel_(parallel),
         s_(p),
         k_(kernels_for<Unit>()),
         rows_(p, s_, parallel),
-        classes_(const_cast<void*>(args.packed), s_),
+        classes_(const_cast<void*>(gradients.packed), s_),
         run_panels_(
             std::min(round_up(s_.panels, kPanelsPerItem),
                      std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
@@ -236,21 +95,32 @@ class Backward {
   }
 
  private:
-  bool want_prototypes() const {
-    return args_.prototypes.data != nullptr || args_.update != nullptr;
+  bool want_prototypes() const { return g_.prototypes != nullptr || update_ != nullptr; }
+  bool want_embeddings() const { return g_.embeddings != nullptr; }
+
+  // Upstream gradient of each sample's loss.
+  std::vector<double> upstream_weights() const {
+    std::vector<double> weights(static_cast<size_t>(p_.batch), 0.0);
+    const auto* grad = static_cast<const Real*>(g_.grad_loss);
+    const double factor = reduction_factor(g_.reduction, p_.slot, p_.batch);
+    const bool each = g_.reduction == Reduction::kNone;
+    for (int64_t i = 0; i < p_.batch; ++i)
+      if (p_.slot[i] != kIgnoredSlot)
+        weights[static_cast<size_t>(i)] = factor * static_cast<double>(grad[each ? i : 0]);
+    return weights;
   }
-  bool want_embeddings() const { return args_.embeddings.data != nullptr; }
 
   void prepare_rows() {
     // Rows without gradient: factor 0, and an exponent that no exponential overflows.
     const auto largest = static_cast<int64_t>(std::ceil(p_.scale / kLn2)) + 1;
-    row_scale_.resize(static_cast<size_t>(s_.padded_rows), cpu::RowScale{0.0, largest});
+    const std::vector<double> upstream = upstream_weights();
+    row_scale_.resize(static_cast<size_t>(s_.padded_rows), RowScale{0.0, largest});
     weight_.resize(static_cast<size_t>(s_.padded_rows), 0.0);
     for (int64_t i = 0; i < p_.batch; ++i) {
-      const SampleState& state = args_.state[i];
+      const SampleState& state = g_.state[i];
       if (p_.slot[i] == kIgnoredSlot || state.factor == 0) continue;
       row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
-      weight_[static_cast<size_t>(i)] = args_.weight[i] * p_.scale * state.miss;
+      weight_[static_cast<size_t>(i)] = upstream[static_cast<size_t>(i)] * p_.scale * state.miss;
     }
     constexpr int64_t kSamplesPerItem = 16;  // targets: now, before prototypes are updated
     parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
@@ -260,7 +130,8 @@ class Backward {
         Real* embedding = want_embeddings() ? target_embedding_.get() + i * s_.dim : nullptr;
         Real* prototype = want_prototypes() ? target_prototype_.get() + i * s_.dim : nullptr;
         if (p_.slot[i] >= 0)
-          target_gradients(p_, args_, i, x.get(), w.get(), embedding, prototype);
+          target_gradients(p_, g_.state[i], upstream[static_cast<size_t>(i)], i, x.get(), w.get(),
+                           embedding, prototype);
         else if (want_embeddings())
           std::fill_n(embedding, s_.dim, Real(0));
       }
@@ -282,9 +153,9 @@ class Backward {
   void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
     const int64_t offset = group * kPanelsPerItem;  // within the run
     const int64_t first_row = block * s_.block_tiles * kTile;
-    int64_t target[cpu::kBlockTiles * kTile];
-    cpu::Probabilities<Unit> a;
-    fill_block(p_, s_, rows_, classes_, args_.kept, block, first_panel + offset,
+    int64_t target[kBlockTiles * kTile];
+    Probabilities<Unit> a;
+    fill_block(p_, s_, rows_, classes_, g_.kept, block, first_panel + offset,
                std::min(kPanelsPerItem, panels - offset), target, &a);
     a.row = row_scale_.data() + first_row;
     a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
@@ -305,7 +176,7 @@ class Backward {
     const int64_t count = std::min(kPanelsPerItem, panels - offset);
     const int64_t size = s_.height * kLanes;
     Buffer<Real> gradient(count * size), rows(size);
-    cpu::Product<Unit> a;
+    Product<Unit> a;
     a.a_tile_stride = row_stride_ * kTile;
     a.group_units = a.group_stride = 0;
     a.b = along_rows_.get() + offset * row_stride_ * kLanes;
@@ -318,16 +189,15 @@ class Backward {
     a.a = weighted_.get();
     a.out = gradient.get();
     // The rows that the optimizer will want come from memory while this multiplies.
-    std::vector<cpu::Span> spans;
-    if (args_.update != nullptr) {
+    std::vector<Span> spans;
+    if (update_ != nullptr) {
       const int64_t first = (first_panel + offset) * kLanes;
       const int64_t end = std::min(first + count * kLanes, p_.sampled);
-      for (int64_t slot = first; slot < end; ++slot)
-        args_.update->add_spans(p_.class_index ? p_.class_index[slot] : slot, &spans);
+      for (int64_t slot = first; slot < end; ++slot) update_->add_spans(p_.class_of(slot), &spans);
     }
     a.ahead = {spans.data(), static_cast<int64_t>(spans.size())};
     k_.product(a);
-    PrototypeRows<Unit> out(p_, args_);
+    PrototypeRows<Unit> out(p_, g_, update_);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t panel = first_panel + offset + j;
       k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
@@ -346,7 +216,7 @@ class Backward {
 
   void add_embedding_gradients(int64_t first_panel, int64_t panels, int64_t item) {
     const int64_t row_panel = item * kPanelsPerItem;
-    cpu::Product<Unit> a;
+    Product<Unit> a;
     a.group_units = kGroup;
     if (kValues > 1) {
       a.a = class_units_.get();
@@ -369,6 +239,7 @@ class Backward {
   }
 
   void finish_embeddings() {
+    const RowSink out = sink(p_.embeddings, g_.embeddings, p_.dim);
     parallel_.run(ceil_div(p_.batch, kLanes), [&](int64_t panel) {
       Buffer<Real> gradient(s_.dim), row(s_.dim);
       const Real* lines = embedding_gradient_.get() + panel * s_.height * kLanes;
@@ -379,20 +250,21 @@ class Backward {
         const Real* x = rows_.unit.get() + i * s_.height;
         for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
         const double dot = k_.dot(gradient.get(), x, s_.dim);
-        const double factor = weight_[static_cast<size_t>(i)] * args_.state[i].inverse_norm;
+        const double factor = weight_[static_cast<size_t>(i)] * g_.state[i].inverse_norm;
         const Real* target = target_embedding_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
           row[d] = static_cast<Real>(factor * (gradient[d] - dot * x[d])) + target[d];
-        write_row(args_.embeddings, i, row.get());
+        write_row(out, i, row.get());
       }
     });
   }
 
-  const Problem& p_;
-  const BackwardArgs& args_;
+  const Plan& p_;
+  const Gradients& g_;
+  const RowUpdate* update_;
   const Parallel& parallel_;
   const Shape<Unit> s_;
-  const cpu::Kernels<Unit>& k_;
+  const Kernels<Unit>& k_;
   const PackedRows<Unit> rows_;
   const PackedClasses<Unit> classes_;
   const int64_t run_panels_;  // panels in a run of classes
@@ -406,25 +278,46 @@ class Backward {
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
   Buffer<Real> target_embedding_;    // [batch][dim], the target's part of each sample's gradients
   Buffer<Real> target_prototype_;    //
-  std::vector<cpu::RowScale> row_scale_;
+  std::vector<RowScale> row_scale_;
   std::vector<double> weight_;
   std::vector<int64_t> by_slot_;
 };
 
-}  // namespace
+// Zeros what will not be written: all but the leading rows of which every value will be.
+void clear_rest(const Plan& p, const Gradients& g, const Parallel& parallel) {
+  const auto clear = [&](void* data, DType dtype, int64_t rows, bool all_written, int64_t written) {
+    if (data == nullptr) return;
+    const int64_t skipped = all_written && p.batch > 0 ? written : 0,
+                  bytes = p.dim * bytes_of(dtype);
+    fill_zero(static_cast<char*>(data) + skipped * bytes, (rows - skipped) * bytes, parallel);
+  };
+  const bool whole_rows = p.embeddings.columns == nullptr;
+  clear(g.embeddings, p.embeddings.dtype, p.batch,
+        whole_rows && count_kept(p.slot, p.batch) == p.batch, p.batch);
+  if (g.compact)
+    clear(g.prototypes, p.prototypes.dtype, p.bound, true, p.sampled);
+  else
+    clear(g.prototypes, p.prototypes.dtype, p.num_classes, whole_rows && p.class_index == nullptr,
+          p.num_classes);
+}
 
 template <class Unit>
-void backward(const Problem& p, const BackwardArgs& args, const Parallel& parallel) {
-  if (p.batch > 0) return Backward<Unit>(p, args, parallel).run();
-  if (args.update != nullptr) {  // to the optimizer a gradient of zeros is a step all the same
-    PrototypeRows<Unit> out(p, args);
+void run(const Plan& p, const Gradients& g, const RowUpdate* update, const Parallel& parallel) {
+  if (p.batch > 0) return Backward<Unit>(p, g, update, parallel).run();
+  if (update != nullptr) {  // to the optimizer a gradient of zeros is a step all the same
+    PrototypeRows<Unit> out(p, g, update);
     const std::vector<RealOf<Unit>> zeros(static_cast<size_t>(p.prototypes.dim));
     for (int64_t j = 0; j < p.sampled; ++j) out.put(j, 1, zeros.data(), p.prototypes.dim);
   }
 }
 
-template void backward<float>(const Problem&, const BackwardArgs&, const Parallel&);
-template void backward<cpu::BfPair>(const Problem&, const BackwardArgs&, const Parallel&);
-template void backward<double>(const Problem&, const BackwardArgs&, const Parallel&);
+}  // namespace
 
-}  // namespace unicom
+void backward(const Problem& problem, const Gradients& g, const RowUpdate* update,
+              const Parallel& parallel) {
+  const Plan p(problem);
+  clear_rest(p, g, parallel);
+  with_unit(p, [&](auto unit) { run<decltype(unit)>(p, g, update, parallel); });
+}
+
+}  // namespace unicom::cpu

@@ -9,7 +9,7 @@
 #include <sys/mman.h>
 #endif
 
-namespace unicom {
+namespace unicom::cpu {
 namespace {
 
 constexpr size_t kAlignment = 64;
@@ -122,4 +122,4 @@ void trim_pool() {
   }
 }
 
-}  // namespace unicom
+}  // namespace unicom::cpu

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace unicom {
+namespace unicom::cpu {
 
 // Thread-safe. Blocks are aligned to 64 bytes and hold arbitrary bytes. The pool keeps what was
 // released until a request of another size needs the room, at most kPoolBlocks blocks.
@@ -35,4 +35,4 @@ class Buffer {
   T* data_;
 };
 
-}  // namespace unicom
+}  // namespace unicom::cpu

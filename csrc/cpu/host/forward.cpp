@@ -3,27 +3,19 @@
 #include <limits>
 
 #include "../../core/softmax.h"
+#include "loss.h"
 #include "operands.h"
 
-namespace unicom {
+namespace unicom::cpu {
 
-int64_t packed_bytes(int64_t sampled, int64_t dim, int64_t bytes_per_value) {
-  const int64_t lanes = round_up(sampled, kLanes);
-  return lanes * cpu::panel_height(dim) * bytes_per_value +
+int64_t packed_bytes(const Problem& p) {
+  const int64_t bytes_per_value = p.is_double() ? 8 : p.precision == Precision::kBf16 ? 2 : 4;
+  const int64_t lanes = round_up(p.bound, kLanes);
+  return lanes * panel_height(p.embeddings.dim) * bytes_per_value +
          lanes * static_cast<int64_t>(sizeof(double));
 }
 
-int64_t kept_panel_bytes(int64_t batch, int64_t real_bytes) {
-  return round_up(batch, kTile) * kLanes * real_bytes;
-}
-
-int64_t kept_panels(int64_t sampled, int64_t batch, int64_t real_bytes, int64_t workspace_bytes) {
-  const int64_t panels = ceil_div(sampled, kLanes);
-  const int64_t bytes = kept_panel_bytes(batch, real_bytes);
-  if (workspace_bytes == 0 || bytes == 0) return 0;
-  const int64_t fit = workspace_bytes / bytes;
-  return fit >= panels ? panels : fit / 4 * 4;
-}
+int64_t kept_bytes(const Problem& p) { return kept_panels(p) * kept_panel_bytes(p); }
 
 namespace {
 
@@ -43,13 +35,14 @@ class Forward {
   using Real = RealOf<Unit>;
 
  public:
-  Forward(const Problem& p, const ShardSums& out, const Parallel& parallel)
+  Forward(const Plan& p, const ShardSums& out, const Saved& saved, const Parallel& parallel)
       : p_(p),
         out_(out),
+        saved_(saved),
         parallel_(parallel),
         s_(p),
         k_(kernels_for<Unit>()),
-        classes_(out.packed, s_),
+        classes_(saved.packed, s_),
         rows_(p, s_, parallel),
         together_(s_.blocks <= kBlocksBesideChunk),
         chunk_panels_(std::clamp<int64_t>(
@@ -58,7 +51,7 @@ class Forward {
         runs_(ceil_div(s_.panels, run_panels_)),
         partial_(runs_ * s_.padded_rows) {
     if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent_))
-      exponent_ = cpu::kRunningExponent;
+      exponent_ = kRunningExponent;
   }
 
   void run() {
@@ -76,12 +69,12 @@ class Forward {
     }
     constexpr double kNone = -std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < p_.batch; ++i) {
-      const cpu::RowSum sum = merged(i);
+      const RowSum sum = merged(i);
       const bool ignored = p_.slot[i] == kIgnoredSlot;
       out_.sum[i * out_.stride] = ignored ? 0 : sum.sum;
       out_.exponent[i] =
-          sum.exponent == cpu::kRunningExponent ? kNone : static_cast<double>(sum.exponent);
-      out_.largest_negative[i] = !ignored && sum.largest > cpu::kNoCosine ? sum.largest : kNone;
+          sum.exponent == kRunningExponent ? kNone : static_cast<double>(sum.exponent);
+      out_.largest_negative[i] = !ignored && sum.largest > kNoCosine ? sum.largest : kNone;
       out_.inverse_norm[i] = rows_.inverse_norm[static_cast<size_t>(i)];
     }
   }
@@ -90,7 +83,7 @@ class Forward {
   void pack(int64_t first, int64_t panels) {
     Buffer<Real> scratch(kLanes * s_.height);
     for (int64_t j = first; j < first + panels; ++j)
-      k_.pack_panel(p_.prototypes, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
+      k_.pack_panel(p_.prototype_rows, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
                     scratch.get(), classes_.panels + j * s_.panel_units,
                     classes_.inverse_norm + j * kLanes);
   }
@@ -103,17 +96,17 @@ class Forward {
     const int64_t rows = std::min(s_.padded_rows, end_block * s_.block_tiles * kTile) - first_row;
     Buffer<Real> sums(rows * kLanes), largest(rows * kLanes);
     std::fill_n(sums.get(), rows * kLanes, Real(0));
-    std::fill_n(largest.get(), rows * kLanes, static_cast<Real>(cpu::kNoCosine));
+    std::fill_n(largest.get(), rows * kLanes, static_cast<Real>(kNoCosine));
     std::fill_n(partial_.get() + run * s_.padded_rows + first_row, rows,
-                cpu::RowSum{0.0, exponent_, cpu::kNoCosine});
+                RowSum{0.0, exponent_, kNoCosine});
     int64_t unflushed = 0;
     for (int64_t first = begin; first < end; first += chunk_panels_) {
       const int64_t panels = std::min(chunk_panels_, end - first);
       const bool last = first + panels == end;
       unflushed += panels;
-      const bool flush = last || unflushed + chunk_panels_ > cpu::kFlushPanels;
+      const bool flush = last || unflushed + chunk_panels_ > kFlushPanels;
       if (flush) unflushed = 0;
-      std::vector<cpu::Span> spans;
+      std::vector<Span> spans;
       if (together_) {
         pack(first, panels);
         // After the last chunk of a run comes the first of the run that this thread may get.
@@ -131,22 +124,21 @@ class Forward {
   }
 
   // The rows of a chunk that begins at this slot.
-  std::vector<cpu::Span> spans_of(int64_t first) const {
-    std::vector<cpu::Span> spans;
+  std::vector<Span> spans_of(int64_t first) const {
+    std::vector<Span> spans;
     if (chunk_panels_ * kLanes * bytes_of_row(p_.prototypes) > kMostAhead) return spans;
     const int64_t end = std::min(p_.sampled, first + chunk_panels_ * kLanes);
     for (int64_t slot = first; slot < end; ++slot) {
-      const int64_t id = p_.class_index != nullptr ? p_.class_index[slot] : slot;
-      spans.push_back({row_of(p_.prototypes, id), bytes_of_row(p_.prototypes)});
+      spans.push_back({row_of(p_.prototypes, p_.class_of(slot)), bytes_of_row(p_.prototypes)});
     }
     return spans;
   }
 
-  void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, cpu::Ahead ahead,
+  void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, Ahead ahead,
                  bool flush, Real* sums, Real* largest) {
-    int64_t target[cpu::kBlockTiles * kTile];
-    cpu::SumExp<Unit> args;
-    fill_block(p_, s_, rows_, classes_, out_.kept, block, first_panel, panels, target, &args);
+    int64_t target[kBlockTiles * kTile];
+    SumExp<Unit> args;
+    fill_block(p_, s_, rows_, classes_, saved_.kept, block, first_panel, panels, target, &args);
     args.exponent = exponent_;
     args.sums = sums;
     args.largest = largest;
@@ -156,39 +148,40 @@ class Forward {
     k_.sum_exp(args);
   }
 
-  cpu::RowSum merged(int64_t row) const {
-    cpu::RowSum total{0.0, exponent_, cpu::kNoCosine};
+  RowSum merged(int64_t row) const {
+    RowSum total{0.0, exponent_, kNoCosine};
     for (int64_t run = 0; run < runs_; ++run) {
-      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
+      const RowSum& part = partial_[run * s_.padded_rows + row];
       total.exponent = std::max(total.exponent, part.exponent);
       total.largest = std::max(total.largest, part.largest);
     }
     for (int64_t run = 0; run < runs_; ++run) {
-      const cpu::RowSum& part = partial_[run * s_.padded_rows + row];
+      const RowSum& part = partial_[run * s_.padded_rows + row];
       if (part.exponent == total.exponent) {
         total.sum += part.sum;
-      } else if (part.exponent != cpu::kRunningExponent) {
+      } else if (part.exponent != kRunningExponent) {
         total.sum += std::ldexp(part.sum, static_cast<int>(part.exponent - total.exponent));
       }
     }
     return total;
   }
 
-  const Problem& p_;
+  const Plan& p_;
   const ShardSums& out_;
+  const Saved& saved_;
   const Parallel& parallel_;
   const Shape<Unit> s_;
-  const cpu::Kernels<Unit>& k_;
+  const Kernels<Unit>& k_;
   const PackedClasses<Unit> classes_;
   const PackedRows<Unit> rows_;
   const bool together_;  // packing and multiplying
   const int64_t chunk_panels_, run_panels_, runs_;
   int64_t exponent_;
-  Buffer<cpu::RowSum> partial_;  // [run][padded row]
+  Buffer<RowSum> partial_;  // [run][padded row]
 };
 
 // Cosine of each sample with its own prototype, in double from the rows as they were given.
-void target_cosines(const Problem& p, double* cosine, int64_t stride, const Parallel& parallel) {
+void target_cosines(const Plan& p, double* cosine, int64_t stride, const Parallel& parallel) {
   const auto& k = kernels_for<double>();
   constexpr int64_t kSamplesPerItem = 16;
   parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
@@ -199,8 +192,8 @@ void target_cosines(const Problem& p, double* cosine, int64_t stride, const Para
       double& sum = cosine[i * stride];
       sum = 0;
       if (p.slot[i] < 0) continue;
-      k.unit_row(p.embeddings, i, x.get(), dim);
-      k.unit_row(p.prototypes, class_of(p, i), w.get(), dim);
+      k.unit_row(p.embedding_rows, i, x.get(), dim);
+      k.unit_row(p.prototype_rows, p.class_of(p.slot[i]), w.get(), dim);
       sum = k.dot(x.get(), w.get(), dim);
     }
   });
@@ -208,25 +201,11 @@ void target_cosines(const Problem& p, double* cosine, int64_t stride, const Para
 
 }  // namespace
 
-template <class Unit>
-void forward(const Problem& p, const ShardSums& out, const Parallel& parallel) {
-  Forward<Unit>(p, out, parallel).run();
+void forward(const Problem& problem, const ShardSums& out, const Saved& saved,
+             const Parallel& parallel) {
+  const Plan p(problem);
+  with_unit(p, [&](auto unit) { Forward<decltype(unit)>(p, out, saved, parallel).run(); });
   target_cosines(p, out.target_cosine, out.stride, parallel);
 }
 
-template void forward<float>(const Problem&, const ShardSums&, const Parallel&);
-template void forward<cpu::BfPair>(const Problem&, const ShardSums&, const Parallel&);
-template void forward<double>(const Problem&, const ShardSums&, const Parallel&);
-
-void merge(const MarginOptions& margin, double scale, int64_t batch, const int64_t* slot,
-           const ShardSums& sums, double* loss, SampleState* state) {
-  for (int64_t i = 0; i < batch; ++i) {
-    loss[i] = 0;
-    state[i] = {};
-    if (slot[i] == kIgnoredSlot) continue;
-    loss[i] = join_target(margin, scale, i, sums.sum[i * sums.stride], sums.exponent[i],
-                          sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &state[i]);
-  }
-}
-
-}  // namespace unicom
+}  // namespace unicom::cpu

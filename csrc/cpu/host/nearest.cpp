@@ -4,14 +4,15 @@
 #include <limits>
 #include <numeric>
 
-#include "operands.h"
+#include "buffers.h"
+#include "plan.h"
 
-namespace unicom {
+namespace unicom::cpu {
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kValues = sizeof(cpu::ByteQuad);  // of a unit
+constexpr int64_t kValues = sizeof(ByteQuad);  // of a unit
 constexpr int64_t kCapacity = 256;  // candidates of a row, before it is looked at again by itself
 
 double dot(const float* a, const float* b, int64_t count) {
@@ -23,8 +24,13 @@ double inverse_norm(const float* row, int64_t dim) {
   return square == 0 ? 0.0 : 1.0 / std::sqrt(square);
 }
 
-cpu::RowSource source_of(const Rows& rows) {
-  return {rows.data, cpu::DType::kFloat32, rows.stride, nullptr, rows.dim};
+SourceRows source_of(const FloatRows& rows) {
+  return {{.data = rows.data,
+           .dtype = DType::kFloat32,
+           .row_stride = rows.stride,
+           .columns = nullptr,
+           .dim = rows.dim},
+          nullptr};
 }
 
 // A vector as the kernels multiply it: whole multiples of `scale`.
@@ -59,8 +65,7 @@ Rounded round_vector(float* values, int64_t height, int32_t largest, int32_t* wh
 }
 
 // Whole numbers to units, `step` apart. In tiles bytes are unsigned: `shift` is added.
-void write_units(const int32_t* whole, int64_t units, cpu::ByteQuad* out, int64_t step,
-                 int32_t shift) {
+void write_units(const int32_t* whole, int64_t units, ByteQuad* out, int64_t step, int32_t shift) {
   for (int64_t u = 0; u < units; ++u)
     for (int64_t i = 0; i < kValues; ++i)
       out[u * step].byte[i] = static_cast<uint8_t>(whole[kValues * u + i] + shift);
@@ -69,12 +74,12 @@ void write_units(const int32_t* whole, int64_t units, cpu::ByteQuad* out, int64_
 // Views into the block that pack_centroids fills.
 struct PackedCentroids {
   int64_t panel_count, units, height;  // height: dimensions, padded to fours of units
-  int32_t* largest;                    // size of a value, see cpu::NearestKernels
+  int32_t* largest;                    // size of a value, see NearestKernels
   double* largest_norm;                // of the vectors the panels hold
   double* largest_lost;                // by rounding
   double* inverse_norm;                // [lanes] of the centroids
-  cpu::ByteQuad* panels;
-  float *bias, *scale;  // [lanes] see cpu::Nearest
+  ByteQuad* panels;
+  float *bias, *scale;  // [lanes] see Nearest
   int32_t* start;       // [lanes]
   float* mean;          // [height]
   int64_t bytes;
@@ -106,7 +111,7 @@ struct PackedCentroids {
 // A block of rows against all centroids.
 class Block {
  public:
-  Block(const Rows& rows, const int64_t* guess, const Rows& centroids,
+  Block(const FloatRows& rows, const int64_t* guess, const FloatRows& centroids,
         const PackedCentroids& packed, int64_t first, int64_t count)
       : rows_(rows),
         guess_(guess),
@@ -168,7 +173,7 @@ class Block {
           capacity(capacity) {}
   };
 
-  cpu::ByteQuad* row_units(cpu::ByteQuad* tiles, int64_t r) const {
+  ByteQuad* row_units(ByteQuad* tiles, int64_t r) const {
     return tiles + r / kTile * packed_.units * kTile + r % kTile;
   }
 
@@ -219,8 +224,8 @@ class Block {
             : static_cast<float>(known.cosine / known.norm - known.shared - 1.001 * known.error);
   }
 
-  void search(const cpu::ByteQuad* tiles, int64_t count, const Found& found) const {
-    cpu::Nearest args;
+  void search(const ByteQuad* tiles, int64_t count, const Found& found) const {
+    Nearest args;
     args.rows = tiles;
     args.row_tile_stride = packed_.units * kTile;
     args.classes = packed_.panels;
@@ -239,16 +244,16 @@ class Block {
     args.candidate = found.candidate.get();
     args.score = found.score.get();
     args.count = found.count.get();
-    cpu::kernels().nearest->nearest(args);
+    kernels().nearest->nearest(args);
   }
 
   // Some rows had more candidates than there was room for: once more, with room for all.
   void search_again(const int64_t* rows, int64_t count, int64_t* index, float* score) {
-    Buffer<cpu::ByteQuad> tile(packed_.units * kTile);
+    Buffer<ByteQuad> tile(packed_.units * kTile);
     Found found(1, centroids_.count);
     for (int64_t m = 0; m < kTile; ++m) {
       const int64_t r = rows[std::min(m, count - 1)];
-      const cpu::ByteQuad* from = row_units(tile_values_.get(), r);
+      const ByteQuad* from = row_units(tile_values_.get(), r);
       for (int64_t u = 0; u < packed_.units; ++u) tile[u * kTile + m] = from[u * kTile];
       start(found, m, r);
       if (m >= count) found.floor[m] = kInfinity;
@@ -297,12 +302,12 @@ class Block {
   // mean: some seventy rounding errors at worst.
   static constexpr double kSlack = 128 * 0x1p-24;
 
-  const Rows& rows_;
+  const FloatRows& rows_;
   const int64_t* guess_;
-  const Rows& centroids_;
+  const FloatRows& centroids_;
   const PackedCentroids& packed_;
   int64_t first_, count_, tiles_;
-  Buffer<cpu::ByteQuad> tile_values_;
+  Buffer<ByteQuad> tile_values_;
   Buffer<Known> known_;
   Found found_;
 };
@@ -313,10 +318,10 @@ int64_t packed_centroid_bytes(int64_t count, int64_t dim) {
   return PackedCentroids(nullptr, count, dim).bytes;
 }
 
-void pack_centroids(const Rows& centroids, void* packed, const Parallel& parallel) {
+void pack_centroids(const FloatRows& centroids, void* packed, const Parallel& parallel) {
   const PackedCentroids out(packed, centroids.count, centroids.dim);
   // Sums of products fit an int32 at any length.
-  *out.largest = std::min(cpu::kernels().nearest->largest,
+  *out.largest = std::min(kernels().nearest->largest,
                           static_cast<int32_t>(std::sqrt(0x7fffffff / out.height)));
   const int64_t dim = centroids.dim, count = centroids.count;
   constexpr int64_t kPanelsPerItem = 16, kColumnsPerItem = 32;
@@ -364,15 +369,15 @@ void pack_centroids(const Rows& centroids, void* packed, const Parallel& paralle
 }
 
 bool fits_kernels(const void* packed) {
-  return *PackedCentroids(packed, 1, 1).largest <= cpu::kernels().nearest->largest;
+  return *PackedCentroids(packed, 1, 1).largest <= kernels().nearest->largest;
 }
 
-void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
-             int64_t* index, float* score, const Parallel& parallel) {
+void nearest(const FloatRows& rows, const int64_t* guess, const FloatRows& centroids,
+             const void* packed, int64_t* index, float* score, const Parallel& parallel) {
   const PackedCentroids classes(packed, centroids.count, centroids.dim);
   // As many rows as the caches hold, and at least a block for every thread.
   const int64_t share = round_up(ceil_div(rows.count, parallel.threads()), kTile);
-  const int64_t block = std::min(cpu::kBlockTiles * kTile, std::max(share, kTile));
+  const int64_t block = std::min(kBlockTiles * kTile, std::max(share, kTile));
   parallel.run(ceil_div(rows.count, block), [&](int64_t item) {
     const int64_t first = item * block;
     Block(rows, guess, centroids, classes, first, std::min(block, rows.count - first))
@@ -380,7 +385,7 @@ void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, cons
   });
 }
 
-void add_unit_rows(const Rows& rows, const int64_t* index, int64_t num_sums, double* sums,
+void add_unit_rows(const FloatRows& rows, const int64_t* index, int64_t num_sums, double* sums,
                    int64_t* counts, const Parallel& parallel) {
   // Each item has a range of the sums to itself and takes the rows in order.
   const int64_t items = std::min<int64_t>(num_sums, 4 * parallel.threads());
@@ -397,4 +402,4 @@ void add_unit_rows(const Rows& rows, const int64_t* index, int64_t num_sums, dou
   });
 }
 
-}  // namespace unicom
+}  // namespace unicom::cpu

@@ -12,27 +12,18 @@
 // to lie in a narrow cone, and what they share neither decides nor should cost accuracy. With
 // a = x - mean and b = w - mean, x . w = a . b + mean . b + (a part that all w have in common).
 //
-// The boundary to another device: packed centroids and rows in; index and score out.
 #pragma once
 
 #include <cstdint>
 
-#include "../kernels/kernels.h"
+#include "../../core/rows.h"
 #include "parallel.h"
 
-namespace unicom {
-
-// fp32 rows of a matrix [count, dim] with unit column stride.
-struct Rows {
-  const float* data;
-  int64_t count, dim, stride;  // stride in elements
-
-  const float* operator[](int64_t i) const { return data + i * stride; }
-};
+namespace unicom::cpu {
 
 int64_t packed_centroid_bytes(int64_t count, int64_t dim);
 
-void pack_centroids(const Rows& centroids, void* packed, const Parallel&);
+void pack_centroids(const FloatRows& centroids, void* packed, const Parallel&);
 
 // Whether the kernels in use can multiply these: what one instruction set packed may be too large
 // for another.
@@ -43,13 +34,13 @@ bool fits_kernels(const void* packed);
 //   guess   of the nearest centroid of each row, or -1; nullptr for none. Good ones save time, and
 //           no guess changes the result.
 //   packed  of the same centroids, which are finite; fits the kernels
-void nearest(const Rows& rows, const int64_t* guess, const Rows& centroids, const void* packed,
-             int64_t* index, float* score, const Parallel&);
+void nearest(const FloatRows& rows, const int64_t* guess, const FloatRows& centroids,
+             const void* packed, int64_t* index, float* score, const Parallel&);
 
 // sums[index[i]] += rows[i] / |rows[i]| in double and in the order of the rows,
 // counts[index[i]] += 1; rows with index -1 are left out. The result does not depend on the number
 // of threads.
-void add_unit_rows(const Rows& rows, const int64_t* index, int64_t num_sums, double* sums,
+void add_unit_rows(const FloatRows& rows, const int64_t* index, int64_t num_sums, double* sums,
                    int64_t* counts, const Parallel&);
 
-}  // namespace unicom
+}  // namespace unicom::cpu

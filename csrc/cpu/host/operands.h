@@ -5,42 +5,22 @@
 #include <algorithm>
 #include <vector>
 
+#include "../../core/sampler.h"
 #include "buffers.h"
-#include "loss.h"
+#include "parallel.h"
+#include "plan.h"
 
-namespace unicom {
+namespace unicom::cpu {
 
 // What is larger than this passes the caches by.
 constexpr int64_t kCacheBytes = int64_t{32} << 20;
 // Kept cosines are read once and late: storing them past the caches pays earlier (measured).
 constexpr int64_t kKeptPastCaches = int64_t{4} << 20;
 
-using cpu::ceil_div;
-using cpu::kLanes;
-using cpu::kTile;
-using cpu::RealOf;
-using cpu::round_up;
-
-template <class Unit>
-const cpu::Kernels<Unit>& kernels_for() {
-  if constexpr (std::is_same_v<Unit, float>)
-    return *cpu::kernels().fp32;
-  else if constexpr (std::is_same_v<Unit, double>)
-    return *cpu::kernels().fp64;
-  else
-    return *cpu::kernels().bf16;
-}
-
-// The sample's class, where its target is among the classes at hand.
-inline int64_t class_of(const Problem& p, int64_t sample) {
-  const int64_t slot = p.slot[sample];
-  return p.class_index != nullptr ? p.class_index[slot] : slot;
-}
-
 // Sizes that follow from the problem and the operand type.
 template <class Unit>
 struct Shape {
-  static constexpr int64_t kValues = cpu::UnitTraits<Unit>::kValues;
+  static constexpr int64_t kValues = UnitTraits<Unit>::kValues;
   static constexpr int64_t kRowGranule = 48;  // whole tiles and whole panels of rows
 
   int64_t dim, height;          // selected dimensions; padded to whole tiles
@@ -51,9 +31,9 @@ struct Shape {
   int64_t padded_rows;          // whole granules
   int64_t blocks, block_tiles;  // row blocks of the logit kernels
 
-  explicit Shape(const Problem& p)
+  explicit Shape(const Plan& p)
       : dim(p.embeddings.dim),
-        height(cpu::panel_height(dim)),
+        height(panel_height(dim)),
         units(ceil_div(dim, kValues)),
         panel_units(height / kValues * kLanes),
         panels(ceil_div(p.sampled, kLanes)),
@@ -61,7 +41,7 @@ struct Shape {
         tiles(ceil_div(p.batch, kTile)),
         padded_rows(round_up(p.batch, kRowGranule)) {
     const int64_t granule = kRowGranule / kTile;
-    blocks = std::max<int64_t>(1, ceil_div(tiles, cpu::kBlockTiles));
+    blocks = std::max<int64_t>(1, ceil_div(tiles, kBlockTiles));
     block_tiles = round_up(ceil_div(tiles, blocks), granule);
     blocks = ceil_div(tiles, block_tiles > 0 ? block_tiles : 1);
   }
@@ -78,7 +58,7 @@ struct PackedRows {
   Buffer<Unit> tiles;
   std::vector<double> inverse_norm;
 
-  PackedRows(const Problem& p, const Shape<Unit>& s, const Parallel& parallel)
+  PackedRows(const Plan& p, const Shape<Unit>& s, const Parallel& parallel)
       : unit(s.padded_rows * s.height),
         tiles(s.padded_rows * s.units),
         inverse_norm(static_cast<size_t>(s.padded_rows), 0.0) {
@@ -89,7 +69,7 @@ struct PackedRows {
         RealOf<Unit>* row = unit.get() + r * s.height;
         // An ignored row counts as zeros: what it holds, NaN included, must not reach the others.
         if (r < s.batch && p.slot[r] != kIgnoredSlot) {
-          inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embeddings, r, row, s.height);
+          inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embedding_rows, r, row, s.height);
         } else {
           std::fill(row, row + s.height, RealOf<Unit>(0));
         }
@@ -116,9 +96,9 @@ struct PackedClasses {
 // What a block of logits takes: rows of the batch against the panels [first_panel, first_panel +
 // panels), and its kept cosines [kept panel][tile][6][16]. `target` has room for the block's rows.
 template <class Unit>
-void fill_block(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
+void fill_block(const Plan& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
                 const PackedClasses<Unit>& classes, const void* kept, int64_t block,
-                int64_t first_panel, int64_t panels, int64_t* target, cpu::LogitBlock<Unit>* out) {
+                int64_t first_panel, int64_t panels, int64_t* target, LogitBlock<Unit>* out) {
   const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
   out->rows = rows.tiles.get() + first_row * s.units;
   out->row_tile_stride = kTile * s.units;
@@ -143,4 +123,4 @@ void fill_block(const Problem& p, const Shape<Unit>& s, const PackedRows<Unit>& 
       p.kept_panels * out->cosines_panel_stride * int64_t{sizeof(RealOf<Unit>)} > kKeptPastCaches;
 }
 
-}  // namespace unicom
+}  // namespace unicom::cpu

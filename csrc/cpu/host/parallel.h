@@ -1,10 +1,10 @@
-// How the engine runs loops on threads without knowing whose threads they are.
+// How the CPU runs loops on threads without knowing whose threads they are.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 
-namespace unicom {
+namespace unicom::cpu {
 
 // Calls body(i) once for every i in [0, items), in any order, on any threads. Bodies write to
 // disjoint memory, so a result never depends on the number of threads.
@@ -21,4 +21,4 @@ struct Serial final : Parallel {
   int threads() const override { return 1; }
 };
 
-}  // namespace unicom
+}  // namespace unicom::cpu

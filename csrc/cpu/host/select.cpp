@@ -5,7 +5,7 @@
 
 #include "../../core/sampler.h"
 
-namespace unicom {
+namespace unicom::cpu {
 
 namespace {
 
@@ -18,25 +18,11 @@ struct Workspace {
   std::vector<int64_t> offset;
 };
 
-}  // namespace
-
 template <class Label>
-int64_t find_bad_label(const Label* labels, int64_t batch, int64_t num_classes,
-                       int64_t ignore_index) {
-  for (int64_t i = 0; i < batch; ++i) {
-    const int64_t label = labels[i];
-    if ((label < 0 || label >= num_classes) && label != ignore_index) return i;
-  }
-  return -1;
-}
-
-template <class Label>
-int64_t select_classes(const Label* labels, int64_t batch, int64_t num_classes, int64_t count,
-                       int64_t seed, int64_t step, int64_t ignore_index, int64_t start,
-                       int64_t stop, int64_t* class_index, int64_t* slot,
-                       const Parallel& parallel) {
+void select(const ClassSelection& a, const Label* labels, const Parallel& parallel) {
+  const int64_t start = a.labels.start, stop = a.labels.stop;
   static thread_local Workspace workspace;
-  const ClassSampler sampler(num_classes, count, seed, step);
+  const ClassSampler sampler(a.labels.num_classes, a.count, a.seed, *a.step);
   // A border block is drawn whole, positives of the neighbour included, and cut afterwards.
   const int64_t first_block = start / kBlockSize;
   const int64_t blocks = stop > start ? block_count(stop) - first_block : 0;
@@ -49,9 +35,9 @@ int64_t select_classes(const Label* labels, int64_t batch, int64_t num_classes, 
   uint64_t* bitmap = workspace.bitmap.data();
   int64_t* offset = workspace.offset.data();
 
-  for (int64_t i = 0; i < batch; ++i) {
+  for (int64_t i = 0; i < a.labels.batch; ++i) {
     const int64_t label = labels[i];
-    if (label == ignore_index || label < first_id || label >= last_id) continue;
+    if (label == a.labels.ignore_index || label < first_id || label >= last_id) continue;
     block_insert(bitmap + (label - first_id) / kBlockSize * kBlockWords,
                  static_cast<int>(label % kBlockSize));
   }
@@ -76,41 +62,74 @@ int64_t select_classes(const Label* labels, int64_t batch, int64_t num_classes, 
   parallel.run(tasks, [&](int64_t task) {
     const int64_t end = std::min((task + 1) * kBlocksPerTask, blocks);
     for (int64_t b = task * kBlocksPerTask; b < end; ++b) {
-      block_list(bitmap + b * kBlockWords, first_id + b * kBlockSize, class_index + offset[b]);
+      block_list(bitmap + b * kBlockWords, first_id + b * kBlockSize, a.class_index + offset[b]);
     }
   });
 
-  for (int64_t i = 0; i < batch; ++i) {
+  for (int64_t i = 0; i < a.labels.batch; ++i) {
     const int64_t label = labels[i];
-    slot[i] = label == ignore_index ? kIgnoredSlot : kElsewhereSlot;
-    if (label == ignore_index || label < start || label >= stop) continue;
+    const bool ignored = label == a.labels.ignore_index;
+    a.slot[i] = ignored ? kIgnoredSlot : kElsewhereSlot;
+    if (ignored || label < start || label >= stop) continue;
     const int64_t b = (label - first_id) / kBlockSize;
-    slot[i] =
+    a.slot[i] =
         offset[b] + block_rank(bitmap + b * kBlockWords, static_cast<int>(label % kBlockSize));
   }
-  return offset[blocks];
+  const int64_t selected = offset[blocks];
+  *a.selected = selected;
+  std::fill(a.class_index + selected, a.class_index + a.bound,
+            selected > 0 ? a.class_index[selected - 1] : 0);
 }
 
-void select_features(int64_t dim, int64_t count, int64_t seed, int64_t step, int64_t* out) {
-  const Bijection order = feature_order(dim, seed, step);
-  const int64_t blocks = block_count(dim);
+}  // namespace
+
+int64_t find_bad_label(const Labels& a) {
+  return with_labels(a, [&](const auto* labels) -> int64_t {
+    for (int64_t i = 0; i < a.batch; ++i) {
+      const int64_t label = labels[i];
+      if ((label < 0 || label >= a.num_classes) && label != a.ignore_index) return i;
+    }
+    return -1;
+  });
+}
+
+void select_classes(const ClassSelection& a, const Parallel& parallel) {
+  with_labels(a.labels, [&](const auto* labels) { select(a, labels, parallel); });
+}
+
+int64_t find_slots(const SlotSearch& a) {
+  return with_labels(a.labels, [&](const auto* labels) -> int64_t {
+    const int64_t* end = a.class_index + a.count;
+    for (int64_t i = 0; i < a.labels.batch; ++i) {
+      const int64_t label = labels[i];
+      if (label == a.labels.ignore_index) {
+        a.slot[i] = kIgnoredSlot;
+      } else if (label < a.labels.start || label >= a.labels.stop) {
+        a.slot[i] = kElsewhereSlot;
+      } else if (a.class_index == nullptr) {
+        a.slot[i] = label - a.labels.start;
+      } else {
+        const int64_t* found = std::lower_bound(a.class_index, end, label);
+        if (found == end || *found != label) return i;
+        a.slot[i] = found - a.class_index;
+      }
+    }
+    return -1;
+  });
+}
+
+void select_features(const FeatureSelection& a) {
+  const Bijection order = feature_order(a.dim, a.seed, *a.step);
+  const int64_t blocks = block_count(a.dim);
   std::vector<uint64_t> bitmap(blocks * kBlockWords, 0);
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < a.count; ++i) {
     const int64_t feature = order(i);
     block_insert(bitmap.data() + feature / kBlockSize * kBlockWords,
                  static_cast<int>(feature % kBlockSize));
   }
-  for (int64_t b = 0; b < blocks; ++b) {
+  int64_t* out = a.out;
+  for (int64_t b = 0; b < blocks; ++b)
     out += block_list(bitmap.data() + b * kBlockWords, b * kBlockSize, out);
-  }
 }
 
-#define UNICOM_INSTANTIATE(Label)                                                            \
-  template int64_t find_bad_label(const Label*, int64_t, int64_t, int64_t);                  \
-  template int64_t select_classes(const Label*, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                                  int64_t, int64_t, int64_t, int64_t*, int64_t*, const Parallel&)
-UNICOM_INSTANTIATE(int32_t);
-UNICOM_INSTANTIATE(int64_t);
-#undef UNICOM_INSTANTIATE
-
-}  // namespace unicom
+}  // namespace unicom::cpu

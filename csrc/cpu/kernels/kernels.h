@@ -133,12 +133,12 @@ struct Kernels {
   // Gathers rows ids[first], ... up to sixteen of a list of `total`, divides each by its norm and
   // packs them as one vector panel; lanes past the list and values past dim are zero. A null ids
   // means rows first, first + 1, ... A zero row packs as zeros and has inverse norm 0.
-  void (*pack_panel)(const RowSource&, const int64_t* ids, int64_t first, int64_t total, Rounding,
+  void (*pack_panel)(const SourceRows&, const int64_t* ids, int64_t first, int64_t total, Rounding,
                      Real* scratch /* [16][height] */, Unit* panel, double* inverse_norm);
 
   // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to
   // height. Returns the inverse norm; a zero row gives zeros and 0.
-  double (*unit_row)(const RowSource&, int64_t id, Real* row, int64_t height);
+  double (*unit_row)(const SourceRows&, int64_t id, Real* row, int64_t height);
 
   // Six unit rows [6][height] to one tile panel [units][6]: what the forward product broadcasts.
   void (*pack_tile)(const Real* rows, int64_t height, int64_t units, Rounding, Unit* tile);
@@ -166,7 +166,7 @@ struct Kernels {
 
   // Rows [count][height] of the columns that a source selects to whole rows:
   // out[r][columns[k]] = rows[r][k].
-  void (*spread_rows)(const Real* rows, int64_t height, int64_t count, const RowSource& columns,
+  void (*spread_rows)(const Real* rows, int64_t height, int64_t count, const SourceRows& columns,
                       Real* out, int64_t out_stride);
 };
 
@@ -181,7 +181,7 @@ struct KernelSet {
   const Kernels<BfPair>* bf16;
   const Kernels<double>* fp64;
   const NearestKernels* nearest;
-  const struct UpdateKernels* update;  // update.h
+  const struct UpdateKernels* update;  // row_steps.h
 };
 
 // The kernels in use: the best this CPU can run, unless set_capability chose another.

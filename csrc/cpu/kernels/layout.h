@@ -49,9 +49,14 @@ static constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) 
 // write full tiles, and even, so that pairs fit.
 static constexpr int64_t panel_height(int64_t dim) { return round_up(dim, kTile); }
 
-using unicom::bytes_of;
-using unicom::DType;
-using unicom::RowSource;
+// Rows of a user's matrix, and the selected columns again as bits, by which vector kernels pick
+// them out of whole lines: bit c % 16 of entry c / 16 is set for each selected column c, up to the
+// last one. Both or neither.
+struct SourceRows : RowSource {
+  const uint16_t* column_bits;
+
+  SourceRows(const RowSource& rows, const uint16_t* bits) : RowSource(rows), column_bits(bits) {}
+};
 
 // Rounding of unit vectors before they are packed (bf16 pairs are rounded by their layout).
 enum class Rounding : int32_t { kNone, kFloat16 };

@@ -19,7 +19,7 @@ UNICOM_INLINE void keep(const Real* from, int64_t count, bool past_caches, Real*
 }
 
 // Cosines of one tile with the panels [panel, panel + P), multiplied or kept ones: where they are,
-// [P][6][16], and how far from one panel to the next. The engine sees to it that P panels beside
+// [P][6][16], and how far from one panel to the next. The host sees to it that P panels beside
 // each other are all kept or none.
 template <class Real>
 struct TileCosines {

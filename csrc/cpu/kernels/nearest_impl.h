@@ -50,7 +50,7 @@ __attribute__((noinline)) void add_candidates(const Nearest& args, int64_t row, 
   args.count[row] = count;
 }
 
-// Emulated 512-bit kernels stand for those with VNNI, so that what these ask of the engine is
+// Emulated 512-bit kernels stand for those with VNNI, so that what these ask of the host is
 // tested on every CPU.
 #if defined(__AVX512VNNI__) || (UNICOM_VECTOR_BYTES == 64 && !defined(__AVX512F__))
 constexpr int32_t kLargest = 127;

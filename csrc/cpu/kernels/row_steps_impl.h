@@ -1,10 +1,10 @@
-// The kernels of update.h, written once; each kernels_*.cpp includes this with its own flags.
+// The kernels of row_steps.h, written once; each kernels_*.cpp includes this with its own flags.
 #pragma once
 
 #include <type_traits>
 
-#include "simd.h"
 #include "row_steps.h"
+#include "simd.h"
 
 namespace unicom::cpu {
 namespace {

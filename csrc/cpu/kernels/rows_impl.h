@@ -59,7 +59,7 @@ double normalize(Real* out, int64_t dim, int64_t height) {
 // Selected columns of rows in fp32, where the instruction set can pick them out of whole lines.
 class ColumnPicker {
  public:
-  explicit ColumnPicker(const RowSource& source) {
+  explicit ColumnPicker(const SourceRows& source) {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
     if (source.columns == nullptr) return;
     groups_ = source.columns[source.dim - 1] / kLanes + 1;
@@ -110,7 +110,7 @@ class ColumnPicker {
 
 // One unit row; returns the inverse norm.
 template <class Real>
-double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) {
+double unit_row(const SourceRows& source, int64_t id, Real* out, int64_t height) {
   const int64_t offset = id * source.row_stride;
   if constexpr (std::is_same_v<Real, float>) {
     const ColumnPicker picker(source);
@@ -133,7 +133,7 @@ double unit_row(const RowSource& source, int64_t id, Real* out, int64_t height) 
 constexpr int64_t kPrefetchRows = 4;
 constexpr int64_t kPrefetchBytes = 4096;
 
-UNICOM_INLINE void prefetch_row(const RowSource& source, int64_t id) {
+UNICOM_INLINE void prefetch_row(const SourceRows& source, int64_t id) {
   const int64_t bytes = bytes_of_row(source);
   const int64_t some = bytes < kPrefetchBytes ? bytes : kPrefetchBytes;
   const char* row = static_cast<const char*>(row_of(source, id));
@@ -256,7 +256,7 @@ void rows_to_panel(RealOf<Unit>* rows, int64_t height, Unit* panel) {
 // Sixteen whole fp32 rows go straight to their panel: norms first, which brings the rows into the
 // cache, then transposed and scaled in one pass. False, and nothing done, where a row is zero or
 // its norm lies outside the range of fp32.
-bool pack_whole_rows(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
+bool pack_whole_rows(const SourceRows& source, const int64_t* ids, int64_t first, int64_t total,
                      float* panel, double* inverse_norm) {
   typedef float Floats4 __attribute__((vector_size(16)));
   const float* rows[kLanes];
@@ -311,7 +311,7 @@ UNICOM_INLINE void copy_row(const float* row, const float* ahead, int64_t dim, f
 }
 
 template <class Unit>
-void pack_panel(const RowSource& source, const int64_t* ids, int64_t first, int64_t total,
+void pack_panel(const SourceRows& source, const int64_t* ids, int64_t first, int64_t total,
                 Rounding rounding, RealOf<Unit>* scratch, Unit* panel, double* inverse_norm) {
   const int64_t height = panel_height(source.dim);
   const int64_t count = total - first < kLanes ? total - first : kLanes;
@@ -461,7 +461,7 @@ void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
 // ---- rows back to where their columns were
 
 template <class Real>
-void spread_rows(const Real* rows, int64_t height, int64_t count, const RowSource& columns,
+void spread_rows(const Real* rows, int64_t height, int64_t count, const SourceRows& columns,
                  Real* out, int64_t out_stride) {
   const ColumnPicker picker(columns);
   for (int64_t r = 0; r < count; ++r, rows += height, out += out_stride) {

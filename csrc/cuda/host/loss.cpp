@@ -39,6 +39,15 @@ constexpr int64_t kDepthOfSums = 1024;
 template <class Unit>
 constexpr int64_t kUnitBytes = static_cast<int64_t>(sizeof(Unit));
 
+// f(value of the operand type)
+template <class F>
+auto with_unit(const Problem& p, const F& f) {
+  if (p.is_double()) return f(double{});
+  if (p.precision == Precision::kFp16) return f(Half{});
+  if (p.precision == Precision::kBf16) return f(BFloat{});
+  return f(float{});
+}
+
 struct Padded {
   int64_t rows, classes, depth;
 
@@ -74,18 +83,14 @@ struct ForwardSpace {
         partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)) {}
 };
 
-}  // namespace
-
 template <class Unit>
-int64_t backward_chunk(const Problem& p) {
+int64_t chunk_of(const Problem& p) {
   const Padded n(p);
   const int64_t class_bytes =
       std::max(n.rows * kUnitBytes<Unit>, n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
   return std::clamp(chunk_bytes() / class_bytes / kClassGranule * kClassGranule, kClassGranule,
                     std::max(n.classes, kClassGranule));
 }
-
-namespace {
 
 template <class Unit>
 struct BackwardSpace {
@@ -99,10 +104,10 @@ struct BackwardSpace {
   double* upstream;
   char *taken, *targets;  // gradient rows of one chunk, and the samples' targets, if rows are taken
 
-  BackwardSpace(Arena& arena, const Problem& p, const Gradients& g, const Padded& n) {
-    const bool want_embeddings = g.embeddings.data != nullptr;
-    const bool want_prototypes = g.prototypes.data != nullptr || g.take != nullptr;
-    chunk = backward_chunk<Unit>(p);
+  BackwardSpace(Arena& arena, const Problem& p, const Gradients& g, bool take, const Padded& n) {
+    const bool want_embeddings = g.embeddings != nullptr;
+    const bool want_prototypes = g.prototypes != nullptr || take;
+    chunk = chunk_of<Unit>(p);
     row_splits = splits(n.rows, n.depth, chunk);
     class_splits = splits(chunk, n.depth, n.rows);
     rows = arena.take<Unit>(n.rows * n.depth);
@@ -117,9 +122,9 @@ struct BackwardSpace {
     embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
     by_slot = arena.take<int64_t>(want_prototypes ? p.batch : 0);
-    const int64_t value_bytes = g.take != nullptr ? bytes_of(p.prototypes.dtype) : 0;
+    const int64_t value_bytes = take ? bytes_of(p.prototypes.dtype) : 0;
     upstream = arena.take<double>(1);
-    taken = arena.take<char>(taken_bytes(g.dim * value_bytes));
+    taken = arena.take<char>(taken_bytes(p.dim * value_bytes));
     targets = arena.take<char>(want_embeddings ? p.batch * p.prototypes.dim * value_bytes : 0);
   }
   int64_t taken_bytes(int64_t row_bytes) const { return chunk * row_bytes; }
@@ -142,147 +147,189 @@ struct BackwardSpace {
 
 template <class Unit>
 Logits logits_of(const Problem& p, const Padded& n, const Unit* rows, const Unit* classes) {
-  return {rows,   classes, n.rows,  n.classes, n.depth, p.batch,
-          p.slot, p.count, p.bound, p.scale,   p.filter};
+  return {.embeddings = rows,
+          .prototypes = classes,
+          .rows = n.rows,
+          .classes = n.classes,
+          .depth = n.depth,
+          .batch = p.batch,
+          .slot = p.slot,
+          .count = p.count,
+          .bound = p.bound,
+          .scale = p.scale,
+          .filter = p.filter};
 }
 
-PackRows embedding_rows(const Problem& p, const Padded& n, void* unit) {
-  return {p.embeddings, nullptr, nullptr, p.batch, p.slot, nullptr, unit, n.rows, n.depth, nullptr};
+// factor, inverse_norm: see PackRows.
+template <class Unit>
+void pack_embeddings(Queue& queue, const Problem& p, const Padded& n, const double* factor,
+                     Unit* unit, double* inverse_norm) {
+  pack_rows<Unit>(queue, {.source = p.embeddings,
+                          .ids = nullptr,
+                          .count = nullptr,
+                          .total = p.batch,
+                          .slot = p.slot,
+                          .factor = factor,
+                          .unit = unit,
+                          .rows = n.rows,
+                          .depth = n.depth,
+                          .inverse_norm = inverse_norm});
 }
 
-}  // namespace
-
-int64_t packed_bytes(int64_t bound, int64_t dim, int64_t bytes_per_value) {
-  const int64_t classes = round_up(bound, kClassGranule);
-  return classes *
-         (round_up(dim, kDepthGranule) * bytes_per_value + static_cast<int64_t>(sizeof(double)));
+// How many classes' cosines forward keeps, and the bytes that some take.
+template <class Unit>
+int64_t bytes_of_kept(const Problem& p, int64_t classes) {
+  return classes * round_up(p.batch, kRowGranule) * static_cast<int64_t>(sizeof(RealOf<Unit>));
+}
+template <class Unit>
+int64_t kept_classes(const Problem& p) {
+  if (UnitTraits<Unit>::kTensorCores || p.batch == 0) return 0;
+  const int64_t fit = p.keep_bytes / bytes_of_kept<Unit>(p, kClassGranule) * kClassGranule;
+  return std::min(fit, round_up(p.bound, kClassGranule));
 }
 
 template <class Unit>
-int64_t kept_classes(int64_t bound, int64_t batch, int64_t workspace_bytes) {
-  if (UnitTraits<Unit>::kTensorCores || batch == 0) return 0;
-  const int64_t fit = workspace_bytes / kept_bytes<Unit>(kClassGranule, batch) * kClassGranule;
-  return std::min(fit, round_up(bound, kClassGranule));
-}
-
-template <class Unit>
-int64_t kept_bytes(int64_t classes, int64_t batch) {
-  return classes * round_up(batch, kRowGranule) * static_cast<int64_t>(sizeof(RealOf<Unit>));
-}
-
-template <class Unit>
-int64_t forward_workspace(const Problem& p) {
-  Arena arena(nullptr);
-  ForwardSpace<Unit>(arena, Padded(p));
-  return arena.used();
-}
-
-template <class Unit>
-void forward(Queue& queue, const Problem& p, const ShardSums& out, void* workspace) {
+void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Saved& saved,
+                 void* workspace) {
   const Padded n(p);
   Arena arena(workspace);
   const ForwardSpace<Unit> space(arena, n);
-  const PackedClasses<Unit> classes(out.packed, n);
+  const PackedClasses<Unit> classes(saved.packed, n);
 
-  pack_rows<Unit>(queue, {p.prototypes, p.class_index, p.count, p.bound, nullptr, nullptr,
-                          classes.unit, n.classes, n.depth, classes.inverse_norm});
+  pack_rows<Unit>(queue, {.source = p.prototypes,
+                          .ids = p.class_index,
+                          .count = p.count,
+                          .total = p.bound,
+                          .slot = nullptr,
+                          .factor = nullptr,
+                          .unit = classes.unit,
+                          .rows = n.classes,
+                          .depth = n.depth,
+                          .inverse_norm = classes.inverse_norm});
   if (p.batch == 0) return;
-  PackRows rows = embedding_rows(p, n, space.rows);
-  rows.inverse_norm = space.inverse_norm;
-  pack_rows<Unit>(queue, rows);
-  sum_exp<Unit>(queue, {logits_of(p, n, space.rows, classes.unit), space.runs, space.partial,
-                        out.kept, p.kept_classes});
-  finish_sums<RealOf<Unit>>(
-      queue, {p.embeddings, p.prototypes, p.class_index, p.slot, p.batch, n.rows, space.partial,
-              space.runs, p.scale, static_cast<double>(p.total_sampled), space.inverse_norm,
-              classes.inverse_norm, out.sum, out.target_cosine, out.stride, out.exponent,
-              out.largest_negative, out.inverse_norm});
+  pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
+  sum_exp<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
+                        .runs = space.runs,
+                        .out = space.partial,
+                        .kept = saved.kept,
+                        .kept_classes = kept_classes<Unit>(p)});
+  finish_sums<RealOf<Unit>>(queue, {.embeddings = p.embeddings,
+                                    .prototypes = p.prototypes,
+                                    .class_index = p.class_index,
+                                    .slot = p.slot,
+                                    .batch = p.batch,
+                                    .rows = n.rows,
+                                    .partial = space.partial,
+                                    .runs = space.runs,
+                                    .scale = p.scale,
+                                    .total_sampled = static_cast<double>(p.total_sampled),
+                                    .row_inverse_norm = space.inverse_norm,
+                                    .class_inverse_norm = classes.inverse_norm,
+                                    .out = out});
+}
+
+// Rows of a gradient [*, width] with the columns and the type of what it is the gradient of.
+RowSink sink(const RowSource& source, void* gradient, int64_t width) {
+  return {.data = gradient,
+          .dtype = source.dtype,
+          .row_stride = width,
+          .columns = source.columns,
+          .dim = source.dim};
 }
 
 template <class Unit>
-int64_t backward_workspace(const Problem& p, const Gradients& g) {
-  Arena arena(nullptr);
-  BackwardSpace<Unit>(arena, p, g, Padded(p));
-  return arena.used();
-}
-
-template <class Unit>
-void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspace) {
+void run_backward(Queue& queue, const Problem& p, const Gradients& g, const TakeRows* take_rows,
+                  void* workspace) {
   using Real = RealOf<Unit>;
-  const bool want_embeddings = g.embeddings.data != nullptr;
-  const bool want_prototypes = g.prototypes.data != nullptr || g.take != nullptr;
-  if (!(want_embeddings || want_prototypes) || (p.batch == 0 && g.take == nullptr)) return;
+  const bool taken = take_rows != nullptr;
+  const bool want_embeddings = g.embeddings != nullptr;
+  const bool want_prototypes = g.prototypes != nullptr || taken;
+  if (!(want_embeddings || want_prototypes) || (p.batch == 0 && !taken)) return;
   const Padded n(p);
   Arena arena(workspace);
-  const BackwardSpace<Unit> space(arena, p, g, n);
+  const BackwardSpace<Unit> space(arena, p, g, taken, n);
   const PackedClasses<Unit> classes(const_cast<void*>(g.packed), n);
 
-  prepare_backward<Real>(queue,
-                         {p.batch, n.rows, p.slot, g.state, g.grad_loss, g.reduction, p.scale,
-                          space.target_weight, space.negative_weight, space.folded, space.largest,
-                          space.row_scale, g.take != nullptr ? space.upstream : nullptr});
+  prepare_backward<Real>(queue, {.batch = p.batch,
+                                 .rows = n.rows,
+                                 .slot = p.slot,
+                                 .state = g.state,
+                                 .grad_loss = g.grad_loss,
+                                 .reduction = g.reduction,
+                                 .scale = p.scale,
+                                 .target_weight = space.target_weight,
+                                 .negative_weight = space.negative_weight,
+                                 .folded = space.folded,
+                                 .largest = space.largest,
+                                 .row = space.row_scale,
+                                 .upstream = taken ? space.upstream : nullptr});
   // Columns that were not selected stay zero.
-  if (g.take != nullptr)
-    queue.fill_zero(space.taken, space.taken_bytes(g.dim * bytes_of(p.prototypes.dtype)));
+  if (taken) queue.fill_zero(space.taken, space.taken_bytes(p.dim * bytes_of(p.prototypes.dtype)));
   auto take = [&](int64_t first, int64_t chunk) {
-    (*g.take)(queue, {space.taken, first, std::min(chunk, p.bound - first), space.upstream});
+    (*take_rows)(queue, {.rows = space.taken,
+                         .first = first,
+                         .count = std::min(chunk, p.bound - first),
+                         .upstream = space.upstream});
   };
   if (p.batch == 0) {
     for (int64_t first = 0; first < n.classes; first += space.chunk) take(first, space.chunk);
     return;
   }
-  PackRows rows = embedding_rows(p, n, space.rows);
-  rows.inverse_norm = space.inverse_norm;
-  pack_rows<Unit>(queue, rows);
+  pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
   if (want_prototypes) {
-    rows = embedding_rows(p, n, space.weighted);
-    rows.factor = space.folded;
-    pack_rows<Unit>(queue, rows);
-    order_samples(queue, {p.batch, p.slot, space.by_slot});
+    pack_embeddings<Unit>(queue, p, n, space.folded, space.weighted, nullptr);
+    order_samples(queue, {.batch = p.batch, .slot = p.slot, .by_slot = space.by_slot});
   }
 
-  Unpack unpack{p.embeddings,
-                p.prototypes,
-                false,
-                p.class_index,
-                p.slot,
-                p.batch,
-                n.depth,
-                space.target_weight,
-                space.negative_weight,
-                space.inverse_norm,
-                classes.inverse_norm,
-                g.state,
-                nullptr,
-                nullptr,
-                0,
-                0,
-                {}};
-  RowSink prototype_sink = g.prototypes;
-  if (g.take != nullptr) {
-    const RowSource& from = p.prototypes;
-    prototype_sink = {space.taken, from.dtype, g.dim, from.columns, from.dim};
-    if (want_embeddings) copy_targets(queue, {from, p.class_index, p.slot, p.batch, space.targets});
-  }
+  Unpack unpack{.embeddings = p.embeddings,
+                .prototypes = p.prototypes,
+                .by_sample = false,
+                .class_index = p.class_index,
+                .slot = p.slot,
+                .batch = p.batch,
+                .depth = n.depth,
+                .target_weight = space.target_weight,
+                .negative_weight = space.negative_weight,
+                .row_inverse_norm = space.inverse_norm,
+                .class_inverse_norm = classes.inverse_norm,
+                .state = g.state,
+                .unit = nullptr,
+                .partial = nullptr,
+                .splits = 0,
+                .split_stride = 0,
+                .sink = {}};
+  const RowSink prototype_sink = sink(p.prototypes, taken ? space.taken : g.prototypes, p.dim);
+  if (taken && want_embeddings)
+    copy_targets(queue, {.prototypes = p.prototypes,
+                         .class_index = p.class_index,
+                         .slot = p.slot,
+                         .batch = p.batch,
+                         .out = space.targets});
   for (int64_t first = 0; first < n.classes; first += space.chunk) {
     const int64_t chunk = std::min(space.chunk, n.classes - first);
     const Unit* unit = classes.unit + first * n.depth;
     const int64_t runs =
         std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1, chunk / kClassGranule);
-    probabilities<Unit>(queue, {logits_of(p, n, space.rows, classes.unit), first, chunk, g.kept,
-                                p.kept_classes, runs, space.row_scale, space.probabilities});
-    Product product_of{ProductOf::kEmbeddings,
-                       space.probabilities,
-                       unit,
-                       n.rows,
-                       chunk,
-                       n.depth,
-                       p.count,
-                       p.bound,
-                       first,
-                       space.row_splits,
-                       first > 0,
-                       space.embedding_sums};
+    probabilities<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
+                                .first = first,
+                                .chunk = chunk,
+                                .kept = g.kept,
+                                .kept_classes = kept_classes<Unit>(p),
+                                .runs = runs,
+                                .row = space.row_scale,
+                                .out = space.probabilities});
+    Product product_of{.of = ProductOf::kEmbeddings,
+                       .probabilities = space.probabilities,
+                       .operand = unit,
+                       .rows = n.rows,
+                       .chunk = chunk,
+                       .depth = n.depth,
+                       .count = p.count,
+                       .bound = p.bound,
+                       .first = first,
+                       .splits = space.row_splits,
+                       .accumulate = first > 0,
+                       .out = space.embedding_sums};
     if (want_embeddings) product<Unit>(queue, product_of);
     if (!want_prototypes) continue;
     product_of.of = ProductOf::kPrototypes;
@@ -296,40 +343,93 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, void* workspac
     unpack.splits = space.class_splits;
     unpack.split_stride = chunk * n.depth;
     unpack.sink = prototype_sink;
-    unpack_prototypes<Unit>(queue,
-                            {unpack, first, chunk, p.count, p.bound, space.by_slot, space.largest,
-                             g.compact || g.take != nullptr, g.take != nullptr ? first : 0});
-    if (g.take != nullptr) take(first, chunk);
+    unpack_prototypes<Unit>(queue, {.common = unpack,
+                                    .first = first,
+                                    .chunk = chunk,
+                                    .count = p.count,
+                                    .bound = p.bound,
+                                    .by_slot = space.by_slot,
+                                    .largest = space.largest,
+                                    .compact = g.compact || taken,
+                                    .sink_first = taken ? first : 0});
+    if (taken) take(first, chunk);
   }
   if (!want_embeddings) return;
   if (n.classes == 0)  // a shard without classes
     queue.fill_zero(space.embedding_sums,
                     space.row_splits * n.rows * n.depth * int64_t{sizeof(Real)});
-  if (g.take != nullptr) {
+  if (taken) {
     unpack.by_sample = true;
-    unpack.prototypes = {space.targets, p.prototypes.dtype, p.prototypes.dim, nullptr,
-                         p.prototypes.dim};
+    unpack.prototypes = {.data = space.targets,
+                         .dtype = p.prototypes.dtype,
+                         .row_stride = p.prototypes.dim,
+                         .columns = nullptr,
+                         .dim = p.prototypes.dim};
   }
   unpack.unit = space.rows;
   unpack.partial = space.embedding_sums;
   unpack.splits = space.row_splits;
   unpack.split_stride = n.rows * n.depth;
-  unpack.sink = g.embeddings;
+  unpack.sink = sink(p.embeddings, g.embeddings, p.dim);
   unpack_embeddings<Unit>(queue, unpack);
 }
 
-#define UNICOM_INSTANTIATE(Unit)                                                \
-  template int64_t forward_workspace<Unit>(const Problem&);                     \
-  template void forward<Unit>(Queue&, const Problem&, const ShardSums&, void*); \
-  template int64_t kept_classes<Unit>(int64_t, int64_t, int64_t);               \
-  template int64_t kept_bytes<Unit>(int64_t, int64_t);                          \
-  template int64_t backward_chunk<Unit>(const Problem&);                        \
-  template int64_t backward_workspace<Unit>(const Problem&, const Gradients&);  \
-  template void backward<Unit>(Queue&, const Problem&, const Gradients&, void*)
-UNICOM_INSTANTIATE(float);
-UNICOM_INSTANTIATE(double);
-UNICOM_INSTANTIATE(Half);
-UNICOM_INSTANTIATE(BFloat);
-#undef UNICOM_INSTANTIATE
+}  // namespace
+
+int64_t packed_bytes(const Problem& p) {
+  const Padded n(p);
+  const int64_t unit_bytes =
+      with_unit(p, [](auto unit) { return static_cast<int64_t>(sizeof(unit)); });
+  return n.classes * (n.depth * unit_bytes + static_cast<int64_t>(sizeof(double)));
+}
+
+int64_t kept_bytes(const Problem& p) {
+  return with_unit(p, [&](auto unit) {
+    using Unit = decltype(unit);
+    return bytes_of_kept<Unit>(p, kept_classes<Unit>(p));
+  });
+}
+
+int64_t forward_workspace(const Problem& p) {
+  Arena arena(nullptr);
+  with_unit(p, [&](auto unit) { ForwardSpace<decltype(unit)>(arena, Padded(p)); });
+  return arena.used();
+}
+
+void forward(Queue& queue, const Problem& p, const ShardSums& out, const Saved& saved,
+             void* workspace) {
+  with_unit(p, [&](auto unit) { run_forward<decltype(unit)>(queue, p, out, saved, workspace); });
+}
+
+void write_results(Queue& queue, const WriteResults& a, bool is_double) {
+  if (is_double)
+    write_results<double>(queue, a);
+  else
+    write_results<float>(queue, a);
+}
+
+int64_t backward_chunk(const Problem& p) {
+  return with_unit(p, [&](auto unit) { return chunk_of<decltype(unit)>(p); });
+}
+
+int64_t backward_workspace(const Problem& p, const Gradients& g, const TakeRows* take) {
+  Arena arena(nullptr);
+  with_unit(p, [&](auto unit) {
+    BackwardSpace<decltype(unit)>(arena, p, g, take != nullptr, Padded(p));
+  });
+  return arena.used();
+}
+
+void backward(Queue& queue, const Problem& p, const Gradients& g, const TakeRows* take,
+              void* workspace) {
+  if (g.embeddings != nullptr)  // rows of samples that do not count are left alone
+    queue.fill_zero(g.embeddings, p.batch * p.dim * bytes_of(p.embeddings.dtype));
+  const bool all_written =
+      p.batch > 0 && p.class_index == nullptr && p.prototypes.columns == nullptr;
+  if (g.prototypes != nullptr && !all_written)
+    queue.fill_zero(g.prototypes,
+                    (g.compact ? p.bound : p.num_classes) * p.dim * bytes_of(p.prototypes.dtype));
+  with_unit(p, [&](auto unit) { run_backward<decltype(unit)>(queue, p, g, take, workspace); });
+}
 
 }  // namespace unicom::cuda

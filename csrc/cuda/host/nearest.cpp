@@ -68,8 +68,10 @@ int64_t packing_workspace(const FloatRows& centroids) {
 
 void pack_centroids(Queue& queue, const FloatRows& centroids, void* packed, void* workspace) {
   Arena arena(packed);
-  pack_centroids(queue, PackCentroids{centroids, packed_in(arena, centroids.count, centroids.dim),
-                                      slices_of(centroids), static_cast<double*>(workspace)});
+  pack_centroids(queue, PackCentroids{.centroids = centroids,
+                                      .out = packed_in(arena, centroids.count, centroids.dim),
+                                      .slices = slices_of(centroids),
+                                      .partial_mean = static_cast<double*>(workspace)});
 }
 
 int64_t nearest_workspace(const FloatRows& rows, const FloatRows& centroids) {
@@ -85,13 +87,36 @@ void nearest(Queue& queue, const FloatRows& rows, const int64_t* guess, const Fl
   const Space space(arena, rows.count, packed);
   for (int64_t first = 0; first < rows.count; first += space.padded) {
     const int64_t count = std::min(space.padded, rows.count - first);
-    const FloatRows chunk{rows.data + first * rows.stride, count, rows.dim, rows.stride};
-    pack_queries(queue, {chunk, guess != nullptr ? guess + first : nullptr, centroids, packed,
-                         space.padded, space.unit, space.floor, space.window, space.norm});
-    find_candidates(queue, {space.unit, space.floor, space.window, packed, space.padded, space.runs,
-                            space.candidate, space.count});
-    decide(queue, {chunk, centroids, packed.inverse_norm, space.window, space.norm, space.padded,
-                   space.runs, space.candidate, space.count, index + first, score + first});
+    const FloatRows chunk{
+        .data = rows[first], .count = count, .dim = rows.dim, .stride = rows.stride};
+    pack_queries(queue, {.rows = chunk,
+                         .guess = guess != nullptr ? guess + first : nullptr,
+                         .centroids = centroids,
+                         .packed = packed,
+                         .padded = space.padded,
+                         .unit = space.unit,
+                         .floor = space.floor,
+                         .window = space.window,
+                         .norm = space.norm});
+    find_candidates(queue, {.rows = space.unit,
+                            .floor = space.floor,
+                            .window = space.window,
+                            .packed = packed,
+                            .padded = space.padded,
+                            .runs = space.runs,
+                            .candidate = space.candidate,
+                            .count = space.count});
+    decide(queue, {.rows = chunk,
+                   .centroids = centroids,
+                   .inverse_norm = packed.inverse_norm,
+                   .window = space.window,
+                   .norm = space.norm,
+                   .padded = space.padded,
+                   .runs = space.runs,
+                   .candidate = space.candidate,
+                   .count = space.count,
+                   .index = index + first,
+                   .score = score + first});
   }
 }
 

@@ -7,18 +7,13 @@
 // below 2^-27 of a unit vector. Scores and their bounds are in the units of these products.
 #pragma once
 
+#include "../../core/rows.h"
 #include "types.h"
 
 namespace unicom::cuda {
 
 constexpr double kVectorScale = 8192;
 constexpr double kScoreScale = kVectorScale * kVectorScale;
-
-// fp32 rows of a matrix [count, dim] with unit column stride.
-struct FloatRows {
-  const float* data;
-  int64_t count, dim, stride;  // stride in elements
-};
 
 // inverse_norm[i] = 1 / |rows[i]|, 0 for a zero row.
 struct InverseNorms {

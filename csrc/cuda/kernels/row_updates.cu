@@ -11,9 +11,18 @@ namespace {
 constexpr int kWide = 4;  // values that a lane takes at once where rows are aligned for it
 constexpr int64_t kNothing = INT64_MAX;
 
+struct AdamWUpdate : AdamWRows {
+  SparseRows gradient;
+  void* workspace;
+};
+struct SgdUpdate : SgdRows {
+  SparseRows gradient;
+  void* workspace;
+};
+
 template <class T>
-UNICOM_DEVICE T* row_of(const Rows& rows, int64_t id) {
-  return static_cast<T*>(rows.data) + id * rows.stride;
+UNICOM_DEVICE T* row_of(const RowArray& rows, int64_t id) {
+  return static_cast<T*>(rows.data) + id * rows.row_stride;
 }
 
 template <int kCount, class T, class Real>
@@ -53,13 +62,13 @@ UNICOM_DEVICE void store_moment(Moment* to, const Real (&values)[kCount],
 }
 
 // The row that entry j updates, or -1.
-UNICOM_DEVICE int64_t updated_row(const SparseRows& g, int64_t j) {
+UNICOM_DEVICE int64_t updated_row(const SparseRows& g, int64_t num_rows, int64_t j) {
   if (j >= g.count) return -1;
   if (g.upstream != nullptr && *g.upstream != 1) return -1;
   const int64_t at = g.first + j;
   if (g.ids == nullptr) return at;
   const int64_t id = g.ids[at];
-  if (id < 0 || id >= g.num_rows || (at > 0 && g.ids[at - 1] == id)) return -1;
+  if (id < 0 || id >= num_rows || (at > 0 && g.ids[at - 1] == id)) return -1;
   return id;
 }
 
@@ -75,7 +84,7 @@ struct AdamWEntry {
 template <class Real>
 __global__ void adamw_entries_kernel(__grid_constant__ const AdamWUpdate a) {
   const int64_t j = global_thread();
-  const int64_t id = updated_row(a.gradient, j);
+  const int64_t id = updated_row(a.gradient, a.num_rows, j);
   if (id < 0) return;
   const int64_t count = ++a.row_step[id];
   const double decay = std::exp(a.total_log_decay - a.log_decay[id]);
@@ -89,11 +98,11 @@ template <class T, class Real>
 UNICOM_DEVICE Real shared_second_moment(const AdamWUpdate& a, const AdamWStep<Real>& s, int64_t id,
                                         const T* gradient) {
   double sum = 0;
-  for (int64_t k = lane_index(); k < a.gradient.dim; k += kWarp) {
+  for (int64_t k = lane_index(); k < a.dim; k += kWarp) {
     const double g = widen(gradient[k]);
     sum += g * g;
   }
-  const double mean = warp_sum(sum) / static_cast<double>(a.gradient.dim);
+  const double mean = warp_sum(sum) / static_cast<double>(a.dim);
   Real second = 0;
   if (lane_index() == 0) {
     Real* stored = row_of<Real>(a.second, id);
@@ -108,14 +117,14 @@ template <class T, class Moment, int kCount>
 __global__ void adamw_kernel(__grid_constant__ const AdamWUpdate a) {
   using Real = RealOf<T>;
   const int64_t j = global_warp();
-  const int64_t id = updated_row(a.gradient, j);
+  const int64_t id = updated_row(a.gradient, a.num_rows, j);
   if (id < 0) return;
   const auto entry = static_cast<const AdamWEntry<Real>*>(a.workspace)[j];
   const AdamWStep<Real>& s = entry.step;
-  const T* gradient = static_cast<const T*>(a.gradient.rows) + j * a.gradient.dim;
+  const T* gradient = static_cast<const T*>(a.gradient.rows) + j * a.dim;
   const Real shared = a.second_per_row ? shared_second_moment(a, s, id, gradient) : Real{0};
 
-  for (int64_t k = lane_index() * kCount; k < a.gradient.dim; k += kWarp * kCount) {
+  for (int64_t k = lane_index() * kCount; k < a.dim; k += kWarp * kCount) {
     Real slope[kCount], parameter[kCount], first[kCount], second[kCount];
     load(gradient + k, slope);
     load(row_of<T>(a.parameter, id) + k, parameter);
@@ -148,7 +157,7 @@ __global__ void adamw_kernel(__grid_constant__ const AdamWUpdate a) {
 // What missing the last 0, 1, ..., `remembered` steps comes to. One block: each thread composes a
 // stretch of the steps, newest first, and then goes through it again from what came before.
 UNICOM_DEVICE Transition step_back(const SgdUpdate& a, int64_t i, const Transition& newer) {
-  return then(a.steps[a.remembered - 1 - i], newer);
+  return then(a.history[a.remembered - 1 - i], newer);
 }
 
 __global__ void missed_steps_kernel(__grid_constant__ const SgdUpdate a) {
@@ -185,7 +194,7 @@ UNICOM_DEVICE SgdStep<Real>* sgd_entries(const SgdUpdate& a) {
 template <class Real>
 __global__ void sgd_entries_kernel(__grid_constant__ const SgdUpdate a) {
   const int64_t j = global_thread();
-  const int64_t id = updated_row(a.gradient, j);
+  const int64_t id = updated_row(a.gradient, a.num_rows, j);
   if (id < 0) return;
   Transition before = Transition::identity();
   if (a.last_step != nullptr) {
@@ -204,11 +213,11 @@ template <class T, int kCount>
 __global__ void sgd_kernel(__grid_constant__ const SgdUpdate a) {
   using Real = RealOf<T>;
   const int64_t j = global_warp();
-  const int64_t id = updated_row(a.gradient, j);
+  const int64_t id = updated_row(a.gradient, a.num_rows, j);
   if (id < 0) return;
   const SgdStep<Real> s = sgd_entries<Real>(a)[j];
-  const T* gradient = static_cast<const T*>(a.gradient.rows) + j * a.gradient.dim;
-  for (int64_t k = lane_index() * kCount; k < a.gradient.dim; k += kWarp * kCount) {
+  const T* gradient = static_cast<const T*>(a.gradient.rows) + j * a.dim;
+  for (int64_t k = lane_index() * kCount; k < a.dim; k += kWarp * kCount) {
     Real slope[kCount], parameter[kCount], buffer[kCount] = {};
     load(gradient + k, slope);
     load(row_of<T>(a.parameter, id) + k, parameter);
@@ -274,15 +283,14 @@ __global__ void add_equal_kernel(__grid_constant__ const Merge a) {
 // ---- launches
 
 template <class... Arrays>
-bool are_wide(const SparseRows& gradient, DType dtype, const Arrays&... arrays) {
-  const auto is_wide = [](const Rows& rows) {
+bool are_wide(const void* gradient, DType dtype, int64_t dim, const Arrays&... arrays) {
+  const auto is_wide = [](const RowArray& rows) {
     size_t bytes = 0;
     with_type(rows.dtype, [&](auto value) { bytes = kWide * sizeof(value); });
     return rows.data == nullptr ||
-           (rows.stride % kWide == 0 && reinterpret_cast<uintptr_t>(rows.data) % bytes == 0);
+           (rows.row_stride % kWide == 0 && reinterpret_cast<uintptr_t>(rows.data) % bytes == 0);
   };
-  return gradient.dim % kWide == 0 &&
-         is_wide({const_cast<void*>(gradient.rows), dtype, gradient.dim}) &&
+  return dim % kWide == 0 && is_wide({const_cast<void*>(gradient), dtype, dim}) &&
          (is_wide(arrays) && ...);
 }
 
@@ -297,21 +305,24 @@ void with_width(bool wide, const F& f) {
 
 template <class Moment, class T>
 void launch_adamw(Queue& queue, const AdamWUpdate& a) {
-  const Rows second = a.second_per_row ? Rows{} : a.second;
-  with_width(are_wide(a.gradient, a.parameter.dtype, a.parameter, a.first, second), [&](auto n) {
-    queue.launch(adamw_kernel<T, Moment, n()>, warp_grid(a.gradient.count), kThreads, 0, a);
-  });
+  const RowArray second = a.second_per_row ? RowArray{} : a.second;
+  with_width(are_wide(a.gradient.rows, a.parameter.dtype, a.dim, a.parameter, a.first, second),
+             [&](auto n) {
+               queue.launch(adamw_kernel<T, Moment, n()>, warp_grid(a.gradient.count), kThreads, 0,
+                            a);
+             });
 }
 
 }  // namespace
 
-int64_t adamw_workspace(int64_t count, DType parameter) {
-  const bool is_double = parameter == DType::kFloat64;
+int64_t update_workspace(const AdamWRows& rows, int64_t count) {
+  const bool is_double = rows.parameter.dtype == DType::kFloat64;
   return count *
          static_cast<int64_t>(is_double ? sizeof(AdamWEntry<double>) : sizeof(AdamWEntry<float>));
 }
 
-void update_rows(Queue& queue, const AdamWUpdate& a) {
+void update_rows(Queue& queue, const AdamWRows& rows, const SparseRows& gradient, void* workspace) {
+  const AdamWUpdate a{rows, gradient, workspace};
   with_type(a.parameter.dtype, [&](auto value) {
     using T = decltype(value);
     using Real = RealOf<T>;
@@ -322,22 +333,24 @@ void update_rows(Queue& queue, const AdamWUpdate& a) {
   });
 }
 
-int64_t sgd_workspace(int64_t count, int64_t remembered, DType parameter) {
-  const bool is_double = parameter == DType::kFloat64;
+int64_t update_workspace(const SgdRows& rows, int64_t count) {
+  const bool is_double = rows.parameter.dtype == DType::kFloat64;
   const size_t entry = is_double ? sizeof(SgdStep<double>) : sizeof(SgdStep<float>);
-  return (remembered + 1) * static_cast<int64_t>(sizeof(Transition)) +
+  return (rows.remembered + 1) * static_cast<int64_t>(sizeof(Transition)) +
          count * static_cast<int64_t>(entry);
 }
 
-void update_rows(Queue& queue, const SgdUpdate& a) {
+void update_rows(Queue& queue, const SgdRows& rows, const SparseRows& gradient, void* workspace) {
+  const SgdUpdate a{rows, gradient, workspace};
   if (a.last_step != nullptr && a.gradient.first == 0)
     queue.launch(missed_steps_kernel, dim3(1), kThreads, 0, a);
   with_type(a.parameter.dtype, [&](auto value) {
     using T = decltype(value);
     queue.launch(sgd_entries_kernel<RealOf<T>>, thread_grid(a.gradient.count), kThreads, 0, a);
-    with_width(are_wide(a.gradient, a.parameter.dtype, a.parameter, a.buffer), [&](auto n) {
-      queue.launch(sgd_kernel<T, n()>, warp_grid(a.gradient.count), kThreads, 0, a);
-    });
+    with_width(are_wide(a.gradient.rows, a.parameter.dtype, a.dim, a.parameter, a.buffer),
+               [&](auto n) {
+                 queue.launch(sgd_kernel<T, n()>, warp_grid(a.gradient.count), kThreads, 0, a);
+               });
   });
 }
 

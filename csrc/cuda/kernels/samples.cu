@@ -49,11 +49,11 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
   if (lane != 0) return;
   const bool counted = is_counted(slot);
   const bool none = largest <= kNoCosine;
-  a.sum[i * a.stride] = counted ? sum : 0.0;
-  a.target_cosine[i * a.stride] = cosine;
-  a.exponent[i] = !is_constant && none ? -INFINITY : target;
-  a.largest_negative[i] = counted && !none ? largest : -INFINITY;
-  a.inverse_norm[i] = a.row_inverse_norm[i];
+  a.out.sum[i * a.out.stride] = counted ? sum : 0.0;
+  a.out.target_cosine[i * a.out.stride] = cosine;
+  a.out.exponent[i] = !is_constant && none ? -INFINITY : target;
+  a.out.largest_negative[i] = counted && !none ? largest : -INFINITY;
+  a.out.inverse_norm[i] = a.row_inverse_norm[i];
 }
 
 __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
@@ -61,8 +61,9 @@ __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
   if (i >= a.batch) return;
   const int64_t slot = a.slot[i];
   if (is_counted(slot)) {
-    a.loss[i] = join_target(a.margin, a.scale, i, a.sum[i * a.stride], a.exponent[i],
-                            a.target_cosine[i * a.stride], a.inverse_norm[i], &a.state[i]);
+    const ShardSums& sums = a.sums;
+    a.loss[i] = join_target(a.margin, a.scale, i, sums.sum[i * sums.stride], sums.exponent[i],
+                            sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &a.state[i]);
   } else {
     a.loss[i] = slot == kInvalidSlot ? NAN : 0.0;
     a.state[i] = SampleState{};

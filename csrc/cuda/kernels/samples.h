@@ -1,14 +1,13 @@
 // The steps that work on samples: sums join with targets, losses become weights of gradients.
 #pragma once
 
-#include "../../core/rows.h"
-#include "../../core/target.h"
+#include "../../core/problem.h"
 #include "logits.h"
 
 namespace unicom::cuda {
 
-// What a shard knows of each sample (the fields of ShardSums). The target's cosine is
-// taken in double from the rows as they were given.
+// What a shard knows of each sample. The target's cosine is taken in double from the rows as they
+// were given.
 struct FinishSums {
   RowSource embeddings, prototypes;
   const int64_t* class_index;  // nullptr: class j is row j
@@ -20,36 +19,14 @@ struct FinishSums {
   double total_sampled;              // of all shards: fixes the constant exponent
   const double* row_inverse_norm;    // [rows]
   const double* class_inverse_norm;  // [bound]
-  double *sum, *target_cosine;       // [batch], with a stride
-  int64_t stride;
-  double *exponent, *largest_negative, *inverse_norm;  // [batch]
+  ShardSums out;
 };
 template <class Real>
 void finish_sums(Queue&, const FinishSums&);
 
-// The loss of each sample and what backward needs of it. A sample whose label is no class has loss
-// NaN and no gradient.
-struct JoinTargets {
-  MarginOptions margin;
-  double scale;
-  int64_t batch;
-  const int64_t* slot;
-  const double *sum, *target_cosine;
-  int64_t stride;
-  const double *exponent, *inverse_norm;
-  double* loss;
-  SampleState* state;
-};
+// A sample whose label is no class has loss NaN and no gradient.
 void join_targets(Queue&, const JoinTargets&);
 
-// Results in the type that the caller sees; the mean is over the samples that are not ignored.
-struct WriteResults {
-  int64_t batch;
-  const int64_t* slot;
-  const double *sample_loss, *target_cosine, *largest_negative;
-  Reduction reduction;
-  void *loss, *sample_loss_out, *target_cosine_out, *largest_negative_out;  // Real
-};
 template <class Real>
 void write_results(Queue&, const WriteResults&);
 

@@ -20,11 +20,15 @@ struct Span {
         last_id(first_id + blocks * kBlockSize) {}
 };
 
+struct Drawing : ClassSelection {
+  uint64_t* workspace;
+};
+
 struct Workspace {
   uint64_t* bitmap;  // [blocks][kBlockWords]
   int64_t* offset;   // [blocks + 1] position of each block's first class in the list
 
-  UNICOM_HD Workspace(const ClassSelection& a, const Span& span)
+  UNICOM_HD Workspace(const Drawing& a, const Span& span)
       : bitmap(a.workspace),
         offset(reinterpret_cast<int64_t*>(a.workspace + span.blocks * kBlockWords)) {}
 };
@@ -41,7 +45,7 @@ UNICOM_DEVICE int64_t special_slot(const Labels& l, int64_t label) {
   return label < l.start || label >= l.stop ? kElsewhereSlot : 0;
 }
 
-__global__ void mark_positives_kernel(__grid_constant__ const ClassSelection a) {
+__global__ void mark_positives_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   const int64_t i = global_thread();
   if (i >= a.labels.batch) return;
@@ -53,7 +57,7 @@ __global__ void mark_positives_kernel(__grid_constant__ const ClassSelection a) 
 }
 
 // A warp draws one block of classes: 32 positions of its order at a time.
-__global__ void complete_blocks_kernel(__grid_constant__ const ClassSelection a) {
+__global__ void complete_blocks_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   const Workspace space(a, span);
   const int64_t b = global_warp();
@@ -96,7 +100,7 @@ constexpr int kScanThreads = 1024;
 
 // offset[b + 1] from members of block b to members of blocks 0 to b; one block of threads, each
 // with a stretch of its own.
-__global__ void scan_kernel(__grid_constant__ const ClassSelection a) {
+__global__ void scan_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   int64_t* offset = Workspace(a, span).offset;
   __shared__ int64_t sums[2][kScanThreads];
@@ -120,7 +124,7 @@ __global__ void scan_kernel(__grid_constant__ const ClassSelection a) {
   if (t == 0) offset[0] = 0;
 }
 
-__global__ void list_classes_kernel(__grid_constant__ const ClassSelection a) {
+__global__ void list_classes_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   const Workspace space(a, span);
   const int64_t b = global_warp();
@@ -133,7 +137,7 @@ __global__ void list_classes_kernel(__grid_constant__ const ClassSelection a) {
 }
 
 // Each label's slot, the count, and the rest of the list.
-__global__ void finish_selection_kernel(__grid_constant__ const ClassSelection a) {
+__global__ void finish_selection_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   const Workspace space(a, span);
   const int64_t i = global_thread();
@@ -198,10 +202,11 @@ __global__ void select_features_kernel(__grid_constant__ const FeatureSelection 
 }  // namespace
 
 int64_t selection_workspace(const Labels& labels) {
-  return Span(labels).blocks * (kBlockWords + 1) + 1;
+  return (Span(labels).blocks * (kBlockWords + 1) + 1) * static_cast<int64_t>(sizeof(uint64_t));
 }
 
-void select_classes(Queue& queue, const ClassSelection& a) {
+void select_classes(Queue& queue, const ClassSelection& selection, void* workspace) {
+  const Drawing a{selection, static_cast<uint64_t*>(workspace)};
   const Span span(a.labels);
   queue.fill_zero(a.workspace, span.blocks * kBlockWords * static_cast<int64_t>(sizeof(uint64_t)));
   if (span.blocks > 0) {

@@ -1,0 +1,94 @@
+// One call of the loss, as the bindings hand it to a device. Every pointer is the caller's and
+// points to memory of that device.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "rows.h"
+#include "target.h"
+
+namespace unicom {
+
+// Of the operands that are multiplied; float64 operands are always multiplied as they are.
+enum class Precision : int64_t { kFp32, kFp16, kBf16 };
+
+// The operation on one shard of the classes.
+struct Problem {
+  RowSource embeddings;  // [batch, d] with the selected columns
+  RowSource prototypes;  // [num_classes, d] with the selected columns
+  int64_t batch;
+  int64_t num_classes;         // C, of this shard
+  int64_t dim;                 // d, selected or not
+  const int64_t* class_index;  // [bound] ascending class ids, or nullptr: class j is row j
+  const int64_t* count;        // [1] how many of them are valid, or nullptr: all
+  int64_t bound;               // length of class_index, num_classes without one
+  const int64_t* slot;         // [batch] position of the label in class_index, or a special slot
+                               // of sampler.h
+  double scale;
+  double filter = std::numeric_limits<double>::infinity();  // infinity: none
+  // At least the sampled classes of all shards together: fixes the constant exponent.
+  int64_t total_sampled;
+  Precision precision = Precision::kFp32;
+  // Forward may keep so many bytes of cosines for backward, which multiplies the others again.
+  int64_t keep_bytes = 0;
+
+  // What sums, losses and gradients are computed and returned in: float64 or float32.
+  bool is_double() const {
+    return embeddings.dtype == DType::kFloat64 || prototypes.dtype == DType::kFloat64;
+  }
+};
+
+// What a shard knows of each sample. Shards merge by adding `sum` (after bringing it to a common
+// exponent, where exponents are not the constant one) and `target_cosine`.
+struct ShardSums {
+  double* sum;               // over this shard's other classes of exp(scale * cosine), as
+  double* exponent;          //   sum * 2^exponent; -inf without classes above the constant range
+  double* target_cosine;     // 0 where ignored or elsewhere
+  double* inverse_norm;      // of the embedding's selected part
+  double* largest_negative;  // cosine; -inf where there is none
+  int64_t stride;            // between the samples of sum and target_cosine; the others are dense
+};
+
+// What forward leaves for backward, in the device's own layout.
+struct Saved {
+  void* packed;  // unit prototypes, and their inverse norms
+  void* kept;    // cosines
+};
+
+// The loss of each sample and what backward needs of it, from the sums of all shards. Ignored
+// samples have loss 0.
+struct JoinTargets {
+  MarginOptions margin;
+  double scale;
+  int64_t batch;
+  const int64_t* slot;
+  ShardSums sums;  // but for largest_negative
+  double* loss;
+  SampleState* state;
+};
+
+// Results in the type that the caller sees (Problem::is_double); the mean is over the samples that
+// are not ignored.
+struct WriteResults {
+  int64_t batch;
+  const int64_t* slot;
+  const double *sample_loss, *target_cosine, *largest_negative;  // [batch]
+  Reduction reduction;
+  void* loss;                                                        // [batch] or [1]
+  void *sample_loss_out, *target_cosine_out, *largest_negative_out;  // [batch]
+};
+
+// What backward reads beside the problem, and the gradients that it writes, every value of them.
+struct Gradients {
+  const void* grad_loss;  // as the loss: of float64 or float32, [batch] or [1]
+  Reduction reduction;
+  const SampleState* state;
+  const void *packed, *kept;  // see Saved
+  void* embeddings;           // [batch, d] of the embeddings' type; nullptr: not wanted
+  void* prototypes;  // [num_classes, d] of theirs, or [bound, d], class by class, when compact;
+                     // nullptr: not wanted, or taken by an optimizer
+  bool compact;
+};
+
+}  // namespace unicom
