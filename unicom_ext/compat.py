@@ -52,7 +52,7 @@ class PartialFC_V2(PartialMarginSoftmax):
             such as ``unicom_ext.ArcFace(0.5)``; the scale is 64 then, unless `scale` is given.
         embedding_size: d.
         num_classes: C, of all ranks.
-        sample_rate: share of the classes in each step, in (0, 1].
+        sample_rate: share of the classes in each step, in [0, 1]; 0 for the positives alone.
         fp16: multiply unit vectors in fp16 (where the device has no fp16 products, as CPUs, in
             fp32); sums are fp32 always. Autocast around the call changes nothing.
         is_normlize: UNICOM's switch; must be 1, as cosines need unit vectors.

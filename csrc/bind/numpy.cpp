@@ -38,14 +38,15 @@ void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-void require_sample(const char* what, int64_t size, int64_t count) {
+void require_sample(const char* what, int64_t size, int64_t count, int64_t least) {
   require(size >= 1, std::string(what) + " must be at least 1, got " + std::to_string(size));
-  require(count >= 1 && count <= size,
-          "count must be in [1, " + std::to_string(size) + "], got " + std::to_string(count));
+  require(count >= least && count <= size, "count must be in [" + std::to_string(least) + ", " +
+                                               std::to_string(size) + "], got " +
+                                               std::to_string(count));
 }
 
 void require_classes(int64_t num_classes, int64_t count) {
-  require_sample("num_classes", num_classes, count);
+  require_sample("num_classes", num_classes, count, 0);
   require(num_classes <= kMaxClasses, "num_classes must be at most " + std::to_string(kMaxClasses) +
                                           ", got " + std::to_string(num_classes));
 }
@@ -186,7 +187,7 @@ py::tuple class_selection(const Array<Label>& labels, int64_t num_classes, int64
 }
 
 py::array feature_selection(int64_t dim, int64_t count, int64_t seed, int64_t step) {
-  require_sample("dim", dim, count);
+  require_sample("dim", dim, count, 1);
   Array<int64_t> feature_index(count);
   cpu::select_features({.dim = dim,
                         .count = count,

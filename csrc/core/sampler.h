@@ -30,7 +30,7 @@ UNICOM_HD constexpr int64_t block_count(int64_t num_classes) {
   return (num_classes + kBlockSize - 1) / kBlockSize;
 }
 
-// The share `rate` (in (0, 1]) of a population, rounded half up.
+// The share `rate` (in [0, 1]) of a population, rounded half up.
 UNICOM_HD inline int64_t sample_size(double rate, int64_t population) {
   return static_cast<int64_t>(rate * static_cast<double>(population) + 0.5);
 }
@@ -96,7 +96,7 @@ UNICOM_HD inline int block_list(const uint64_t* words, int64_t first_id, int64_t
   return written;
 }
 
-// Draws `count` of `num_classes` classes (1 <= count <= num_classes <= kMaxClasses).
+// Draws `count` of `num_classes` classes (0 <= count <= num_classes <= kMaxClasses).
 class ClassSampler {
  public:
   UNICOM_HD ClassSampler(int64_t num_classes, int64_t count, int64_t seed, int64_t step)

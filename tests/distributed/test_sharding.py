@@ -161,7 +161,7 @@ def test_every_option(ranks, world_size, options):
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.5)], ids=str)
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.5), (0, 1.0)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_uneven_and_empty_batches(ranks, world_size, rates, reduction):
     problem = random_problem(13, 1000, 16, closeness=0.5, ignored=2)
@@ -174,7 +174,7 @@ def test_uneven_and_empty_batches(ranks, world_size, rates, reduction):
 def test_class_counts_that_divide_by_nothing(ranks, world_size, num_classes):
     # With 1, 2, 3, 5 and 9 classes some of four ranks own none.
     problem = random_problem(24, num_classes, 8, closeness=0.5)
-    for sample_rate in (0.3, 1.0):
+    for sample_rate in (0.0, 0.3, 1.0):
         check_equal(ranks, world_size, problem, UNEVEN, sample_rate=sample_rate)
 
 
@@ -189,9 +189,10 @@ def test_labels_of_one_rank_only(ranks, rank, scale):
 
 @pytest.mark.parametrize("sizes", [[0, 0, 0, 0], [3, 0, 2, 1]], ids=str)
 @pytest.mark.parametrize("scale", [64.0, 200.0])
-def test_nothing_to_learn(ranks, sizes, scale):
+@pytest.mark.parametrize("sample_rate", [0.3, 0.0])
+def test_nothing_to_learn(ranks, sizes, scale, sample_rate):
     problem = random_problem(6, 151, 8, ignored=6)
-    check_equal(ranks, 3, problem, sizes, tolerance=0, sample_rate=0.3, scale=scale)
+    check_equal(ranks, 3, problem, sizes, tolerance=0, sample_rate=sample_rate, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -80,6 +80,32 @@ def test_selection_sizes():
         assert PartialFC_V2(ArcFace(), 129, 2, sample_num_feat=count).num_features == count
 
 
+def test_positives_alone_as_a_published_configuration_has_it():
+    head = PartialFC_V2(Published(**COMBINED), D, C, sample_rate=0)
+    head.train()
+    x, labels = batch()
+    loss = head(x, labels)
+    positives = labels.unique()
+    assert torch.equal(head.last_selection.class_index, positives)
+    theirs = PartialFC(D, len(positives), margin=0.5, scale=32)
+    theirs.load_state_dict({"weight": head.weight.detach()[positives]})
+    right = theirs(x, torch.searchsorted(positives, labels))
+    assert relative_error(loss.detach(), right.detach()) < 1e-5
+
+
+def test_the_pairs_of_a_miner_are_none_of_its_arguments():
+    head = PartialFC_V2(Published(**COMBINED), D, C)
+    x, labels = batch()
+    pairs = (torch.arange(3),) * 4
+    with pytest.raises(TypeError) as caught:
+        head(x, labels, pairs)
+    assert str(caught.value) == (
+        "step must be an int or an int64 tensor, got a tuple. If these are the indices_tuple of a "
+        "miner of pairs: this loss compares with all classes, and takes none"
+    )
+    assert int(head.step) == 0
+
+
 def test_labels_as_trainers_have_them():
     head = PartialFC_V2(Published(**COMBINED), D, C)
     x, labels = batch()
@@ -125,7 +151,7 @@ def test_margins_that_the_published_loss_would_not_combine():
         ({"sample_num_feat": 0}, ValueError, r"sample_num_feat must be .* in \[1, 8\], got 0"),
         ({"sample_num_feat": 9}, ValueError, r"sample_num_feat must be .* in \[1, 8\], got 9"),
         ({"sample_num_feat": 0.5}, TypeError, r"sample_num_feat must be an integer .* got 0.5"),
-        ({"sample_rate": 1.5}, ValueError, r"sample_rate must be in \(0, 1\], got 1.5"),
+        ({"sample_rate": 1.5}, ValueError, r"sample_rate must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(arguments, error, message):

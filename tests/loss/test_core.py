@@ -318,7 +318,7 @@ def test_selection_at_the_far_end_of_the_id_space():
     [
         ({"num_classes": 0}, "num_classes"),
         ({"num_classes": 2**32}, "num_classes"),
-        ({"count": 0}, "count"),
+        ({"count": -1}, "count"),
         ({"count": 101}, "count"),
         ({"start": -1}, "start"),
         ({"start": 60, "stop": 50}, "start"),

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from support.problems import Problem, check_fp32, per_sample_margin, random_problem, solve, truth
@@ -59,6 +60,39 @@ def test_the_loss_is_that_of_the_reference_on_the_selection(rates, training, cap
     loss.backward()
     outcome = (loss.detach(), x.grad, module.weight.grad)
     check_fp32(outcome, as_problem(module, problem))
+
+
+def test_sample_rate_0_is_the_classes_of_the_batch_alone(any_backend):
+    module = make(sample_rate=0, feature_rate=1.0, margin=CosFace(0.2), scale=30.0)
+    problem = batch(ignored=3)
+    x = problem.embeddings.clone().requires_grad_()
+    loss = module(x, problem.labels)
+    loss.backward()
+    positives = problem.labels[problem.labels >= 0].unique()
+    assert torch.equal(module.last_selection.class_index, positives)
+    check_fp32((loss.detach(), x.grad, module.weight.grad), as_problem(module, problem))
+
+
+@pytest.mark.parametrize("sparse_grad", [True, False])
+@pytest.mark.parametrize("labels", [[-100, -100, -100], []], ids=str)
+def test_sample_rate_0_and_nothing_to_learn(sparse_grad, labels, any_backend):
+    module = make(sample_rate=0, sparse_grad=sparse_grad)
+    x = torch.randn(len(labels), DIM, requires_grad=True)
+    loss = module(x, torch.tensor(labels, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0
+    assert len(module.last_selection.class_index) == 0
+    assert not x.grad.any()
+    assert not module.weight.grad.to_dense().any()
+
+
+def test_sample_rate_0_evaluates_on_all_classes():
+    module = make(sample_rate=0).eval()
+    problem = batch(margin=ArcFace(0.3), scale=64.0)
+    expected = partial_margin_softmax(
+        problem.embeddings, problem.labels, module.weight, **problem.options
+    )
+    assert torch.equal(module(problem.embeddings, problem.labels), expected)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +289,7 @@ def test_a_given_step_is_used_and_the_own_one_stays():
     for _ in range(3):
         module(problem.embeddings, problem.labels)
     third = drawn(module)
-    again = module(problem.embeddings, problem.labels, step=2)
+    again = module(problem.embeddings, problem.labels, step=np.int64(2))
     assert drawn(module) == third
     assert int(module.step) == 3
     assert torch.equal(again, module(problem.embeddings, problem.labels, step=torch.tensor(2)))

@@ -92,19 +92,25 @@ def expected_features(dim, count, seed, step):
 @st.composite
 def populations(draw):
     num_classes = draw(st.integers(1, 1200))
-    rate = draw(st.floats(0.001, 1) | st.just(1.0))
+    rate = draw(st.floats(0.001, 1) | st.just(1.0) | st.just(0.0))
     positives = draw(st.lists(st.integers(0, num_classes - 1), max_size=50))
     return num_classes, rate, positives
 
 
+def at_least(num_classes, rate):
+    return max(1, int(rate * num_classes + 0.5)) if rate else 0
+
+
 @given(population=populations(), seed=INT64, step=INT64)
 @example(population=(1, 0.1, []), seed=0, step=0)
+@example(population=(300, 0.0, [299, 1, 1]), seed=0, step=0)
+@example(population=(300, 0.0, []), seed=0, step=0)
 @example(population=(1, 1.0, [0, 0]), seed=0, step=0)
 @example(population=(3, 0.34, [2]), seed=1, step=0)
 @example(population=(257, 0.01, list(range(200, 257))), seed=-1, step=3)
 def test_classes_equal_the_oracle(population, seed, step):
     num_classes, rate, positives = population
-    count = max(1, int(rate * num_classes + 0.5))
+    count = at_least(num_classes, rate)
     selected = select_classes(num_classes, rate, positives, seed=seed, step=step)
     assert selected.dtype == torch.int64
     assert selected.tolist() == expected_classes(num_classes, count, positives, seed, step)
@@ -113,7 +119,7 @@ def test_classes_equal_the_oracle(population, seed, step):
 @given(population=populations(), seed=INT64, step=INT64)
 def test_size_is_the_larger_of_quota_and_positives_in_each_block(population, seed, step):
     num_classes, rate, positives = population
-    count = max(1, int(rate * num_classes + 0.5))
+    count = at_least(num_classes, rate)
     selected = select_classes(num_classes, rate, positives, seed=seed, step=step)
     quotas = _core.block_quotas(num_classes, count, seed, step)
     present = np.bincount(np.unique(positives).astype(int) // 256, minlength=len(quotas))
@@ -315,15 +321,17 @@ def test_each_feature_and_each_pair_is_equally_likely(dim, count, vary):
 # --- bad input ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [0, -0.1, 1.0001, float("nan"), float("inf")])
+@pytest.mark.parametrize("rate", [-0.1, 1.0001, float("nan"), float("inf")])
 def test_rates_outside_the_unit_interval_are_rejected(rate):
-    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\]"):
         select_classes(100, rate, [], seed=0, step=0)
     with pytest.raises(ValueError, match=r"rate must be in \(0, 1\]"):
         select_features(100, rate, seed=0, step=0)
 
 
 def test_a_rate_that_leaves_no_dimension_is_rejected():
+    with pytest.raises(ValueError, match=r"rate must be in \(0, 1\], got 0"):
+        select_features(100, 0, seed=0, step=0)
     with pytest.raises(ValueError, match="at least one dimension"):
         select_features(100, 0.004, seed=0, step=0)
     assert len(select_features(100, 0.005, seed=0, step=0)) == 1
@@ -357,7 +365,7 @@ def test_bad_values_are_named(change, message):
     [
         ({"num_classes": 10.0}, "num_classes must be an integer in .*, got 10.0"),
         ({"step": "1"}, "step must be an integer that fits in int64, got .1"),
-        ({"rate": "half"}, r"rate must be a number in \(0, 1\], got str"),
+        ({"rate": "half"}, r"rate must be a number in \[0, 1\], got str"),
         ({"positives": [0.5]}, "positives must hold integers"),
         ({"positives": torch.tensor([True])}, "positives must hold integers"),
     ],

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from os import PathLike
-from typing import Any, Unpack
+from typing import Any, Self, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unicom_ext.loss import checks
+from unicom_ext.loss import checks, recomputation
 from unicom_ext.loss.functional import call_loss
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
-from unicom_ext.loss.prototypes import fill_prototypes, fill_with_centroids, read_centroids
+from unicom_ext.loss.prototypes import (
+    fill_prototypes,
+    fill_with_centroids,
+    read_centroids,
+    was_written,
+)
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
 from unicom_ext.loss.selection import Sampling, select
+from unicom_ext.loss.standing_still import StandingStill
 from unicom_ext.loss.wrapping import NeverWrapped
 from unicom_ext.ops import memory
 
@@ -35,15 +41,16 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
     formula.
 
     In training mode each call draws max(1, round(sample_rate * C)) classes, the batch's own among
-    them (more if the batch has more), and round(feature_rate * d) dimensions. Both depend on
-    (seed, step, labels) alone. In `eval()` mode all classes and dimensions take part.
+    them (more if the batch has more; with `sample_rate` 0 these alone), and round(feature_rate * d)
+    dimensions. Both depend on (seed, step, labels) alone. In `eval()` mode all classes and
+    dimensions take part.
 
     Args:
         embedding_size: d.
         num_classes: C.
         margin: psi; default ``ArcFace(0.3)``, 0.3 radians.
         scale: s, default 64.
-        sample_rate: share of the classes, in (0, 1].
+        sample_rate: share of the classes, in [0, 1].
         feature_rate: share of the dimensions, in (0, 1]; must leave at least one.
         process_group: share the prototypes with the other ranks of this group, such as
             ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
@@ -81,6 +88,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
     """
 
     step: Tensor
+    _no_memory = False  # whether weight and step may be what memory held before
 
     def __init__(
         self,
@@ -142,6 +150,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None
+        self._standing_still = StandingStill()
         self.reset_parameters()
 
     @classmethod
@@ -161,11 +170,25 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         centroids = read_centroids(centroids)
         num_classes, embedding_size = centroids.shape
         module = cls(embedding_size, num_classes, **options)
+        if module.weight.is_meta:
+            raise ValueError(
+                "from_centroids has no memory to fill on the meta device: make the loss on the "
+                "device where it will be"
+            )
         fill_with_centroids(module.weight, module._start, centroids)
         return module
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Back to the initial prototypes and to step 0.
+
+        To be called after `to_empty` where the loss was made on the meta device; in the models of
+        Hugging Face from `_init_weights`.
+        """
         fill_prototypes(self.weight, self._start, self.seed)
+        self.step.zero_()
+        self._drawn = self._metrics = None
+        self._no_memory = self.weight.is_meta
 
     def forward(
         self,
@@ -179,9 +202,8 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         Args:
             embeddings: [B, d] floating point.
             labels: [B] int32 or int64, in [0, C) or `ignore_index`.
-            step: draw the selections of this step, and do not advance the module's own (for
-                activation checkpointing and tests). An int, or an int64 scalar tensor. Ignored in
-                `eval()` mode.
+            step: draw the selections of this step, and do not advance the module's own. An int, or
+                an int64 scalar tensor. Ignored in `eval()` mode.
             margin: instead of the module's, for margins that change from batch to batch; m2 and m3
                 may be per-sample tensors [B].
 
@@ -191,6 +213,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         Raises:
             TypeError, ValueError: an argument is wrong; nothing has changed then. With a process
                 group every rank raises: the others a RuntimeError that names the rank.
+            RuntimeError: activation checkpointing repeats a call, and it cannot be told which.
+
+        Warns:
+            UserWarning: once, when the prototypes have had a gradient in many training calls and
+                have not changed.
         """
         options, failure = self.options, None
         if options.sparse_grad and not self.weight.is_leaf:
@@ -201,6 +228,10 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 options = replace(options, margin=margin)
             except TypeError as error:
                 failure = error
+        compiling = torch.compiler.is_compiling()
+        repeated = not compiling and recomputation.in_backward()
+        if self.training and not compiling:
+            self._standing_still.look(self.weight)
         sampling = Sampling(
             self.num_classes,
             self.num_sampled if self.training else self.num_classes,
@@ -214,8 +245,17 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 raise failure
             num_classes = None if self.shard is None else self.num_classes
             checks.check_call(embeddings, labels, self.weight, options, num_classes=num_classes)
+            if self._no_memory:
+                self._check_written()
             this_step = self._step_tensor(step)
-            return this_step if self.training else None
+            if not self.training:
+                return None
+            draws = step is None and (sampling.draws_classes or sampling.draws_features)
+            if repeated and draws:
+                return recomputation.repeated_step(self, embeddings, labels)
+            if draws and not compiling:
+                recomputation.note(self, embeddings, labels, this_step)
+            return this_step
 
         if self.shard is None:
             selected = select(labels, sampling, options.ignore_index, step=check())
@@ -237,7 +277,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             rows = selected.class_index
             class_index = None if rows is None else rows + self.shard.start
         self._drawn = class_index, selected.num_valid, selected.feature_index
-        if self.training and step is None:
+        if self.training and step is None and not repeated:
             self.step.add_(1)
         return loss
 
@@ -256,8 +296,13 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                     f"{list(step.shape)}"
                 )
             return step
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step must be an int or an int64 tensor, got {type(step).__name__}")
+        if isinstance(step, tuple | list):
+            raise TypeError(
+                f"step must be an int or an int64 tensor, got a {type(step).__name__}. If these "
+                "are the indices_tuple of a miner of pairs: this loss compares with all classes, "
+                "and takes none"
+            )
+        step = checks.integer("step", step)
         return torch.full_like(self.step, step)
 
     @property
@@ -290,7 +335,31 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         if "options" not in state:  # pickled whole when every option was an attribute of its own
             options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
             state["options"] = LossOptions(**options)
+        state.setdefault("_standing_still", StandingStill())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        had_memory = not self.step.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.step.is_meta:
+            self._no_memory = True
+        elif not had_memory:
+            with torch.no_grad():
+                self.step.zero_()  # `to_empty` leaves what was in the memory before
+        return self
+
+    def _check_written(self) -> None:
+        """Of a loss that was on the meta device, which it leaves with whatever memory holds."""
+        if not was_written(self.weight):
+            raise RuntimeError(
+                "the prototypes (weight) of the loss have been on the meta device and have no "
+                "values: call reset_parameters() of the loss (in the models of Hugging Face from "
+                "_init_weights), load a state dict, or fill them in place under torch.no_grad()"
+            )
+        if not was_written(self.step):
+            with torch.no_grad():
+                self.step.zero_()
+        self._no_memory = False
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.seed, dtype=torch.int64)
@@ -326,6 +395,8 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 )
                 state_dict = {**state_dict, name: self.weight.detach()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if name in state_dict:
+            self._no_memory = self.weight.is_meta
 
     def extra_repr(self) -> str:
         return (

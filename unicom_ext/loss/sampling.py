@@ -33,14 +33,15 @@ def select_classes(
     """Draw the classes that take part in one step.
 
     Ids are cut into blocks of 256 consecutive classes. The blocks' quotas sum to exactly
-    ``K = max(1, round(rate * num_classes))``. A block holds its positives and random negatives up
-    to its quota, or all its positives where they exceed it: the whole selection has
-    ``sum over blocks of max(quota, positives)`` classes, at most
+    ``K = max(1, round(rate * num_classes))``, or to 0 at a rate of 0. A block holds its positives
+    and random negatives up to its quota, or all its positives where they exceed it: the whole
+    selection has ``sum over blocks of max(quota, positives)`` classes, at most
     ``K + min(len(positives), num_classes)``. Without positives every class is equally likely.
 
     Args:
         num_classes: size C of the id space, 1 to 2**32 - 1.
-        rate: share of classes to draw, in (0, 1]. At 1 the result is every class.
+        rate: share of classes to draw, in [0, 1]. At 1 the result is every class, at 0 the
+            positives alone.
         positives: global class ids that must be selected: a 1-D integer tensor on any device, or a
             sequence; duplicates are allowed, and it may be empty. All ranks pass the positives of
             the *global* batch.
@@ -105,24 +106,31 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
 
 
 def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_rate") -> int:
-    """How many of `num_classes` classes a step draws at least: max(1, rate * C rounded half up)."""
-    return max(1, library.core.sample_size(_rate(name, rate), num_classes))
+    """How many of `num_classes` classes a step draws at least: max(1, rate * C rounded half up).
+
+    0 for a rate of 0, with which the positives alone take part.
+    """
+    rate = _rate(name, rate, zero=True)
+    return max(1, library.core.sample_size(rate, num_classes)) if rate else 0
 
 
 def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") -> int:
     """How many of `dim` dimensions a step draws: rate * d rounded half up; 0 is a ValueError."""
-    count = library.core.sample_size(_rate(name, rate), dim)
+    count = library.core.sample_size(_rate(name, rate, zero=False), dim)
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count
 
 
-def _rate(name: str, value: float) -> float:
+def _rate(name: str, value: float, *, zero: bool) -> float:
+    allowed = "[0, 1]" if zero else "(0, 1]"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number in (0, 1], got {type(value).__name__}: {value!r}")
+        raise TypeError(
+            f"{name} must be a number in {allowed}, got {type(value).__name__}: {value!r}"
+        )
     rate = float(value)
-    if not 0 < rate <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    if not 0 <= rate <= 1 or (rate == 0 and not zero):
+        raise ValueError(f"{name} must be in {allowed}, got {value}")
     return rate
 
 

@@ -53,7 +53,10 @@ class Config(Settings):
     m2: float = not_negative(0.3, "margin: added to the angle, in radians (ArcFace)")
     m3: float = not_negative(0.0, "margin: subtracted from the cosine (CosFace)")
     scale: float = positive(32.0, "s, which multiplies the cosines")
-    sample_rate: float = rate(0.5, "share of the classes in each step's softmax")
+    sample_rate: float = setting(
+        0.5, "share of the classes in each step's softmax; 0 for those of the batch alone",
+        "a number in [0, 1]", lambda v: 0 <= v <= 1,
+    )  # fmt: skip
     feature_rate: float = rate(0.75, "share of the dimensions in each step's softmax")
     precision: str = one_of("auto", "operands of the loss", PRECISIONS)
     prototype_update: str = one_of(

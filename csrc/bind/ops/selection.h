@@ -24,7 +24,7 @@ struct SelectionOps {
                                                     int64_t stop) {
     labels = torch::stable::contiguous(labels);
     const Labels described = labels_of(labels, num_classes, ignore_index, start, stop);
-    check(num_sampled >= 1 && num_sampled <= num_classes, "num_sampled must be in [1, ",
+    check(num_sampled >= 0 && num_sampled <= num_classes, "num_sampled must be in [0, ",
           num_classes, "], got ", num_sampled);
     check_device(step, labels, "step");
     const int64_t* steps = step_data(step);

@@ -1,0 +1,172 @@
+"""Losses made without memory, and back to the start: weight and step are never what memory held."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from unicom_ext import PartialMarginSoftmax
+
+C, D, B = 400, 16, 8
+NO_VALUES = (
+    "the prototypes (weight) of the loss have been on the meta device and have no values: call "
+    "reset_parameters() of the loss (in the models of Hugging Face from _init_weights), load a "
+    "state dict, or fill them in place under torch.no_grad()"
+)
+
+
+def make(**options) -> PartialMarginSoftmax:
+    return PartialMarginSoftmax(D, C, sample_rate=0.2, feature_rate=0.5, seed=3, **options)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, D, generator=generator)
+    return x, torch.randint(C, (B,), generator=generator)
+
+
+def filled_with_junk(module: nn.Module) -> nn.Module:
+    """As `to_empty` may leave it; it gives zeros mostly, where memory is new."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        junk = torch.full_like(tensor, 139643112143664)
+        tensor.data = junk  # without a count of changes
+    return module
+
+
+def assert_new(module: PartialMarginSoftmax) -> None:
+    new = make(dtype=module.weight.dtype)
+    assert int(module.step) == 0
+    assert torch.equal(module.weight, new.weight)
+    assert module.last_selection is None
+    assert torch.equal(module(*batch()), new(*batch()))
+    assert int(module.step) == 1
+
+
+def test_from_meta_to_the_start():
+    module = make(device="meta")
+    module.to_empty(device="cpu")
+    filled_with_junk(module).reset_parameters()
+    assert_new(module)
+
+
+def test_from_meta_by_context_inside_a_model():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"encoder": nn.Linear(4, D), "loss": make()})
+    filled_with_junk(model.to_empty(device="cpu"))
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert_new(model["loss"])
+
+
+def test_the_step_of_a_loss_that_comes_from_meta_is_0():
+    for module in (
+        make(device="meta").to_empty(device="cpu"),
+        nn.utils.skip_init(PartialMarginSoftmax, D, C),
+        nn.Sequential(make().to("meta")).to_empty(device="cpu")[0],
+    ):
+        assert int(module.step) == 0
+
+
+def test_after_steps_back_to_the_start():
+    module = make()
+    for _ in range(3):
+        module(*batch())
+    assert int(module.step) == 3
+    module.reset_parameters()
+    assert module.last_metrics is None
+    assert_new(module)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: make(device="meta").to_empty(device="cpu"),
+        lambda: nn.utils.skip_init(PartialMarginSoftmax, D, C),
+        lambda: make().to("meta").to_empty(device="cpu"),
+        lambda: copy.deepcopy(make(device="meta")).to_empty(device="cpu"),
+    ],
+    ids=["to_empty", "skip_init", "there and back", "copied"],
+)
+def test_prototypes_that_were_never_written_are_refused(made, training):
+    module = made().train(training)
+    with pytest.raises(RuntimeError) as caught:
+        module(*batch())
+    assert str(caught.value) == NO_VALUES
+    assert int(module.step) == 0
+    module.reset_parameters()
+    module(*batch())
+
+
+def test_what_writes_prototypes_is_accepted():
+    values = make().weight.detach() + 1
+    state = {**make().state_dict(), "weight": values, "step": torch.tensor(7)}
+
+    def loaded(module, **options):
+        module.load_state_dict({k: v.clone() for k, v in state.items()}, **options)
+        return module
+
+    def by_hand(module):
+        with torch.no_grad():
+            module.weight.copy_(values)
+        return module
+
+    def as_hugging_face_does(module):
+        for name, value in (
+            ("weight", nn.Parameter(values.clone())),
+            ("step", state["step"].clone()),
+        ):
+            value._is_hf_initialized = True
+            setattr(module, name, value)
+        return module
+
+    for module, step in (
+        (loaded(make(device="meta").to_empty(device="cpu")), 7),
+        (loaded(make(device="meta"), assign=True), 7),
+        (loaded(nn.Sequential(make(device="meta").to_empty(device="cpu"))[0]), 7),
+        (by_hand(make(device="meta").to_empty(device="cpu")), 0),
+        (as_hugging_face_does(make(device="meta")), 7),
+    ):
+        x, y = batch()
+        expected = make()
+        by_hand(expected).step.fill_(step)
+        assert torch.equal(module(x, y), expected(x, y))
+        assert int(module.step) == step + 1
+
+
+def test_prototypes_from_a_file_with_a_step_that_is_in_none():
+    # Hugging Face fills what a file lacks with memory as it is.
+    module = make(device="meta")
+    weight = nn.Parameter(make().weight.detach().clone())
+    weight._is_hf_initialized = True
+    module.weight, module.step = weight, torch.empty((), dtype=torch.int64)
+    module.step.data = torch.tensor(139643112143664)
+    module(*batch())
+    assert int(module.step) == 1
+
+
+def test_a_loss_that_was_never_on_meta_may_hold_anything():
+    module = make()
+    module.weight = nn.Parameter(torch.ones(C, D))
+    module(*batch())
+
+
+def test_centroids_have_no_place_on_meta():
+    with pytest.raises(
+        ValueError, match=r"^from_centroids has no memory to fill on the meta device"
+    ):
+        PartialMarginSoftmax.from_centroids(torch.randn(C, D), device="meta")
+
+
+def test_a_state_dict_of_an_encoder_alone_leaves_the_loss_at_its_start():
+    model = nn.ModuleDict({"encoder": nn.Linear(4, D), "loss": make()})
+    file = io.BytesIO()
+    torch.save(nn.ModuleDict({"encoder": nn.Linear(4, D)}).state_dict(), file)
+    file.seek(0)
+    model.load_state_dict(torch.load(file), strict=False)
+    assert_new(model["loss"])

@@ -1,0 +1,106 @@
+"""A warning where prototypes have gradients and never move: they are in no optimizer."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from unicom_ext import PartialMarginSoftmax
+from unicom_ext.optim import RowAdamW, RowSGD
+
+C, D, B = 40, 8, 4
+WARNED = (
+    "the prototypes (the weight of the loss) had a gradient in 50 training calls and have not "
+    "changed: they seem to be in no optimizer. Add them to one, as in "
+    "torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1). Prototypes that shall "
+    "stay as they are need no gradient: loss.requires_grad_(False)"
+)
+
+
+def train(loss, calls=60, optimizer=None, every=1, between=lambda: None):
+    generator = torch.Generator().manual_seed(0)
+    encoder = nn.Linear(3, D)
+    own = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    for call in range(1, calls + 1):
+        images = torch.randn(B, 3, generator=generator)
+        labels = torch.randint(C, (B,), generator=generator)
+        loss(encoder(images), labels).backward()
+        own.step()
+        own.zero_grad()
+        if optimizer is not None and call % every == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        between()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sample_rate": 0.3, "sparse_grad": True}, {"dtype": torch.bfloat16}], ids=str
+)
+def test_prototypes_in_no_optimizer(options):
+    loss = PartialMarginSoftmax(D, C, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss, 50)
+    with pytest.warns(UserWarning, match="in no optimizer") as caught:
+        train(loss, 60)
+    assert [str(w.message) for w in caught] == [WARNED]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss, 60)
+        train(pickle.loads(pickle.dumps(loss)), 60)  # also of a copy: it was said
+
+
+def test_the_warning_is_there_after_a_state_dict_was_loaded():
+    loss = PartialMarginSoftmax(D, C)
+    train(loss, 30)
+    loss.load_state_dict(PartialMarginSoftmax(D, C, seed=1).state_dict())
+    with pytest.warns(UserWarning, match="in 50 training calls and have not changed"):
+        train(loss, 52)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda loss: torch.optim.SGD(loss.parameters(), lr=0.1),
+        lambda loss: torch.optim.AdamW(loss.parameters(), foreach=True),
+        lambda loss: RowAdamW(loss.parameters()),
+        lambda loss: RowSGD(loss.parameters(), lr=0.1),
+    ],
+)
+def test_prototypes_in_an_optimizer(make):
+    loss = PartialMarginSoftmax(D, C, sample_rate=0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss, optimizer=make(loss))
+        train(loss, optimizer=make(loss), every=20)
+
+
+def test_an_optimizer_that_torch_cannot_see():
+    class ByData:
+        def step(self):
+            loss.weight.data.sub_(0.1 * loss.weight.grad)
+
+        def zero_grad(self):
+            loss.weight.grad.zero_()
+
+    loss = PartialMarginSoftmax(D, C)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss, 120, optimizer=ByData())
+
+
+def test_prototypes_that_are_not_trained_or_only_looked_at():
+    loss = PartialMarginSoftmax(D, C).requires_grad_(False)
+    evaluated = PartialMarginSoftmax(D, C).eval()
+    queried = PartialMarginSoftmax(D, C)
+    x = torch.randn(B, D, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(loss)
+        train(evaluated)
+        for _ in range(60):
+            torch.autograd.grad(queried(x, torch.arange(B)), x)
