@@ -20,7 +20,7 @@ from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
 from unicom_ext.loss.selection import Sampling, select
 from unicom_ext.loss.wrapping import NeverWrapped
-from unicom_ext.ops import memory
+from unicom_ext.ops import memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
@@ -183,7 +183,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 activation checkpointing and tests). An int, or an int64 scalar tensor. Ignored in
                 `eval()` mode.
             margin: instead of the module's, for margins that change from batch to batch; m2 and m3
-                may be per-sample tensors [B].
+                may be per-sample tensors [B], which get a gradient where they require one.
 
         Returns:
             The loss: a scalar, or [B] for ``reduction="none"``.
@@ -237,8 +237,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             rows = selected.class_index
             class_index = None if rows is None else rows + self.shard.start
         self._drawn = class_index, selected.num_valid, selected.feature_index
+        if transforms.transforming():
+            self._drawn = transforms.kept(self._drawn)
+            self._metrics = Metrics(*transforms.kept(self._metrics))
         if self.training and step is None:
-            self.step.add_(1)
+            transforms.increment(self.step)
         return loss
 
     @property
