@@ -219,7 +219,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
 
         if self.shard is None:
             selected = select(labels, sampling, options.ignore_index, step=check())
-            loss, self._metrics = call_loss(embeddings, self.weight, selected, options)
+            weight = self.weight
+            if options.sparse_grad and not self.training:
+                # Another tensor of the same values, which no optimizer updates inside backward.
+                weight = torch.ops.aten.alias(weight)
+            loss, self._metrics = call_loss(embeddings, weight, selected, options)
             class_index = selected.class_index
         else:
             from unicom_ext.loss.sharded import step as sharded

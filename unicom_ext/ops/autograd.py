@@ -43,9 +43,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     if not (wants_embeddings or wants_prototypes):
         return tuple(grads)
     updater = updater_of(prototypes) if ctx.sparse and wants_prototypes else None
-    if updater is not None:
+    if updater is not None and _is_accumulated(ctx):
         operands = (*saved, *ctx.options, wants_embeddings)
-        grad_embeddings = updater(prototypes, grad_loss, operands)
+        grad_embeddings = updater(grad_loss, operands)
         grads[0] = grad_embeddings if wants_embeddings else None
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
@@ -66,6 +66,20 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
         if ctx.sparse:
             grads[_PROTOTYPES] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
     return tuple(grads)
+
+
+def _is_accumulated(ctx: Any) -> bool:
+    """Whether this backward is to add to the prototypes' ``.grad``.
+
+    It is not where it only asks for gradients, of whatever: ``torch.autograd.grad``, or
+    ``backward(inputs=...)`` without the prototypes.
+    """
+    accumulation, _ = ctx.next_functions[_PROTOTYPES]
+    try:
+        executed: bool = torch._C._will_engine_execute_node(accumulation)
+    except RuntimeError:  # torch's answer where `grad` asks for the gradient of a leaf
+        return False
+    return executed
 
 
 def register(namespace: str) -> None:
