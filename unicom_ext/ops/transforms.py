@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 def transforming() -> bool:
     """Whether a transform such as `torch.func.grad` is under way; not while a graph is compiled."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
 def in_forward_mode() -> bool:
