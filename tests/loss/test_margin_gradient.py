@@ -151,6 +151,16 @@ def test_what_ignored_samples_hold_reaches_nobody(any_backend):
         assert torch.equal(got, before)
 
 
+def test_a_label_that_is_no_class_has_no_part_on_cuda(emulated):
+    problem = random_problem(9, 17, 8)
+    margins = {"m2": uniform(9, 0.1, 0.5), "m3": uniform(9, 0.0, 0.3)}
+    problem.labels[3] = -100
+    without = margins_of(problem, **margins)
+    problem.labels[3] = 17
+    for got, right in zip(margins_of(problem, **margins), without, strict=True):
+        assert torch.equal(got, right)
+
+
 def test_without_another_class_and_without_samples():
     alone = random_problem(5, 1, 8)
     assert torch.equal(margins_of(alone, m2=torch.full((5,), 0.3))[0], torch.zeros(5))
