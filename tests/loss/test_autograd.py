@@ -110,16 +110,6 @@ def test_no_grad(any_backend):
     assert torch.equal(loss, inference)
 
 
-def test_margins_get_no_gradient(any_backend):
-    problem = random_problem(9, 17, 8)
-    m2 = torch.full((9,), 0.3, requires_grad=True)
-    x, w = leaves(problem)
-    options = problem.options | {"margin": ArcFace(m2)}
-    partial_margin_softmax(x, problem.labels, w, **options).backward()
-    assert m2.grad is None
-    assert x.grad.any()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_gradients_flow_on_to_what_made_the_inputs(dtype, any_backend):
     problem = random_problem(33, 131, 37, dtype=dtype)

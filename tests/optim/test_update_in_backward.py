@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from support.updates import OPTIMIZERS, batch, make
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from unicom_ext.optim import RowAdamW, clip_grad_norm_
 
@@ -116,6 +121,17 @@ def test_hooks_are_refused():
     refused(module, optimizer, module(*batch(0)), "gradient hooks")
 
 
+@pytest.mark.filterwarnings("ignore:Using backward")
+def test_create_graph_is_refused():
+    module, optimizer = attached()
+    before = module.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="create_graph=True asks for gradients that can be"):
+        module(*batch(0)).backward(create_graph=True)
+    assert torch.equal(module.weight, before)
+    optimizer.step()
+    assert torch.equal(module.weight, before)
+
+
 def test_a_second_backward_of_the_same_graph_is_refused():
     module, optimizer = attached()
     loss = module(*batch(0))
@@ -159,6 +175,232 @@ def test_a_frozen_weight_is_not_updated():
     module(x, labels).backward()
     assert torch.equal(module.weight, before)
     assert x.grad is not None
+
+
+# --- asking for gradients trains nothing
+
+
+def embeddings_by_grad(loss, x, module):
+    return torch.autograd.grad(loss, x)[0]
+
+
+def embeddings_by_backward(loss, x, module):
+    loss.backward(inputs=[x])
+    return x.grad
+
+
+def embeddings_and_prototypes(loss, x, module):
+    to_x, to_weight = torch.autograd.grad(loss, [x, module.weight])
+    assert to_weight.is_sparse
+    assert torch.equal(to_weight.to_dense(), gradients(x.detach(), module.training)[1])
+    return to_x
+
+
+def jacobian(loss, x, module):
+    labels = batch(0)[1]
+    return torch.autograd.functional.jacobian(lambda x: module(x, labels, step=0), x.detach())
+
+
+def through_a_kept_graph(loss, x, module):
+    torch.autograd.grad(loss, x, retain_graph=True)
+    return torch.autograd.grad(loss, x)[0]
+
+
+QUERIES = [
+    embeddings_by_grad,
+    embeddings_by_backward,
+    embeddings_and_prototypes,
+    jacobian,
+    through_a_kept_graph,
+]
+
+
+def gradients(x, training=True):
+    """Of embeddings and prototypes, from a loss that no optimizer is attached to."""
+    module = make().train(training)
+    x = x.clone().requires_grad_()
+    to_x, to_weight = torch.autograd.grad(module(x, batch(0)[1]), [x, module.weight])
+    return to_x, to_weight.to_dense()
+
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_gradient_query_has_no_effect(query, training):
+    module, optimizer = attached()
+    module.train(training)
+    weight, version = module.weight.detach().clone(), module.weight._version
+    x, labels = batch(0)
+    to_x = query(module(x, labels, step=0), x, module)
+    assert torch.equal(to_x, gradients(batch(0)[0], training)[0])
+    assert module.weight.grad is None
+    optimizer.step()
+    assert torch.equal(module.weight, weight)
+    assert module.weight._version == version
+    assert not optimizer.state
+
+
+def test_queries_between_steps_change_no_step():
+    weights = []
+    for asking in (False, True):
+        module, optimizer = attached()
+
+        def ask(module=module, asking=asking):
+            x, labels = batch(9)
+            if asking:
+                torch.autograd.grad(3 * module(x, labels, step=9), x)
+
+        for step in range(3):
+            ask()
+            x, labels = batch(step)
+            loss = module(x, labels, step=step)
+            if asking:
+                torch.autograd.grad(loss, x, retain_graph=True)
+            loss.backward()
+            ask()  # the step has yet to come
+            optimizer.step()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_in_eval_backward_stores_the_gradient():
+    module, optimizer = attached()
+    before = module.weight.detach().clone()
+    x, labels = batch(0)
+    loss = module.eval()(x, labels)
+    module.train()  # what counts is how the loss was made
+    loss.backward()
+    assert torch.equal(module.weight, before)
+    to_x, to_weight = gradients(batch(0)[0], training=False)
+    assert torch.equal(x.grad, to_x)
+    assert torch.equal(module.weight.grad.to_dense(), to_weight)
+    refused(module, optimizer, module(*batch(1)), "weight.grad is there already")
+    optimizer.zero_grad()
+    module(*batch(1)).backward()
+    assert not torch.equal(module.weight, before)
+
+
+@pytest.mark.parametrize("inputs", [["weight"], ["x", "weight"], ["x", "weight", "encoder"]])
+def test_backward_for_the_weight_among_others_updates_it(inputs):
+    weights = []
+    for given in (None, inputs):
+        module, optimizer = attached()
+        encoder = nn.Linear(22, 22)
+        nn.init.eye_(encoder.weight)
+        nn.init.zeros_(encoder.bias)
+        x, labels = batch(0)
+        leaves = {"x": x, "weight": module.weight, "encoder": encoder.weight}
+        chosen = None if given is None else [leaves[name] for name in given]
+        module(encoder(x), labels).backward(inputs=chosen)
+        assert module.weight.grad is None
+        optimizer.step()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[1], make().weight)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_activation_checkpointing(use_reentrant):
+    weights = []
+    for checkpointed in (False, True):
+        module, optimizer = attached()
+        x, labels = batch(0)
+
+        def loss(x, module=module, labels=labels):
+            return module(x, labels, step=0)
+
+        if checkpointed:
+            checkpoint(loss, x, use_reentrant=use_reentrant).backward()
+        else:
+            loss(x).backward()
+        optimizer.step()
+        weights.append(module.weight.detach())
+        assert not torch.equal(weights[-1], make().weight)
+    assert torch.equal(*weights)
+
+
+# --- copies
+
+
+def through_pickle(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def through_a_file(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [copy.deepcopy, through_pickle, through_a_file]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@each_optimizer
+def test_copies_train_the_usual_way(copied, optimizer):
+    module = make()
+    chosen = optimizer([module.weight])
+    chosen.update_in_backward(module)
+    module(*batch(0)).backward()
+    chosen.step()
+    for order in (1, -1):
+        module2, chosen2 = copied((module, chosen)[::order])[::order]
+        assert chosen2.param_groups[0]["params"][0] is module2.weight
+        module2(*batch(1)).backward()
+        assert module2.weight.grad is not None
+        chosen2.step()
+        chosen2.zero_grad()
+        chosen2.update_in_backward(module2)
+        module2(*batch(2)).backward()
+        assert module2.weight.grad is None
+        chosen2.step()
+    # What was copied goes on as before, and the copies did the same steps.
+    for step in (1, 2):
+        module(*batch(step)).backward()
+        assert module.weight.grad is None
+        chosen.step()
+    assert torch.equal(module.weight, module2.weight)
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_of_one_alone(copied):
+    module, optimizer = attached()
+    module(*batch(0)).backward()  # its step has yet to come
+    copy_of_module, copy_of_optimizer = copied(module), copied(optimizer)
+    copy_of_module(*batch(1)).backward()
+    assert copy_of_module.weight.grad is not None
+    copy_of_optimizer.step()
+    refused(module, optimizer, module(*batch(1)), "a backward has passed since the last")
+    optimizer.step()
+
+
+def test_the_weight_saved_alone_holds_tensors_only():
+    module, _optimizer = attached()
+    file = io.BytesIO()
+    torch.save(module.weight, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), module.weight)
+
+
+def test_the_update_goes_with_its_optimizer():
+    module, optimizer = attached()
+    del optimizer
+    before = module.weight.detach().clone()
+    module(*batch(0)).backward()
+    assert module.weight.grad is not None
+    assert torch.equal(module.weight, before)
+
+
+def test_the_optimizer_that_came_last_updates():
+    module, first = attached()
+    second = RowAdamW([module.weight], lr=0.1)
+    second.update_in_backward(module)
+    second.update_in_backward(module)
+    module(*batch(0)).backward()
+    assert not first.state
+    assert second.state[module.weight]
+    second.step()
+    module(*batch(1)).backward()
 
 
 def test_what_cannot_be_updated_in_backward():

@@ -14,6 +14,7 @@ from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
 from unicom_ext.loss.results import Metrics
 from unicom_ext.loss.selection import Sampling, Selected, select
 from unicom_ext.ops import autograd, library
+from unicom_ext.ops.transforms import in_forward_mode
 
 __all__ = ["LossKwargs", "LossOptions", "Metrics", "partial_margin_softmax"]
 
@@ -101,7 +102,8 @@ def partial_margin_softmax(
         labels: [B] int32 or int64, class ids in [0, C) or `ignore_index`.
         prototypes: [C, d], floating point as above. If either matrix is float64 all arithmetic is
             done in float64.
-        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B].
+        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B],
+            which get a gradient where they require one.
         scale: s > 0, the inverse temperature.
         class_index: int64, sorted unique class ids that contain every label, or None for all.
         feature_index: int64, sorted unique dimensions, at least one, or None for all.
@@ -172,16 +174,18 @@ def call_loss(
     embeddings: Tensor, prototypes: Tensor, selected: Selected, options: LossOptions
 ) -> tuple[Tensor, Metrics]:
     """The operator in one process, its tensors already checked."""
-    wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or prototypes.requires_grad)
+    grad_enabled = torch.is_grad_enabled()
+    wants_pass = grad_enabled and (embeddings.requires_grad or prototypes.requires_grad)
+    wants_grad = wants_pass or (grad_enabled and options.margin.requires_grad)
     slot, *of_classes = selected
     loss, sample_loss, target_cosine, largest_negative, *_ = library.run(
-        autograd.loss if wants_grad else library.ops.loss,
+        autograd.loss if wants_grad or in_forward_mode() else library.ops.loss,
         embeddings,
         slot,
         prototypes,
         *of_classes,
         *options.per_sample(),
-        *options.packed(prototypes.device, wants_grad),
+        *options.packed(prototypes.device, wants_pass),
     )
     top1 = (slot >= 0) & (target_cosine >= largest_negative)
     return loss, Metrics(sample_loss, target_cosine, largest_negative, top1)

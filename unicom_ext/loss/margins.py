@@ -28,8 +28,9 @@ class CombinedMargin:
         per sample, as AdaFace (arXiv:2204.00964) and ElasticFace (arXiv:2109.09416) need.
     m3: subtracted from the cosine. A number or a tensor [B].
 
-    The margin is a constant of the loss: no gradient goes to m2 or m3. Two margins are equal when
-    they are the same function psi, whichever class they were written with.
+    A tensor that requires a gradient gets the derivative of the loss, whatever `margin_grad` is:
+    margins may be learned, or be made of the embeddings (MagFace, arXiv:2103.06627). Two margins
+    are equal when they are the same function psi, whichever class they were written with.
 
     Raises TypeError for a wrong kind of value and ValueError for a wrong value, and warns of an m2
     beyond pi, which is likely one in degrees; the values inside a tensor are not looked at.
@@ -52,6 +53,14 @@ class CombinedMargin:
                 stacklevel=4,
             )
         object.__setattr__(self, "m3", _number_or_per_sample("m3", self.m3))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether m2 or m3 does."""
+        m2, m3 = self.m2, self.m3
+        return (isinstance(m2, Tensor) and m2.requires_grad) or (
+            isinstance(m3, Tensor) and m3.requires_grad
+        )
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CombinedMargin):

@@ -26,7 +26,7 @@ from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
 from unicom_ext.loss.selection import Sampling, select
 from unicom_ext.loss.standing_still import StandingStill
 from unicom_ext.loss.wrapping import NeverWrapped
-from unicom_ext.ops import memory
+from unicom_ext.ops import memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
@@ -205,7 +205,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             step: draw the selections of this step, and do not advance the module's own. An int, or
                 an int64 scalar tensor. Ignored in `eval()` mode.
             margin: instead of the module's, for margins that change from batch to batch; m2 and m3
-                may be per-sample tensors [B].
+                may be per-sample tensors [B], which get a gradient where they require one.
 
         Returns:
             The loss: a scalar, or [B] for ``reduction="none"``.
@@ -259,7 +259,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
 
         if self.shard is None:
             selected = select(labels, sampling, options.ignore_index, step=check())
-            loss, self._metrics = call_loss(embeddings, self.weight, selected, options)
+            weight = self.weight
+            if options.sparse_grad and not self.training:
+                # Another tensor of the same values, which no optimizer updates inside backward.
+                weight = torch.ops.aten.alias(weight)
+            loss, self._metrics = call_loss(embeddings, weight, selected, options)
             class_index = selected.class_index
         else:
             from unicom_ext.loss.sharded import step as sharded
@@ -277,8 +281,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             rows = selected.class_index
             class_index = None if rows is None else rows + self.shard.start
         self._drawn = class_index, selected.num_valid, selected.feature_index
+        if transforms.transforming():
+            self._drawn = transforms.kept(self._drawn)
+            self._metrics = Metrics(*transforms.kept(self._metrics))
         if self.training and step is None and not repeated:
-            self.step.add_(1)
+            transforms.increment(self.step)
         return loss
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.ops import library
 from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes, Reals
+from unicom_ext.ops.transforms import transforming
 
 MarginGrad = Literal["straight_through", "exact"]
 BeyondPi = Literal["keep", "linear"]
@@ -73,9 +74,9 @@ class LossOptions:
             fp16 has three more bits than bf16), and bf16 on CPUs that have bf16 instructions.
         reduction: ``"mean"`` over the samples that are not ignored, ``"sum"`` or ``"none"``.
         ignore_index: the label of samples without loss and gradient.
-        grad_average: with a process group, multiply the gradient of the embeddings by the number of
-            ranks, because data-parallel wrappers (DDP, FSDP) average over ranks. False for wrappers
-            that sum.
+        grad_average: with a process group, multiply the gradients of the embeddings and of
+            per-sample margins by the number of ranks, because data-parallel wrappers (DDP, FSDP)
+            average over ranks. False for wrappers that sum.
         uneven_batches: with a process group, whether ranks first tell each other their batch sizes
             (and whether their arguments are good), so that these may differ or be 0. None: on CPUs,
             where it costs one small message; elsewhere the host would wait for the device. To
@@ -159,7 +160,10 @@ class LossOptions:
         return {**values, "margin": repr(self.margin)}
 
     def per_sample(self) -> tuple[Tensor | None, Tensor | None]:
-        """m2 and m3 where there is one for each sample, [B] float64, as the operators take them."""
+        """m2 and m3 where there is one for each sample, [B] float64, as the operators take them.
+
+        A gradient goes back to those that were given.
+        """
         return _per_sample(self.margin.m2), _per_sample(self.margin.m3)
 
     def packed(self, device: torch.device, wants_grad: bool) -> tuple[list[float], list[int]]:
@@ -183,7 +187,8 @@ class LossOptions:
             PRECISION[self._resolved_precision(device.type)],
             REDUCTION[self.reduction],
             self.workspace_bytes if wants_grad else 0,
-            self.sparse_grad,
+            # Transforms have hardly a rule for sparse tensors.
+            self.sparse_grad and not transforming(),
         )
         return list(reals), list(codes)
 
@@ -260,4 +265,4 @@ def kind(value: object) -> str:
 
 
 def _per_sample(m: float | Tensor) -> Tensor | None:
-    return m.detach().to(torch.float64).contiguous() if isinstance(m, Tensor) else None
+    return m.to(torch.float64).contiguous() if isinstance(m, Tensor) else None

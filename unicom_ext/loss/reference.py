@@ -201,7 +201,7 @@ def _margin(cosine: Tensor, m2: Tensor, m3: Tensor, options: LossOptions) -> Ten
 
 def _per_sample(m: float | Tensor, kept: Tensor, like: Tensor) -> Tensor:
     """m2 or m3 for the kept samples, [B'] or a scalar tensor, of the arithmetic's dtype."""
-    return m.detach()[kept].to(like) if isinstance(m, Tensor) else like.new_tensor(m)
+    return m[kept].to(like) if isinstance(m, Tensor) else like.new_tensor(m)
 
 
 def _spread(values: Tensor, kept: Tensor, fill: float | bool) -> Tensor:

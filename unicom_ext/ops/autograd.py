@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor
 
 from unicom_ext.ops import library
 from unicom_ext.ops.codes import Codes
+from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_gradients
 from unicom_ext.ops.row_sparse import row_sparse, updater_of
+from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
+
+_PROTOTYPES = 2  # among the operator's inputs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _m2, _m3, reals, codes = inputs
+    *tensors, m2, m3, reals, codes = inputs
     _loss, *metrics, state, packed, kept = output
     ctx.mark_non_differentiable(*metrics, state)
-    ctx.save_for_backward(*tensors, state, packed, kept)
+    learned = learned_margins(ctx.needs_input_grad, m2, m3)
+    ctx.save_for_backward(*tensors, state, packed, kept, *learned)
     ctx.options = reals, codes
     ctx.sparse = bool(Codes(*codes).sparse_grad)
     ctx.num_inputs = len(inputs)
@@ -24,34 +30,56 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
-    _embeddings, _slot, prototypes, class_index, count, *_rest = saved
+    # Once: activation checkpointing recomputes at each reading.
+    *saved, m2, m3 = ctx.saved_tensors
+    _embeddings, slot, prototypes, class_index, count, _features, state, *_rest = saved
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
-    updater = updater_of(prototypes) if ctx.sparse and ctx.needs_input_grad[2] else None
-    if updater is not None:
-        operands = (*saved, *ctx.options, ctx.needs_input_grad[0])
-        grad_embeddings = updater(prototypes, grad_loss, operands)
-        grads[0] = grad_embeddings if ctx.needs_input_grad[0] else None
+    if m2 is not None or m3 is not None:
+        operands = (grad_loss, slot, state, m2, m3, *ctx.options)
+        grads[MARGINS] = once(margin_gradients, *operands)
+    wants_embeddings, _, wants_prototypes, *_rest = ctx.needs_input_grad
+    if not (wants_embeddings or wants_prototypes):
+        return tuple(grads)
+    updater = updater_of(prototypes) if ctx.sparse and wants_prototypes else None
+    if updater is not None and _is_accumulated(ctx):
+        operands = (*saved, *ctx.options, wants_embeddings)
+        grad_embeddings = updater(grad_loss, operands)
+        grads[0] = grad_embeddings if wants_embeddings else None
         return tuple(grads)
     compact = ctx.sparse and class_index is not None
     grad_embeddings, grad_prototypes = library.run(
-        _LossBackward.apply if torch.is_grad_enabled() else library.ops.loss_backward,
+        once,
+        library.ops.loss_backward,
         grad_loss,
         *saved,
         *ctx.options,
-        ctx.needs_input_grad[0],
-        ctx.needs_input_grad[2],
+        wants_embeddings,
+        wants_prototypes,
         compact,
     )
-    if ctx.needs_input_grad[0]:
+    if wants_embeddings:
         grads[0] = grad_embeddings
-    if ctx.needs_input_grad[2]:
-        grads[2] = grad_prototypes
+    if wants_prototypes:
+        grads[_PROTOTYPES] = grad_prototypes
         if ctx.sparse:
-            grads[2] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+            grads[_PROTOTYPES] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
     return tuple(grads)
+
+
+def _is_accumulated(ctx: Any) -> bool:
+    """Whether this backward is to add to the prototypes' ``.grad``.
+
+    It is not where it only asks for gradients, of whatever: ``torch.autograd.grad``, or
+    ``backward(inputs=...)`` without the prototypes.
+    """
+    accumulation, _ = ctx.next_functions[_PROTOTYPES]
+    try:
+        executed: bool = torch._C._will_engine_execute_node(accumulation)
+    except RuntimeError:  # torch's answer where `grad` asks for the gradient of a leaf
+        return False
+    return executed
 
 
 def register(namespace: str) -> None:
@@ -64,7 +92,12 @@ register("unicom_ext")
 
 def loss(*inputs: Any) -> tuple[Tensor, ...]:
     """`library.ops.loss`, where a gradient is wanted."""
-    apply = library.ops.loss if torch.compiler.is_compiling() else _Loss.apply
+    if torch.compiler.is_compiling():
+        apply = library.ops.loss
+    elif transforming() or in_forward_mode():
+        apply = _transformed
+    else:
+        apply = _Loss.apply
     outputs: tuple[Tensor, ...] = apply(*inputs)
     return outputs
 
@@ -84,16 +117,29 @@ class _Loss(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-class _LossBackward(torch.autograd.Function):
-    """The operator where its results may be differentiated (``create_graph=True``), which fails.
+_transformed = transformable(lambda *inputs: library.ops.loss(*inputs), _setup_context, _backward)
 
-    Torch itself would warn and take their gradient for zero.
+
+def once(function: Callable[..., Any], *inputs: Any) -> Any:
+    """function(*inputs) in a backward pass; to differentiate its results again raises.
+
+    Torch itself would warn at best, and take their gradient for zero.
     """
+    if torch.is_grad_enabled():
+        return _Once.apply(function, *inputs)  # type: ignore[no-untyped-call]
+    return function(*inputs)
+
+
+class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = library.ops.loss_backward(*inputs)
-        return output
+    def forward(function: Callable[..., Any], *inputs: Any) -> Any:
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:

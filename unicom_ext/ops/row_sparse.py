@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -77,26 +78,35 @@ def _note(gradient: Tensor) -> tuple[int | None, Tensor | None]:
 class Updater(Protocol):
     """What backward calls for a parameter instead of making its gradient.
 
+    param: the parameter.
     pending: a backward has updated the parameter, and the optimizer's step has yet to come.
     """
 
+    param: Tensor
     pending: bool
 
-    def __call__(self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
         """Update, and return the gradient of the embeddings.
 
         operands: what the operator takes after grad_loss and before the optimizer's state.
         """
 
 
+# By the id of the parameter, which the updater keeps alive. An attribute of the parameter would be
+# copied and saved with it, and with it the optimizer.
+_updaters: WeakValueDictionary[int, Updater] = WeakValueDictionary()
+
+
 def attach(param: Tensor, updater: Updater | None) -> None:
-    """Let backward call `updater` for this parameter instead of returning its gradient."""
-    owner: Any = param
-    owner._unicom_updater = updater
+    """Let backward call `updater`, as long as it lives, instead of returning the gradient."""
+    if updater is None:
+        _updaters.pop(id(param), None)
+    else:
+        _updaters[id(param)] = updater
 
 
 def updater_of(param: Tensor) -> Updater | None:
-    return getattr(param, "_unicom_updater", None)
+    return _updaters.get(id(param))
 
 
 # Of torch's optimizers these take sparse gradients. All others raise at one in the middle of a

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ class UpdateInBackward:
     """What backward calls for a parameter instead of making its gradient.
 
     Args:
+        param: the parameter.
         update: a method of the optimizer. Takes the parameter, the upstream gradient of the loss
             and what the operator wants after it; updates, and returns the gradient of the
             embeddings.
@@ -21,19 +23,29 @@ class UpdateInBackward:
         pending: a backward has updated the parameter, and the optimizer's step has yet to come.
     """
 
-    def __init__(self, update: Callable[[Tensor, Tensor, tuple[Any, ...]], Tensor]) -> None:
-        self._update = update
+    def __init__(
+        self, param: Tensor, update: Callable[[Tensor, Tensor, tuple[Any, ...]], Tensor]
+    ) -> None:
+        self.param = param
+        # Weak, so that the update goes with its optimizer: what backward calls then is gone too.
+        self._update = WeakMethod(update)
         self.pending = False
 
-    @torch.no_grad()
-    def __call__(self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        self._refuse_all_but_plain_steps(param, grad_loss)
-        grad_embeddings = self._update(param, grad_loss, operands)
+    def finish_step(self, *_: object) -> None:
+        """A hook after the optimizer's step."""
+        self.pending = False
+
+    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
+        self._refuse_all_but_plain_steps(grad_loss)
+        update = self._update()
+        assert update is not None  # the optimizer keeps this
+        with torch.no_grad():
+            grad_embeddings = update(self.param, grad_loss, operands)
         self.pending = True
         return grad_embeddings
 
-    def _refuse_all_but_plain_steps(self, param: Tensor, grad_loss: Tensor) -> None:
-        problem = None
+    def _refuse_all_but_plain_steps(self, grad_loss: Tensor) -> None:
+        param, problem = self.param, None
         if self.pending:
             problem = (
                 "a backward has passed since the last optimizer.step(), and gradients cannot be "
@@ -41,6 +53,8 @@ class UpdateInBackward:
             )
         elif param.grad is not None:
             problem = "weight.grad is there already, and gradients cannot be accumulated"
+        elif torch.is_grad_enabled():
+            problem = "create_graph=True asks for gradients that can be differentiated"
         elif grad_loss.device.type == "cpu" and float(grad_loss) != 1:
             problem = (
                 f"the loss was multiplied by {float(grad_loss):g} before backward (GradScaler, "

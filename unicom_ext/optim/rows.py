@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from unicom_ext.ops import library
-from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids, updater_of
+from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids
 from unicom_ext.optim import plain
 from unicom_ext.optim.in_backward import UpdateInBackward
 
@@ -144,9 +144,6 @@ class RowOptimizer(torch.optim.Optimizer):
             for param in with_gradient:
                 if self._by_rows(param):
                     self._row_step(group, param)
-            for param in group["params"]:
-                if (updater := updater_of(param)) is not None:
-                    updater.pending = False
         return loss
 
     def _row_step(self, group: dict[str, Any], param: Tensor) -> None:
@@ -166,9 +163,15 @@ class RowOptimizer(torch.optim.Optimizer):
 
         For plain steps: one backward of the loss itself per step. Backward raises RuntimeError,
         before anything has changed, where the loss was scaled first (GradScaler, accumulation, a
-        weight), where a backward has passed since the last step, and where the prototypes have
-        hooks; `clip_grad_norm_` refuses prototypes that have been updated already. Under
-        `torch.compile` gradients are stored as ever, and `step` updates.
+        weight), where a backward has passed since the last step, where the prototypes have hooks,
+        and with ``create_graph=True``; `clip_grad_norm_` refuses prototypes that have been updated
+        already. Under `torch.compile` gradients are stored as ever, and `step` updates.
+
+        What only asks for gradients updates nothing: `torch.autograd.grad`, `torch.func`,
+        ``backward(inputs=...)`` without the weight, and a loss that was made in `eval()` mode,
+        whose backward stores the gradient. Copies of the loss and the optimizer, pickled ones too,
+        train the usual way until this is called for them, and so does the loss once this optimizer
+        is gone.
 
         On CUDA the host would have to wait to see that a loss was scaled, so there is no error at
         once: the prototypes are left as they are, the gradients of the embeddings are NaN, and so
@@ -187,7 +190,9 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError("update_in_backward needs a loss without process_group")
         if not _has_kernel(self._backward_operator, param.device):
             raise ValueError(f"update_in_backward is not there on {param.device.type} yet")
-        attach(param, UpdateInBackward(self._update_in_backward))
+        updater = UpdateInBackward(param, self._update_in_backward)
+        self.register_step_post_hook(updater.finish_step)  # which keeps it as long as the optimizer
+        attach(param, updater)
 
     def _update_in_backward(
         self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]

@@ -16,7 +16,7 @@ from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.sharded.volume import HEADER
-from unicom_ext.ops import library
+from unicom_ext.ops import library, transforms
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ def exchange_sizes(
     """
     failure: Exception | None = None
     step = None
-    header = torch.zeros(HEADER, dtype=torch.int64)
+    header = [0] * HEADER
     try:
         step = check()
         _check_labels(labels, shard.num_classes, options.ignore_index)
@@ -53,12 +53,13 @@ def exchange_sizes(
     except Exception as error:
         failure = error
         header[0] = 1
-    header = header.to(device)
-    if step is not None:
-        header[6] = step
-    reports = shard.gather(header).view(shard.world_size, -1).tolist()  # the host waits here
-    if any(failed for failed, *_ in reports):
-        agree({}, failure, shard.group)
+    with transforms.outside():
+        message = torch.tensor(header).to(device)
+        if step is not None:
+            message[6] = transforms.innermost(step)
+        reports = shard.gather(message).view(shard.world_size, -1).tolist()  # the host waits here
+        if any(failed for failed, *_ in reports):
+            agree({}, failure, shard.group)
     _, sizes, dtypes, per_sample, grads, classes, steps = zip(*reports, strict=True)
     margins = ("numbers", "m2 per sample", "m3 per sample", "m2 and m3 per sample")
     check_same("num_classes", list(classes))
@@ -72,7 +73,8 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """ValueError for a label that no rank owns, where looking does not wait for a device."""
     if labels.device.type != "cpu":
         return
-    values = labels.detach().contiguous().numpy()
+    with transforms.outside():
+        values = transforms.innermost(labels).detach().contiguous().numpy()
     bad = library.core.find_bad_label(values, num_classes, ignore_index)
     if bad >= 0:
         raise ValueError(
@@ -88,7 +90,7 @@ def stand_in(
     whether the gradient of their embeddings is wanted.
 
     All this is what the arguments say as far as it can be told; None if there are no samples.
-    Autograd reaches the embeddings that were given, with zeros.
+    Autograd reaches the embeddings and margins that were given, with zeros.
     """
     sizes = [len(t) for t in (embeddings, labels) if checks.is_local(t) and t.dim() > 0]
     if not sizes:
@@ -98,14 +100,21 @@ def stand_in(
     dtype = prototypes.dtype if usable is None else usable.dtype
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
     if usable is not None:
-        x = x + usable.flatten()[:0].sum().to(device)
+        x = x + _nothing_of(usable).to(device)
     y = torch.full((size,), options.ignore_index, device=device)
     m2, m3 = (
-        torch.zeros(size, device=device) if isinstance(m, Tensor) else 0.0
+        torch.zeros(size, device=device) + _nothing_of(m).to(device)
+        if isinstance(m, Tensor)
+        else 0.0
         for m in (options.margin.m2, options.margin.m3)
     )
     options = replace(options, margin=CombinedMargin(1.0, m2, m3))
     return x, y, options, x.requires_grad or usable is None
+
+
+def _nothing_of(given: Tensor) -> Tensor:
+    """Zero, through which autograd reaches what was given."""
+    return given.flatten()[:0].sum()
 
 
 class GlobalBatch(NamedTuple):

@@ -17,8 +17,11 @@ from unicom_ext.loss.selection import Selected, select
 from unicom_ext.loss.sharded.batch import gather_batch
 from unicom_ext.loss.sharded.call import SCHEMA, Call, Results, took_part
 from unicom_ext.ops import library
+from unicom_ext.ops.autograd import once
 from unicom_ext.ops.codes import REDUCTION
+from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_gradients
 from unicom_ext.ops.row_sparse import row_sparse
+from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
 
 _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
 
@@ -304,8 +307,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, _, prototypes, _, class_index, feature_index, *rest = inputs
-    ctx.call = Call.of(*rest[2:])
+    embeddings, _, prototypes, _, class_index, feature_index, m2, m3, *lists = inputs
+    ctx.call = Call.of(*lists)
     results = Results(*output)
     slot, *of_classes = took_part(ctx.call, class_index, feature_index, results)
     ctx.save_for_backward(
@@ -316,6 +319,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         results.state,
         results.packed,
         results.kept,
+        *learned_margins(ctx.needs_input_grad, m2, m3),
     )
     ctx.batch, ctx.dtype = len(embeddings), embeddings.dtype
     ctx.num_inputs = len(inputs)
@@ -323,13 +327,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at each reading
-    _x, _slot, prototypes, class_index, num_valid, *_rest = saved
+    # Once: activation checkpointing recomputes at each reading.
+    *saved, m2, m3 = ctx.saved_tensors
+    _x, slot, prototypes, class_index, num_valid, _features, state, *_rest = saved
     grads: list[Tensor | None] = [None] * ctx.num_inputs
     if grad_loss is None:
         return tuple(grads)
-    to_embeddings, to_prototypes = _backward(
-        grad_loss, *saved, ctx.batch, ctx.needs_input_grad[2], *ctx.call
+    if m2 is not None or m3 is not None:
+        operands = (grad_loss, slot, state, m2, m3)
+        grads[MARGINS] = once(_margin_gradients, ctx.call, ctx.batch, *operands)
+        if not (ctx.call.flags.grad_embeddings or ctx.needs_input_grad[2]):
+            return tuple(grads)  # no rank has anything else to derive
+    to_embeddings, to_prototypes = once(
+        _backward, grad_loss, *saved, ctx.batch, ctx.needs_input_grad[2], *ctx.call
     )
     if ctx.needs_input_grad[0]:
         grads[0] = to_embeddings.to(ctx.dtype)
@@ -340,6 +350,30 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
     return tuple(grads)
 
 
+def _margin_gradients(
+    call: Call,
+    batch: int,
+    grad_loss: Tensor,
+    slot: Tensor,
+    state: Tensor,
+    m2: Tensor | None,
+    m3: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of this rank's samples, which needs no message."""
+    shard = ClassShard.named(call.group_name, call.sizes.num_classes)
+    if call.flags.grad_average:  # what makes margins may be wrapped as what makes embeddings is
+        grad_loss = grad_loss * shard.world_size
+    first = shard.rank * call.sizes.batch
+    own = slice(first, first + batch)
+    return margin_gradients(grad_loss, slot, state, m2, m3, call.reals, call.codes, own)
+
+
 torch.library.register_autograd(
     "unicom_ext::sharded_loss", _differentiate, setup_context=_setup_context
 )
+_transformed = transformable(forward, _setup_context, _differentiate)
+
+
+def loss(*inputs: Any) -> Results:
+    """The forward operator, also under the transforms of `torch.func`."""
+    return Results(*(_transformed if transforming() or in_forward_mode() else forward)(*inputs))

@@ -16,8 +16,8 @@ from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.results import Metrics
 from unicom_ext.loss.selection import Sampling, Selected
 from unicom_ext.loss.sharded.batch import exchange_sizes, stand_in
-from unicom_ext.loss.sharded.call import Call, Flags, Results, Sizes, took_part
-from unicom_ext.loss.sharded.operators import forward
+from unicom_ext.loss.sharded.call import Call, Flags, Sizes, took_part
+from unicom_ext.loss.sharded.operators import loss as sharded_loss
 
 
 def call_loss(
@@ -86,17 +86,15 @@ def call_loss(
         *options.packed(prototypes.device, wants_grad),
         Flags(want_metrics, grad_embeddings, options.grad_average),
     )
-    results = Results(
-        *forward(
-            embeddings,
-            labels,
-            prototypes,
-            step,
-            class_index,
-            feature_index,
-            *options.per_sample(),
-            *call,
-        )
+    results = sharded_loss(
+        embeddings,
+        labels,
+        prototypes,
+        step,
+        class_index,
+        feature_index,
+        *options.per_sample(),
+        *call,
     )
     metrics = Metrics(
         results.sample_loss.detach(),
