@@ -153,9 +153,11 @@ class ClassShard(Ranks):
         store.set(keys[self.rank], "here")
         try:
             store.wait(keys, PATIENCE)
-        except dist.DistStoreError:
+        except RuntimeError:  # stores differ in the kind
             missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
             store.delete_key(keys[self.rank])
+            if not missing:
+                raise
             raise RankFailed(
                 f"{what} sends between ranks, so every rank must call it at the same time: rank "
                 f"{', '.join(missing)} did not within {PATIENCE.total_seconds():g} s"

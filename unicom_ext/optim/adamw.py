@@ -131,7 +131,7 @@ class RowAdamW(RowOptimizer):
             [s["exp_avg_sq"] for s in of_each],
             [],
             [s["step"] for s in of_each],
-            fused=all(self._fused(group, p) for p in params),
+            fused=self._fused_dense(group, params),
             amsgrad=False,
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),

@@ -307,6 +307,16 @@ class RowOptimizer(torch.optim.Optimizer):
         fused = group["fused"]
         return _has_kernel(self._operator, param.device) if fused is None else fused
 
+    def _fused_dense(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """Whether torch's fused passes are right for these parameters, which have gradients.
+
+        They take no notice of strides: a gradient laid out otherwise would go to other elements.
+        """
+        return all(
+            self._fused(group, p) and p.grad is not None and p.grad.stride() == p.stride()
+            for p in params
+        )
+
 
 def _contiguous_rows(param: Tensor) -> bool:
     return param.stride(1) == 1 or param.shape[1] <= 1

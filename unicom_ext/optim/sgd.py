@@ -121,7 +121,7 @@ class RowSGD(RowOptimizer):
             params,
             [p.grad for p in params if p.grad is not None],
             buffers,
-            fused=all(self._fused(group, p) for p in params),
+            fused=self._fused_dense(group, params),
             lr=plain_lr(group),  # type: ignore[arg-type]  # a tensor too
             momentum=float(group["momentum"]),
             weight_decay=float(group["weight_decay"]),
@@ -132,6 +132,13 @@ class RowSGD(RowOptimizer):
         for state, buffer in zip(of_each, buffers, strict=True):
             if group["momentum"]:
                 state["momentum_buffer"] = buffer
+
+    def _fused_dense(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        # On CPUs torch's fused SGD moves bfloat16 and float16 parameters to other places.
+        halves = (torch.bfloat16, torch.float16)
+        if any(p.dtype in halves and p.device.type == "cpu" for p in params):
+            return False
+        return super()._fused_dense(group, params)
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
         state = self.state[param]

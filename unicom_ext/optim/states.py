@@ -74,16 +74,24 @@ def own(
                 f"parameter {list(param.shape)}, got {list(value.shape)}"
             )
         if loss is not None and is_global:
-            state[name] = own_rows(loss, f"{name} in the state dict", value)
+            rows = own_rows(loss, f"{name} in the state dict", value)
+            # A view would keep the rows of all ranks in memory.
+            state[name] = rows if hasattr(value, "placements") or rows is value else rows.clone()
     return state
 
 
 def dense(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """State of a parameter with dense gradients, its step where torch's fused passes want it."""
-    if "step" not in state:
-        return state
-    step = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-    return {**state, "step": step}
+    """State of a parameter with dense gradients, as torch's fused passes want it: the step on its
+    device, and its layout, as they take no notice of strides."""
+    state = {
+        name: torch.empty_like(param, dtype=value.dtype).copy_(value)
+        if name in _KNOWN and isinstance(value, Tensor) and value.stride() != param.stride()
+        else value
+        for name, value in state.items()
+    }
+    if "step" in state:
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+    return state
 
 
 def following(param: Tensor, value: Tensor, dtype: torch.dtype | None) -> Tensor:
