@@ -319,7 +319,11 @@ def in_memory(group, optimizer, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"cpu_offload": True}, {"full_state_dict": True}],
+    [
+        {},
+        {"cpu_offload": True},
+        {"full_state_dict": True},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("optimizer", ["RowAdamW", "RowSGD, exact"])

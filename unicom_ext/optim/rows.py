@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,12 @@ def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _has_kernel(operator: str, device: torch.device) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return _has_kernel_on(operator, device.type)
+
+
+@cache
+def _has_kernel_on(operator: str, device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"unicom_ext::{operator}", key
     )
@@ -107,6 +113,8 @@ class RowOptimizer(torch.optim.Optimizer):
             self._check_group(group)
             for param in group["params"]:
                 _check_gradient(param)
+        if not self.state:
+            self._expect_rows()
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             dense = [p for p in with_gradient if not self._by_rows(p)]
@@ -119,6 +127,18 @@ class RowOptimizer(torch.optim.Optimizer):
                 if (updater := updater_of(param)) is not None:
                     updater.pending = False
         return loss
+
+    def _expect_rows(self) -> None:
+        """Before the first step: know by their loss what will have sparse gradients.
+
+        Code that wants state before there are gradients, such as torch's `get_state_dict`, makes a
+        step with zeros, which are dense.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                loss = None if param.grad is None else loss_of(param)
+                if loss is not None and loss.options.sparse_grad:
+                    self._init_row_state(group, param)
 
     def _row_step(self, group: dict[str, Any], param: Tensor) -> None:
         self._init_row_state(group, param)
@@ -224,12 +244,10 @@ class RowOptimizer(torch.optim.Optimizer):
         must call this at the same time."""
         state_dict = super().state_dict()
         params = [param for group in self.param_groups for param in group["params"]]
-        state_dict["state"] = {
-            index: states.to_save(params[index], state, self.shared_state)
-            if isinstance(index, int)
-            else state
-            for index, state in sorted(state_dict["state"].items())
-        }
+        state_dict["state"] = state = state_dict["state"].copy()
+        for index, param in enumerate(params):  # in the same order on every rank
+            if index in state:
+                state[index] = states.to_save(param, state[index], self.shared_state)
         state_dict["param_groups"] = [
             {key: states.plain_option(value) for key, value in group.items()}
             for group in state_dict["param_groups"]
@@ -295,13 +313,9 @@ class RowOptimizer(torch.optim.Optimizer):
         }
 
     def _by_rows(self, param: Tensor) -> bool:
-        state = self.state.get(param)
-        if state and self._row_marker in state:
-            return True
-        if param.grad is None or param.grad.is_sparse:
-            return param.grad is not None
-        # Code that wants state before the first step makes one with gradients of zeros, dense ones.
-        return not state and (loss := loss_of(param)) is not None and loss.options.sparse_grad
+        return self._row_marker in self.state.get(param, ()) or (
+            param.grad is not None and param.grad.is_sparse
+        )
 
     def _fused(self, group: dict[str, Any], param: Tensor) -> bool:
         fused = group["fused"]

@@ -71,7 +71,6 @@ class RowSGD(RowOptimizer):
             "total_log_decay": torch.float64,
             "last_step": torch.int32,
             "step": torch.int64,
-            "remembered": torch.int64,
             "history": torch.float64,
         }
     )
@@ -159,7 +158,7 @@ class RowSGD(RowOptimizer):
         if group["exact"]:
             state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["remembered"] = torch.zeros((), dtype=torch.int64)
+            state["remembered"] = 0
             # All of it, so that its shape is the same in every checkpoint.
             state["history"] = param.new_zeros(_LONGEST_HISTORY, 4, dtype=torch.float64)
         else:
@@ -175,7 +174,7 @@ class RowSGD(RowOptimizer):
         state = super()._following(param, state)
         if "history" in state and "remembered" not in state:  # saved when it grew from step to step
             short = state["history"]
-            state["remembered"] = torch.tensor(len(short))
+            state["remembered"] = len(short)
             state["history"] = short.new_zeros(max(_LONGEST_HISTORY, len(short)), 4)
             state["history"][: len(short)] = short
         return state
@@ -210,10 +209,10 @@ class RowSGD(RowOptimizer):
             lr, float(group["momentum"]), float(group["weight_decay"]), group["nesterov"]
         )
         state["step"].fill_(step)
-        remembered = int(state["remembered"])
-        state["history"][remembered].copy_(transition.view(4), non_blocking=True)
-        state["remembered"].fill_(remembered + 1)
-        if remembered + 1 >= len(state["history"]):
+        history = state["history"]
+        history[state["remembered"]].copy_(transition.view(4), non_blocking=True)
+        state["remembered"] += 1
+        if state["remembered"] >= len(history):
             self._catch_up(param)
 
     def _catch_up(self, param: Tensor) -> None:
@@ -223,7 +222,7 @@ class RowSGD(RowOptimizer):
             missed = missed[int(state["step"]) - state["last_step"].long()]
             plain.apply_transitions_(param, state.get("momentum_buffer"), missed)
             state["last_step"].fill_(int(state["step"]))
-            state["remembered"].zero_()
+            state["remembered"] = 0
         else:
             total = state["total_log_decay"].to(param.device)
             plain.scale_rows_(param, (total - state["log_decay"]).exp())
@@ -233,4 +232,4 @@ class RowSGD(RowOptimizer):
 def _last_steps(state: dict[str, Any]) -> Tensor:
     """The history that is filled: [steps, 4]."""
     history: Tensor = state["history"]
-    return history[: int(state["remembered"])]
+    return history[: state["remembered"]]
