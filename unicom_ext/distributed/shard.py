@@ -149,7 +149,7 @@ class ClassShard(Ranks):
         Raises RankFailed where some do not come within `PATIENCE`.
         """
         store, number = self.group.get_group_store(), _meetings.get(self.group, 0)
-        keys = [f"unicom_ext/meeting/{number}/{rank}" for rank in range(self.world_size)]
+        keys = [f"unicom_ext meeting {number} {rank}" for rank in range(self.world_size)]
         store.set(keys[self.rank], "here")
         try:
             store.wait(keys, PATIENCE)
