@@ -114,7 +114,7 @@ def test_exact_sgd_when_options_change_and_the_history_is_full(monkeypatch):
             optimizer.param_groups[0]["momentum"] = 0.9 if step < 30 else 0.5
             optimizer.param_groups[0]["weight_decay"] = 0.1 if step % 7 else 0.0
         twins.step(random_ids(40, 0.2, twins.generator), lr=schedule(step))
-        assert len(twins.row_optimizer.state[twins.ours]["history"]) < 7
+        assert int(twins.row_optimizer.state[twins.ours]["remembered"]) < 7
     twins.row_optimizer.catch_up()
     assert twins.difference() < 1e-12
 

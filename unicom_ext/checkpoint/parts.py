@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ class Parts:
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors, and the plain values that belong to them."""
         state: dict[str, Tensor] = {}
-        for name, module in self.modules.items():
-            for key, value in module.state_dict().items():
+        for name in self.modules:
+            for key, value in self.state_dict(name).items():
                 if not isinstance(value, Tensor):
                     raise CheckpointError(
                         f"{name}.{key} must be a tensor to be saved, got {type(value).__name__}"
@@ -67,6 +68,17 @@ class Parts:
                         values.setdefault(param_name, {})[key] = value
             about["optimizers"][name] = {"groups": self.groups(optimizer), "values": values}
         return state, about
+
+    def state_dict(self, name: str) -> dict[str, Any]:
+        """That of a module, with the prototypes as global tensors in any case."""
+        full = [loss for loss in self.losses.values() if loss.full_state_dict]
+        try:
+            for loss in full:
+                loss.full_state_dict = False
+            return self.modules[name].state_dict()
+        finally:
+            for loss in full:
+                loss.full_state_dict = True
 
     def params(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's parameters in its order."""
@@ -100,6 +112,10 @@ class Parts:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
+        return float(value)
+    if isinstance(value, tuple):
+        return tuple(_plain(each) for each in value)
+    if isinstance(value, np.floating):
         return float(value)
     return str(value) if isinstance(value, torch.dtype) else value
 

@@ -47,8 +47,8 @@ class Plan:
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}  # of optimizers' parameters
         self._check_classes(class_map)
         self.class_map = class_map
-        for name, module in parts.modules.items():
-            self.module_states[name] = module.state_dict()
+        for name in parts.modules:
+            self.module_states[name] = parts.state_dict(name)
             for key, value in self.module_states[name].items():
                 full = joined("modules", name, key)
                 self._add(full, parts.losses.get(full), value)

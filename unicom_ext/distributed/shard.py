@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unicom_ext.distributed.failures import RankFailed
 from unicom_ext.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+
+
+PATIENCE = timedelta(minutes=2)  # how much later than others a rank may come to a meeting
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()  # so far
 
 
 def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -102,13 +109,57 @@ class ClassShard(Ranks):
             stride=stride,
         )
 
-    def own_rows(self, value: Tensor) -> Tensor:
-        """This rank's rows of a tensor of all classes: a `DTensor`, or a plain tensor."""
+    def own_rows(self, name: str, value: Tensor) -> Tensor:
+        """This rank's rows of a tensor of all classes: a `DTensor`, or a plain tensor.
+
+        Raises ValueError where a `DTensor` holds other classes: one that another rank has pickled
+        looks like this rank's own, but its mesh remembers where it was.
+        """
         from torch.distributed.tensor import DTensor, Shard
 
         if isinstance(value, DTensor):
-            mesh = self.mesh(value.device_mesh.device_type)
-            if value.device_mesh == mesh and value.placements == (Shard(0),):
-                return value.to_local()
+            if value.placements == (Shard(0),):
+                return self._checked_rows(name, value)
             value = value.full_tensor()
         return value[self.start : self.stop]
+
+    def _checked_rows(self, name: str, value: DTensor) -> Tensor:
+        mesh, rows = value.device_mesh, value.to_local()
+        place = mesh.get_coordinate()
+        start, stop = (0, 0) if place is None else class_range(len(value), mesh.size(), place[0])
+        if place is None or (start, stop) != (self.start, self.stop) or len(rows) != len(self):
+            raise ValueError(
+                f"{name} holds the classes [{start}, {stop}) of another rank, but this rank owns "
+                f"[{self.start}, {self.stop}): each rank must load what it has saved itself. Save "
+                "with unicom_ext.checkpoint or torch.distributed.checkpoint, or let the loss have "
+                "full_state_dict=True"
+            )
+        return rows
+
+    def all_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks [C, ...] from this rank's; every rank calls this at once."""
+        return self.as_global(rows).full_tensor()
+
+    def meet(self, what: str) -> None:
+        """Wait until every rank is here, before a message that a rank might be left alone with.
+
+        Ranks find each other in the group's store, so that those that do not come are told apart
+        from those that are late, and no other message is taken for this one.
+
+        Raises RankFailed where some do not come within `PATIENCE`.
+        """
+        store, number = self.group.get_group_store(), _meetings.get(self.group, 0)
+        keys = [f"unicom_ext meeting {number} {rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], "here")
+        try:
+            store.wait(keys, PATIENCE)
+        except RuntimeError:  # stores differ in the kind
+            missing = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            store.delete_key(keys[self.rank])
+            if not missing:
+                raise
+            raise RankFailed(
+                f"{what} sends between ranks, so every rank must call it at the same time: rank "
+                f"{', '.join(missing)} did not within {PATIENCE.total_seconds():g} s"
+            ) from None
+        _meetings[self.group] = number + 1

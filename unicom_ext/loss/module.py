@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from os import PathLike
 from typing import Any, Self, Unpack
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -62,6 +63,11 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             process group they are always there.
         seed: of the selections and the initial prototypes, any int64.
         device, dtype: of `weight`.
+        full_state_dict: with a process group, whether `state_dict` holds the prototypes of all
+            classes as a plain tensor, not as a `DTensor`; and a row optimizer's its moments. For
+            trainers that write what the first rank has: each rank takes its own classes when it
+            loads, at any number of ranks. Every rank must call `state_dict` then, at the same time,
+            and needs memory for all classes. May be set later.
         keywords: the other options of the loss, such as `sparse_grad`, `precision` and
             `uneven_batches`; see `unicom_ext.functional.LossOptions`.
 
@@ -79,7 +85,8 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
     `state_dict` carries weight, step and seed, so that a resumed run draws what an uninterrupted
     one would. With a process group its weight is a `DTensor` of all classes, which
     `torch.distributed.checkpoint` saves and loads at any number of ranks (`unicom_ext.checkpoint`
-    does, with the optimizer); `load_state_dict` also takes the whole [C, d] as a plain tensor.
+    does, with the optimizer); `load_state_dict` also takes the whole [C, d] as a plain tensor. A
+    `DTensor` that another rank has pickled holds other classes, and is refused.
 
     The loss must not be wrapped in `DistributedDataParallel` or FSDP: its gradients are exact
     without, and ranks own different prototypes. Wrap the encoder alone; where the loss is a part of
@@ -89,6 +96,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
 
     step: Tensor
     _no_memory = False  # whether weight and step may be what memory held before
+    full_state_dict = False  # of losses that were pickled whole before there was one
 
     def __init__(
         self,
@@ -102,6 +110,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         process_group: dist.ProcessGroup | None = None,
         want_metrics: bool = False,
         seed: int = 0,
+        full_state_dict: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **keywords: Unpack[LossKwargs],
@@ -127,6 +136,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                 "dtype": str(dtype or torch.get_default_dtype()),
                 **self.options.same_on_every_rank(),
                 "want_metrics": want_metrics,
+                "full_state_dict": full_state_dict,
             }
         except (TypeError, ValueError) as error:
             if process_group is None:
@@ -145,6 +155,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         self.feature_rate = feature_rate
         self.want_metrics = want_metrics
         self.seed = seed
+        self.full_state_dict = full_state_dict
         rows = num_classes if self.shard is None else len(self.shard)
         self.weight = nn.Parameter(memory.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
@@ -152,6 +163,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         self._metrics: Metrics | None = None
         self._standing_still = StandingStill()
         self.reset_parameters()
+        _losses.add(self)
 
     @classmethod
     def from_centroids(
@@ -344,6 +356,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             state["options"] = LossOptions(**options)
         state.setdefault("_standing_still", StandingStill())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _losses.add(self)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         had_memory = not self.step.is_meta
@@ -386,21 +399,29 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
                     "something like weight_norm, parametrize or prune has put a function of others "
                     "in its place; remove that first"
                 )
-            destination[name] = self.shard.as_global(destination[name])
+            if self.full_state_dict:
+                self.shard.meet("state_dict of a loss with full_state_dict=True")
+                destination[name] = self.shard.all_rows(destination[name])
+            else:
+                destination[name] = self.shard.as_global(destination[name])
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         name = prefix + "weight"
-        if self.shard is not None and name in state_dict:
-            expected = (self.num_classes, self.embedding_size)
-            if state_dict[name].shape == expected:
-                state_dict = {**state_dict, name: self.shard.own_rows(state_dict[name])}
-            else:
+        value = state_dict.get(name)
+        if isinstance(value, Tensor) and (self.shard is not None or not checks.is_local(value)):
+            try:
+                expected = [self.num_classes, self.embedding_size]
+                if list(value.shape) != expected:
+                    raise ValueError(
+                        f"{name} must be of all classes, {expected}, of which this rank takes its "
+                        f"own; got {list(value.shape)}"
+                    )
+                rows = own_rows(self, name, value)
+            except ValueError as error:
                 *_, error_msgs = rest
-                error_msgs.append(
-                    f"{name} must be of all classes, {list(expected)}, of which this rank takes "
-                    f"its own; got {list(state_dict[name].shape)}"
-                )
-                state_dict = {**state_dict, name: self.weight.detach()}
+                error_msgs.append(str(error))
+                rows = self.weight.detach()
+            state_dict = {**state_dict, name: rows}
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if name in state_dict:
             self._no_memory = self.weight.is_meta
@@ -412,3 +433,30 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             f"feature_rate={self.feature_rate:g}, seed={self.seed}"
             + ("" if self.shard is None else f", classes {self.shard.start} to {self.shard.stop}")
         )
+
+
+# Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
+_losses: WeakSet[PartialMarginSoftmax] = WeakSet()
+
+
+def loss_of(param: Tensor) -> PartialMarginSoftmax | None:
+    """The loss whose prototypes a parameter is; None for all others."""
+    return next((loss for loss in _losses if loss._parameters.get("weight") is param), None)
+
+
+def own_rows(loss: PartialMarginSoftmax, name: str, value: Tensor) -> Tensor:
+    """This rank's rows of a tensor of a state dict that has a row for each class of a loss.
+
+    value: [C, ...]; with a process group a `DTensor`, or a plain tensor.
+
+    Raises ValueError where it holds other classes.
+    """
+    if loss.shard is not None:
+        return loss.shard.own_rows(name, value)
+    if not checks.is_local(value):
+        raise ValueError(
+            f"{name} is a DTensor of one rank, and this loss has no process_group: load it with "
+            "unicom_ext.checkpoint or torch.distributed.checkpoint, or save it from a loss with "
+            "full_state_dict=True"
+        )
+    return value

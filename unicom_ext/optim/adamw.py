@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,13 +11,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from unicom_ext.ops import memory
-from unicom_ext.optim import plain
-from unicom_ext.optim.rows import (
-    RowOptimizer,
-    check_number,
-    log_of_decay,
-    refuse_dense_only,
-)
+from unicom_ext.optim import plain, states
+from unicom_ext.optim.options import check_number, log_of_decay, plain_lr, refuse_dense_only
+from unicom_ext.optim.rows import RowOptimizer
 
 
 class RowAdamW(RowOptimizer):
@@ -65,6 +62,15 @@ class RowAdamW(RowOptimizer):
     _operator = "row_adamw_"
     _backward_operator = "loss_backward_adamw_"
     _row_marker = "row_step"
+    _row_state = MappingProxyType(
+        {
+            "exp_avg": None,
+            "exp_avg_sq": None,
+            "row_step": torch.int32,
+            "log_decay": torch.float64,
+            "total_log_decay": torch.float64,
+        }
+    )
 
     def __init__(
         self,
@@ -104,37 +110,46 @@ class RowAdamW(RowOptimizer):
                 "moment_dtype must be None, torch.float32 or torch.bfloat16, got "
                 f"{group['moment_dtype']}"
             )
-        log_of_decay(float(group["lr"]), group["weight_decay"])
+        log_of_decay(float(group["lr"]), float(group["weight_decay"]))
+
+    def _init_dense_state(self, group: dict[str, Any], param: Tensor) -> None:
+        self.state[param] = {
+            "step": torch.zeros((), dtype=torch.float32, device=param.device),
+            "exp_avg": torch.zeros_like(param),
+            "exp_avg_sq": torch.zeros_like(param),
+        }
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self.state[p] for p in params]
-        for param, state in zip(params, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                state["exp_avg"] = torch.zeros_like(param)
-                state["exp_avg_sq"] = torch.zeros_like(param)
+        for param in params:
+            if not self.state[param]:
+                self._init_dense_state(group, param)
+        of_each = [self.state[p] for p in params]
         adamw(
             params,
             [p.grad for p in params if p.grad is not None],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            [s["exp_avg"] for s in of_each],
+            [s["exp_avg_sq"] for s in of_each],
             [],
-            [s["step"] for s in states],
-            fused=all(self._fused(group, p) for p in params),
+            [s["step"] for s in of_each],
+            fused=self._fused_dense(group, params),
             amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            lr=plain_lr(group),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
             maximize=group["maximize"],
         )
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
         state = self.state[param]
         if "row_step" in state:
+            moment = state["exp_avg"]
+            doubles = moment.dtype == torch.float64, param.dtype == torch.float64
+            if doubles[0] != doubles[1] or moment.device != param.device:  # it was cast or moved
+                self.state[param] = self._following(param, state)
             return
-        arithmetic = torch.promote_types(param.dtype, torch.float32)
+        arithmetic = states.arithmetic(param)
         dtype = group["moment_dtype"] or arithmetic
         if arithmetic == torch.float64:
             dtype = torch.float64
@@ -143,10 +158,10 @@ class RowAdamW(RowOptimizer):
         steps = 0
         if state:  # so far it had dense gradients
             steps = int(state.pop("step"))
-            state["exp_avg"] = state["exp_avg"].to(dtype)
-            square = state["exp_avg_sq"]
+            state["exp_avg"] = state["exp_avg"].to(param.device, dtype).contiguous()
+            square = state["exp_avg_sq"].to(param.device, arithmetic)
             square = square.mean(dim=1) if group["row_second_moment"] else square
-            state["exp_avg_sq"] = square.to(square_dtype)
+            state["exp_avg_sq"] = square.to(square_dtype).contiguous()
         else:
             state["exp_avg"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
             state["exp_avg_sq"] = memory.zeros(*shape, dtype=square_dtype, device=param.device)
@@ -154,22 +169,19 @@ class RowAdamW(RowOptimizer):
         state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
         state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
 
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, list[list[int]]]:
-        rows, matrix = [len(param)], list(param.shape)
-        return {
-            "exp_avg": [matrix],
-            "exp_avg_sq": [matrix, rows],
-            "row_step": [rows],
-            "log_decay": [rows],
-        }
+    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(self._row_state)
 
     def _row_operands(
         self, group: dict[str, Any], param: Tensor
     ) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
         state, lr = self.state[param], float(group["lr"])
-        total = float(state["total_log_decay"]) + log_of_decay(lr, group["weight_decay"])
+        total = float(state["total_log_decay"]) + log_of_decay(lr, float(group["weight_decay"]))
         tensors = (state["exp_avg"], state["exp_avg_sq"], state["row_step"], state["log_decay"])
-        return tensors, (total, lr, *group["betas"], group["eps"], group["maximize"])
+        beta1, beta2 = group["betas"]
+        return tensors, (
+            total, lr, float(beta1), float(beta2), float(group["eps"]), group["maximize"]
+        )  # fmt: skip
 
     def _finish_row_step(
         self, group: dict[str, Any], param: Tensor, numbers: tuple[Any, ...]

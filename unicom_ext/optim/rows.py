@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from unicom_ext.loss.module import loss_of
 from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids
-from unicom_ext.optim import plain
+from unicom_ext.optim import plain, states
 from unicom_ext.optim.in_backward import UpdateInBackward
+from unicom_ext.optim.options import without_dense_only
 
 if TYPE_CHECKING:
     from unicom_ext.loss.module import PartialMarginSoftmax
-
-_DENSE_ONLY = {
-    "amsgrad": "it needs the largest second moment of every step, also of those a row missed",
-    "dampening": "rows join at different steps, and only the first one is exempt from dampening",
-    "foreach": "rows are updated in one fused pass",
-    "capturable": "rows are updated in one fused pass",
-    "differentiable": "the update is made in place",
-}
-
-
-def refuse_dense_only(optimizer: str, options: dict[str, Any]) -> None:
-    """Options of torch's dense optimizers may be given where they are off."""
-    for name, value in options.items():
-        if name not in _DENSE_ONLY:
-            raise TypeError(f"{optimizer} got an unexpected keyword argument {name!r}")
-        if value:
-            raise ValueError(
-                f"{optimizer} cannot honour {name}={value!r}: {_DENSE_ONLY[name]}. "
-                f"Leave it out, or use a dense optimizer and sparse_grad=False"
-            )
-
-
-def check_number(name: str, value: object, *, below: float = math.inf) -> None:
-    number = float(value) if isinstance(value, (int, float, Tensor)) else math.nan
-    if isinstance(value, bool) or not 0 <= number < below:
-        allowed = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
-        raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def log_of_decay(lr: float, weight_decay: float) -> float:
-    """log(1 - lr * weight_decay): what one step's decay adds to the log of a row's shrinking."""
-    if not lr * weight_decay < 1:
-        raise ValueError(
-            f"lr * weight_decay must be below 1, got lr {lr:g} and weight_decay {weight_decay:g}"
-        )
-    return math.log1p(-lr * weight_decay)
 
 
 def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +34,12 @@ def merge_rows(ids: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _has_kernel(operator: str, device: torch.device) -> bool:
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return _has_kernel_on(operator, device.type)
+
+
+@cache
+def _has_kernel_on(operator: str, device_type: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"unicom_ext::{operator}", key
     )
@@ -88,6 +59,8 @@ class RowOptimizer(torch.optim.Optimizer):
     _operator: str  # of the fused pass, and the name of its reference
     _backward_operator: str  # of the backward pass that updates
     _row_marker: str  # a key that only the state of row parameters has
+    # Of its tensors; None for moments, whose dtype depends on the parameter's.
+    _row_state: Mapping[str, torch.dtype | None]
     shared_state: tuple[str, ...] = ()  # tensors in it that have no row for each of the parameter's
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -106,6 +79,10 @@ class RowOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
+        """Make it, also of the state that dense gradients left, or make it follow its parameter."""
+        raise NotImplementedError
+
+    def _init_dense_state(self, group: dict[str, Any], param: Tensor) -> None:
         raise NotImplementedError
 
     def _catch_up(self, param: Tensor) -> None:
@@ -114,8 +91,8 @@ class RowOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, list[list[int]]]:
-        """Shapes that each per-row state tensor may have."""
+    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
+        """What the state of a row parameter cannot be without."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -136,6 +113,8 @@ class RowOptimizer(torch.optim.Optimizer):
             self._check_group(group)
             for param in group["params"]:
                 _check_gradient(param)
+        if not self.state:
+            self._expect_rows()
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             dense = [p for p in with_gradient if not self._by_rows(p)]
@@ -146,10 +125,22 @@ class RowOptimizer(torch.optim.Optimizer):
                     self._row_step(group, param)
         return loss
 
+    def _expect_rows(self) -> None:
+        """Before the first step: know by their loss what will have sparse gradients.
+
+        Code that wants state before there are gradients, such as torch's `get_state_dict`, makes a
+        step with zeros, which are dense.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                loss = None if param.grad is None else loss_of(param)
+                if loss is not None and loss.options.sparse_grad:
+                    self._init_row_state(group, param)
+
     def _row_step(self, group: dict[str, Any], param: Tensor) -> None:
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
-        fused = self._fused(group, param)
+        fused = self._fused(group, param) and _contiguous_rows(param)
         update = getattr(library.ops if fused else plain, self._operator)
         update(param.detach(), *tensors, *_gradient_rows(param, merged=fused), *numbers)
         increment_version(param)
@@ -160,6 +151,8 @@ class RowOptimizer(torch.optim.Optimizer):
 
         Their gradient is then never stored, which saves memory and a pass over it. `step` goes on
         to update everything else, and must follow each backward.
+
+        The prototypes must have contiguous rows.
 
         For plain steps: one backward of the loss itself per step. Backward raises RuntimeError,
         before anything has changed, where the loss was scaled first (GradScaler, accumulation, a
@@ -190,6 +183,11 @@ class RowOptimizer(torch.optim.Optimizer):
             raise ValueError("update_in_backward needs a loss without process_group")
         if not _has_kernel(self._backward_operator, param.device):
             raise ValueError(f"update_in_backward is not there on {param.device.type} yet")
+        if not _contiguous_rows(param):
+            raise ValueError(
+                "update_in_backward needs prototypes with contiguous rows, got the strides "
+                f"{list(param.stride())}: give the loss weight.detach().contiguous() first"
+            )
         updater = UpdateInBackward(param, self._update_in_backward)
         self.register_step_post_hook(updater.finish_step)  # which keeps it as long as the optimizer
         attach(param, updater)
@@ -227,43 +225,97 @@ class RowOptimizer(torch.optim.Optimizer):
                 increment_version(param)
 
     def init_row_state(self, params: Iterable[Tensor]) -> None:
-        """Make the state of these matrices now, as it will be once they have a sparse gradient.
+        """Make all state now: of these matrices as it will be once they have a sparse gradient, of
+        the other parameters as dense gradients would.
 
         For code that needs the state tensors before the first step, such as
-        `torch.distributed.checkpoint`.
+        `torch.distributed.checkpoint`. Prototypes of a loss with ``sparse_grad=True`` are known,
+        and need no call; embeddings with ``sparse=True`` do.
         """
         found = [(self._group_of("params", param), param) for param in params]
         for _, param in found:
             _check_matrix(param)
         for group, param in found:
             self._init_row_state(group, param)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.requires_grad and not self.state.get(param):
+                    self._init_dense_state(group, param)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; state keeps its own dtypes.
-
-        Raises ValueError where the state is of other shapes; nothing has changed then.
-        """
-        saved = [
-            (group, param, state_dict["state"].get(index, {}))
-            for group, saved_group in zip(
-                self.param_groups, state_dict["param_groups"], strict=False
-            )
-            for param, index in zip(group["params"], saved_group["params"], strict=False)
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. What belongs to the rows of prototypes that ranks share is of all classes:
+        `DTensor`s, or plain tensors where the loss has ``full_state_dict=True``, when every rank
+        must call this at the same time."""
+        state_dict = super().state_dict()
+        params = [param for group in self.param_groups for param in group["params"]]
+        state_dict["state"] = state = state_dict["state"].copy()
+        for index, param in enumerate(params):  # in the same order on every rank
+            if index in state:
+                state[index] = states.to_save(param, state[index], self.shared_state)
+        state_dict["param_groups"] = [
+            {key: states.plain_option(value) for key, value in group.items()}
+            for group in state_dict["param_groups"]
         ]
-        for group, param, state in saved:
-            shapes = self._state_shapes(group, param) if self._row_marker in state else {}
-            for name, allowed in shapes.items():
-                if name in state and list(state[name].shape) not in allowed:
-                    raise ValueError(
-                        f"{name} in the state dict must be {' or '.join(map(str, allowed))} for a "
-                        f"parameter {list(param.shape)}, got {list(state[name].shape)}"
-                    )
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; also what `torch.optim.AdamW` or `SGD` have saved, from which dense gradients
+        go on as there. Options that the state dict lacks stay as they are here.
+
+        The state of rows keeps its own dtypes as far as they suit the parameter. Of the state of
+        all classes each rank takes its own.
+
+        Raises ValueError where the state does not fit; nothing has changed then.
+        """
+        groups = [
+            self._loaded_group(saved, here)
+            for saved, here in zip(state_dict["param_groups"], self.param_groups, strict=False)
+        ]
+        state = dict(state_dict["state"])
+        by_rows = {}
+        for group, here in zip(groups, self.param_groups, strict=False):
+            for param, index in zip(here["params"], group["params"], strict=False):
+                if state.get(index):
+                    state[index] = self._loaded_state(param, state[index])
+                    if self._row_marker in state[index]:
+                        by_rows[param] = state[index]
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "state": state, "param_groups": groups}
         super().load_state_dict(state_dict)
-        for _, param, state in saved:
-            if self._row_marker in state:
-                # torch has made all of them of the parameter's dtype.
-                for name, value in state.items():
-                    self.state[param][name] = _restored(value, param)
+        # torch has made all of them of the parameter's dtype.
+        self.state.update(by_rows)
+
+    def _loaded_group(self, saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+        options = {key: here[key] for key in self.defaults if key in here}
+        group = {**options, **without_dense_only(type(self).__name__, saved)}
+        for key, value in group.items():
+            group[key] = states.option_again(value)
+        self._check_group(group)
+        return group
+
+    def _loaded_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        by_rows = self._row_marker in state
+        state = states.own(param, state, self.shared_state, by_rows=by_rows)
+        for name in self._required(state) if by_rows else ():
+            if name not in state:
+                raise ValueError(
+                    f"the state dict has no {name} for a parameter {list(param.shape)} that is "
+                    f"updated by rows, only {sorted(state)}"
+                )
+        if not by_rows:
+            return states.dense(param, state)
+        return self._following(param, state)
+
+    def _following(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        """The state of a row parameter on its device, in dtypes that suit it."""
+        return {
+            name: states.following(param, value, self._row_state[name])
+            if name in self._row_state and isinstance(value, Tensor)
+            else value
+            for name, value in state.items()
+        }
 
     def _by_rows(self, param: Tensor) -> bool:
         return self._row_marker in self.state.get(param, ()) or (
@@ -274,12 +326,19 @@ class RowOptimizer(torch.optim.Optimizer):
         fused = group["fused"]
         return _has_kernel(self._operator, param.device) if fused is None else fused
 
+    def _fused_dense(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        """Whether torch's fused passes are right for these parameters, which have gradients.
 
-def _restored(value: Any, param: Tensor) -> Any:
-    """Single numbers stay on the host, which would have to wait for them otherwise."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(param.device if value.dim() else "cpu")
+        They take no notice of strides: a gradient laid out otherwise would go to other elements.
+        """
+        return all(
+            self._fused(group, p) and p.grad is not None and p.grad.stride() == p.stride()
+            for p in params
+        )
+
+
+def _contiguous_rows(param: Tensor) -> bool:
+    return param.stride(1) == 1 or param.shape[1] <= 1
 
 
 def _check_gradient(param: Tensor) -> None:

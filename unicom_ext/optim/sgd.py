@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,13 +11,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from unicom_ext.ops import memory
-from unicom_ext.optim import plain
-from unicom_ext.optim.rows import (
-    RowOptimizer,
-    check_number,
-    log_of_decay,
-    refuse_dense_only,
-)
+from unicom_ext.optim import plain, states
+from unicom_ext.optim.options import check_number, log_of_decay, plain_lr, refuse_dense_only
+from unicom_ext.optim.rows import RowOptimizer
 
 # Steps that `exact` remembers. Then all rows are brought up to date once: a thousandth of the rows
 # sampled meanwhile, at sample_rate 0.1.
@@ -55,7 +52,8 @@ class RowSGD(RowOptimizer):
 
     State of a row parameter [C, d]: momentum_buffer [C, d], with momentum; log_decay [C] float64
     and total_log_decay (log of the decay each row has had, and that of a row that missed nothing)
-    or, exact, last_step [C] int32, step and history [at most 4096, 4], the last steps' matrices.
+    or, exact, last_step [C] int32, step and history [4096, 4], of which the first `remembered` are
+    the last steps' matrices.
 
     Raises:
         ValueError: an option is out of range, or one of `torch.optim.SGD`'s that rows cannot honour
@@ -66,6 +64,16 @@ class RowSGD(RowOptimizer):
     _backward_operator = "loss_backward_sgd_"
     _row_marker = "by_rows"
     shared_state = ("history",)
+    _row_state = MappingProxyType(
+        {
+            "momentum_buffer": None,
+            "log_decay": torch.float64,
+            "total_log_decay": torch.float64,
+            "last_step": torch.int32,
+            "step": torch.int64,
+            "history": torch.float64,
+        }
+    )
 
     def __init__(
         self,
@@ -99,46 +107,77 @@ class RowSGD(RowOptimizer):
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("nesterov=True needs a momentum above 0, got momentum 0")
         if not group["exact"]:
-            log_of_decay(float(group["lr"]), group["weight_decay"])
+            log_of_decay(float(group["lr"]), float(group["weight_decay"]))
+
+    def _init_dense_state(self, group: dict[str, Any], param: Tensor) -> None:
+        if group["momentum"]:
+            self.state[param] = {"momentum_buffer": torch.zeros_like(param)}
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        states = [self.state[p] for p in params]
-        buffers = [s.get("momentum_buffer") for s in states]
+        of_each = [self.state[p] for p in params]
+        buffers = [s.get("momentum_buffer") for s in of_each]
         sgd(
             params,
             [p.grad for p in params if p.grad is not None],
             buffers,
-            fused=all(self._fused(group, p) for p in params),
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
+            fused=self._fused_dense(group, params),
+            lr=plain_lr(group),  # type: ignore[arg-type]  # a tensor too
+            momentum=float(group["momentum"]),
+            weight_decay=float(group["weight_decay"]),
             nesterov=group["nesterov"],
             maximize=group["maximize"],
             dampening=0.0,
         )
-        for state, buffer in zip(states, buffers, strict=True):
+        for state, buffer in zip(of_each, buffers, strict=True):
             if group["momentum"]:
                 state["momentum_buffer"] = buffer
 
+    def _fused_dense(self, group: dict[str, Any], params: list[Tensor]) -> bool:
+        # On CPUs torch's fused SGD moves bfloat16 and float16 parameters to other places.
+        halves = (torch.bfloat16, torch.float16)
+        if any(p.dtype in halves and p.device.type == "cpu" for p in params):
+            return False
+        return super()._fused_dense(group, params)
+
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
         state = self.state[param]
-        if group["momentum"] and state.get("momentum_buffer") is None:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            state["momentum_buffer"] = memory.zeros(*param.shape, dtype=dtype, device=param.device)
+        dtype = states.arithmetic(param)
+        buffer = state.get("momentum_buffer")
+        if buffer is None and group["momentum"]:
+            buffer = memory.zeros(*param.shape, dtype=dtype, device=param.device)
+            state["momentum_buffer"] = buffer
         if "by_rows" in state:
+            rows = state["last_step"] if "last_step" in state else state["log_decay"]
+            cast = buffer is not None and buffer.dtype != dtype
+            if cast or rows.device != param.device:
+                self.state[param] = self._following(param, state)
             return
+        if buffer is not None:  # which dense gradients may have left
+            state["momentum_buffer"] = states.following(param, buffer.to(dtype), None)
         state["by_rows"] = True
         if group["exact"]:
             state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["history"] = param.new_zeros(0, 4, dtype=torch.float64)
+            state["remembered"] = 0
+            # All of it, so that its shape is the same in every checkpoint.
+            state["history"] = param.new_zeros(_LONGEST_HISTORY, 4, dtype=torch.float64)
         else:
             state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
             state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
 
-    def _state_shapes(self, group: dict[str, Any], param: Tensor) -> dict[str, list[list[int]]]:
-        rows = [len(param)]
-        return {"momentum_buffer": [list(param.shape)], "log_decay": [rows], "last_step": [rows]}
+    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
+        if "last_step" in state:
+            return "last_step", "step", "history"
+        return "log_decay", "total_log_decay"
+
+    def _following(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+        state = super()._following(param, state)
+        if "history" in state and "remembered" not in state:  # saved when it grew from step to step
+            short = state["history"]
+            state["remembered"] = len(short)
+            state["history"] = short.new_zeros(max(_LONGEST_HISTORY, len(short)), 4)
+            state["history"][: len(short)] = short
+        return state
 
     def _row_operands(
         self, group: dict[str, Any], param: Tensor
@@ -146,15 +185,17 @@ class RowSGD(RowOptimizer):
         state, lr = self.state[param], float(group["lr"])
         before = after = 0.0
         step = 0
+        history = None
         if "last_step" in state:
+            history = _last_steps(state)
             step = int(state["step"]) + 1
         else:
             before = float(state["total_log_decay"])
-            after = before + log_of_decay(lr, group["weight_decay"])
+            after = before + log_of_decay(lr, float(group["weight_decay"]))
         buffer = state.get("momentum_buffer") if group["momentum"] else None
-        tensors = (buffer, state.get("log_decay"), state.get("last_step"), state.get("history"))
-        options = group["momentum"], group["weight_decay"], group["nesterov"], group["maximize"]
-        return tensors, (before, after, step, lr, *options)
+        tensors = (buffer, state.get("log_decay"), state.get("last_step"), history)
+        reals = float(group["momentum"]), float(group["weight_decay"])
+        return tensors, (before, after, step, lr, *reals, group["nesterov"], group["maximize"])
 
     def _finish_row_step(
         self, group: dict[str, Any], param: Tensor, numbers: tuple[Any, ...]
@@ -165,23 +206,30 @@ class RowSGD(RowOptimizer):
             return
         # For the rows that missed this step.
         transition = plain.sgd_transition(
-            lr, group["momentum"], group["weight_decay"], group["nesterov"]
+            lr, float(group["momentum"]), float(group["weight_decay"]), group["nesterov"]
         )
         state["step"].fill_(step)
-        transition = transition.view(1, 4).to(param.device, non_blocking=True)
-        state["history"] = torch.cat([state["history"], transition])
-        if len(state["history"]) >= _LONGEST_HISTORY:
+        history = state["history"]
+        history[state["remembered"]].copy_(transition.view(4), non_blocking=True)
+        state["remembered"] += 1
+        if state["remembered"] >= len(history):
             self._catch_up(param)
 
     def _catch_up(self, param: Tensor) -> None:
         state = self.state[param]
         if "last_step" in state:
-            missed = plain.missed_transitions(state["history"]).to(param.device)
+            missed = plain.missed_transitions(_last_steps(state)).to(param.device)
             missed = missed[int(state["step"]) - state["last_step"].long()]
             plain.apply_transitions_(param, state.get("momentum_buffer"), missed)
             state["last_step"].fill_(int(state["step"]))
-            state["history"] = state["history"][:0]
+            state["remembered"] = 0
         else:
             total = state["total_log_decay"].to(param.device)
             plain.scale_rows_(param, (total - state["log_decay"]).exp())
             state["log_decay"].fill_(total)
+
+
+def _last_steps(state: dict[str, Any]) -> Tensor:
+    """The history that is filled: [steps, 4]."""
+    history: Tensor = state["history"]
+    return history[: state["remembered"]]
