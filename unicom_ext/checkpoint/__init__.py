@@ -59,7 +59,9 @@ def save(
 
     Args:
         directory: on a file system that all ranks share; must not exist.
-        modules: by name. Those inside DistributedDataParallel or torch.compile are taken out of it.
+        modules: by name. They, and parts of them, may be inside torch.compile,
+            DistributedDataParallel, FSDP or torch's activation checkpointing: the names of these
+            wrappers are left out of the names of tensors.
         optimizers: by name; of parameters of the modules.
         extra: what JSON can hold: step, epoch, settings.
         process_group: the ranks that save; default the group of a `PartialMarginSoftmax` among the
@@ -111,7 +113,8 @@ def load(
 ) -> dict[str, Any]:
     """Read a checkpoint into modules and optimizers, in place; returns its `extra`.
 
-    Every rank calls this; their number need not be that of the ranks that saved.
+    Every rank calls this; their number need not be that of the ranks that saved, nor need modules
+    be in the same wrappers.
 
     Args:
         directory: what `save` wrote.

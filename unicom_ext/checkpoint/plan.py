@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from unicom_ext.checkpoint.directory import read
-from unicom_ext.checkpoint.parts import Parts, as_option, joined
+from unicom_ext.checkpoint.names import SavedNames, joined, plain_name
+from unicom_ext.checkpoint.parts import Parts, as_option
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
@@ -41,27 +42,31 @@ class Plan:
         self.directory = directory
         self.parts = parts
         self.saved, self.about = read(directory)
+        self.names = SavedNames(self.saved.state_dict_metadata)
+        # Of what is in optimizers' states by "optimizers.NAME.PARAMETER": its name by its key.
+        self.saved_states: dict[str, dict[str, str]] = {}
+        for key in self.saved.state_dict_metadata:
+            of_param, _, short = plain_name(key).rpartition(".")
+            self.saved_states.setdefault(of_param, {})[short] = key
         self.whole: dict[str, Tensor] = {}
         self.rows: dict[str, _Rows] = {}
-        self.module_states: dict[str, dict[str, Tensor]] = {}
+        self.module_states = parts.module_states()
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}  # of optimizers' parameters
         self._check_classes(class_map)
         self.class_map = class_map
-        for name, module in parts.modules.items():
-            self.module_states[name] = module.state_dict()
-            for key, value in self.module_states[name].items():
-                full = joined("modules", name, key)
-                self._add(full, parts.losses.get(full), value)
+        for key, value in parts.named(self.module_states):
+            self._add(key, parts.losses.get(key), value)
         for name, optimizer in parts.optimizers.items():
             self._add_optimizer(name, optimizer)
 
     def _check_classes(self, class_map: Tensor | None) -> None:
+        classes = self.about["classes"]
+        names = SavedNames(classes)
         for key, loss in self.parts.losses.items():
-            saved = self.about["classes"].get(key)
-            if saved is None:
-                raise CheckpointError(
-                    f"{self.directory}: has no {key}, only {sorted(self.about['classes'])}"
-                )
+            name = names.find(key)
+            if name is None:
+                raise CheckpointError(f"{self.directory}: has no {key}, only {sorted(classes)}")
+            saved = classes[name]
             there = [saved["num_classes"], saved["embedding_size"]]
             here = [loss.num_classes, loss.embedding_size]
             if there[1] != here[1] or (class_map is None and there != here):
@@ -74,20 +79,22 @@ class Plan:
                 _check_class_map(class_map, here[0], there[0])
 
     def _add(self, key: str, loss: PartialMarginSoftmax | None, target: Tensor) -> None:
-        """target: the tensor to be read into; global where it is sharded."""
-        entry = self.saved.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+        """key: of the tensor here; target: to be read into; global where it is sharded."""
+        name = self.names.find(key)
+        entry = self.saved.state_dict_metadata.get(name)
+        taken = name in self.whole or name in self.rows  # by another tensor here
+        if name is None or taken or not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{self.directory}: has no {key}")
         if loss is not None and self.class_map is not None:
             local = target.to_local() if isinstance(target, DTensor) else target
-            self.rows[key] = _saved_rows(self.class_map, loss, entry, local)
+            self.rows[name] = _saved_rows(self.class_map, loss, entry, local)
         elif list(entry.size) != list(target.shape):
             raise CheckpointError(
                 f"{self.directory}: {key} has shape {list(entry.size)} there, but "
                 f"{list(target.shape)} is expected"
             )
         else:
-            self.whole[key] = target
+            self.whole[name] = target
 
     def _add_optimizer(self, name: str, optimizer: Optimizer) -> None:
         saved = self.about["optimizers"].get(name)
@@ -98,21 +105,28 @@ class Plan:
             )
         there = [group["params"] for group in saved["groups"]]
         here = [group["params"] for group in self.parts.groups(optimizer)]
-        if there != here:
+        if not _same_names(there, here):
             raise CheckpointError(
                 f"{self.directory}: optimizer {name!r} has the parameters {there} there, "
                 f"but {here} here"
             )
         states = self.states[name] = {}
-        for param_name, param in self.parts.params(name, optimizer):
-            prefix = joined("optimizers", name, param_name) + "."
+        for param_name, saved_name, param in self._optimized(name, optimizer):
             states[param_name] = {}
-            for key, entry in self.saved.state_dict_metadata.items():
-                if key.startswith(prefix) and "." not in key[len(prefix) :]:
-                    short = key[len(prefix) :]
-                    loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
-                    states[param_name][short] = _room(loss, param, entry)
-                    self._add(key, loss, states[param_name][short])
+            of_param = plain_name(joined("optimizers", name, saved_name))
+            for short, key in self.saved_states.get(of_param, {}).items():
+                entry = self.saved.state_dict_metadata[key]
+                loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
+                states[param_name][short] = _room(loss, param, entry)
+                self._add(plain_name(key), loss, states[param_name][short])
+
+    def _optimized(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+        """The optimizer's parameters: the name here, the name there, and itself."""
+        groups = self.about["optimizers"][name]["groups"]
+        there = [saved_name for group in groups for saved_name in group["params"]]
+        here = self.parts.params(name, optimizer)
+        for (param_name, param), saved_name in zip(here, there, strict=True):
+            yield param_name, saved_name, param
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -129,13 +143,13 @@ class Plan:
     def _finish_optimizer(self, name: str, optimizer: Optimizer) -> None:
         saved = self.about["optimizers"][name]
         state: dict[int, dict[str, Any]] = {}
-        for index, (param_name, _) in enumerate(self.parts.params(name, optimizer)):
-            values = {**saved["values"].get(param_name, {}), **self.states[name][param_name]}
+        for index, (param_name, saved_name, _) in enumerate(self._optimized(name, optimizer)):
+            values = {**saved["values"].get(saved_name, {}), **self.states[name][param_name]}
             if param_name in self.parts.losses:
                 for key, value in values.items():
                     values[key] = value.to_local() if isinstance(value, DTensor) else value
                 for key, source in _FRESH.items():
-                    rows = self.rows.get(joined("optimizers", name, param_name, key))
+                    rows = self.rows.get(joined("optimizers", name, saved_name, key))
                     if rows is not None:
                         values[key][rows.of_row < 0] = values[source].to(values[key])
             if values:
@@ -147,6 +161,17 @@ class Plan:
             groups.append({**values, "params": list(range(first, first + count))})
             first += count
         optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _same_names(there: list[list[str]], here: list[list[str]]) -> bool:
+    """Whether groups have the same parameters, but for wrappers' names there."""
+    if [len(group) for group in there] != [len(group) for group in here]:
+        return False
+    return all(
+        SavedNames([saved_name]).find(name) is not None
+        for saved_group, group in zip(there, here, strict=True)
+        for saved_name, name in zip(saved_group, group, strict=True)
+    )
 
 
 def _saved_rows(
