@@ -260,15 +260,63 @@ def test_evaluate_prints_and_writes_what_the_function_returns(dump, labels):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     known = torch.from_numpy(np.load(dump / "labels.npy"))
-    right = retrieval.evaluate(rows_of(dump)[known >= 0], known[known >= 0], dims=[4, 8], ks=[1, 3])
+    right = retrieval.evaluate(rows_of(dump), known, dims=[4, 8], ks=[1, 3])
     assert 0.2 < right[0].recall[1] < right[1].recall[1] < 1
     lines = [line.split() for line in result.output.splitlines()]
-    assert lines[0] == ["dimensions", "Recall@1", "Recall@3", "mAP@R"]
+    assert lines[0] == [
+        "dimensions", "Recall@1", "Recall@3", "mAP@R", "R-precision", "mAP@1", "mAP@3"
+    ]  # fmt: skip
     for line, r, saved in zip(lines[1:3], right, json.loads(output.read_text()), strict=True):
-        figures = [*r.recall.values(), r.map_at_r]
+        figures = [*r.recall.values(), r.map_at_r, r.r_precision, *r.map_at_k.values()]
         assert line == [str(r.dim), *(f"{x:.4f}" for x in figures)]
-        assert [*saved["recall"].values(), saved["map_at_r"]] == figures
-    assert lines[3] == ["39", "queries"]
+        assert saved == json.loads(json.dumps(r._asdict()))
+        assert (saved["num_queries"], saved["num_excluded"]) == (39, 0)
+        assert (saved["num_unlabelled"], saved["num_distractors"]) == (1, 1)
+    assert result.output.splitlines()[3:] == [
+        "39 queries; 1 without a label left out; 1 in the gallery without a label, always wrong"
+    ]
+
+
+def test_evaluate_means_the_same_by_a_negative_label_as_the_function(dump):
+    """Also in a gallery, and with groups."""
+    rng = np.random.default_rng(1)
+    known = torch.from_numpy(np.load(dump / "labels.npy"))
+    among = torch.from_numpy(np.where(rng.random(40) < 0.6, -1, known.numpy()))
+    cameras, theirs = (torch.from_numpy(rng.integers(-1, 3, 40)) for _ in range(2))
+    arrays = {"among": among, "cameras": cameras, "theirs": theirs}
+    for name, array in arrays.items():
+        np.save(dump / f"{name}.npy", array)
+    command = [
+        "evaluate", dump, "--labels", dump / "labels.npy", "--gallery", dump,
+        "--gallery-labels", dump / "among.npy", "--groups", dump / "cameras.npy",
+        "--gallery-groups", dump / "theirs.npy", "--output", dump / "figures.json",
+    ]  # fmt: skip
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    rows = rows_of(dump)
+    with pytest.warns(UserWarning, match="find themselves") as noticed:
+        (right,) = retrieval.evaluate(
+            rows, known, rows, among, query_groups=cameras, gallery_groups=theirs
+        )
+    assert right.num_unlabelled == 1
+    assert right.num_distractors > 20
+    assert json.loads((dump / "figures.json").read_text()) == [
+        json.loads(json.dumps(right._asdict()))
+    ]
+    assert f"{right.num_distractors} in the gallery without a label, always wrong" in result.stdout
+    assert result.stderr == f"Warning: {noticed[0].message}\n"
+
+
+def test_evaluate_among_the_others_leaves_own_groups_out(dump):
+    groups = np.arange(40) // 5
+    np.save(dump / "groups.npy", groups)
+    command = ["evaluate", dump, "--labels", dump / "labels.npy", "--groups", dump / "groups.npy"]
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    known = torch.from_numpy(np.load(dump / "labels.npy"))
+    (right,) = retrieval.evaluate(rows_of(dump), known, query_groups=torch.from_numpy(groups))
+    assert right.map_at_r != retrieval.evaluate(rows_of(dump), known)[0].map_at_r
+    assert f"{right.map_at_r:.4f}" in result.stdout.split()
 
 
 def test_evaluate_of_both_kinds_in_a_gallery(dump):
@@ -285,17 +333,22 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
         (["--labels={}/img_emb"], "there is no labels_*.npy"),
         (["--labels={}/img_emb/img_emb_0000.npy"], "must be integers [40], one for each row"),
         (["--labels={}/labels.npy", "--gallery={}"], "give both or neither"),
+        (["--labels={}/labels.npy", "--gallery-groups={}/labels.npy"],
+         "gallery_groups: was given without a gallery"),
+        (["--labels={}/labels.npy", "--gallery={}", "--gallery-labels={}/labels.npy",
+          "--groups={}/labels.npy"], "groups and gallery_groups: give both or neither"),
+        (["--labels={}/labels.npy", "--groups={}/g.npy"], "groups: {}/g.npy cannot be read"),
         (["--labels={}/labels.npy", "--dims=9"], "dims: got [9], must be"),
         (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
         (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),
         (["--labels={}/labels.npy", "--output={}/no/f.json"], "No such file or directory"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_of_evaluate(dump, arguments, message):
     result = invoke("evaluate", dump, *(a.format(dump) for a in arguments))
     assert result.exit_code in (1, 2)
     assert isinstance(result.exception, SystemExit)
-    assert message in " ".join(result.output.split())
+    assert message.format(dump) in " ".join(result.output.split())
 
 
 def test_help_lists_the_choices():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 
 import numpy as np
@@ -33,23 +34,61 @@ def cosines(queries, gallery, dim):
     return q @ unit(gallery[:, :dim].double().numpy()).T
 
 
+def hide_own_groups(cosine, query_groups, gallery_groups):
+    """-inf where an item is of the query's own group."""
+    if query_groups is None:
+        return cosine
+    mine, theirs = query_groups.numpy()[:, None], gallery_groups.numpy()
+    return np.where((mine == theirs) & (mine >= 0), -np.inf, cosine)
+
+
 def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
-    """Recall@K, mAP@R by full sorting; `bonus` is added to the cosine of every relevant item."""
-    recall, precision = dict.fromkeys(ks, 0), []
+    """The definitions by full sorting, as a Result of dim 0.
+
+    cosine: [Nq, Ng], -inf where they do not meet; bonus: added to that of every relevant item.
+    """
+    recall, precision_at_k = {k: [] for k in ks}, {k: [] for k in ks}
+    precision_at_r, r_precision, alone, unlabelled = [], [], 0, 0
     for c, label in zip(cosine, query_labels, strict=True):
+        if label < 0:
+            unlabelled += 1
+            continue
         item = np.isfinite(c)
         wrong = gallery_labels[item] != label
         r = int((~wrong).sum())
         if r == 0:
+            alone += 1
             continue
         order = np.lexsort((~wrong, -(c[item] + bonus * ~wrong)))  # ties: the wrong one first
         right = ~wrong[order]
+        # P(i) rel(i)
+        terms = right * np.cumsum(right) / np.arange(1, len(right) + 1)
         for k in ks:
-            recall[k] += right[:k].any()
-        precision_at = np.cumsum(right) / np.arange(1, len(right) + 1)
-        precision.append((precision_at * right)[:r].sum() / r)
-    n = len(precision)
-    return {k: v / n for k, v in recall.items()}, math.fsum(precision) / n, n
+            recall[k].append(right[:k].any())
+            precision_at_k[k].append(terms[:k].sum() / min(k, r))
+        precision_at_r.append(terms[:r].sum() / r)
+        r_precision.append(right[:r].sum() / r)
+    return Result(
+        dim=0,
+        recall={k: np.mean(v) for k, v in recall.items()},
+        map_at_r=np.mean(precision_at_r),
+        num_queries=len(precision_at_r),
+        num_excluded=alone,
+        r_precision=np.mean(r_precision),
+        map_at_k={k: np.mean(v) for k, v in precision_at_k.items()},
+        num_unlabelled=unlabelled,
+        num_distractors=int((gallery_labels < 0).sum()),
+    )
+
+
+def figures(result):
+    """All averages, one after the other."""
+    averages = result.map_at_r, result.r_precision
+    return np.array([*result.recall.values(), *averages, *result.map_at_k.values()])
+
+
+def counts(result):
+    return result.num_queries, result.num_excluded, result.num_unlabelled, result.num_distractors
 
 
 @st.composite
@@ -65,17 +104,38 @@ def tied_rows(draw, min_rows=2, max_rows=14):
 
 
 def labels_for(draw, rows):
-    """Ragged: label 0 is common, others are rare."""
-    label = st.sampled_from([0, 0, 0, 1, 1, 2, 7])
+    """Ragged: label 0 is common, others are rare; some rows have none."""
+    label = st.sampled_from([0, 0, 0, 1, 1, 2, 7, -1, -3])
     return torch.tensor(draw(st.lists(label, min_size=len(rows), max_size=len(rows))))
 
 
 @st.composite
 def retrieval_problem(draw, rows):
+    """Queries and gallery with labels as `evaluate` takes them; groups as its keywords."""
     queries = draw(rows)
     gallery = draw(st.none() | rows)
-    query_labels = labels_for(draw, queries)
-    return queries, query_labels, gallery, None if gallery is None else labels_for(draw, gallery)
+    both = [queries] if gallery is None else [queries, gallery]
+    problem = [x for rows in both for x in (rows, labels_for(draw, rows))]
+    groups = {}
+    if draw(st.booleans()):
+        groups = {
+            name: labels_for(draw, rows)
+            for name, rows in zip(("query_groups", "gallery_groups"), both, strict=False)
+        }
+    return problem, groups
+
+
+def expected(problem, groups, dim, ks, bonus=0.0):
+    """What the oracle says; None where no query has a relevant item."""
+    queries, query_labels, gallery, gallery_labels = (*problem, None, None)[:4]
+    mine = groups.get("query_groups")
+    cosine = cosines(queries, gallery, dim)
+    cosine = hide_own_groups(cosine, mine, groups.get("gallery_groups", mine))
+    among = query_labels if gallery is None else gallery_labels
+    same = (query_labels.numpy()[:, None] == among.numpy()) & np.isfinite(cosine)
+    if not same[query_labels.numpy() >= 0].any():
+        return None
+    return oracle(cosine, query_labels.numpy(), among.numpy(), ks, bonus)
 
 
 @st.composite
@@ -89,56 +149,44 @@ def random_rows(draw):
     return x[torch.randint(n, (n + 3,), generator=generator)]
 
 
-def counted(query_labels, gallery_labels, exclude_self):
-    return ((query_labels[:, None] == gallery_labels).sum(1) > int(exclude_self)).sum().item()
-
-
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     retrieval_problem(tied_rows()),
     st.lists(st.sampled_from([1, 2, 3, 100]), min_size=1, unique=True),
     BLOCK_BYTES,
 )
+@pytest.mark.filterwarnings("ignore:gallery")
 def test_metrics_are_exact_with_ties(problem, ks, block_bytes):
-    queries, query_labels, gallery, gallery_labels = problem
-    among = query_labels if gallery is None else gallery_labels
-    n = counted(query_labels, among, gallery is None)
-    if n == 0:
+    problem, groups = problem
+    if expected(problem, groups, 16, ks) is None:
         with pytest.raises(ValueError, match="no query"):
-            evaluate(queries, query_labels, gallery, gallery_labels)
+            evaluate(*problem, **groups)
         return
     dims = [16, 1, 4]
-    results = evaluate(
-        queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
-    )
+    results = evaluate(*problem, **groups, dims=dims, ks=ks, block_bytes=block_bytes)
     assert [r.dim for r in results] == dims
     for result in results:
-        c = cosines(queries, gallery, result.dim)
-        recall, map_at_r, num = oracle(c, query_labels.numpy(), among.numpy(), ks)
-        assert (result.num_queries, result.num_excluded) == (num, len(queries) - num)
-        assert result.recall == pytest.approx(recall, abs=1e-9)
-        assert result.map_at_r == pytest.approx(map_at_r, abs=1e-6)
+        right = expected(problem, groups, result.dim, ks)
+        assert counts(result) == counts(right)
+        assert list(result.recall) == list(result.map_at_k) == ks
+        assert figures(result) == pytest.approx(figures(right), abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
 @given(retrieval_problem(random_rows()), BLOCK_BYTES)
+@pytest.mark.filterwarnings("ignore:gallery")
 def test_metrics_on_any_rows(problem, block_bytes):
     """Rounding may swap neighbours, so the truth lies between two shifts of the relevant items."""
-    queries, query_labels, gallery, gallery_labels = problem
-    among = query_labels if gallery is None else gallery_labels
-    if counted(query_labels, among, gallery is None) == 0:
-        return
+    problem, groups = problem
     dims, ks = [9, 5], [1, 2, 10]
-    for result in evaluate(
-        queries, query_labels, gallery, gallery_labels, dims=dims, ks=ks, block_bytes=block_bytes
-    ):
-        c = cosines(queries, gallery, result.dim)
+    if expected(problem, groups, 9, ks) is None:
+        return
+    for result in evaluate(*problem, **groups, dims=dims, ks=ks, block_bytes=block_bytes):
         low, high = (
-            oracle(c, query_labels.numpy(), among.numpy(), ks, bonus) for bonus in (-2e-6, 2e-6)
+            figures(expected(problem, groups, result.dim, ks, bonus)) for bonus in (-2e-6, 2e-6)
         )
-        for k in ks:
-            assert low[0][k] - 1e-9 <= result.recall[k] <= high[0][k] + 1e-9
-        assert low[1] - 1e-6 <= result.map_at_r <= high[1] + 1e-6
+        assert (low - 1e-9 <= figures(result)).all()
+        assert (figures(result) <= high + 1e-9).all()
 
 
 @settings(max_examples=50, deadline=None)
@@ -174,20 +222,99 @@ def test_a_copy_of_the_query_is_an_ordinary_item():
     # Copies with other labels: the only perfect match is wrong.
     assert evaluate(x, torch.tensor([0, 1, 0, 1]))[0].recall == {1: 0, 5: 1, 10: 1}
     # A gallery that happens to be the queries is a gallery: nothing is left out.
-    assert evaluate(x, torch.tensor([0, 1, 2, 3]), x, torch.tensor([0, 4, 2, 5]))[0][1:] == (
-        {1: 0.0, 5: 1.0, 10: 1.0}, 0.0, 2, 2,
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="gallery: 2 of the 2 queries find themselves"):
+        (result,) = evaluate(x, torch.tensor([0, 1, 2, 3]), x, torch.tensor([0, 4, 2, 5]))
+    assert result.recall == {1: 0, 5: 1, 10: 1}
+    assert (result.map_at_r, counts(result)) == (0, (2, 2, 0, 0))
 
 
-def test_known_map_at_r():
-    """R = 3, relevant items at positions 1, 3 and 5: (1/1 + 2/3) / 3, as 5 is beyond R."""
-    angle = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])
-    gallery = torch.stack([angle.cos(), angle.sin()], 1)
+def on_a_circle(*angles):
+    angle = torch.tensor(angles)
+    return torch.stack([angle.cos(), angle.sin()], 1)
+
+
+def test_known_figures():
+    """R = 3, relevant items at positions 1, 3 and 5."""
+    gallery = on_a_circle(0.1, 0.2, 0.3, 0.4, 0.5)
     (result,) = evaluate(
-        torch.tensor([[2.0, 0.0]]), torch.tensor([1]), gallery, torch.tensor([1, 0, 1, 0, 1])
+        torch.tensor([[2.0, 0.0]]), torch.tensor([1]), gallery, torch.tensor([1, 0, 1, 0, 1]),
+        ks=[1, 2, 5, 10],
+    )  # fmt: skip
+    assert result == Result(
+        dim=2,
+        recall={1: 1, 2: 1, 5: 1, 10: 1},
+        map_at_r=pytest.approx((1 + 2 / 3) / 3),  # 5 is beyond R
+        num_queries=1,
+        num_excluded=0,
+        r_precision=pytest.approx(2 / 3),
+        map_at_k={1: 1, 2: 0.5} | dict.fromkeys((5, 10), pytest.approx((1 + 2 / 3 + 3 / 5) / 3)),
+        num_unlabelled=0,
+        num_distractors=0,
     )
-    assert result.map_at_r == pytest.approx((1 + 2 / 3) / 3)
-    assert result == Result(2, {1: 1.0, 5: 1.0, 10: 1.0}, result.map_at_r, 1, 0)
+
+
+@pytest.mark.filterwarnings("ignore:gallery")
+def test_a_negative_label_is_none():
+    """It matches nothing, nor itself: wrong in the gallery, left out and counted as a query."""
+    x = on_a_circle(0.0, 0.1, 0.3, 0.31, 2.0)
+    (result,) = evaluate(x, torch.tensor([4, -1, 4, -1, 8]), ks=[1, 2])
+    # 0 finds a distractor, then 2; 2 finds a distractor, another one, then 0.
+    assert result.recall == {1: 0, 2: 0.5}
+    assert result.map_at_k == {1: 0, 2: 0.25}
+    assert (result.map_at_r, result.r_precision) == (0, 0)
+    assert counts(result) == (2, 1, 2, 2)
+    (result,) = evaluate(x, torch.tensor([4, -1, 4, -2, 8]), x[1:4], torch.tensor([-2, 4, -1]))
+    assert counts(result) == (2, 1, 2, 2)
+    with pytest.raises(ValueError, match="no query has another item with its label"):
+        evaluate(x, torch.full((5,), -1))
+
+
+@pytest.mark.filterwarnings("error")
+def test_items_of_the_querys_own_group_are_neither_right_nor_wrong():
+    x = on_a_circle(0.0, 0.1, 0.2, 0.3)
+    labels, cameras = torch.tensor([0, 0, 1, 0]), torch.tensor([5, 5, 5, 6])
+    (result,) = evaluate(x, labels, query_groups=cameras, ks=[1])
+    # 0 and 1 find 3 alone; 3 finds 2, which is wrong, then 1 and 0; 2 finds nothing of its label.
+    assert result.recall == {1: pytest.approx(2 / 3)}
+    assert result.map_at_r == pytest.approx((1 + 1 + 0.25) / 3)
+    assert result.r_precision == pytest.approx((1 + 1 + 0.5) / 3)
+    assert counts(result) == (3, 1, 0, 0)
+    # Queries that lie in the gallery too, as in benchmarks of products, each with its copy in a
+    # group: as if they were searched among the others.
+    groups = torch.arange(4)
+    assert evaluate(x, labels, x, labels, query_groups=groups, gallery_groups=groups) == evaluate(
+        x, labels
+    )
+    # A negative group is none.
+    nobody = torch.full((4,), -1)
+    assert evaluate(x, labels, query_groups=nobody) == evaluate(x, labels)
+
+
+@pytest.mark.parametrize("dims", [None, [2, 8]])
+def test_queries_that_lie_in_the_gallery_are_noticed(dims):
+    generator = torch.Generator().manual_seed(0)
+    x, others = torch.randn(20, 8, generator=generator), torch.randn(30, 8, generator=generator)
+    labels = torch.arange(20) % 4
+    elsewhere = torch.cat([others, 3 * x[:7].flip(0).double()])  # in other places, of other norm
+    gallery_labels = torch.cat([torch.arange(30) % 4, labels[:7].flip(0)])
+    with pytest.warns(UserWarning, match="^gallery: ") as noticed:
+        evaluate(x, labels, elsewhere, gallery_labels, dims=dims)
+    assert [str(w.message) for w in noticed] == [
+        "gallery: 7 of the 20 queries find themselves in it, which says nothing about the model; "
+        "leave the gallery out, or give a query and its copy one group"
+    ]
+    assert noticed[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_neighbours_that_are_near_are_no_copies():
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 4
+    near = x + 1e-5
+    assert evaluate(x, labels, near, labels, ks=[1])[0].recall == {1: 1}
+    evaluate(x, labels, x[:, :1] * torch.ones(8), labels, dims=[1])  # the same at one dimension
+    evaluate(torch.zeros(20, 8), labels, torch.zeros(20, 8), labels)
+    evaluate(torch.cat([x, x]), torch.cat([labels, labels]))  # searched among the others
 
 
 def test_a_collapsed_model_scores_zero_in_any_order():
@@ -253,6 +380,32 @@ def test_inputs_may_be_strided_and_need_gradients():
     assert evaluate(wide[:, ::2], labels) == evaluate(before[:, ::2].contiguous(), labels.clone())
     assert not topk(wide, k=2)[0].requires_grad
     assert torch.equal(wide, before)
+
+
+def on_ranks(group, arguments, keywords):
+    with warnings.catch_warnings(record=True) as noticed:
+        warnings.simplefilter("always")
+        found = evaluate(*arguments, **keywords, process_group=group)
+    return found, [str(w.message) for w in noticed]
+
+
+def test_ranks_share_the_queries(ranks):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 8, generator=generator) for n in (37, 50))
+    labels, among = torch.arange(37) % 6 - 1, torch.arange(50) % 5 - 1
+    y[:3] = x[2:5]
+    keywords = {
+        "query_groups": torch.arange(37) % 4, "gallery_groups": torch.arange(50) % 3,
+        "dims": [4, 8], "ks": [1, 7],
+    }  # fmt: skip
+    right, warned = on_ranks(None, (x, labels, y, among), keywords)
+    assert len(warned) == 1
+    found = ranks.run(3, on_ranks, (x, labels, y, among), keywords)
+    assert [messages for _, messages in found] == [warned, [], []]
+    for results, _ in found:
+        for result, expected_ in zip(results, right, strict=True):
+            assert counts(result) == counts(expected_)
+            assert figures(result) == pytest.approx(figures(expected_), abs=1e-12)
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -340,6 +493,18 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (ValueError, r"query_labels: got shape \[5\]", lambda: evaluate(X, Y[:5])),
         (ValueError, r"gallery_labels: got shape \[6\]", lambda: evaluate(X, Y, X[:2], Y)),
         (ValueError, "gallery and gallery_labels", lambda: evaluate(X, Y, X)),
+        (ValueError, "^gallery_groups: was given without a gallery, must be None$",
+         lambda: evaluate(X, Y, gallery_groups=Y)),
+        (ValueError, "^query_groups and gallery_groups: give both or neither$",
+         lambda: evaluate(X, Y, X, Y, query_groups=Y)),
+        (ValueError, "^query_groups and gallery_groups: give both or neither$",
+         lambda: evaluate(X, Y, X, Y, gallery_groups=Y)),
+        (TypeError, "^query_groups: got dtype torch.float32, must be an integer type$",
+         lambda: evaluate(X, Y, query_groups=Y.float())),
+        (ValueError, r"^gallery_groups: got shape \[5\], must be \[6\], one per row of gallery$",
+         lambda: evaluate(X, Y, X, Y, query_groups=Y, gallery_groups=Y[:5])),
+        (ValueError, "its label in the gallery, outside its own group$",
+         lambda: evaluate(X, Y, query_groups=Y)),
         (ValueError, "gallery: got 3 dimensions, .* 4", lambda: evaluate(X, Y, X[:, :3], Y)),
         (ValueError, "gallery: is on meta", lambda: topk(X, X.to("meta"))),
         (ValueError, r"dims: got \[4, 5\].* from 1 to 4", lambda: evaluate(X, Y, dims=[4, 5])),
@@ -353,7 +518,7 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (ValueError, "no query", lambda: evaluate(X, torch.arange(6))),
         (ValueError, "no query", lambda: evaluate(X[:0], Y[:0])),
     ],
-)
+)  # fmt: skip
 def test_errors(error, message, call):
     with pytest.raises(error, match=message):
         call()

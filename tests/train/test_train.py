@@ -101,7 +101,12 @@ def test_metrics_file_is_complete(finished):
     assert [[r["dim"] for r in e["results"]] for e in metrics["evaluations"]] == [[8], [8], [4, 8]]
     for result in metrics["evaluations"][-1]["results"]:
         assert 0 < result["recall"]["1"] <= result["recall"]["5"] <= result["recall"]["10"] <= 1
-        assert 0 < result["map_at_r"] <= 1
+        assert 0 < result["map_at_r"] <= result["r_precision"] <= 1
+        assert list(result["map_at_k"]) == list(result["recall"])
+        assert result["map_at_k"]["1"] == result["recall"]["1"]
+        counted = [result[f"num_{name}"] for name in ("queries", "excluded", "unlabelled")]
+        assert counted == [72, 0, 0]
+        assert result["num_distractors"] == 0
     assert metrics["data"]["train_classes"] == 20
     assert metrics["data"]["test_images"] == 72
     assert set(metrics["versions"]) == {"python", "unicom_ext", "torch", "numpy"}
@@ -436,10 +441,28 @@ def test_report_is_complete_and_self_contained(finished):
         assert min(image.size) > 100
     for result in metrics["evaluations"][-1]["results"]:
         assert f"{result['recall']['1']:.3f}" in page
-        assert f"{result['map_at_r']:.4f}" in page
+        for figure in (result["map_at_r"], result["r_precision"], result["map_at_k"]["10"]):
+            assert f"<td>{figure:.4f}</td>" in page
+    assert "<th>R-precision</th><th>mAP@1</th>" in page
     assert "<td>our model</td>" in page
     assert "feature_rate" in page
     assert "{{" not in page
+
+
+@pytest.mark.slow
+def test_report_of_a_run_of_before(finished, tmp_path):
+    """Whose results have no other figures than Recall@K and mAP@R."""
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    for evaluation_ in metrics["evaluations"]:
+        evaluation_["results"] = [
+            {name: result[name] for name in ("dim", "recall", "map_at_r")}
+            for result in evaluation_["results"]
+        ]
+    test_set = DATA[1]
+    embeddings = torch.randn(len(test_set), 8, generator=torch.Generator().manual_seed(0))
+    report.write(tmp_path, metrics, test_set, embeddings, np.random.default_rng(0))
+    page = (tmp_path / "report.html").read_text()
+    assert "<th>mAP@R</th></tr>" in page
 
 
 def test_neighbours_are_marked_right_and_wrong():

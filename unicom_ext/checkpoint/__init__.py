@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unicom_ext.checkpoint.classes import RowPlanner, described
 from unicom_ext.checkpoint.directory import (
     ABOUT,
     FORMAT,
@@ -37,7 +38,7 @@ from unicom_ext.checkpoint.directory import (
     write_tensors,
 )
 from unicom_ext.checkpoint.parts import Parts
-from unicom_ext.checkpoint.plan import Plan, RowPlanner
+from unicom_ext.checkpoint.plan import Plan
 from unicom_ext.distributed.failures import agree, failures_of
 from unicom_ext.utils.files import CheckpointError, sync_directory
 
@@ -59,7 +60,9 @@ def save(
 
     Args:
         directory: on a file system that all ranks share; must not exist.
-        modules: by name. Those inside DistributedDataParallel or torch.compile are taken out of it.
+        modules: by name. They, and parts of them, may be inside torch.compile,
+            DistributedDataParallel, FSDP or torch's activation checkpointing: the names of these
+            wrappers are left out of the names of tensors.
         optimizers: by name; of parameters of the modules.
         extra: what JSON can hold: step, epoch, settings.
         process_group: the ranks that save; default the group of a `PartialMarginSoftmax` among the
@@ -111,7 +114,8 @@ def load(
 ) -> dict[str, Any]:
     """Read a checkpoint into modules and optimizers, in place; returns its `extra`.
 
-    Every rank calls this; their number need not be that of the ranks that saved.
+    Every rank calls this; their number need not be that of the ranks that saved, nor need modules
+    be in the same wrappers.
 
     Args:
         directory: what `save` wrote.
@@ -119,20 +123,27 @@ def load(
             checkpoint that are not named are left out.
         class_map: int64 [C], for a loss of C classes that are not those of the checkpoint: the
             class there that each class here goes on from, or -1 for a class that is new, which
-            keeps its initial prototype and gets fresh optimizer state. The others must increase.
+            keeps its initial prototype and gets fresh optimizer state. In any order; a class there
+            may be split among several here, which then start alike. Or int64 [C, m], up to m
+            classes there that are merged into each class here, filled up with -1: the prototype
+            gets the direction of the mean of their unit rows, and the mean of their norms;
+            optimizer state is the mean of theirs (of steps that a row has had, the maximum), when
+            they have been brought up to date as by `RowAdamW.catch_up`. The same on every rank.
             ``torch.arange(C)`` with -1 past the old classes appends classes;
             ``torch.tensor(kept_ids)`` drops those that are not in it.
 
-    Raises CheckpointError, on every rank, if something does not fit; nothing has changed then.
+    Raises CheckpointError, or ValueError for the class_map, on every rank, if something does not
+    fit; nothing has changed then.
     """
     directory = Path(directory)
     parts = Parts(modules, optimizers or {}, process_group)
-    failure, plan = None, None
+    failure, plan, same = None, None, {}
     try:
         plan = Plan(directory, parts, class_map)
+        same["class_map"] = described(class_map)
     except Exception as error:
         failure = error
-    agree({}, failure, parts.group)
+    agree(same, failure, parts.group)
     assert plan is not None
     where = {
         "checkpoint_id": directory,

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
+from unicom_ext.checkpoint.names import SavedNames, plain_name
 from unicom_ext.utils.files import CheckpointError, write_atomically
 
 FORMAT = "unicom_ext checkpoint"
@@ -46,14 +47,21 @@ def show(directory: str | os.PathLike[str]) -> None:
 
 
 def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> None:
-    """A checkpoint as one file for `torch.load`: a dict of tensors by name."""
+    """A checkpoint as one file for `torch.load`: a dict of tensors by name.
+
+    Names are without those of wrappers such as torch.compile, also where an older version has saved
+    them.
+    """
     metadata, _ = read(Path(directory))
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in metadata.state_dict_metadata.items()
     }
+    names = SavedNames(state)
+    plain = {plain_name(key): names.find(plain_name(key)) for key in state}
     read_tensors(state, checkpoint_id=directory, no_dist=True)
-    write_atomically(file, lambda handle: torch.save(state, handle))
+    merged = {name: state[key] for name, key in plain.items() if key is not None}
+    write_atomically(file, lambda handle: torch.save(merged, handle))
 
 
 def split(file: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unicom_ext.checkpoint.names import PlainNames, clash, joined
 from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
@@ -25,16 +26,18 @@ class Parts:
         optimizers: Mapping[str, Optimizer],
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self.modules = {name: _unwrapped(module) for name, module in modules.items()}
+        self.modules = modules
         self.optimizers = optimizers
         self.losses: dict[str, PartialMarginSoftmax] = {}  # by the name of their weight
         self.names: dict[Tensor, str] = {}
-        for name, module in self.modules.items():
+        self._plain = {name: PlainNames(module) for name, module in modules.items()}
+        for name, module in modules.items():
+            plain = self._plain[name]
             for path, part in module.named_modules():
                 if isinstance(part, PartialMarginSoftmax):
-                    self.losses[joined("modules", name, path, "weight")] = part
+                    self.losses[joined("modules", name, plain(path), "weight")] = part
             for path, param in module.named_parameters():
-                self.names[param] = joined("modules", name, path)
+                self.names[param] = joined("modules", name, plain(path))
         groups = [loss.shard.group for loss in self.losses.values() if loss.shard is not None]
         self.group = process_group or next(iter(groups), None) or default_group()
         self.is_first = Ranks(self.group).is_first
@@ -42,13 +45,13 @@ class Parts:
     def collect(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors, and the plain values that belong to them."""
         state: dict[str, Tensor] = {}
-        for name in self.modules:
-            for key, value in self.state_dict(name).items():
-                if not isinstance(value, Tensor):
-                    raise CheckpointError(
-                        f"{name}.{key} must be a tensor to be saved, got {type(value).__name__}"
-                    )
-                state[joined("modules", name, key)] = value
+        for key, value in self.named(self.module_states()):
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{key.removeprefix('modules.')} must be a tensor to be saved, got "
+                    f"{type(value).__name__}"
+                )
+            state[key] = value
         about: dict[str, Any] = {"classes": {}, "optimizers": {}}
         for key, loss in self.losses.items():
             about["classes"][key] = {
@@ -69,16 +72,31 @@ class Parts:
             about["optimizers"][name] = {"groups": self.groups(optimizer), "values": values}
         return state, about
 
-    def state_dict(self, name: str) -> dict[str, Any]:
-        """That of a module, with the prototypes as global tensors in any case."""
+    def module_states(self) -> dict[str, dict[str, Any]]:
+        """The modules' state dicts, whose keys have the names of wrappers in them.
+
+        The prototypes of a process group are `DTensor`s in any case.
+        """
         full = [loss for loss in self.losses.values() if loss.full_state_dict]
         try:
             for loss in full:
                 loss.full_state_dict = False
-            return self.modules[name].state_dict()
+            return {name: module.state_dict() for name, module in self.modules.items()}
         finally:
             for loss in full:
                 loss.full_state_dict = True
+
+    def named(self, states: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """What is in the modules' state dicts, by its name in a checkpoint."""
+        seen: dict[str, str] = {}
+        for name, state in states.items():
+            for key, value in state.items():
+                full = joined("modules", name, self._plain[name](key))
+                here = joined("modules", name, key)
+                if full in seen:
+                    raise clash(full, [seen[full], here])
+                seen[full] = here
+                yield full, value
 
     def params(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's parameters in its order."""
@@ -139,17 +157,3 @@ def _as_global(loss: PartialMarginSoftmax | None, param: Tensor, key: str, value
             f"{len(param)} classes, or be a scalar, to be saved; got {list(value.shape)}"
         )
     return loss.shard.as_global(value)
-
-
-def joined(*parts: str) -> str:
-    return ".".join(part for part in parts if part)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif hasattr(module, "_orig_mod"):  # torch.compile
-            module = cast(nn.Module, module._orig_mod)
-        else:
-            return module

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from unicom_ext.checkpoint.classes import (
+    OldClasses,
+    Rows,
+    catch_up,
+    check_class_map,
+    merged_prototypes,
+    merged_state,
+)
 from unicom_ext.checkpoint.directory import read
-from unicom_ext.checkpoint.parts import Parts, as_option, joined
+from unicom_ext.checkpoint.names import SavedNames, joined, plain_name
+from unicom_ext.checkpoint.parts import Parts, as_option
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
-
-class _Rows(NamedTuple):
-    """Rows of a saved tensor for this rank's classes, where they are not the same classes."""
-
-    buffer: Tensor  # [n, ...] saved rows
-    first: int  # the saved class of the first
-    of_row: Tensor  # [rows] which row of the buffer each row of the target gets, -1 for none
-    target: Tensor  # [rows, ...]
-
-
-# What a row that was never updated holds in a state tensor, where that is not zero.
-_FRESH = {"log_decay": "total_log_decay", "last_step": "step"}
+# What a row that has missed nothing holds in a state tensor: new ones, and those made of several.
+_UP_TO_DATE = {"log_decay": "total_log_decay", "last_step": "step"}
 
 
 class Plan:
@@ -41,27 +37,33 @@ class Plan:
         self.directory = directory
         self.parts = parts
         self.saved, self.about = read(directory)
+        self.names = SavedNames(self.saved.state_dict_metadata)
+        # Of what is in optimizers' states by "optimizers.NAME.PARAMETER": its name by its key.
+        self.saved_states: dict[str, dict[str, str]] = {}
+        for key in self.saved.state_dict_metadata:
+            of_param, _, short = plain_name(key).rpartition(".")
+            self.saved_states.setdefault(of_param, {})[short] = key
         self.whole: dict[str, Tensor] = {}
-        self.rows: dict[str, _Rows] = {}
-        self.module_states: dict[str, dict[str, Tensor]] = {}
+        self.rows: dict[str, Rows] = {}
+        self.old: dict[str, OldClasses] = {}  # by the name of a loss's weight
+        self.module_states = parts.module_states()
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}  # of optimizers' parameters
         self._check_classes(class_map)
-        self.class_map = class_map
-        for name in parts.modules:
-            self.module_states[name] = parts.state_dict(name)
-            for key, value in self.module_states[name].items():
-                full = joined("modules", name, key)
-                self._add(full, parts.losses.get(full), value)
+        for key, value in parts.named(self.module_states):
+            self._add(key, self.old.get(key), value)
         for name, optimizer in parts.optimizers.items():
             self._add_optimizer(name, optimizer)
 
     def _check_classes(self, class_map: Tensor | None) -> None:
+        if class_map is not None and not self.parts.losses:
+            raise ValueError("class_map needs a PartialMarginSoftmax among the modules, got none")
+        classes = self.about["classes"]
+        names = SavedNames(classes)
         for key, loss in self.parts.losses.items():
-            saved = self.about["classes"].get(key)
-            if saved is None:
-                raise CheckpointError(
-                    f"{self.directory}: has no {key}, only {sorted(self.about['classes'])}"
-                )
+            name = names.find(key)
+            if name is None:
+                raise CheckpointError(f"{self.directory}: has no {key}, only {sorted(classes)}")
+            saved = classes[name]
             there = [saved["num_classes"], saved["embedding_size"]]
             here = [loss.num_classes, loss.embedding_size]
             if there[1] != here[1] or (class_map is None and there != here):
@@ -71,23 +73,35 @@ class Plan:
                     f"{here}{hint}"
                 )
             if class_map is not None:
-                _check_class_map(class_map, here[0], there[0])
+                check_class_map(class_map, here[0], there[0])
+                start = 0 if loss.shard is None else loss.shard.start
+                self.old[key] = OldClasses(class_map, start, len(loss.weight))
 
-    def _add(self, key: str, loss: PartialMarginSoftmax | None, target: Tensor) -> None:
-        """target: the tensor to be read into; global where it is sharded."""
-        entry = self.saved.state_dict_metadata.get(key)
-        if not isinstance(entry, TensorStorageMetadata):
+    def _add(self, key: str, old: OldClasses | None, target: Tensor) -> None:
+        """key: of the tensor here; old: of its rows, where they are of other classes than there;
+        target: to be read into; global where it is sharded."""
+        name = self._saved_name(key)
+        entry = self.saved.state_dict_metadata[name]
+        taken = name in self.whole or name in self.rows  # by another tensor here
+        if taken or not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(f"{self.directory}: has no {key}")
-        if loss is not None and self.class_map is not None:
+        if old is not None:
             local = target.to_local() if isinstance(target, DTensor) else target
-            self.rows[key] = _saved_rows(self.class_map, loss, entry, local)
+            buffer = torch.empty((len(old.ids), *entry.size[1:]), dtype=entry.properties.dtype)
+            self.rows[name] = Rows(old, buffer, local)
         elif list(entry.size) != list(target.shape):
             raise CheckpointError(
                 f"{self.directory}: {key} has shape {list(entry.size)} there, but "
                 f"{list(target.shape)} is expected"
             )
         else:
-            self.whole[key] = target
+            self.whole[name] = target
+
+    def _saved_name(self, key: str) -> str:
+        name = self.names.find(key)
+        if name is None:
+            raise CheckpointError(f"{self.directory}: has no {key}")
+        return name
 
     def _add_optimizer(self, name: str, optimizer: Optimizer) -> None:
         saved = self.about["optimizers"].get(name)
@@ -98,46 +112,69 @@ class Plan:
             )
         there = [group["params"] for group in saved["groups"]]
         here = [group["params"] for group in self.parts.groups(optimizer)]
-        if there != here:
+        if not _same_names(there, here):
             raise CheckpointError(
                 f"{self.directory}: optimizer {name!r} has the parameters {there} there, "
                 f"but {here} here"
             )
         states = self.states[name] = {}
-        for param_name, param in self.parts.params(name, optimizer):
-            prefix = joined("optimizers", name, param_name) + "."
+        for param_name, saved_name, param in self._optimized(name, optimizer):
             states[param_name] = {}
-            for key, entry in self.saved.state_dict_metadata.items():
-                if key.startswith(prefix) and "." not in key[len(prefix) :]:
-                    short = key[len(prefix) :]
-                    loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
-                    states[param_name][short] = _room(loss, param, entry)
-                    self._add(key, loss, states[param_name][short])
+            of_param = plain_name(joined("optimizers", name, saved_name))
+            for short, key in self.saved_states.get(of_param, {}).items():
+                entry = self.saved.state_dict_metadata[key]
+                loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
+                states[param_name][short] = _room(loss, param, entry)
+                old = None if loss is None else self.old.get(param_name)
+                self._add(plain_name(key), old, states[param_name][short])
+
+    def _optimized(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
+        """The optimizer's parameters: the name here, the name there, and itself."""
+        groups = self.about["optimizers"][name]["groups"]
+        there = [saved_name for group in groups for saved_name in group["params"]]
+        here = self.parts.params(name, optimizer)
+        for (param_name, param), saved_name in zip(here, there, strict=True):
+            yield param_name, saved_name, param
 
     @torch.no_grad()
     def finish(self) -> None:
-        for rows in self.rows.values():
-            known = rows.of_row >= 0
-            loaded = rows.buffer[rows.of_row[known]].to(rows.target)
-            rows.target[known.to(rows.target.device)] = loaded
+        for name, optimizer in self.parts.optimizers.items():
+            for param_name, saved_name, _ in self._optimized(name, optimizer):
+                if param_name in self.old:
+                    self._finish_rows(name, optimizer, param_name, saved_name)
+        for key in self.old:
+            self.rows[self._saved_name(key)].fill(merged_prototypes)
         # Tensors were read in place; this is for what is not one, such as the seed.
         for name, module in self.parts.modules.items():
             module.load_state_dict(self.module_states[name])
         for name, optimizer in self.parts.optimizers.items():
             self._finish_optimizer(name, optimizer)
 
+    def _finish_rows(
+        self, name: str, optimizer: Optimizer, param_name: str, saved_name: str
+    ) -> None:
+        """The state of prototypes, and these up to date, where they are of other classes."""
+        of_param = plain_name(joined("optimizers", name, saved_name))
+        keys = self.saved_states.get(of_param, {})
+        rows = {short: self.rows[key] for short, key in keys.items() if key in self.rows}
+        state = self.states[name][param_name]
+        values = self.about["optimizers"][name]["values"].get(saved_name, {})
+        shared = {short: value for short, value in state.items() if short not in rows}
+        catch_up(optimizer, self.rows[self._saved_name(param_name)], rows, {**values, **shared})
+        for short, of_state in rows.items():
+            of_state.fill(merged_state)
+            if short in _UP_TO_DATE:
+                missed_nothing = ~of_state.old.single.to(of_state.target.device)
+                of_state.target[missed_nothing] = state[_UP_TO_DATE[short]].to(of_state.target)
+
     def _finish_optimizer(self, name: str, optimizer: Optimizer) -> None:
         saved = self.about["optimizers"][name]
         state: dict[int, dict[str, Any]] = {}
-        for index, (param_name, _) in enumerate(self.parts.params(name, optimizer)):
-            values = {**saved["values"].get(param_name, {}), **self.states[name][param_name]}
+        for index, (param_name, saved_name, _) in enumerate(self._optimized(name, optimizer)):
+            values = {**saved["values"].get(saved_name, {}), **self.states[name][param_name]}
             if param_name in self.parts.losses:
                 for key, value in values.items():
                     values[key] = value.to_local() if isinstance(value, DTensor) else value
-                for key, source in _FRESH.items():
-                    rows = self.rows.get(joined("optimizers", name, param_name, key))
-                    if rows is not None:
-                        values[key][rows.of_row < 0] = values[source].to(values[key])
             if values:
                 state[index] = values
         groups, first = [], 0
@@ -149,17 +186,15 @@ class Plan:
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _saved_rows(
-    class_map: Tensor, loss: PartialMarginSoftmax, entry: TensorStorageMetadata, target: Tensor
-) -> _Rows:
-    """What to read of a saved tensor for the rows of `target`, this rank's classes."""
-    start = 0 if loss.shard is None else loss.shard.start
-    old = class_map[start : start + len(target)].cpu()
-    known = old[old >= 0]
-    first, stop = (int(known[0]), int(known[-1]) + 1) if len(known) else (0, 0)
-    buffer = torch.empty((stop - first, *entry.size[1:]), dtype=entry.properties.dtype)
-    of_row = torch.where(old >= 0, old - first, -1)
-    return _Rows(buffer, first, of_row, target)
+def _same_names(there: list[list[str]], here: list[list[str]]) -> bool:
+    """Whether groups have the same parameters, but for wrappers' names there."""
+    if [len(group) for group in there] != [len(group) for group in here]:
+        return False
+    return all(
+        SavedNames([saved_name]).find(name) is not None
+        for saved_group, group in zip(there, here, strict=True)
+        for saved_name, name in zip(saved_group, group, strict=True)
+    )
 
 
 def _room(loss: PartialMarginSoftmax | None, param: Tensor, entry: TensorStorageMetadata) -> Tensor:
@@ -171,61 +206,3 @@ def _room(loss: PartialMarginSoftmax | None, param: Tensor, entry: TensorStorage
     if param.shape == entry.size:  # in its memory format, which fused optimizers rely on
         return torch.zeros_like(param, dtype=dtype, requires_grad=False)
     return torch.zeros(entry.size, dtype=dtype)
-
-
-def _check_class_map(class_map: Tensor, num_classes: int, saved_classes: int) -> None:
-    if not isinstance(class_map, Tensor) or class_map.dtype != torch.int64:
-        raise ValueError(f"class_map must be an int64 tensor, got {type(class_map).__name__}")
-    if class_map.shape != (num_classes,):
-        raise ValueError(
-            f"class_map must have one entry for each of the {num_classes} classes of the loss, "
-            f"got the shape {list(class_map.shape)}"
-        )
-    known = class_map[class_map >= 0]
-    if (class_map < -1).any() or (known >= saved_classes).any() or (known.diff() <= 0).any():
-        raise ValueError(
-            f"class_map must hold increasing classes of the checkpoint in [0, {saved_classes}), "
-            "or -1 for a new class"
-        )
-
-
-class RowPlanner(LoadPlanner):
-    """Reads runs of rows of saved tensors, whichever ranks wrote them."""
-
-    def __init__(self, rows: Mapping[str, _Rows]) -> None:
-        self.rows = rows
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
-    ) -> None:
-        self.metadata = metadata
-
-    def create_local_plan(self) -> LoadPlan:
-        items = []
-        for key, rows in self.rows.items():
-            if len(rows.buffer) > 0:
-                offsets = torch.Size([rows.first, *[0] * (rows.buffer.dim() - 1)])
-                chunk = ChunkStorageMetadata(offsets, rows.buffer.shape)
-                saved = self.metadata.state_dict_metadata[key]
-                items += create_read_items_for_chunk_list(key, saved, [chunk])
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
-        raise AssertionError("only tensors are asked for")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        tensor = self.rows[read_item.dest_index.fqn].buffer
-        for dim, (offset, length) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            tensor = tensor.narrow(dim, offset, length)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass

@@ -1,4 +1,4 @@
-"""Exact retrieval: `evaluate` (Recall@K, mAP@R) and `topk`, in bounded memory."""
+"""Exact retrieval: `evaluate` (Recall@K, mAP@K, mAP@R and more) and `topk`, in bounded memory."""
 
 from unicom_ext.retrieval.metrics import Result, evaluate
 from unicom_ext.retrieval.search import topk

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def evaluate_files(
     gallery: str | Path | None = None,
     gallery_labels: str | Path | None = None,
     *,
+    groups: str | Path | None = None,
+    gallery_groups: str | Path | None = None,
     joint: str = "image",
     image_weight: float = 0.5,
     dims: Sequence[int] | None = None,
@@ -28,26 +31,45 @@ def evaluate_files(
 
     features, gallery       see `unicom_ext.data.formats`: [n, d] each; without a gallery each row
                             is searched among the others
-    labels, gallery_labels  .npy files of integers [n], or directories of labels_*.npy; rows with a
-                            negative label take no part
+    labels, gallery_labels  .npy files of integers [n], or directories of labels_*.npy; a negative
+                            label is none, as in `retrieval.evaluate`
+    groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
+                            `retrieval.evaluate`
     joint, image_weight     which features, as in `unicom-ext cluster`
     dims, ks                see `retrieval.evaluate`
 
     Raises ConfigError, SourceError or ValueError; the message names the file or what is wrong.
     """
-    source = Source(features, joint=joint, image_weight=image_weight)
-    found = _labelled_rows("labels", labels, source)
-    others: tuple[Tensor | None, Tensor | None] = (None, None)
-    if gallery is not None and gallery_labels is not None:
-        source = Source(gallery, joint=joint, image_weight=image_weight)
-        others = _labelled_rows("gallery_labels", gallery_labels, source)
-    elif gallery is not None or gallery_labels is not None:
+    if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: give both or neither")
-    return evaluate(*found, *others, dims=dims, ks=ks)
+    if gallery is None and gallery_groups is not None:
+        raise ValueError("gallery_groups: was given without a gallery")
+    if gallery is not None and (groups is None) != (gallery_groups is None):
+        raise ValueError("groups and gallery_groups: give both or neither")
+
+    def rows(path: str | Path) -> Source:
+        return Source(path, joint=joint, image_weight=image_weight)
+
+    source = rows(features)
+    queries = source.take(np.arange(source.rows))
+    query_labels = torch.from_numpy(read_labels("labels", labels, source.rows))
+    query_groups = _integers("groups", groups, source)
+    items = None
+    if gallery is not None:
+        source = rows(gallery)
+        items = source.take(np.arange(source.rows))
+    return evaluate(
+        queries,
+        query_labels,
+        items,
+        _integers("gallery_labels", gallery_labels, source),
+        query_groups=query_groups,
+        gallery_groups=_integers("gallery_groups", gallery_groups, source),
+        dims=dims,
+        ks=ks,
+    )
 
 
-def _labelled_rows(name: str, path: str | Path, source: Source) -> tuple[Tensor, Tensor]:
-    """The rows [n, d] that have a label, and their labels int64 [n]."""
-    known = read_labels(name, path, source.rows)
-    rows = (known >= 0).nonzero()[0]
-    return source.take(rows), torch.from_numpy(known[rows])
+def _integers(name: str, path: str | Path | None, source: Source) -> Tensor | None:
+    """int64 [n], one for each row of the source; None where there is no file."""
+    return None if path is None else torch.from_numpy(read_labels(name, path, source.rows))

@@ -26,6 +26,7 @@ BEST_BYTES = 64  # per entry of the running lists
 VALUE_BYTES = 16  # per number of a block of rows, while it is normalised
 
 LOW_HALF = 0xFFFFFFFF
+LAST_ROW = 0x7FFFFFFF  # the largest index of a gallery row: one bit of the low half is left
 NOTHING = torch.iinfo(torch.int64).min  # the key of an entry that is still free: below every other
 
 
@@ -67,12 +68,12 @@ def topk(
         gallery,
         torch.arange(len(queries), device=queries.device),
         lambda _: k,
-        TieRank(lambda query, item: LOW_HALF - item, lambda begin: LOW_HALF - begin),
+        TieRank(lambda query, item: LAST_ROW - item, lambda begin: LAST_ROW - begin),
         exclude_self=exclude_self,
         block_bytes=block_bytes,
     ):
-        cosine[ids] = _score_of(keys)
-        index[ids] = LOW_HALF - (keys & LOW_HALF)
+        cosine[ids] = score_of(keys)
+        index[ids] = LAST_ROW - (keys & LAST_ROW)
     return cosine, index
 
 
@@ -91,6 +92,7 @@ def best_keys(
     tie: TieRank,
     *,
     exclude_self: bool,
+    groups: tuple[Tensor, Tensor] | None = None,
     block_bytes: int,
     dim: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,6 +100,8 @@ def best_keys(
 
     order        int64 [n], ids of queries, taken a block at a time
     list_length  position in `order` -> k of the block that starts there
+    groups       integers [Nq] and [Ng]: a query does not meet the items of its own group; a
+                 negative one is none
     dim          number of leading dimensions to use; rows are normalised over these alone
     """
     dim = dim or queries.shape[1]
@@ -106,7 +110,7 @@ def best_keys(
         k = list_length(start)
         q, g = block_shape(len(order) - start, len(gallery), k, dim, block_bytes)
         ids = order[start : start + q]
-        yield ids, _search(queries, gallery, ids, k, g, dim, tie, exclude_self)
+        yield ids, _search(queries, gallery, ids, k, g, dim, tie, exclude_self, groups)
         start += q
 
 
@@ -133,6 +137,7 @@ def _search(
     dim: int,
     tie: TieRank,
     exclude_self: bool,
+    groups: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Keys int64 [q, k] of the best gallery rows for the queries `ids` [q], largest first."""
     x = unit_rows("queries", queries[ids, :dim], ids)
@@ -144,6 +149,9 @@ def _search(
         if exclude_self:
             own = ((ids >= begin) & (ids < begin + len(y))).nonzero().flatten()
             score[own, ids[own] - begin] = -torch.inf
+        if groups is not None:
+            mine, theirs = groups[0][ids, None], groups[1][begin : begin + len(y)]
+            score.masked_fill_((mine == theirs) & (mine >= 0), -torch.inf)
         best = _merge(best, score, ids, begin, tie)
     return best
 
@@ -154,10 +162,10 @@ def _merge(best: Tensor, score: Tensor, ids: Tensor, begin: int, tie: TieRank) -
     # Only scores above the k-th best matter, or equal to it if they can win the tie: few, once the
     # first blocks have passed. The rest of the work is on these alone.
     last = best[:, -1]
-    floor = _score_of(last)
+    floor = score_of(last)
     below = torch.nextafter(floor, torch.full_like(floor, -torch.inf))
     floor = torch.where((last & LOW_HALF) < tie.most(begin), below, floor)
-    floor = torch.where(last == NOTHING, -2.0, floor)  # takes all but the query itself
+    floor = torch.where(last == NOTHING, -2.0, floor)  # takes all that the query may meet
     row, column = (score > floor[:, None]).nonzero(as_tuple=True)  # sorted by row
     if len(row) == 0:
         return best
@@ -179,7 +187,7 @@ def _key_of(score: Tensor, rank: Tensor) -> Tensor:
     return (ordered.to(torch.int64) << 32) | rank
 
 
-def _score_of(key: Tensor) -> Tensor:
+def score_of(key: Tensor) -> Tensor:
     ordered = (key >> 32).to(torch.int32)
     return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
@@ -237,8 +245,8 @@ def check_gallery(queries: Tensor, gallery: Tensor) -> None:
         )
     if gallery.device != queries.device:
         raise ValueError(f"gallery: is on {gallery.device}, the queries are on {queries.device}")
-    if len(gallery) > LOW_HALF:
-        raise ValueError(f"gallery: got {len(gallery)} rows, at most 2^32 - 1 are allowed")
+    if len(gallery) > LAST_ROW + 1:
+        raise ValueError(f"gallery: got {len(gallery)} rows, at most 2^31 are allowed")
 
 
 def check_block_bytes(block_bytes: int) -> None:

@@ -35,8 +35,11 @@ def evaluate(
 
 def _plain(result: retrieval.Result) -> dict[str, Any]:
     """With strings for keys, as JSON has them."""
-    recall = {str(k): value for k, value in result.recall.items()}
-    return {"dim": result.dim, "recall": recall, "map_at_r": result.map_at_r}
+    by_k = {
+        name: {str(k): value for k, value in getattr(result, name).items()}
+        for name in ("recall", "map_at_k")
+    }
+    return {**result._asdict(), **by_k}
 
 
 def evaluate_baselines(
