@@ -281,7 +281,7 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels=nowhere.npy"], "labels: nowhere.npy cannot be read"),
+        (["--labels=nowhere.npy"], "labels: nowhere.npy: cannot be read"),
         (["--labels={}/img_emb"], "there is no labels_*.npy"),
         (["--labels={}/img_emb/img_emb_0000.npy"], "must be integers [40], one for each row"),
         (["--labels={}/labels.npy", "--gallery={}"], "give both or neither"),

@@ -28,8 +28,9 @@ def evaluate_files(
 
     features, gallery       see `unicom_ext.data.formats`: [n, d] each; without a gallery each row
                             is searched among the others
-    labels, gallery_labels  .npy files of integers [n], or directories of labels_*.npy; rows with a
-                            negative label take no part
+    labels, gallery_labels  .npy files of integers [n] below 2^63, or directories of labels_*.npy,
+                            which belong to the shards of the same number; rows with a negative
+                            label take no part
     joint, image_weight     which features, as in `unicom-ext cluster`
     dims, ks                see `retrieval.evaluate`
 
@@ -48,6 +49,6 @@ def evaluate_files(
 
 def _labelled_rows(name: str, path: str | Path, source: Source) -> tuple[Tensor, Tensor]:
     """The rows [n, d] that have a label, and their labels int64 [n]."""
-    known = read_labels(name, path, source.rows)
+    known = read_labels(name, path, source.rows, source.shards)
     rows = (known >= 0).nonzero()[0]
     return source.take(rows), torch.from_numpy(known[rows])
