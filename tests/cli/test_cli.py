@@ -329,7 +329,7 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--labels=nowhere.npy"], "labels: nowhere.npy cannot be read"),
+        (["--labels=nowhere.npy"], "labels: nowhere.npy: cannot be read"),
         (["--labels={}/img_emb"], "there is no labels_*.npy"),
         (["--labels={}/img_emb/img_emb_0000.npy"], "must be integers [40], one for each row"),
         (["--labels={}/labels.npy", "--gallery={}"], "give both or neither"),
@@ -337,7 +337,7 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
          "gallery_groups: was given without a gallery"),
         (["--labels={}/labels.npy", "--gallery={}", "--gallery-labels={}/labels.npy",
           "--groups={}/labels.npy"], "groups and gallery_groups: give both or neither"),
-        (["--labels={}/labels.npy", "--groups={}/g.npy"], "groups: {}/g.npy cannot be read"),
+        (["--labels={}/labels.npy", "--groups={}/g.npy"], "groups: {}/g.npy: cannot be read"),
         (["--labels={}/labels.npy", "--dims=9"], "dims: got [9], must be"),
         (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
         (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),

@@ -235,8 +235,8 @@ def test_bad_files_are_named_before_anything_is_written(tmp_path, dump, spoil):
         ({"clusters": ROWS + 1}, {}, ConfigError, ["clusters", "601", "600"]),
         ({"joint": "average"}, {}, SourceError, ["8 dimensions", "12", "concat"]),
         ({"init": "no.npy"}, {}, SourceError, ["no.npy"]),
-        ({}, {"true_labels": "short.npy"}, SourceError, ["short.npy", "[3]", "600 rows"]),
-        ({}, {"images": "short.npy"}, SourceError, ["short.npy", "uint8", "600 rows"]),
+        ({}, {"true_labels": "short.npy"}, SourceError, ["true_labels: short.npy", "[3]", "[600]"]),
+        ({}, {"images": "short.npy"}, SourceError, ["images: short.npy", "uint8 [600, h, w]"]),
         ({}, {"resume": True}, CheckpointError, ["state.pt", "nothing to resume"]),
     ],
 )
@@ -666,3 +666,30 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "objective.png").mkdir()
     with pytest.raises(OSError, match=r"objective\.png cannot be written: "):
         pictures.draw(tmp_path, np.array([3, 4]), [], None)
+
+
+def test_overwriting_removes_what_was_written_and_nothing_else(tmp_path, dump):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output)
+    (output / "labels_mine.npy").write_text("mine")
+    for kind in ("img_emb", "text_emb"):
+        (path / kind / f"{kind}_0002.npy").unlink()
+    before = {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()}
+    with pytest.raises(SourceError, match=r"init: .*no\.npy: cannot be read"):
+        run(path, output, config(init=str(tmp_path / "no.npy")), overwrite=True)
+    assert {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()} == before
+    run(path, output, overwrite=True)
+    names = {p.name for p in output.glob("labels_*")}
+    assert names == {"labels_0000.npy", "labels_0001.npy", "labels_mine.npy"}
+
+
+def test_an_output_among_the_inputs_is_refused(tmp_path, dump):
+    path = dump[0]
+    (tmp_path / "link").symlink_to(path)
+    for output in (path, path / "img_emb", tmp_path / "link", path / ".." / path.name):
+        with pytest.raises(ConfigError, match="must be another directory"):
+            run(path, output)
+    np.save(tmp_path / "centroids.npy", dump[1]["image"])
+    with pytest.raises(ConfigError, match=r"would have .*centroids\.npy overwritten"):
+        run(tmp_path / "centroids.npy", tmp_path, overwrite=True)
+    assert run(path, path / "clusters")["clusters"] == 20

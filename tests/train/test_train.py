@@ -496,7 +496,7 @@ def test_neighbours_are_marked_right_and_wrong():
         ("scale", 0.0, "> 0"),
         ("scale", float("nan"), "finite number > 0"),
         ("learning_rate", float("inf"), "finite"),
-        ("sample_rate", 1.5, r"\(0, 1\]"),
+        ("sample_rate", 1.5, r"\[0, 1\]"),
         ("feature_rate", 0.0, r"\(0, 1\]"),
         ("feature_rate", 0.001, "at least 0.0039"),
         ("test_fraction", 1.0, r"\(0, 1\)"),

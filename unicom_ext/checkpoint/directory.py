@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 
 from unicom_ext.checkpoint.names import SavedNames, plain_name
-from unicom_ext.utils.files import CheckpointError, write_atomically
+from unicom_ext.utils.files import CheckpointError, natural_key, write_atomically
 
 FORMAT = "unicom_ext checkpoint"
 VERSION = 1  # raise it when the content changes
@@ -25,8 +26,10 @@ ABOUT = "about"  # the tensor of plain values
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint ``step-N`` in a directory with the largest N; None if there is none."""
-    found = [path for path in Path(directory).glob("step-*") if path.name[5:].isdigit()]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
+    found = [
+        path for path in Path(directory).glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])
+    ]
+    return max(found, key=natural_key, default=None)
 
 
 def read_about(directory: str | os.PathLike[str]) -> dict[str, Any]:

@@ -56,7 +56,6 @@ def cluster(
     spin_briefly()
     try:
         from unicom_ext.cluster import driver, engines, results
-        from unicom_ext.data.formats import SourceError
         from unicom_ext.distributed import launch
         from unicom_ext.distributed.failures import RankFailed
     except (ImportError, OSError) as error:
@@ -71,7 +70,7 @@ def cluster(
             )  # fmt: skip
     except CheckpointError as error:
         raise click.ClickException(f"{error}\n({ways_on(resume)})") from None
-    except (ConfigError, SourceError, RankFailed, OSError, ModuleNotFoundError) as error:
+    except (ConfigError, RankFailed, OSError, ModuleNotFoundError) as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo("\nStopped. To go on, give the same command with --resume.")

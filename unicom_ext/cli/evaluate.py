@@ -68,6 +68,10 @@ def evaluate(
     try:
         wanted_dims = None if dims is None else whole_numbers("dims", dims)
         wanted_ks = whole_numbers("recall-at", ks)
+        if output is not None and output.suffix.lower() in (".npy", ".parquet"):
+            raise ConfigError(
+                f"output: {output}: must be named as a JSON file is, such as figures.json"
+            )
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     try:

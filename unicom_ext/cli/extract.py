@@ -12,7 +12,7 @@ from unicom_ext.cli.common import program
 @click.command()
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), required=True,
-    help="Directory for img_emb/, text_emb/, true_labels.npy and images.npy.",
+    help="Directory for img_emb/, text_emb/, true_labels.npy, images.npy and a list of these.",
 )  # fmt: skip
 @click.option(
     "--part", type=click.Choice(["all", "train", "test"]), default="all", show_default=True,
@@ -37,7 +37,10 @@ def extract(output: Path, part: str, image_features: str, dim: int, kept_words: 
         raise click.ClickException(str(error)) from None
     if part != "all":
         data = glyphs.split(data)[part == "test"]
-    dump.write_dump(output, data, images=image_features, dim=dim, kept_words=kept_words)
+    try:
+        dump.write_dump(output, data, images=image_features, dim=dim, kept_words=kept_words)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
     click.echo(
         f"Features of {len(data):,} images of {data.num_classes:,} characters in {output}. Next:\n"
         f"  {program()} cluster {output} --joint concat --clusters {data.num_classes} "

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from unicom_ext.cluster import inputs, refine, results, seeds, state, two_level
+from unicom_ext.cluster import inputs, outputs, refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
@@ -80,7 +80,13 @@ class _Run:
         self.config, self.input, self.output = config, input, output
         self.ranks = Ranks(default_group())
         self.console = console if self.ranks.is_first else Console(quiet=True)
-        self.state_dir = output / "state"
+        self.state_dir = output / outputs.STATE
+
+    @property
+    def num_first(self) -> int:
+        """How many centroids the first pass has."""
+        two_level = self.config.method == "two-level"
+        return self.config.num_coarse if two_level else self.config.clusters
 
     def prepare(
         self,
@@ -97,10 +103,13 @@ class _Run:
         self.source = inputs.open_source(self.input, config)
         self.true_labels = inputs.open_true_labels(true_labels, self.source.rows)
         self.images = inputs.open_images(images, self.source.rows)
+        init = Path(config.init) if config.init.endswith(".npy") else None
+        read = [Path(path) for path in (true_labels, images) if path is not None]
+        outputs.check_apart(self.output, self.source, read)
         self.state = self._load_state(resume, overwrite)
-        if "centroids" not in self.state and config.init.endswith(".npy"):
-            k = config.num_coarse if config.method == "two-level" else config.clusters
-            self.state["centroids"] = inputs.read_centroids(config.init, k, self.source.dim)
+        self.begins = not resume
+        if self.begins and init is not None:
+            self.state["centroids"] = inputs.read_centroids(init, self.num_first, self.source.dim)
         if self.ranks.is_first:
             self.output.mkdir(parents=True, exist_ok=True)
             self.state_dir.mkdir(exist_ok=True)
@@ -117,13 +126,18 @@ class _Run:
     # ---- training --------------------------------------------------------------------------------
 
     def train(self) -> None:
+        if self.begins:
+            if "centroids" not in self.state:
+                self.state["centroids"] = self._draw(self.num_first)
+            # Only now: what could stand in the way of the run has been tried.
+            with self.ranks.together():
+                if self.ranks.is_first:
+                    outputs.remove_earlier(self.output)
+            self._save()
         if self.config.method == "two-level":
             self._train_two_level()
-            return
-        if "centroids" not in self.state:
-            self.state["centroids"] = self._draw(self.config.clusters)
-            self._save()
-        self._lloyd_or_minibatch(self.config.method)
+        else:
+            self._lloyd_or_minibatch(self.config.method)
 
     def _lloyd_or_minibatch(self, kind: str) -> None:
         """Passes until convergence or the last one; the state is saved after each."""
@@ -152,7 +166,7 @@ class _Run:
             how["part"] = sampled(self.config.early_fraction, self.config.seed + number)
         else:
             # Labels of this pass and the last: a pass that is cut short spoils nothing.
-            labels = LabelFiles(self.state_dir / f"pass-{number % 2}")
+            labels = LabelFiles(self.state_dir / outputs.PASSES[number % 2])
             with self.ranks.together():
                 if self.ranks.is_first:
                     labels.create(self.source.shards)
@@ -172,7 +186,7 @@ class _Run:
         passes = self.state["passes"]
         if not passes or passes[-1]["kind"] not in ("lloyd", "coarse"):
             return None
-        labels = LabelFiles(self.state_dir / f"pass-{len(passes) % 2}")
+        labels = LabelFiles(self.state_dir / outputs.PASSES[len(passes) % 2])
         return labels if labels.exist(self.source.shards) else None
 
     def _minibatch(self, number: int, progress: PassProgress) -> tuple[Tensor, int, Totals]:
@@ -195,11 +209,8 @@ class _Run:
     def _train_two_level(self) -> None:
         config, now = self.config, self.state
         if "coarse" not in now:
-            if "centroids" not in now:
-                now["centroids"] = self._draw(config.num_coarse)
-                self._save()
             self._lloyd_or_minibatch("coarse")
-            sizes = self._label(now["centroids"], LabelFiles(self.state_dir / "coarse"))[1]
+            sizes = self._label(now["centroids"], LabelFiles(self.state_dir / outputs.COARSE))[1]
             now["coarse"] = now.pop("centroids")
             now["sizes"] = sizes
             counts = two_level.share_out(config.clusters, sizes.numpy())
@@ -209,7 +220,7 @@ class _Run:
             self._save()
         first, sizes = now["first"].numpy(), now["sizes"].numpy()
         stages = two_level.fine_stages(first, sizes, self.source.dim, STATE_PARTS)
-        labels = LabelFiles(self.state_dir / "coarse")
+        labels = LabelFiles(self.state_dir / outputs.COARSE)
         with self._progress("fine clusters", 0) as progress:
             totals = Totals(rows=int(sizes[: stages[0][0].start].sum()))
 
@@ -288,7 +299,7 @@ class _Run:
     def finish(self) -> dict[str, Any]:
         config = self.config
         centroids = self.state["centroids"]
-        labels = LabelFiles(self.state_dir / "final")
+        labels = LabelFiles(self.state_dir / outputs.FINAL)
         whole = "coarse" not in self.state  # a pass has labelled all rows with these clusters
         before = self._last_labels() if whole else None
         totals, sizes, scores = self._label(centroids, labels, before)
@@ -343,18 +354,15 @@ class _Run:
     def _save(self) -> None:
         with self.ranks.together():
             if self.ranks.is_first:
-                state.save(self.state_dir / "state.pt", self.state)
+                state.save(self.state_dir / outputs.STATE_FILE, self.state)
 
     def _load_state(self, resume: bool, overwrite: bool) -> dict[str, Any]:
-        path = self.state_dir / "state.pt"
+        path = self.state_dir / outputs.STATE_FILE
         if resume:
             return state.load(path, self.config, self.source.describe())
-        there = [p for p in (path, self.output / "clusters.json") if p.exists()]
+        there = [p for p in outputs.written(self.output, self.source.names) if p.exists()]
         if there and not overwrite:
             raise CheckpointError(f"{there[0]}: is there already; resume it, or overwrite it")
-        if self.ranks.is_first:
-            # A run that is killed before its first pass must not seem to have this state.
-            path.unlink(missing_ok=True)
         return state.fresh(self.config, self.source.describe())
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.data.formats import SourceError
 from unicom_ext.data.source import Source
+from unicom_ext.utils.arrays import (
+    check_finite,
+    check_labels,
+    is_floating,
+    open_array,
+    refused,
+    to_tensor,
+)
 from unicom_ext.utils.settings import ConfigError
 
 
@@ -31,43 +37,30 @@ def open_source(path: Path, config: ClusterConfig) -> Source:
 
 def open_true_labels(path: str | Path | None, rows: int) -> np.ndarray | None:
     """Integers [rows] below 2^31, mapped into memory."""
-    labels = _column(path, rows, "iu", (1,), "integers [rows]")
-    if labels is not None and labels.max() >= 2**31:
-        raise SourceError(f"{path}: classes must be below 2^31")
+    if path is None:
+        return None
+    labels = open_array(path, "true_labels")
+    check_labels(f"true_labels: {path}", labels, rows, below=2**31)
     return labels
 
 
 def open_images(path: str | Path | None, rows: int) -> np.ndarray | None:
     """uint8 [rows, h, w] or [rows, h, w, 3], mapped into memory."""
-    return _column(path, rows, "u", (3, 4), "uint8 [rows, h, w(, 3)]")
-
-
-def _column(
-    path: str | Path | None, rows: int, kinds: str, ndims: tuple[int, ...], wanted: str
-) -> np.ndarray | None:
-    """A memory-mapped .npy file with one entry for each row."""
     if path is None:
         return None
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read: {error}") from None
-    if array.dtype.kind not in kinds or array.ndim not in ndims or len(array) != rows:
-        raise SourceError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, must be {wanted} with {rows} rows"
-        )
-    return array
+    images = open_array(path, "images")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != rows or (
+        0 in images.shape or images.shape[3:] not in ((), (3,))
+    ):  # fmt: skip
+        raise refused(path, "images", images, f"uint8 [{rows}, h, w] or [{rows}, h, w, 3]")
+    return images
 
 
-def read_centroids(path: str, k: int, dim: int) -> Tensor:
+def read_centroids(path: Path, k: int, dim: int) -> Tensor:
     """Initial centroids of a .npy file: unit vectors fp32 [k, dim]."""
-    try:
-        array = np.load(path)
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: cannot be read: {error}") from None
-    if array.shape != (k, dim) or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise SourceError(
-            f"{path}: holds {array.dtype} {list(array.shape)}, must be finite floating "
-            f"point [{k}, {dim}]"
-        )
-    return F.normalize(torch.from_numpy(array).float())
+    array = open_array(path, "init")
+    if array.shape != (k, dim) or not is_floating(array.dtype):
+        raise refused(path, "init", array, f"floating point [{k}, {dim}]")
+    centroids = to_tensor(array).float()
+    check_finite(f"init: {path}", centroids)
+    return F.normalize(centroids)

@@ -9,6 +9,7 @@ import numpy as np
 
 from unicom_ext.cluster.state import write_file
 
+PICTURES = ("sizes.png", "objective.png", "members.png")
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 16, 12
 
 
@@ -33,8 +34,9 @@ def draw(
         f"{len(sizes):,} clusters, median {np.median(sizes):,.0f} rows, "
         f"largest {sizes.max(initial=0):,}, empty {np.count_nonzero(sizes == 0):,}"
     )
-    _save(figure, output / "sizes.png")
-    names = ["sizes.png"]
+    sizes_name, objective_name, members_name = PICTURES
+    _save(figure, output / sizes_name)
+    names = [sizes_name]
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="pass", ylabel="mean cosine to the centroid")
@@ -44,8 +46,8 @@ def draw(
     if passes:
         axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, output / "objective.png")
-    names.append("objective.png")
+    _save(figure, output / objective_name)
+    names.append(objective_name)
 
     if members:
         figure = Figure(figsize=(SHOWN_MEMBERS * 0.7, len(members) * 0.8))
@@ -58,8 +60,8 @@ def draw(
                 axes.set(xticks=[], yticks=[])
                 if column == 0:
                     axes.set_ylabel(str(cluster), fontsize=7, rotation=0, ha="right", va="center")
-        _save(figure, output / "members.png")
-        names.append("members.png")
+        _save(figure, output / members_name)
+        names.append(members_name)
     return names
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unicom_ext.utils.arrays import check_labels
+
 
 class Quality(NamedTuple):
     """nmi       mutual information over the mean of the two entropies (Strehl, Ghosh, JMLR 2002)
@@ -22,13 +24,15 @@ class Quality(NamedTuple):
 
 
 def quality(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Quality:
-    """From pieces of (cluster [n], class [n]), integers below 2**31.
+    """From pieces of (cluster [n], class [n]), integers of any dtype, below 2**31.
 
     Rows where either is negative are left out. Memory is that of the different (cluster, class)
-    pairs, and of a piece.
+    pairs, and of a piece. Raises SourceError, a ValueError, on other pieces.
     """
     pair, count = np.empty(0, np.int64), np.empty(0, np.int64)
     for cluster, true in pairs:
+        check_labels("cluster", cluster, below=2**31)
+        check_labels("class", true, len(cluster), below=2**31)
         known = (cluster >= 0) & (true >= 0)
         piece, number = np.unique(
             cluster[known].astype(np.int64) << 32 | true[known].astype(np.int64),

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unicom_ext.cluster.engines import Engine
-from unicom_ext.data.formats import SourceError
 from unicom_ext.data.source import Rows
+from unicom_ext.utils.arrays import SourceError
 
 ROWS_PER_CLUSTER = 32  # of the sample, unless it would be larger than
 SAMPLE_BYTES = 512 << 20

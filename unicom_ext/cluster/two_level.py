@@ -18,9 +18,9 @@ from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import Engine
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import converged, lloyd_pass
-from unicom_ext.data.formats import SourceError
 from unicom_ext.data.source import Block, Shard, Source
 from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.utils.arrays import SourceError
 
 CELL_BYTES = 512 << 20  # of rows in memory at a time
 BLOCK_BYTES = 128 << 20  # when labelling: many rows, so that each cell gets some

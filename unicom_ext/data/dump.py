@@ -6,7 +6,9 @@ character n-grams of the Unicode names.
 
 from __future__ import annotations
 
+import json
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,13 @@ from torch import Tensor
 
 from unicom_ext.data.baselines import BASELINES
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.files import list_files, natural_key
 
 SHARD_ROWS = 10_000
 NGRAMS = (2, 3, 4)
 BUCKETS = 1 << 14
+LIST = "files.json"  # of what a dump consists
 
 
 def write_dump(
@@ -33,6 +38,9 @@ def write_dump(
 ) -> None:
     """Write img_emb/, text_emb/ (float16 shards), true_labels.npy and images.npy to `output`.
 
+    files.json there lists them. What an earlier call has written is replaced as a whole; raises
+    SourceError where other files would be overwritten or lie among the shards.
+
     images      "raw pixels" or "HOG" (see `unicom_ext.data.baselines`), `dim` components of it
     kept_words  how much of its character's name the text of an image has: each word stays with
                 this probability, and at least one does. Names are otherwise the same for all images
@@ -40,12 +48,31 @@ def write_dump(
     """
     image = BASELINES[images](glyphs.images, glyphs.labels, glyphs.images, dim)
     text = name_features(captions(glyphs, kept_words, seed), dim, seed)
-    for kind, features in (("img_emb", image), ("text_emb", text)):
+    arrays = {
+        f"{kind}/{kind}_{number:04d}.npy": rows.numpy()
+        for kind, features in (("img_emb", image), ("text_emb", text))
+        for number, rows in enumerate(features.half().split(SHARD_ROWS))
+    }
+    arrays |= {"true_labels.npy": glyphs.labels, "images.npy": glyphs.images}
+    _make_room(output, arrays)
+    (output / LIST).write_text(json.dumps(list(arrays), indent=1))
+    for name, array in arrays.items():
+        np.save(output / name, array)
+
+
+def _make_room(output: Path, names: Iterable[str]) -> None:
+    """The directories of a dump, without what an earlier one has left in them."""
+    there = {output / name for name in names if (output / name).exists()}
+    for kind in ("img_emb", "text_emb"):
         (output / kind).mkdir(parents=True, exist_ok=True)
-        for number, rows in enumerate(features.half().split(SHARD_ROWS)):
-            np.save(output / kind / f"{kind}_{number:04d}.npy", rows.numpy())
-    np.save(output / "true_labels.npy", glyphs.labels)
-    np.save(output / "images.npy", glyphs.images)
+        there.update(list_files(output / kind, ".npy", f"{kind}_"))
+    earlier = set()
+    if (output / LIST).exists():
+        earlier = {output / name for name in json.loads((output / LIST).read_text())}
+    for path in sorted(there - earlier, key=natural_key):
+        raise SourceError(f"{path}: is there already, and not of an earlier dump")
+    for path in earlier:
+        path.unlink(missing_ok=True)
 
 
 def captions(glyphs: Glyphs, kept_words: float, seed: int) -> list[str]:

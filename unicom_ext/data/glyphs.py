@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from unicom_ext.utils.arrays import check_labels
+
 FACES = (
     "DejaVuSans",
     "DejaVuSans-Oblique",
@@ -126,11 +128,12 @@ def split(g: Glyphs, seed: int = 0, test_fraction: float = 0.5) -> tuple[Glyphs,
 
 
 def relabelled(g: Glyphs, labels: np.ndarray) -> Glyphs:
-    """The images under other labels, int64 [n]; those with a negative label are left out.
+    """The images under other labels, integers [n]; those with a negative label are left out.
 
     Labels are renumbered without gaps. A class then has no code point (-1) and is called after its
-    old number.
+    old number. Raises SourceError, a ValueError, on labels of another shape or type.
     """
+    check_labels("labels", labels, len(g), below=2**64)
     rows = np.flatnonzero(labels >= 0)
     kept, new = np.unique(labels[rows], return_inverse=True)
     return Glyphs(

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicom_ext.data.formats import FeatureFile, SourceError, find_files
+from unicom_ext.data.formats import FeatureFile, find_files
 from unicom_ext.data.joint import check_joint, join
+from unicom_ext.utils.arrays import SourceError
 
 BLOCK_BYTES = 32 << 20  # of fp32 rows, of which three blocks are in memory at a time
 
@@ -97,7 +98,7 @@ class Source:
         self.rows = first
         if self.rows == 0:
             raise SourceError(f"{path}: has no rows")
-        files = self.shards[0].files
+        files = next(shard for shard in self.shards if shard.rows).files
         dims = [file.dim for file in files]
         if joint == "average" and dims[0] != dims[1]:
             raise SourceError(
@@ -155,6 +156,10 @@ class Source:
         image, text = parts
         return join(image, text, self._joint, self._image_weight)
 
+    @property
+    def names(self) -> list[str]:
+        return [shard.name for shard in self.shards]
+
     def describe(self) -> dict[str, Any]:
         return {
             "path": str(self.path),
@@ -171,13 +176,14 @@ def _check_shapes(shards: list[Shard]) -> None:
                 f"{shard.text.path}: has {shard.text.rows} rows and {shard.image.path} "
                 f"{shard.image.rows}"
             )
-        for kind in ("image", "text"):
-            file, first = getattr(shard, kind), getattr(shards[0], kind)
-            if file and file.dim != first.dim:
+    filled = [shard for shard in shards if shard.rows]  # an empty file need not know its columns
+    for shard in filled:
+        for file, first in zip(shard.files, filled[0].files, strict=True):
+            if file.dim != first.dim:
                 raise SourceError(
                     f"{file.path}: has {file.dim} dimensions and {first.path} {first.dim}"
                 )
-            if file and file.dim == 0:
+            if file.dim == 0:
                 raise SourceError(f"{file.path}: has no columns")
 
 

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any, Self, Unpack
 from weakref import WeakSet
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -167,15 +168,16 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
 
     @classmethod
     def from_centroids(
-        cls, centroids: Tensor | str | PathLike[str], **options: Any
+        cls, centroids: Tensor | np.ndarray | str | PathLike[str], **options: Any
     ) -> PartialMarginSoftmax:
         """A loss whose prototypes start at the centroids of clusters (pseudo-classes).
 
         Args:
-            centroids: [C, d] floating point, finite, or the name of a `.npy` file such as
-                `unicom-ext cluster` writes. d must be the size of the embeddings. They are scaled
-                to the norm that random prototypes have on average, 0.01 * sqrt(d), so that an
-                optimizer's steps turn them as far; a zero row stays zero.
+            centroids: [C, d] floating point, finite: a tensor, a NumPy array, or the name of a
+                `.npy` file such as `unicom-ext cluster` writes. d must be the size of the
+                embeddings. They are scaled to the norm that random prototypes have on average,
+                0.01 * sqrt(d), so that an optimizer's steps turn them as far; a zero row stays
+                zero.
             options: those of the constructor but `embedding_size` and `num_classes`. With a process
                 group every rank gives all centroids and keeps its own.
         """

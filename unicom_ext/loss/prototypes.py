@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from os import PathLike
+from os import PathLike, fspath
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from unicom_ext.utils.arrays import check_finite, is_floating, open_array, to_tensor
 
 STANDARD_DEVIATION = 0.01  # as PartialFC has it
 _BLOCK = 256
@@ -55,21 +57,34 @@ def fill_with_centroids(weight: Tensor, first_class: int, centroids: Tensor) -> 
     weight.copy_(nn.functional.normalize(own, eps=1e-300) * length)
 
 
-def read_centroids(centroids: Tensor | str | PathLike[str]) -> Tensor:
+def read_centroids(centroids: Tensor | np.ndarray | str | PathLike[str]) -> Tensor:
     """Centroids [C, d], checked; of a `.npy` file, if it is a name.
 
     Raises:
-        ValueError: they are not a floating point matrix of finite numbers.
+        ValueError: they are not a floating point matrix of finite numbers, or the file cannot be
+            read.
+        TypeError: they are something else.
     """
-    if not isinstance(centroids, Tensor):
-        centroids = torch.from_numpy(np.load(centroids))
-    if centroids.dim() != 2 or not centroids.is_floating_point() or centroids.numel() == 0:
-        raise ValueError(
-            "centroids must be a floating point matrix [C, d], got "
-            f"{centroids.dtype} of shape {list(centroids.shape)}"
+    where = "centroids"
+    if isinstance(centroids, str | PathLike):
+        where = f"centroids: {fspath(centroids)}"
+        centroids = open_array(centroids, "centroids")
+    if isinstance(centroids, np.ndarray) and is_floating(centroids.dtype):
+        centroids = to_tensor(centroids)
+    if not isinstance(centroids, Tensor | np.ndarray):
+        raise TypeError(
+            "centroids must be a tensor, a NumPy array or the name of a .npy file, got "
+            f"{type(centroids).__name__}"
         )
-    finite = centroids.isfinite().all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise ValueError(f"centroids must be finite, but row {row} is not")
+    if (
+        not isinstance(centroids, Tensor)
+        or centroids.dim() != 2
+        or not centroids.is_floating_point()
+        or centroids.numel() == 0
+    ):
+        raise ValueError(
+            f"{where} must be a floating point matrix [C, d], got {centroids.dtype} of shape "
+            f"{list(centroids.shape)}"
+        )
+    check_finite(where, centroids)
     return centroids

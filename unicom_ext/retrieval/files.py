@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicom_ext.data.labels import read_labels
+from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.retrieval.metrics import Result, evaluate
 
@@ -31,8 +31,9 @@ def evaluate_files(
 
     features, gallery       see `unicom_ext.data.formats`: [n, d] each; without a gallery each row
                             is searched among the others
-    labels, gallery_labels  .npy files of integers [n], or directories of labels_*.npy; a negative
-                            label is none, as in `retrieval.evaluate`
+    labels, gallery_labels  .npy files of integers [n] below 2^63, or directories of labels_*.npy,
+                            which belong to the shards of the same number; a negative label is none,
+                            as in `retrieval.evaluate`
     groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
                             `retrieval.evaluate`
     joint, image_weight     which features, as in `unicom-ext cluster`
@@ -52,7 +53,7 @@ def evaluate_files(
 
     source = rows(features)
     queries = source.take(np.arange(source.rows))
-    query_labels = torch.from_numpy(read_labels("labels", labels, source.rows))
+    query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     items = None
     if gallery is not None:
@@ -72,4 +73,6 @@ def evaluate_files(
 
 def _integers(name: str, path: str | Path | None, source: Source) -> Tensor | None:
     """int64 [n], one for each row of the source; None where there is no file."""
-    return None if path is None else torch.from_numpy(read_labels(name, path, source.rows))
+    if path is None:
+        return None
+    return torch.from_numpy(read_integers(name, path, source.rows, source.shards))

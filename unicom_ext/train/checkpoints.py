@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,24 +25,32 @@ def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
     if trainer.rank == 0:
         text = json.dumps(metrics, indent=1).encode()
         write_atomically(output / "metrics.json", lambda file: file.write(text))
-        for other in path.parent.iterdir():
-            if other != path:
-                shutil.rmtree(other)
+        _remove_steps(path.parent, path)
     return path
 
 
-def to_resume(
-    output: Path, config: Config, resume: bool, overwrite: bool, first: bool
-) -> Path | None:
+def remove_earlier(output: Path) -> None:
+    """Remove what an earlier run has written there, and nothing else: a run that is killed before
+    its first checkpoint must not seem to have this one."""
+    _remove_steps(output / CHECKPOINTS)
+    for name in ("metrics.json", "report.html"):
+        (output / name).unlink(missing_ok=True)
+
+
+def _remove_steps(directory: Path, kept: Path | None = None) -> None:
+    """Remove the checkpoints of the run, whole or not, but one."""
+    for path in directory.glob("step-*"):
+        if path != kept and re.fullmatch(r"step-[0-9]+(\.tmp)?", path.name):
+            shutil.rmtree(path)
+
+
+def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, None to begin; CheckpointError where neither is right."""
     directory = output / CHECKPOINTS
     path = checkpoint.latest(directory)
     if not resume:
         if path is not None and not overwrite:
             raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
-        # A run that is killed before its first checkpoint must not seem to have this one.
-        if first:
-            shutil.rmtree(directory, ignore_errors=True)
         return None
     if path is None:
         raise CheckpointError(f"{directory}: there is no checkpoint")

@@ -60,22 +60,22 @@ def train(
     output = Path(output)
     first = group is None or dist.get_rank(group) == 0
     console = (console or Console()) if first else Console(quiet=True)
+    began = time.perf_counter()
     saved, failure = None, None
     try:
-        saved = checkpoints.to_resume(output, config, resume, overwrite, first)
+        saved = checkpoints.to_resume(output, config, resume, overwrite)
+        if data is None:
+            data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
+        train_set, test_set = data
+        if config.labels:
+            train_set = glyphs.relabelled(
+                train_set, read_labels("labels", config.labels, len(train_set))
+            )
     except Exception as error:
         failure = error
     agree({"the checkpoint": str(saved)}, failure, group)
     if config.threads:
         torch.set_num_threads(config.threads)
-    began = time.perf_counter()
-    if data is None:
-        data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
-    train_set, test_set = data
-    if config.labels:
-        train_set = glyphs.relabelled(
-            train_set, read_labels("labels", config.labels, len(train_set))
-        )
     facts = _facts(train_set, test_set)
     console.print(
         f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
@@ -99,6 +99,7 @@ def train(
     if saved is None and first:
         try:
             output.mkdir(parents=True, exist_ok=True)
+            checkpoints.remove_earlier(output)
             write_atomically(
                 output / "config.toml", lambda file: file.write(config.to_toml().encode())
             )

@@ -1,8 +1,9 @@
-"""Files that a kill at any moment cannot spoil."""
+"""Files that a kill at any moment cannot spoil, and lists of numbered files."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -35,3 +36,41 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def natural_key(path: Path) -> tuple[list[str | int], str]:
+    """Sorts names as people count: a_2 before a_10, whatever the case and the padding.
+
+    Names that differ in nothing else, such as a_1 and a_01, are in the order of their characters.
+    """
+    return _parts(path.stem.casefold()), path.name
+
+
+def unpadded(name: str) -> str:
+    """The name without leading zeros in its numbers: 7 and 0007 are one number."""
+    return "".join(map(str, _parts(name)))
+
+
+def list_files(directory: Path, suffix: str, prefix: str = "") -> list[Path]:
+    """The files of a directory with these ends of their names, in natural order.
+
+    The suffix, such as ".npy", may be written in capitals. Hidden files are left out. Raises
+    OSError.
+    """
+    return sorted(
+        (
+            path
+            for path in directory.iterdir()
+            if path.suffix.lower() == suffix
+            and path.name.startswith(prefix)
+            and not path.name.startswith(".")
+            and path.is_file()
+        ),
+        key=natural_key,
+    )
+
+
+def _parts(text: str) -> list[str | int]:
+    """Text and numbers in turns, text first, so that two of them always compare."""
+    parts = re.split(r"([0-9]+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]

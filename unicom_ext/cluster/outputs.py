@@ -1,0 +1,74 @@
+"""What a clustering leaves in its output directory: all of it, and nothing of the user's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unicom_ext.cluster.pictures import PICTURES
+from unicom_ext.data.source import Source
+from unicom_ext.utils.settings import ConfigError
+
+STATE = "state"  # directory of what is needed to go on
+STATE_FILE, PASSES, COARSE, FINAL = "state.pt", ("pass-0", "pass-1"), "coarse", "final"
+
+
+def written(output: Path, shards: Iterable[str]) -> list[Path]:
+    """The files of a run over shards of these names. The state, without which none is known, is the
+    last."""
+    names = [*(f"labels_{name}.npy" for name in shards), "centroids.npy", *PICTURES]
+    return [output / name for name in (*names, "clusters.json", f"{STATE}/{STATE_FILE}")]
+
+
+def remove_earlier(output: Path) -> None:
+    """Remove what an earlier run has written there."""
+    state = output / STATE
+    for directory in (*PASSES, COARSE, FINAL):
+        shutil.rmtree(state / directory, ignore_errors=True)
+    for path in written(output, _shards_of(output)):
+        path.unlink(missing_ok=True)
+
+
+def check_apart(output: Path, source: Source, read: list[Path]) -> None:
+    """Raises ConfigError where the files of a run would lie among those that it reads.
+
+    read: files besides the features that are read until the end.
+    """
+    own = output.resolve()
+    features = [file.path for shard in source.shards for file in shard.files]
+    if source.path.is_dir():
+        # Where features are looked for: in a directory of those names it would hide the others.
+        looked = [source.path, source.path / "img_emb", source.path / "text_emb"]
+        if own in [directory.resolve() for directory in looked]:
+            raise ConfigError(
+                f"output: {output} is where the feature files of {source.path} lie, must be "
+                "another directory"
+            )
+    replaced = {path.resolve() for path in written(own, source.names)}
+    for path in (*features, *read):
+        if (there := path.resolve()) in replaced or own / STATE in there.parents:
+            raise ConfigError(f"output: {output} would have {path} overwritten")
+
+
+def _shards_of(output: Path) -> list[str]:
+    """The names of the shards of earlier runs. What cannot be read names none."""
+    names: dict[str, None] = {}
+    for read, path in ((_result, output / "clusters.json"), (_state, output / STATE / STATE_FILE)):
+        try:
+            names |= dict.fromkeys(shard["name"] for shard in read(path)["source"]["shards"])
+        except Exception:  # not there, or spoilt, which is a reason to overwrite it
+            continue
+    return list(names)
+
+
+def _result(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _state(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

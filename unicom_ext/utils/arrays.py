@@ -1,0 +1,138 @@
+"""Arrays of the user: the one reader of `.npy` files, and checks with one set of errors."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unicom_ext.utils.settings import ConfigError
+
+
+class SourceError(ConfigError):
+    """A file, or an array, that cannot be used; the message names it and what is wrong."""
+
+
+class Header(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fortran_order: bool
+    offset: int  # of the first value, in bytes
+
+
+def read_header(path: str | os.PathLike[str], name: str = "") -> Header:
+    """What a `.npy` file says of itself; it holds as many values as it says.
+
+    Args:
+        path: the file.
+        name: the argument or option that names it, for the message.
+
+    Raises SourceError: it cannot be read, is something else, is cut off, or holds Python objects.
+    """
+    path = Path(path)
+    where = _where(path, name)
+    try:
+        # Opening a pipe would wait for its other end.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise SourceError(f"{where}: is not a regular file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            begin = file.read(4)
+            file.seek(0)
+            if not begin:
+                raise SourceError(f"{where}: is empty, must be a .npy file")
+            if begin.startswith(b"PK"):
+                raise SourceError(
+                    f"{where}: is an archive such as .npz, must be one array, as np.save writes it"
+                )
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }.get(version)
+            if read is None:
+                raise SourceError(f"{where}: has version {version} of the .npy format")
+            shape, fortran_order, dtype = read(file)
+            header = Header(dtype, shape, fortran_order, file.tell())
+    except OSError as error:
+        raise SourceError(f"{where}: cannot be read: {error.strerror}") from None
+    except SourceError:
+        raise
+    except Exception as error:  # NumPy's parser raises whatever its parts raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{where}: is not a .npy file: {reason}") from None
+    if dtype.hasobject:
+        raise SourceError(f"{where}: holds Python objects, which are not loaded")
+    if min(shape, default=0) < 0:
+        raise SourceError(f"{where}: is not a .npy file: the shape is {list(shape)}")
+    wanted = header.offset + dtype.itemsize * math.prod(shape)
+    if size < wanted:
+        raise SourceError(f"{where}: is truncated: {size} bytes of {wanted}")
+    return header
+
+
+def open_array(path: str | os.PathLike[str], name: str = "") -> np.ndarray:
+    """The array of a `.npy` file, mapped into memory to be read; see `read_header`."""
+    dtype, shape, fortran_order, offset = read_header(path, name)
+    if 0 in shape:  # nothing to map
+        return np.empty(shape, dtype)
+    try:
+        return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{_where(Path(path), name)}: cannot be read: {error}") from None
+
+
+def refused(path: str | os.PathLike[str], name: str, array: np.ndarray, wanted: str) -> SourceError:
+    """The error where a file holds another array than the one that is wanted."""
+    return SourceError(
+        f"{_where(Path(path), name)}: holds {array.dtype} {list(array.shape)}, must be {wanted}"
+    )
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """float16, float32 or float64, in either byte order: what torch has too."""
+    return dtype.kind == "f" and dtype.itemsize <= 8
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """A copy that torch can hold: in this machine's byte order and in C order."""
+    return torch.from_numpy(np.array(array, array.dtype.newbyteorder("="), order="C"))
+
+
+def check_labels(
+    where: str, labels: np.ndarray, rows: int | None = None, below: int = 2**63
+) -> None:
+    """Raises SourceError unless they are integers [rows], of any integer dtype, below a bound.
+
+    where: what the message calls them.  rows: None for any number.
+    """
+    if labels.dtype.kind not in "iu" or labels.ndim != 1 or rows not in (None, len(labels)):
+        wanted = "[n]" if rows is None else f"[{rows}]"
+        raise SourceError(
+            f"{where}: holds {labels.dtype} {list(labels.shape)}, must be integers {wanted}, one "
+            "for each row"
+        )
+    # Only where the dtype has larger ones: files may be long.
+    if np.iinfo(labels.dtype).max >= below and len(labels) and labels.max() >= below:
+        row = int(labels.argmax())
+        raise SourceError(
+            f"{where}: row {row} has the label {labels[row]}, must be below "
+            f"2^{below.bit_length() - 1}; np.unique(labels, return_inverse=True) numbers them anew"
+        )
+
+
+def check_finite(where: str, rows: Tensor) -> None:
+    """Raises SourceError with the first of the rows that has NaN or infinity."""
+    finite = rows.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise SourceError(f"{where} must be finite, but row {row} is not")
+
+
+def _where(path: Path, name: str) -> str:
+    return f"{name}: {path}" if name else str(path)
