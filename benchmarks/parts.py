@@ -288,8 +288,8 @@ def _loss(weight: Tensor, **options: Any) -> PartialMarginSoftmax:
     classes, dim = weight.shape
     with torch.device("meta"):  # its own prototypes are not needed
         module = PartialMarginSoftmax(dim, classes, margin=ArcFace(MARGIN), scale=SCALE, **options)
-    module.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
-    module.step = torch.zeros((), dtype=torch.int64)
+    state = {"weight": weight, "step": torch.zeros((), dtype=torch.int64)}
+    module.load_state_dict(state, strict=False, assign=True)
     return module
 
 

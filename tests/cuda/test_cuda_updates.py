@@ -13,7 +13,7 @@ from support.updates import make as make_module
 from torch import nn
 
 from unicom_ext.ops.row_sparse import _note_merged, is_merged
-from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_, rows
+from unicom_ext.optim import RowAdamW, RowSGD, clip_grad_norm_, rows, states
 from unicom_ext.optim.in_backward import UpdateInBackward
 
 pytestmark = pytest.mark.emulated
@@ -271,10 +271,8 @@ def test_bad_state_is_refused_before_anything_changes(emulated):
 def test_what_the_host_reads_stays_on_the_host():
     # `total_log_decay` and the number of the step; a matrix goes where the parameter is.
     param = nn.Parameter(torch.zeros(3, 2, device="meta"))
-    assert rows._restored(torch.zeros(7, 4), param).device.type == "meta"
-    assert rows._restored(torch.zeros(3), param).device.type == "meta"
-    assert rows._restored(torch.zeros(()), param).device.type == "cpu"
-    assert rows._restored(True, param) is True
+    for shape, device in (((7, 4), "meta"), ((3,), "meta"), ((), "cpu")):
+        assert states.following(param, torch.zeros(shape), None).device.type == device
 
 
 # --- inside backward
