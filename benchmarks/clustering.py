@@ -29,6 +29,8 @@ from measure import describe_machine, load_average, status_bytes
 from rich.console import Console
 from tables import Table
 
+from unicom_ext.utils.files import list_files
+
 RESULTS = Path(__file__).parent / "results"
 SHARD_ROWS = 250_000
 # What the BLAS in faiss' wheel can be told to use, by OPENBLAS_CORETYPE; "" is its own choice.
@@ -75,7 +77,7 @@ def run_ours(data: Path, clusters: int, passes: int, output: Path) -> dict[str, 
 def run_faiss(data: Path, clusters: int, passes: int, output: Path) -> dict[str, Any]:
     import faiss
 
-    files = sorted(data.glob("*.npy"))
+    files = list_files(data, ".npy")
     rows = np.concatenate([np.load(file) for file in files])
     k_means = faiss.Kmeans(
         rows.shape[1], clusters, niter=passes, spherical=True, verbose=False,
@@ -111,7 +113,7 @@ def objective_of(data: Path, centroids: Path) -> float:
 
     found = Centroids(torch.from_numpy(np.load(centroids)))
     total, rows = 0.0, 0
-    for file in sorted(data.glob("*.npy")):
+    for file in list_files(data, ".npy"):
         for block in torch.from_numpy(np.load(file)).split(65536):
             total += float(found.nearest(block)[1].sum(dtype=torch.float64))
             rows += len(block)

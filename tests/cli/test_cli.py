@@ -209,6 +209,17 @@ def test_report_of_a_training_that_is_not_finished(tmp_path, tiny_glyphs, no_rep
     assert f"train --output {tmp_path} --resume" in result.output
 
 
+def test_report_of_a_directory_with_both(tmp_path, tiny_glyphs, no_report):
+    np.save(tmp_path / "features.npy", np.eye(8, dtype=np.float32))
+    command = ["cluster", tmp_path / "features.npy", "--clusters=4", "--passes=1", "--output"]
+    assert invoke(*command, tmp_path / "run").exit_code == 0
+    invoke("train", "--output", tmp_path / "run", *TINY)
+    result = invoke("report", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "4 clusters" in result.output
+    assert "Recall@1 on unseen" in result.output
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -342,10 +353,14 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
         (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
         (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),
         (["--labels={}/labels.npy", "--output={}/no/f.json"], "No such file or directory"),
+        (["--labels={}/labels.npy", "--output={}/labels.npy"],
+         "output: {}/labels.npy: must be named as a JSON file is, such as figures.json"),
     ],
 )  # fmt: skip
 def test_bad_input_of_evaluate(dump, arguments, message):
+    before = {path: path.read_bytes() for path in dump.rglob("*.*")}
     result = invoke("evaluate", dump, *(a.format(dump) for a in arguments))
+    assert {path: path.read_bytes() for path in dump.rglob("*.*")} == before
     assert result.exit_code in (1, 2)
     assert isinstance(result.exception, SystemExit)
     assert message.format(dump) in " ".join(result.output.split())

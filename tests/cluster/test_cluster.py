@@ -683,6 +683,19 @@ def test_overwriting_removes_what_was_written_and_nothing_else(tmp_path, dump):
     assert names == {"labels_0000.npy", "labels_0001.npy", "labels_mine.npy"}
 
 
+def test_two_levels_overwrite_what_one_left(tmp_path, dump):
+    """In either order: state, labels and centroids are those of a new directory."""
+    two = config(clusters=30, method="two-level", coarse=5)
+    for number, (first, then) in enumerate([(config(), two), (two, config()), (two, two)]):
+        used, new = tmp_path / f"used{number}", tmp_path / f"new{number}"
+        run(dump[0], used, first)
+        assert (
+            run(dump[0], used, then, overwrite=True)["sha256"] == run(dump[0], new, then)["sha256"]
+        )
+        names = [sorted(str(p.relative_to(path)) for p in path.rglob("*")) for path in (used, new)]
+        assert names[0] == names[1]
+
+
 def test_an_output_among_the_inputs_is_refused(tmp_path, dump):
     path = dump[0]
     (tmp_path / "link").symlink_to(path)

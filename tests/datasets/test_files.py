@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.cluster import quality
+from unicom_ext.data import dump
+from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.data.labels import read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.utils.arrays import SourceError, open_array
@@ -140,3 +144,163 @@ def test_parquet_with_empty_parts(tmp_path):
     parquet.write_table(ragged, tmp_path / "part.3.parquet", row_group_size=2)
     with pytest.raises(SourceError, match=r"part\.3\.parquet: column .* has lists of 1 numbers in"):
         Source(tmp_path)
+
+
+def parquet_file(path, *columns):
+    """Row groups of two rows each, with columns "image_embedding" and "text_embedding"."""
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    names = ["image_embedding", "text_embedding"][: len(columns)]
+    parquet.write_table(pa.table(dict(zip(names, columns, strict=True))), path, row_group_size=2)
+    return path
+
+
+def test_parquet_of_a_slice_and_of_views(tmp_path):
+    """An Arrow array may begin inside its buffers."""
+    pa = pytest.importorskip("pyarrow")
+    rows = pa.array([[9.0, 9.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [9.0, 9.0]])
+    for kind in (pa.list_(pa.float32()), pa.list_(pa.float64(), 2), pa.list_view(pa.float32())):
+        try:
+            path = parquet_file(tmp_path / "a.parquet", rows.cast(kind)[1:4])
+        except pa.ArrowNotImplementedError:  # this pyarrow writes no views, so nobody has them
+            continue
+        source = Source(path)
+        assert source.take(np.arange(3)).tolist() == [[1, 2], [3, 4], [5, 6]]
+        assert source.take(np.array([2])).tolist() == [[5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([[1.0, 2.0], None, [3.0, 4.0]], "a.parquet: column 'image_embedding' has nulls in row"),
+        (
+            [[1.0, 2.0], [3.0, 4.0], [None, 5.0]],
+            "column 'image_embedding' has nulls in row group 1",
+        ),
+        (
+            [[1, 2], [3, 4]],
+            "must hold lists of floating point numbers, all of one length; got list",
+        ),
+        (
+            [[1.0, 2.0], [3.0]],
+            "all of one length; got list<element: double>, lengths [1, 2] in row",
+        ),
+        ([1.0, 2.0], "column 'image_embedding' holds double, not lists"),
+        ([[], []], "all of one length; got list<element: null>, lengths [0] in row group 0"),
+    ],
+)
+def test_parquet_that_holds_no_matrix(tmp_path, column, message):
+    path = parquet_file(tmp_path / "a.parquet", column)
+    with pytest.raises(SourceError) as caught:
+        Source(path).take(np.arange(len(column)))
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_texts_of_parquet_parts_are_other_lists(tmp_path):
+    parquet_file(tmp_path / "1.parquet", [[1.0, 2.0]] * 3, [[3.0]] * 3)
+    parquet_file(tmp_path / "2.parquet", [[1.0, 2.0]], [[3.0, 4.0]])
+    assert Source(tmp_path).rows == 4
+    with pytest.raises(SourceError, match=r"2\.parquet: has 2 dimensions and .*1\.parquet 1"):
+        Source(tmp_path, joint="concat")
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_files_without_rows(tmp_path, suffix):
+    def write(name, rows):
+        if suffix == "npy":
+            np.save(tmp_path / f"{name}.npy", np.array(rows, np.float32).reshape(len(rows), -1))
+        else:
+            pa = pytest.importorskip("pyarrow")
+            parquet_file(tmp_path / f"{name}.parquet", pa.array(rows, pa.list_(pa.float32())))
+
+    if suffix == "npy":
+        np.save(tmp_path / "0.npy", np.empty((0, 2), np.float32))
+    else:
+        write("0", [])
+    with pytest.raises(SourceError, match="has no rows"):
+        Source(tmp_path)
+    write("1", [[1.0, 2.0], [3.0, 4.0]])
+    source = Source(tmp_path)
+    assert [shard.rows for shard in source.shards] == [0, 2]
+    assert source.take(np.array([0, 1])).tolist() == [[1, 2], [3, 4]]
+    assert [block.rows.tolist() for block in source.blocks()] == [[[1, 2], [3, 4]]]
+
+
+def test_a_directory_has_files_of_one_format(tmp_path):
+    features(tmp_path, ["b_1.npy"])
+    parquet_file(tmp_path / "a.parquet", [[1.0, 2.0]])
+    with pytest.raises(SourceError) as caught:
+        Source(tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}: holds b_1.npy and a.parquet, must have feature files of one format: .npy or "
+        ".parquet"
+    )
+
+
+# ---- features of the glyphs ----------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(dump, "SHARD_ROWS", 5)
+
+
+def glyphs(n):
+    """Images of 4 characters."""
+    rng = np.random.default_rng(0)
+    return Glyphs(
+        images=rng.integers(0, 256, (n, 32, 32), dtype=np.uint8),
+        labels=np.arange(n) % 4,
+        fonts=np.zeros(n, int),
+        codepoints=np.arange(4) + 0x4E00,
+        captions=[f"PATTERN {c}" for c in "ABCD"],
+        font_names=["1"],
+    )
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def test_a_dump_takes_the_place_of_an_earlier_one(tmp_path):
+    output, new = tmp_path / "used", tmp_path / "new"
+    dump.write_dump(output, glyphs(12), dim=4)
+    shards = [f"{kind}/{kind}_000{i}.npy" for kind in ("img_emb", "text_emb") for i in range(3)]
+    names = [*shards, "true_labels.npy", "images.npy"]
+    assert json.loads((output / "files.json").read_text()) == names
+    assert set(contents(output)) == {*names, "files.json"}
+    (output / "mine.txt").write_text("mine")
+    (output / "img_emb" / "mine.txt").write_text("mine")
+    for path in (output, new):
+        dump.write_dump(path, glyphs(8), dim=4)
+    left = contents(output)
+    assert left.pop("mine.txt") == left.pop("img_emb/mine.txt") == b"mine"
+    assert left == contents(new)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["img_emb/img_emb_7.npy", "text_emb/text_emb_0000.npy", "images.npy", "files.json"],
+)
+def test_a_dump_replaces_no_file_of_others(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('["notes.txt"]')
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        dump.write_dump(tmp_path, glyphs(12), dim=4)
+    assert str(caught.value) == f"{tmp_path / name}: is there already, and not of an earlier dump"
+    assert contents(tmp_path) == before
+
+
+def test_the_list_of_a_dump_reaches_no_other_file(tmp_path):
+    output = tmp_path / "output"
+    dump.write_dump(output, glyphs(12), dim=4)
+    for name in ("../notes.npy", "img_emb/../../notes.npy", str(tmp_path / "notes.npy"), 7):
+        (output / "files.json").write_text(json.dumps(["images.npy", name]))
+        (tmp_path / "notes.npy").write_text("mine")
+        before = contents(tmp_path)
+        with pytest.raises(SourceError, match=r"files\.json: is there already"):
+            dump.write_dump(output, glyphs(12), dim=4)
+        assert contents(tmp_path) == before

@@ -43,6 +43,10 @@ BAD = {
     "precision": "tf32",
     "reduction": "avg",
     "ignore_index": None,
+    "grad_average": "no",
+    "uneven_batches": 2,
+    "sparse_grad": float("nan"),
+    "check_inputs": None,
     "workspace_bytes": -1,
 }
 

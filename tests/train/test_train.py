@@ -310,6 +310,43 @@ def test_does_not_overwrite_unasked(finished, tmp_path, no_report):
     assert run(tmp_path, config=TINY, overwrite=True)["steps"] == STEPS
 
 
+def test_overwriting_removes_the_earlier_run_and_nothing_else(tmp_path, no_report):
+    one_epoch = dataclasses.replace(TINY, epochs=1)
+    run(tmp_path, config=one_epoch)
+    earlier = checkpoint.latest(tmp_path / "checkpoints")
+    mine = ["notes.txt", "checkpoints/step-best/weights.pt", "checkpoints/step-1.txt"]
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoints" / "step-4.tmp").mkdir()  # as a killed writer leaves one
+    run(tmp_path, overwrite=True)
+    assert not earlier.exists()
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {f"step-{STEPS}", "step-best", "step-1.txt"}
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros(7, np.int64), "holds int64 [7], must be integers [120], one for each row"),
+        (np.full(120, -1), "holds negative labels only"),
+        (np.full(120, 2**63, np.uint64), "row 0 has the label 9223372036854775808, must be below"),
+    ],
+)
+def test_overwriting_with_bad_labels_changes_nothing(finished, tmp_path, labels, message):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    np.save(tmp_path / "labels.npy", labels)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    config = dataclasses.replace(TINY, labels=str(tmp_path / "labels.npy"))
+    with pytest.raises(ConfigError) as caught:
+        run(output, config=config, overwrite=True)
+    assert f"labels: {tmp_path / 'labels.npy'}: " in str(caught.value)
+    assert message in str(caught.value)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
 def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     text = io.StringIO()
     run(tmp_path, text=text)

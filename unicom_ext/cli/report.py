@@ -16,19 +16,21 @@ from unicom_ext.utils.settings import ConfigError, read_toml
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def report(directory: Path) -> None:
-    """Show what is in DIRECTORY, the output of `train` or `cluster`.
+    """Show what is in DIRECTORY, the output of `cluster`, of `train`, or of both.
 
     Of a finished training, report.html is written again.
     """
     try:
-        if (directory / "clusters.json").exists():
+        clustered = (directory / "clusters.json").exists()
+        if clustered:
             from unicom_ext.cluster import results
 
             facts = json.loads((directory / "clusters.json").read_text())
             for line in results.summary(facts):
                 click.echo(line)
-            return
         if not (directory / "metrics.json").exists():
+            if clustered:
+                return
             raise click.ClickException(
                 f"{directory}: has neither metrics.json, as `train` writes it after its first "
                 "checkpoint, nor clusters.json of `cluster`"

@@ -7,6 +7,7 @@ character n-grams of the Unicode names.
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ SHARD_ROWS = 10_000
 NGRAMS = (2, 3, 4)
 BUCKETS = 1 << 14
 LIST = "files.json"  # of what a dump consists
+_NAME = r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{4,}\.npy|true_labels\.npy|images\.npy"
 
 
 def write_dump(
@@ -46,33 +48,52 @@ def write_dump(
                 this probability, and at least one does. Names are otherwise the same for all images
                 of a class and different between classes, which no captions from the web are.
     """
-    image = BASELINES[images](glyphs.images, glyphs.labels, glyphs.images, dim)
-    text = name_features(captions(glyphs, kept_words, seed), dim, seed)
-    arrays = {
-        f"{kind}/{kind}_{number:04d}.npy": rows.numpy()
-        for kind, features in (("img_emb", image), ("text_emb", text))
-        for number, rows in enumerate(features.half().split(SHARD_ROWS))
+    shards = {
+        f"{kind}/{kind}_{number:04d}.npy": (kind, slice(first, first + SHARD_ROWS))
+        for kind in ("img_emb", "text_emb")
+        for number, first in enumerate(range(0, len(glyphs), SHARD_ROWS))
     }
-    arrays |= {"true_labels.npy": glyphs.labels, "images.npy": glyphs.images}
-    _make_room(output, arrays)
-    (output / LIST).write_text(json.dumps(list(arrays), indent=1))
-    for name, array in arrays.items():
+    whole = {"true_labels.npy": glyphs.labels, "images.npy": glyphs.images}
+    earlier = _earlier(output, [*shards, *whole])
+    features = {
+        "img_emb": BASELINES[images](glyphs.images, glyphs.labels, glyphs.images, dim),
+        "text_emb": name_features(captions(glyphs, kept_words, seed), dim, seed),
+    }
+    for path in earlier:
+        path.unlink(missing_ok=True)
+    for kind in features:
+        (output / kind).mkdir(parents=True, exist_ok=True)
+    (output / LIST).write_text(json.dumps([*shards, *whole], indent=1))
+    for name, (kind, rows) in shards.items():
+        np.save(output / name, features[kind][rows].half().numpy())
+    for name, array in whole.items():
         np.save(output / name, array)
 
 
-def _make_room(output: Path, names: Iterable[str]) -> None:
-    """The directories of a dump, without what an earlier one has left in them."""
+def _earlier(output: Path, names: Iterable[str]) -> list[Path]:
+    """The files of an earlier dump there; SourceError where others stand in the way of the names or
+    lie among the shards."""
     there = {output / name for name in names if (output / name).exists()}
     for kind in ("img_emb", "text_emb"):
-        (output / kind).mkdir(parents=True, exist_ok=True)
-        there.update(list_files(output / kind, ".npy", f"{kind}_"))
-    earlier = set()
-    if (output / LIST).exists():
-        earlier = {output / name for name in json.loads((output / LIST).read_text())}
-    for path in sorted(there - earlier, key=natural_key):
+        if (output / kind).is_dir():
+            there.update(list_files(output / kind, ".npy", f"{kind}_"))
+    earlier = [output / name for name in _listed(output / LIST)]
+    for path in sorted(there.difference(earlier), key=natural_key):
         raise SourceError(f"{path}: is there already, and not of an earlier dump")
-    for path in earlier:
-        path.unlink(missing_ok=True)
+    return earlier
+
+
+def _listed(path: Path) -> list[str]:
+    """The names in the list of an earlier dump; none where there is no list."""
+    if not path.exists():
+        return []
+    try:
+        names = json.loads(path.read_text())
+    except ValueError:
+        names = None
+    if not isinstance(names, list) or not all(re.fullmatch(_NAME, str(name)) for name in names):
+        raise SourceError(f"{path}: is there already, and not of an earlier dump")
+    return names
 
 
 def captions(glyphs: Glyphs, kept_words: float, seed: int) -> list[str]:

@@ -7,8 +7,8 @@ Layouts, told apart by what is there:
     DIR/*.npy or FILE.npy                image features
     DIR/*.parquet or FILE.parquet        columns of lists: image and text features
 
-`.npy` shards are float16 or float32 [n, d]. Shards are in natural order: 2 before 10, with or
-without leading zeros. A shard may have no rows.
+A directory has files of one format. `.npy` shards are float16 or float32 [n, d]. Shards are in
+natural order: 2 before 10, with or without leading zeros. A shard may have no rows.
 """
 
 from __future__ import annotations
@@ -169,7 +169,13 @@ def find_files(path: Path, joint: str, image_column: str, text_column: str) -> l
     elif path.is_dir():
         if (path / "img_emb").is_dir() or (path / "text_emb").is_dir():
             return _dump(path, wants_image, wants_text)
-        files = list_files(path, ".npy") or list_files(path, ".parquet")
+        arrays, tables = list_files(path, ".npy"), list_files(path, ".parquet")
+        if arrays and tables:
+            raise SourceError(
+                f"{path}: holds {arrays[0].name} and {tables[0].name}, must have feature files of "
+                "one format: .npy or .parquet"
+            )
+        files = arrays or tables
     else:
         raise SourceError(f"{path}: is not there")
     if not files:

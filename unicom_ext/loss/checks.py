@@ -35,6 +35,12 @@ def integer(name: str, value: object, low: int = -(2**63), high: int = 2**63 - 1
     return number
 
 
+def boolean(name: str, value: object) -> bool:
+    if value not in (False, True):
+        raise ValueError(f"{name} must be one of (False, True), got {value!r}")
+    return bool(value)
+
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 

@@ -123,6 +123,8 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             embedding_size = checks.integer("embedding_size", embedding_size, 1)
             num_classes = checks.integer("num_classes", num_classes, 1)
             seed = checks.integer("seed", seed)
+            want_metrics = checks.boolean("want_metrics", want_metrics)
+            full_state_dict = checks.boolean("full_state_dict", full_state_dict)
             checks.check_dtype(dtype)
             margin = ArcFace(0.3) if margin is None else margin
             self.options = LossOptions(margin, scale, **keywords)

@@ -242,10 +242,14 @@ class OptionAttributes:
     workspace_bytes = _Option[int]()
 
 
+_CHOICES: dict[object, tuple[object, ...]] = {
+    bool: (False, True),
+    bool | None: (None, False, True),
+}
 _ALLOWED = {
-    name: get_args(its_type)
+    name: get_args(its_type) if get_origin(its_type) is Literal else _CHOICES[its_type]
     for name, its_type in get_type_hints(LossOptions).items()
-    if get_origin(its_type) is Literal
+    if get_origin(its_type) is Literal or its_type in _CHOICES
 }
 
 
