@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from os import PathLike
-from typing import Any, Self, Unpack
-from weakref import WeakSet
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,23 +15,18 @@ from unicom_ext.loss import checks, recomputation
 from unicom_ext.loss.functional import call_loss
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
-from unicom_ext.loss.prototypes import (
-    fill_prototypes,
-    fill_with_centroids,
-    read_centroids,
-    was_written,
-)
+from unicom_ext.loss.owner import PrototypeOwner
+from unicom_ext.loss.prototypes import fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
 from unicom_ext.loss.selection import Sampling, select
 from unicom_ext.loss.standing_still import StandingStill
-from unicom_ext.loss.wrapping import NeverWrapped
 from unicom_ext.ops import memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
 
-class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
+class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
     """Margin softmax cross entropy in which each step uses some classes and some dimensions.
 
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
@@ -94,10 +87,6 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
     a model, ``fully_shard(model, ignored_params=set(model.loss.parameters()))`` leaves it out, and
     so does ``_ddp_params_and_buffers_to_ignore`` of a model for `DistributedDataParallel`.
     """
-
-    step: Tensor
-    _no_memory = False  # whether weight and step may be what memory held before
-    full_state_dict = False  # of losses that were pickled whole before there was one
 
     def __init__(
         self,
@@ -166,7 +155,6 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         self._metrics: Metrics | None = None
         self._standing_still = StandingStill()
         self.reset_parameters()
-        _losses.add(self)
 
     @classmethod
     def from_centroids(
@@ -194,17 +182,9 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
         fill_with_centroids(module.weight, module._start, centroids)
         return module
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Back to the initial prototypes and to step 0.
-
-        To be called after `to_empty` where the loss was made on the meta device; in the models of
-        Hugging Face from `_init_weights`.
-        """
-        fill_prototypes(self.weight, self._start, self.seed)
-        self.step.zero_()
+        super().reset_parameters()
         self._drawn = self._metrics = None
-        self._no_memory = self.weight.is_meta
 
     def forward(
         self,
@@ -304,11 +284,6 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             transforms.increment(self.step)
         return loss
 
-    @property
-    def _start(self) -> int:
-        """The id of the class in row 0."""
-        return 0 if self.shard is None else self.shard.start
-
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:
         if step is None:
             return self.step
@@ -359,76 +334,7 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
             state["options"] = LossOptions(**options)
         state.setdefault("_standing_still", StandingStill())
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _losses.add(self)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        had_memory = not self.step.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.step.is_meta:
-            self._no_memory = True
-        elif not had_memory:
-            with torch.no_grad():
-                self.step.zero_()  # `to_empty` leaves what was in the memory before
-        return self
-
-    def _check_written(self) -> None:
-        """Of a loss that was on the meta device, which it leaves with whatever memory holds."""
-        if not was_written(self.weight):
-            raise RuntimeError(
-                "the prototypes (weight) of the loss have been on the meta device and have no "
-                "values: call reset_parameters() of the loss (in the models of Hugging Face from "
-                "_init_weights), load a state dict, or fill them in place under torch.no_grad()"
-            )
-        if not was_written(self.step):
-            with torch.no_grad():
-                self.step.zero_()
-        self._no_memory = False
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.seed, dtype=torch.int64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.seed = int(state)
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.shard is not None:
-            name = prefix + "weight"
-            if name not in destination:
-                raise RuntimeError(
-                    f"{name} of a loss with process_group must be a parameter to be saved, but "
-                    "something like weight_norm, parametrize or prune has put a function of others "
-                    "in its place; remove that first"
-                )
-            if self.full_state_dict:
-                self.shard.meet("state_dict of a loss with full_state_dict=True")
-                destination[name] = self.shard.all_rows(destination[name])
-            else:
-                destination[name] = self.shard.as_global(destination[name])
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        name = prefix + "weight"
-        value = state_dict.get(name)
-        if isinstance(value, Tensor) and (self.shard is not None or not checks.is_local(value)):
-            try:
-                expected = [self.num_classes, self.embedding_size]
-                if list(value.shape) != expected:
-                    raise ValueError(
-                        f"{name} must be of all classes, {expected}, of which this rank takes its "
-                        f"own; got {list(value.shape)}"
-                    )
-                rows = own_rows(self, name, value)
-            except ValueError as error:
-                *_, error_msgs = rest
-                error_msgs.append(str(error))
-                rows = self.weight.detach()
-            state_dict = {**state_dict, name: rows}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if name in state_dict:
-            self._no_memory = self.weight.is_meta
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         return (
@@ -437,30 +343,3 @@ class PartialMarginSoftmax(OptionAttributes, NeverWrapped):
             f"feature_rate={self.feature_rate:g}, seed={self.seed}"
             + ("" if self.shard is None else f", classes {self.shard.start} to {self.shard.stop}")
         )
-
-
-# Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
-_losses: WeakSet[PartialMarginSoftmax] = WeakSet()
-
-
-def loss_of(param: Tensor) -> PartialMarginSoftmax | None:
-    """The loss whose prototypes a parameter is; None for all others."""
-    return next((loss for loss in _losses if loss._parameters.get("weight") is param), None)
-
-
-def own_rows(loss: PartialMarginSoftmax, name: str, value: Tensor) -> Tensor:
-    """This rank's rows of a tensor of a state dict that has a row for each class of a loss.
-
-    value: [C, ...]; with a process group a `DTensor`, or a plain tensor.
-
-    Raises ValueError where it holds other classes.
-    """
-    if loss.shard is not None:
-        return loss.shard.own_rows(name, value)
-    if not checks.is_local(value):
-        raise ValueError(
-            f"{name} is a DTensor of one rank, and this loss has no process_group: load it with "
-            "unicom_ext.checkpoint or torch.distributed.checkpoint, or save it from a loss with "
-            "full_state_dict=True"
-        )
-    return value

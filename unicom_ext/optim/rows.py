@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from unicom_ext.loss.module import loss_of
+from unicom_ext.loss.owner import loss_of
 from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids
 from unicom_ext.optim import plain, states

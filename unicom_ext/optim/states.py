@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicom_ext.loss.module import loss_of, own_rows
+from unicom_ext.loss.owner import loss_of, own_rows
 
 
 def arithmetic(param: Tensor) -> torch.dtype:
