@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ C, D, B = 400, 16, 8
 NO_VALUES = (
     "the prototypes (weight) of the loss have been on the meta device and have no values: call "
     "reset_parameters() of the loss (in the models of Hugging Face from _init_weights), load a "
-    "state dict, or fill them in place under torch.no_grad()"
+    "state dict, or fill them"
 )
 
 
@@ -146,8 +148,87 @@ def test_prototypes_from_a_file_with_a_step_that_is_in_none():
     weight._is_hf_initialized = True
     module.weight, module.step = weight, torch.empty((), dtype=torch.int64)
     module.step.data = torch.tensor(139643112143664)
+    module._is_hf_initialized = True  # which it sets at the end
+    assert int(module.step) == 0
     module(*batch())
     assert int(module.step) == 1
+
+
+def test_prototypes_that_hugging_face_has_left_as_memory_is():
+    """It puts memory in the place of what a file lacks, and trusts `_init_weights`."""
+    module = make(device="meta")
+    module.weight = nn.Parameter(torch.empty(C, D))
+    module.step = torch.empty((), dtype=torch.int64)
+    module._is_hf_initialized = True
+    with pytest.raises(RuntimeError, match="have no values"):
+        module(*batch())
+    module.weight.data.normal_(0, 0.01)  # as most of its models do
+    module(*batch())
+    assert int(module.step) == 1
+
+
+WRITTEN = {
+    "data.normal_": lambda m: m.weight.data.normal_(0, 0.01),
+    "data.copy_": lambda m: m.weight.data.copy_(torch.ones(C, D)),
+    "data": lambda m: setattr(m.weight, "data", torch.randn(C, D)),
+    "parameter": lambda m: setattr(m, "weight", nn.Parameter(torch.randn(C, D))),
+    "_parameters": lambda m: m._parameters.update(weight=nn.Parameter(torch.randn(C, D))),
+    "NumPy": lambda m: np.copyto(m.weight.detach().numpy(), np.ones((C, D), np.float32)),
+    "init": lambda m: nn.init.normal_(m.weight),
+}
+
+
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda module: module,
+        copy.deepcopy,
+        lambda module: pickle.loads(pickle.dumps(module)),
+        lambda module: module.double().float(),
+    ],
+    ids=["", "copied", "pickled", "cast"],
+)
+def test_whatever_writes_prototypes_is_accepted(write, then):
+    module = make(device="meta").to_empty(device="cpu")
+    unwritten = then(copy.deepcopy(module))
+    with pytest.raises(RuntimeError, match="have no values"):
+        unwritten(*batch())
+    write(module)
+    module = then(module)
+    x, y = batch()
+    expected = make()
+    expected.load_state_dict({**expected.state_dict(), "weight": module.weight.detach()})
+    assert torch.equal(module(x, y), expected(x, y))
+    assert int(module.step) == 1
+
+
+@pytest.mark.parametrize("rates", [(1, 1), (0.3, 1), (1, 0.5), (0.3, 0.5)])
+def test_a_state_dict_without_a_step_on_meta(rates):
+    """Of published weights, with `assign`: the step would stay where there is no memory."""
+    options = {"sample_rate": rates[0], "feature_rate": rates[1], "seed": 5}
+    module = PartialMarginSoftmax(D, C, device="meta", **options)
+    weight = make().weight.detach()
+    missing = module.load_state_dict({"weight": weight}, strict=False, assign=True).missing_keys
+    assert missing == ["step", "_extra_state"]
+    expected = PartialMarginSoftmax(D, C, **options)
+    expected.load_state_dict({**expected.state_dict(), "weight": weight})
+    for _ in range(2):
+        assert torch.equal(module(*batch()), expected(*batch()))
+    assert module.state_dict()["step"].item() == 2
+    module.reset_parameters()
+    assert int(module.step) == 0
+
+
+def test_a_skeleton_on_meta_is_called_with_the_parameters_of_many():
+    modules = [PartialMarginSoftmax(D, C, seed=seed) for seed in (1, 2)]
+    skeleton = copy.deepcopy(modules[0]).to("meta")
+    params, buffers = torch.func.stack_module_state(modules)
+    x, y = batch()
+    losses = torch.func.vmap(
+        lambda p, b: torch.func.functional_call(skeleton, (p, b), (x, y)), randomness="same"
+    )(params, buffers)
+    assert torch.allclose(losses, torch.stack([module(x, y) for module in modules]))
 
 
 def test_a_loss_that_was_never_on_meta_may_hold_anything():

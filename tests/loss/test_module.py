@@ -433,6 +433,20 @@ def test_metrics_keep_no_graph():
     assert all(value.grad_fn is None for value in module.last_metrics)
 
 
+def test_rates_may_be_set():
+    made = PartialMarginSoftmax(8, 40, sample_rate=0.2, feature_rate=0.5)
+    module = PartialMarginSoftmax(8, 40)
+    module.sample_rate, module.feature_rate = 0.2, 0.5
+    assert (module.num_sampled, module.num_features) == (made.num_sampled, made.num_features)
+    x, y = random_problem(8, 40, 8).embeddings, torch.arange(8)
+    assert torch.equal(module(x, y), made(x, y))
+    with pytest.raises(ValueError, match=r"sample_rate must be .*, got 1\.5"):
+        module.sample_rate = 1.5
+    with pytest.raises(ValueError, match=r"feature_rate must be .*, got 0"):
+        module.feature_rate = 0
+    assert (module.sample_rate, module.feature_rate) == (0.2, 0.5)
+
+
 def test_repr_tells_the_settings():
     text = repr(make(margin=CosFace(0.25)))
     for part in (str(NUM_CLASSES), str(DIM), "CosFace(0.25)", "0.1", "0.5", "11"):

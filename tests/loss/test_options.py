@@ -172,8 +172,11 @@ def test_a_module_pickled_when_options_were_attributes():
     module = PartialMarginSoftmax(D, C, **OTHER)
     state = dict(module.__dict__)
     del state["options"]
+    for name in ("sample_rate", "feature_rate"):
+        state[name] = state.pop(f"_{name}")
     old = PartialMarginSoftmax.__new__(PartialMarginSoftmax)
     old.__setstate__({**state, **OTHER})
     assert old.options == module.options
     assert old.scale == 32.0
-    assert not set(NAMES) & set(old.__dict__)
+    assert (old.sample_rate, old.feature_rate) == (1.0, 1.0)
+    assert not {*NAMES, "sample_rate", "feature_rate"} & set(old.__dict__)

@@ -109,6 +109,63 @@ def test_views_of_the_same_images_whose_embeddings_are_from_outside():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_reentrant_call_beside_one_of_the_same_labels_is_refused():
+    """Of which nothing was noted: it must not be taken for the other."""
+    model = Model()
+    (first, labels), (second, _) = batches(2)
+    kept = non_reentrant(model, first, labels)
+    embeddings = model.encoder(second)
+    loss = checkpoint(model.loss, embeddings, labels, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="but none of the calls that may be repeated had these"):
+        loss.backward()
+    kept.backward()
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_compiled_loss_cannot_be_repeated(backend, use_reentrant):
+    torch._dynamo.reset()
+    model = Model()
+    embeddings = model.encoder(batches(1)[0][0])
+    labels = torch.arange(B)
+    compiled = torch.compile(model.loss, backend=backend)
+    loss = checkpoint(compiled, embeddings, labels, use_reentrant=use_reentrant)
+    with pytest.raises(RuntimeError) as caught:
+        loss.backward()
+    assert str(caught.value).startswith(
+        "the loss is called in backward, as activation checkpointing does, and must draw what it "
+        "drew at first, which a compiled loss cannot. Compile a function that calls checkpoint"
+    )
+    assert all(p.grad is None for p in model.parameters())
+    torch._dynamo.reset()
+
+
+def test_a_compiled_loss_that_is_told_its_step_can_be_repeated():
+    torch._dynamo.reset()
+    plain, checkpointed = Model(), Model()
+    compiled = torch.compile(checkpointed.loss, backend="eager")
+    for step, (images, labels) in enumerate(batches(2)):
+        plain(images, labels).backward()
+        own = torch.tensor(step)
+        non_reentrant(compiled, checkpointed.encoder(images), labels, own).backward()
+        for a, b in zip(gradients(plain), gradients(checkpointed), strict=True):
+            assert torch.equal(a, b)
+    torch._dynamo.reset()
+
+
+def test_hooks_of_others_for_what_is_saved():
+    """Which may be callables of any kind."""
+    model = Model()
+    images, labels = batches(1)[0]
+    right = Model()
+    right(images, labels).backward()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, torch.Tensor.contiguous):
+        loss = model(images, labels)
+    loss.backward()
+    for a, b in zip(gradients(right), gradients(model), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_calls_that_cannot_be_told_apart_are_refused():
     labels = batches(1)[0][1]
     model = Model()

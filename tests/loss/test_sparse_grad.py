@@ -127,6 +127,21 @@ def test_grad_scaler(seeds):
     assert scaler.get_scale() == 512.0
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_a_batch_of_gradients(training):
+    """Of the embeddings, by a vmap over backward, in which there are no sparse tensors."""
+    results = []
+    for module in (make(False, reduction="none"), make(True, reduction="none")):
+        x, y = batch(0)
+        x.requires_grad_()
+        losses = module.train(training)(x, y)
+        (batched,) = torch.autograd.grad(losses, x, torch.eye(len(x)), is_grads_batched=True)
+        results.append(batched)
+    assert torch.equal(*results)
+    (first,) = torch.autograd.grad(module(x, y, step=0)[0], x)
+    torch.testing.assert_close(first, batched[0])
+
+
 def test_rows_beyond_32_bits():
     """More values than 2**31 and more bytes than 2**32, of which only a few pages are touched."""
     num_classes, dim = 2**23 + 3, 257

@@ -14,8 +14,8 @@ from unicom_ext.optim import RowAdamW, RowSGD
 
 C, D, B = 40, 8, 4
 WARNED = (
-    "the prototypes (the weight of the loss) had a gradient in 50 training calls and have not "
-    "changed: they seem to be in no optimizer. Add them to one, as in "
+    "the prototypes (the weight of the loss) had a gradient at 50 steps of an optimizer and have "
+    "not changed: they seem to be in no optimizer. Add them to one, as in "
     "torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1). Prototypes that shall "
     "stay as they are need no gradient: loss.requires_grad_(False)"
 )
@@ -58,7 +58,7 @@ def test_the_warning_is_there_after_a_state_dict_was_loaded():
     loss = PartialMarginSoftmax(D, C)
     train(loss, 30)
     loss.load_state_dict(PartialMarginSoftmax(D, C, seed=1).state_dict())
-    with pytest.warns(UserWarning, match="in 50 training calls and have not changed"):
+    with pytest.warns(UserWarning, match="at 50 steps of an optimizer and have not"):
         train(loss, 52)
 
 
@@ -77,6 +77,51 @@ def test_prototypes_in_an_optimizer(make):
         warnings.simplefilter("error")
         train(loss, optimizer=make(loss))
         train(loss, optimizer=make(loss), every=20)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_prototypes_in_no_optimizer_whose_gradients_are_cleared(set_to_none):
+    """As by `model.zero_grad()` of the model that the loss is a part of."""
+    loss = PartialMarginSoftmax(D, C)
+    with pytest.warns(UserWarning, match="in no optimizer"):
+        train(loss, between=lambda: loss.zero_grad(set_to_none))
+
+
+def test_parameters_of_which_the_prototypes_are_a_function():
+    loss = torch.nn.utils.parametrizations.weight_norm(PartialMarginSoftmax(D, C))
+    with pytest.warns(UserWarning, match="in no optimizer"):
+        train(loss)
+
+
+@pytest.mark.slow
+def test_prototypes_in_no_optimizer_of_a_compiled_model():
+    loss = PartialMarginSoftmax(D, C, sample_rate=0.3)
+    with pytest.warns(UserWarning, match="in no optimizer"):
+        train(torch.compile(loss, backend="aot_eager"))
+
+
+def test_gradients_that_are_accumulated_for_long():
+    loss, encoder = PartialMarginSoftmax(D, C), nn.Linear(3, D)
+    optimizer = torch.optim.SGD([*encoder.parameters(), *loss.parameters()], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in range(1, 401):
+            loss(encoder(torch.ones(B, 3)), torch.arange(B)).backward()
+            if call % 100 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_a_gradient_of_before_is_no_new_one():
+    """Where training goes on without the loss, and its last gradient is still there."""
+    loss, other = PartialMarginSoftmax(D, C), nn.Linear(3, 3)
+    train(loss, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(60):
+            other(torch.ones(3)).sum().backward()
+            optimizer.step()
 
 
 def test_an_optimizer_that_torch_cannot_see():

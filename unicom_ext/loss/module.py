@@ -20,8 +20,7 @@ from unicom_ext.loss.prototypes import fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
 from unicom_ext.loss.selection import Sampling, select
-from unicom_ext.loss.standing_still import StandingStill
-from unicom_ext.ops import memory, transforms
+from unicom_ext.ops import counter, memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
@@ -67,7 +66,8 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
 
     Attributes:
         options: the `LossOptions`. Each of them is an attribute too: ``loss.scale = 32`` makes new
-            options, checked, for the calls to come.
+            options, checked, for the calls to come. So are `sample_rate` and `feature_rate`. With a
+            process group all ranks must set the same.
         weight: Parameter [C, d], the prototypes (with a process group those of this rank);
             initialised from a normal distribution with standard deviation 0.01, as PartialFC does.
             Only the directions matter. A class's initial prototype depends on (seed, class id, d)
@@ -117,8 +117,8 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             checks.check_dtype(dtype)
             margin = ArcFace(0.3) if margin is None else margin
             self.options = LossOptions(margin, scale, **keywords)
-            self.num_sampled = num_sampled_classes(num_classes, sample_rate)
-            self.num_features = num_selected_features(embedding_size, feature_rate)
+            num_sampled_classes(num_classes, sample_rate)
+            num_selected_features(embedding_size, feature_rate)
             settings = {
                 "embedding_size": embedding_size,
                 "num_classes": num_classes,
@@ -153,7 +153,6 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None
-        self._standing_still = StandingStill()
         self.reset_parameters()
 
     @classmethod
@@ -181,6 +180,26 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             )
         fill_with_centroids(module.weight, module._start, centroids)
         return module
+
+    @property
+    def sample_rate(self) -> float:
+        """Share of the classes that each training call draws; may be set."""
+        return self._sample_rate
+
+    @sample_rate.setter
+    def sample_rate(self, rate: float) -> None:
+        self.num_sampled = num_sampled_classes(self.num_classes, rate)
+        self._sample_rate = rate
+
+    @property
+    def feature_rate(self) -> float:
+        """Share of the dimensions that each training call draws; may be set."""
+        return self._feature_rate
+
+    @feature_rate.setter
+    def feature_rate(self, rate: float) -> None:
+        self.num_features = num_selected_features(self.embedding_size, rate)
+        self._feature_rate = rate
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -225,9 +244,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             except TypeError as error:
                 failure = error
         compiling = torch.compiler.is_compiling()
-        repeated = not compiling and recomputation.in_backward()
-        if self.training and not compiling:
-            self._standing_still.look(self.weight)
+        repeated = not compiling and counter.in_backward()
         sampling = Sampling(
             self.num_classes,
             self.num_sampled if self.training else self.num_classes,
@@ -241,7 +258,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
                 raise failure
             num_classes = None if self.shard is None else self.num_classes
             checks.check_call(embeddings, labels, self.weight, options, num_classes=num_classes)
-            if self._no_memory:
+            if self._was_meta:
                 self._check_written()
             this_step = self._step_tensor(step)
             if not self.training:
@@ -249,7 +266,9 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             draws = step is None and (sampling.draws_classes or sampling.draws_features)
             if repeated and draws:
                 return recomputation.repeated_step(self, embeddings, labels)
-            if draws and not compiling:
+            if draws and compiling:
+                return counter.first_draw(this_step)
+            if draws:
                 recomputation.note(self, embeddings, labels, this_step)
             return this_step
 
@@ -281,7 +300,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             self._drawn = transforms.kept(self._drawn)
             self._metrics = Metrics(*transforms.kept(self._metrics))
         if self.training and step is None and not repeated:
-            transforms.increment(self.step)
+            counter.advance(self.step)
         return loss
 
     def _step_tensor(self, step: int | Tensor | None) -> Tensor:
@@ -333,7 +352,9 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         if "options" not in state:  # pickled whole when every option was an attribute of its own
             options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
             state["options"] = LossOptions(**options)
-        state.setdefault("_standing_still", StandingStill())
+        for name in ("sample_rate", "feature_rate"):  # which were plain attributes too
+            if name in state:
+                state[f"_{name}"] = state.pop(name)
         super().__setstate__(state)
 
     def extra_repr(self) -> str:

@@ -8,14 +8,18 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from unicom_ext.loss import checks
 from unicom_ext.loss.options import LossOptions
-from unicom_ext.loss.prototypes import fill_prototypes, was_written
+from unicom_ext.loss.prototypes import fill_prototypes
+from unicom_ext.loss.standing_still import StandingStill
 from unicom_ext.loss.wrapping import NeverWrapped
 
 if TYPE_CHECKING:
     from unicom_ext.distributed.shard import ClassShard
+
+_BY_HF = "_is_hf_initialized"
 
 
 class PrototypeOwner(NeverWrapped):
@@ -33,14 +37,20 @@ class PrototypeOwner(NeverWrapped):
     num_classes: int
     embedding_size: int
     options: LossOptions
-    _no_memory = False  # whether weight and step may be what memory held before
+    _was_meta = False  # whether weight and step may be what memory held before
+    # Values of a weight that has left the meta device, as the memory was then. While they are the
+    # same nobody has written it.
+    _memory: Tensor | None = None
+    _given = False  # whether that memory was put in place from outside
     full_state_dict = False  # of losses that were pickled whole before there was one
 
     def __init__(self) -> None:
         super().__init__()
+        self._standing_still = StandingStill()
         _owners.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state.setdefault("_standing_still", StandingStill())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _owners.add(self)
 
@@ -57,31 +67,80 @@ class PrototypeOwner(NeverWrapped):
         Hugging Face from `_init_weights`.
         """
         fill_prototypes(self.weight, self._start, self.seed)
+        self._step_beside_weight()
         self.step.zero_()
-        self._no_memory = self.weight.is_meta
+        self._memory, self._was_meta = None, self.weight.is_meta
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         had_memory = not self.step.is_meta
+        noted = self._parameters.get("weight")
+        unwritten = noted is not None and (noted.is_meta or self._is_unwritten())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if unwritten:
+            self._note_memory()
         if self.step.is_meta:
-            self._no_memory = True
+            self._was_meta = True
         elif not had_memory:
             with torch.no_grad():
                 self.step.zero_()  # `to_empty` leaves what was in the memory before
         return self
 
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Called for each parameter that is put in place, by whomever."""
+        before = self._parameters.get("weight")
+        super().register_parameter(name, param)
+        if name == "weight" and before is not None:
+            self._memory = None
+            if before.is_meta:
+                self._note_memory()
+                self._given = self._was_meta = True
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        return self.__dict__.get("_initialized_by_hf", False)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        """Hugging Face's models set it when they have filled what was missing in a file, by
+        `_init_weights`, where few think of the step. What was in the file is marked so too."""
+        if value and self._memory is not None and not getattr(self.step, _BY_HF, False):
+            with torch.no_grad():
+                self.step.zero_()
+        self._initialized_by_hf = value
+
+    def _note_memory(self) -> None:
+        weight = self.weight.detach()
+        self._memory = None if weight.is_meta or not weight.numel() else weight[0].clone()
+        self._given = False
+
+    def _is_unwritten(self) -> bool:
+        """Whether the weight is what memory held before. A tensor that was put in place from
+        outside is not, but for those of Hugging Face without values from a file."""
+        weight = self.weight
+        if self._memory is None or (self._given and not self._is_hf_initialized):
+            return False
+        if getattr(weight, _BY_HF, False):
+            return False
+        now, before = weight.detach()[0], self._memory
+        if (now.shape, now.dtype, now.device) != (before.shape, before.dtype, before.device):
+            return False
+        return torch.equal(now.view(torch.uint8), before.view(torch.uint8))  # NaN is NaN here
+
+    def _step_beside_weight(self) -> None:
+        """A step that was left on the meta device begins at 0 where the weight is."""
+        if self.step.is_meta and not self.weight.is_meta:
+            self.step = torch.zeros_like(self.step, device=self.weight.device)
+
     def _check_written(self) -> None:
         """Of a loss that was on the meta device, which it leaves with whatever memory holds."""
-        if not was_written(self.weight):
+        if self.weight.is_meta or (self._memory is not None and self._is_unwritten()):
             raise RuntimeError(
                 "the prototypes (weight) of the loss have been on the meta device and have no "
                 "values: call reset_parameters() of the loss (in the models of Hugging Face from "
-                "_init_weights), load a state dict, or fill them in place under torch.no_grad()"
+                "_init_weights), load a state dict, or fill them"
             )
-        if not was_written(self.step):
-            with torch.no_grad():
-                self.step.zero_()
-        self._no_memory = False
+        self._step_beside_weight()
+        self._memory, self._was_meta = None, False
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.seed, dtype=torch.int64)
@@ -126,11 +185,27 @@ class PrototypeOwner(NeverWrapped):
             state_dict = {**state_dict, name: rows}
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if name in state_dict:
-            self._no_memory = self.weight.is_meta
+            self._memory, self._was_meta = None, self.weight.is_meta
+            self._step_beside_weight()
 
 
 # Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
 _owners: WeakSet[PrototypeOwner] = WeakSet()
+
+
+def _look_for_standing_still(*_: Any) -> None:
+    """After each step of any optimizer."""
+    for owner in tuple(_owners):
+        if owner.training:
+            # Where weight_norm or the like has put a function of parameters in its place: one of
+            # these.
+            param = owner._parameters.get("weight")
+            param = next(owner.parameters(), None) if param is None else param
+            if param is not None:
+                owner._standing_still.look(param)
+
+
+register_optimizer_step_post_hook(_look_for_standing_still)
 
 
 def loss_of(param: Tensor) -> PrototypeOwner | None:

@@ -34,18 +34,6 @@ def fill_prototypes(weight: Tensor, first_class: int, seed: int) -> None:
         weight[begin - first_class : end - first_class] = rows[of_block]
 
 
-def was_written(tensor: Tensor) -> bool:
-    """Whether something has changed it since it was made, as `torch.empty` makes one.
-
-    Hugging Face marks those that it has put in place of others, with values from a file.
-    """
-    return (
-        tensor.is_inference()  # which do not count
-        or tensor._version > 0
-        or getattr(tensor, "_is_hf_initialized", False)
-    )
-
-
 @torch.no_grad()
 def fill_with_centroids(weight: Tensor, first_class: int, centroids: Tensor) -> None:
     """Prototypes [n, d] in the directions of their centroids [C, d], in place.

@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from unicom_ext.ops.counter import MUST_DRAW_AGAIN
+
 _KEPT = 1024  # calls of each loss whose graphs live
 
 
@@ -48,26 +50,25 @@ class _Draw:
 _draws: WeakKeyDictionary[nn.Module, deque[_Draw]] = WeakKeyDictionary()
 
 
-def in_backward() -> bool:
-    """Whether a backward pass calls, as it does what it repeats."""
-    return torch._C._current_graph_task_id() != -1
-
-
 def note(loss: nn.Module, embeddings: Tensor, labels: Tensor, step: Tensor) -> None:
     """Remember the step of this call of the loss, if it may be repeated.
 
     Checkpointing intercepts what is saved for backward. Each time it does so with new functions,
     of which the graph holds on to one, and nobody else does.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    hooks = _saving_hooks()
     if hooks is None:
+        return
+    try:
+        graph = ref(hooks[1])
+    except TypeError:  # hooks of somebody else: checkpointing's are plain functions
         return
     draws = _draws.get(loss, ())
     living = deque((draw for draw in draws if draw.graph() is not None), maxlen=_KEPT)
     living.append(
         _Draw(
             step.clone(),
-            ref(hooks[1]),
+            graph,
             labels,
             labels._version,
             ref(embeddings),
@@ -87,16 +88,22 @@ def repeated_step(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> Tensor
         RuntimeError: it cannot be told which call that was.
     """
     found = [draw for draw in _draws.get(loss, ()) if draw.graph() is not None]
+    if _saving_hooks() is None:  # so this is no checkpointing that we have noted a call of
+        found = []
     found = [draw for draw in found if draw.has_labels(labels)]
     found = [draw for draw in found if draw.has_embeddings(embeddings)] or found
     if len(found) != 1:
         raise RuntimeError(
-            "the loss is called in backward, as activation checkpointing does, and must draw what "
-            f"it drew at first, but {len(found) or 'none'} of the calls that may be repeated had "
+            f"{MUST_DRAW_AGAIN}, but {len(found) or 'none'} of the calls that may be repeated had "
             "these labels. Give step= to the call that is checkpointed, another number each time; "
             "or checkpoint with use_reentrant=False; or leave the loss out, it keeps no logits"
         )
     return found[0].step
+
+
+def _saving_hooks() -> Any:
+    """What intercepts tensors that are saved for backward; None where nothing does."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:

@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
 
-_CALLS = 50  # gradients may be accumulated over some batches, and a GradScaler skips some steps
+_STEPS = 50  # of any optimizer: a model may have several, and a GradScaler skips some steps
 
 
 @dataclass
 class StandingStill:
-    """Counts a loss's training calls in a row before which its prototypes did not change.
+    """Counts the steps of optimizers at which prototypes had a new gradient and did not change.
 
     A change is seen by torch's own count of the changes of each tensor. Some optimizers go around
     it (by ``param.data``), so the values have the last word.
     """
 
-    calls: int = 0
+    steps: int = 0
     version: int = -1
     total: Tensor | None = None  # of the values, half-way
     done: bool = False
+    grad: tuple[ReferenceType[Tensor], int] | None = field(default=None, repr=False)  # the last
 
-    def look(self, weight: Tensor) -> None:
-        """Before each training call. One UserWarning, where they stand still."""
-        if self.done or not weight.is_leaf or weight.grad is None:
+    def look(self, param: Tensor) -> None:
+        """After each step of an optimizer. One UserWarning, where they stand still."""
+        if self.done or param.grad is None:
             return
-        if weight._version != self.version:
-            self.calls, self.version = 0, weight._version
-        self.calls += 1
-        if self.calls == _CALLS // 2:
-            self.total = _total(weight)
-        elif self.calls > _CALLS:
+        if param._version != self.version:
+            self.steps, self.version = 0, param._version
+        seen, self.grad = self.grad, (ref(param.grad), param.grad._version)
+        if seen is not None and seen[0]() is param.grad and seen[1] == param.grad._version:
+            return
+        self.steps += 1
+        if self.steps == _STEPS // 2:
+            self.total = _total(param)
+        elif self.steps > _STEPS:
             self.done = True
-            if self.total is not None and torch.equal(_total(weight), self.total):
+            if self.total is not None and torch.equal(_total(param), self.total):
                 warnings.warn(
-                    f"the prototypes (the weight of the loss) had a gradient in {_CALLS} training "
-                    "calls and have not changed: they seem to be in no optimizer. Add them to one, "
-                    "as in torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1). "
-                    "Prototypes that shall stay as they are need no gradient: "
+                    f"the prototypes (the weight of the loss) had a gradient at {_STEPS} steps of "
+                    "an optimizer and have not changed: they seem to be in no optimizer. Add them "
+                    "to one, as in torch.optim.SGD([*model.parameters(), *loss.parameters()], "
+                    "lr=0.1). Prototypes that shall stay as they are need no gradient: "
                     "loss.requires_grad_(False)",
                     stacklevel=4,
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "grad": None}  # which cannot be copied
 
-def _total(weight: Tensor) -> Tensor:
-    return weight.detach().sum(dtype=torch.float64)
+
+def _total(param: Tensor) -> Tensor:
+    return param.detach().sum(dtype=torch.float64)

@@ -12,7 +12,7 @@ from unicom_ext.ops import library
 from unicom_ext.ops.codes import Codes
 from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_gradients
 from unicom_ext.ops.row_sparse import row_sparse, updater_of
-from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
+from unicom_ext.ops.transforms import in_forward_mode, is_batched, transformable, transforming
 
 _PROTOTYPES = 2  # among the operator's inputs
 
@@ -42,13 +42,14 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     wants_embeddings, _, wants_prototypes, *_rest = ctx.needs_input_grad
     if not (wants_embeddings or wants_prototypes):
         return tuple(grads)
-    updater = updater_of(prototypes) if ctx.sparse and wants_prototypes else None
+    sparse = ctx.sparse and wants_prototypes and not is_batched(grad_loss)
+    updater = updater_of(prototypes) if sparse else None
     if updater is not None and _is_accumulated(ctx):
         operands = (*saved, *ctx.options, wants_embeddings)
         grad_embeddings = updater(grad_loss, operands)
         grads[0] = grad_embeddings if wants_embeddings else None
         return tuple(grads)
-    compact = ctx.sparse and class_index is not None
+    compact = sparse and class_index is not None
     grad_embeddings, grad_prototypes = library.run(
         once,
         library.ops.loss_backward,
@@ -63,7 +64,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
         grads[0] = grad_embeddings
     if wants_prototypes:
         grads[_PROTOTYPES] = grad_prototypes
-        if ctx.sparse:
+        if sparse:
             grads[_PROTOTYPES] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
     return tuple(grads)
 

@@ -18,6 +18,12 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
 
 
+def is_batched(grad: Tensor) -> bool:
+    """Whether it stands for many gradients (`torch.autograd.grad(is_grads_batched=True)`), by a
+    transform older than those of torch.func, which has no sparse tensors either."""
+    return torch._C._dispatch_keys(grad).has("Batched")
+
+
 def in_forward_mode() -> bool:
     """Whether tensors may have tangents."""
     return forward_ad._current_level >= 0
@@ -56,19 +62,6 @@ def _refuse_tangents(*_: object) -> None:
 def outside() -> AbstractContextManager[object]:
     """A context in which no transform is under way: for counters, and messages between ranks."""
     return temporarily_clear_interpreter_stack() if transforming() else nullcontext()
-
-
-def increment(counter: Tensor) -> None:
-    """Add 1 in place, once for a call.
-
-    Transforms refuse changes to tensors that are not arguments of the function. This one is no part
-    of what is differentiated.
-    """
-    if transforming() and not _functorch.is_functorch_wrapped_tensor(counter):
-        with outside():
-            counter.add_(1)
-    else:
-        counter.add_(1)
 
 
 def kept(tensors: tuple[Tensor | None, ...]) -> Any:
