@@ -228,6 +228,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", parts.KINDS)
 def test_parts_write_json_and_markdown(kind, tmp_path, monkeypatch, set_threads):
     set_threads(1)
@@ -370,7 +371,7 @@ def bytes_of_a_step(group, shape):
     )
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_memory_of_the_scaling_model_is_what_tensors_hold(ranks, world_size):
     shape = scaling_model.Shape(32, 20_000, 96)
     expected = scaling_model.memory(shape, world_size, unit_bytes=4)

@@ -696,7 +696,13 @@ def compiled(group, whole, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"reduction": "none"}, {"want_metrics": True}, {"sparse_grad": True}],
+    [
+        {},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in ({"reduction": "none"}, {"want_metrics": True}, {"sparse_grad": True})
+        ),
+    ],
     ids=str,
 )
 def test_one_graph_holds_the_whole_step(ranks, options):
@@ -704,6 +710,7 @@ def test_one_graph_holds_the_whole_step(ranks, options):
     assert ranks.run(2, compiled, True, options) == [3, 3]
 
 
+@pytest.mark.slow
 def test_graphs_compile_around_an_exchange_of_sizes(ranks):
     assert ranks.run(2, compiled, False, {}) == [3, 3]
     for outcome in ranks.outcomes(2, compiled, True, {}):

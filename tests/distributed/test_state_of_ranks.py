@@ -216,6 +216,7 @@ def called_by_all(group):
     return [run.loss.state_dict()["weight"].shape for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_full_state_that_one_rank_alone_wants(ranks):
     ranks.run(2, called_by_one)
     assert ranks.run(2, called_by_all) == [[(60, 8)] * 3] * 2

@@ -156,6 +156,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_module_takes_new_options(fresh_compiler):
     module = PartialMarginSoftmax(D, C)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

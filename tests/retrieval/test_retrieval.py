@@ -446,6 +446,7 @@ def rows_of_kind(kind, n, d):
     return torch.randn(n, d, dtype=torch.float64 if kind == "float64" else torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [5, 80])  # lists of R = 159 candidates, and of 10
 @pytest.mark.parametrize("kind", ["random", "float64", "all equal", "getting closer"])
 def test_memory_does_not_grow_with_gallery_times_queries(kind, classes):

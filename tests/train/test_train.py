@@ -75,6 +75,7 @@ def test_learns(tmp_path, no_report):
     assert after > before + 0.5
 
 
+@pytest.mark.slow
 def test_learns_by_rows_that_were_sampled_and_resumes(tmp_path, no_report):
     config = dataclasses.replace(TINY, width=4, epochs=8, augment=0.0, prototype_update="rows")
     whole = run(tmp_path / "whole", config=config)
@@ -225,7 +226,13 @@ def test_impossible_baselines_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(1, signal.SIGINT), (7, signal.SIGTERM), (10, signal.SIGINT), (STEPS - 1, signal.SIGTERM)],
+    [
+        (1, signal.SIGINT),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((7, signal.SIGTERM), (10, signal.SIGINT), (STEPS - 1, signal.SIGTERM))
+        ),
+    ],
 )
 def test_resumed_after_a_signal_is_bit_identical(finished, tmp_path, step, number, no_report):
     def stop(done):
