@@ -8,12 +8,11 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from unicom_ext.loss import checks
 from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.prototypes import fill_prototypes
-from unicom_ext.loss.standing_still import StandingStill
+from unicom_ext.loss.standing_still import StandingStill, watch
 from unicom_ext.loss.wrapping import NeverWrapped
 
 if TYPE_CHECKING:
@@ -47,12 +46,16 @@ class PrototypeOwner(NeverWrapped):
     def __init__(self) -> None:
         super().__init__()
         self._standing_still = StandingStill()
-        _owners.add(self)
+        self._enlist()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state.setdefault("_standing_still", StandingStill())
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._enlist()
+
+    def _enlist(self) -> None:
         _owners.add(self)
+        watch(self)
 
     @property
     def _start(self) -> int:
@@ -191,21 +194,6 @@ class PrototypeOwner(NeverWrapped):
 
 # Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
 _owners: WeakSet[PrototypeOwner] = WeakSet()
-
-
-def _look_for_standing_still(*_: Any) -> None:
-    """After each step of any optimizer."""
-    for owner in tuple(_owners):
-        if owner.training:
-            # Where weight_norm or the like has put a function of parameters in its place: one of
-            # these.
-            param = owner._parameters.get("weight")
-            param = next(owner.parameters(), None) if param is None else param
-            if param is not None:
-                owner._standing_still.look(param)
-
-
-register_optimizer_step_post_hook(_look_for_standing_still)
 
 
 def loss_of(param: Tensor) -> PrototypeOwner | None:

@@ -8,7 +8,8 @@ from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _STEPS = 50  # of any optimizer: a model may have several, and a GradScaler skips some steps
 
@@ -22,6 +23,7 @@ class StandingStill:
     """
 
     steps: int = 0
+    changes: int = 0  # seen after steps
     version: int = -1
     total: Tensor | None = None  # of the values, half-way
     done: bool = False
@@ -29,10 +31,12 @@ class StandingStill:
 
     def look(self, param: Tensor) -> None:
         """After each step of an optimizer. One UserWarning, where they stand still."""
-        if self.done or param.grad is None:
-            return
         if param._version != self.version:
             self.steps, self.version = 0, param._version
+            self.changes += 1
+            self.done = self.changes > _STEPS
+        if param.grad is None or self.done:
+            return
         seen, self.grad = self.grad, (ref(param.grad), param.grad._version)
         if seen is not None and seen[0]() is param.grad and seen[1] == param.grad._version:
             return
@@ -53,6 +57,35 @@ class StandingStill:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "grad": None}  # which cannot be copied
+
+
+# By their ids: the modules of which nothing is known yet.
+_watched: dict[int, ReferenceType[nn.Module]] = {}
+
+
+def watch(module: nn.Module) -> None:
+    """From now on look at a loss, `_standing_still` of which keeps count."""
+    key = id(module)
+    _watched[key] = ref(module, lambda _: _watched.pop(key, None))
+
+
+def _look(*_: Any) -> None:
+    """After each step of any optimizer."""
+    if not _watched:
+        return
+    for key, reference in tuple(_watched.items()):
+        module: Any = reference()
+        if module is None or module._standing_still.done:
+            _watched.pop(key, None)
+        elif module.training:
+            param = module._parameters.get("weight")
+            if param is None:  # where weight_norm or the like has put a function of these
+                param = next(module.parameters(), None)
+            if param is not None:
+                module._standing_still.look(param)
+
+
+register_optimizer_step_post_hook(_look)
 
 
 def _total(param: Tensor) -> Tensor:

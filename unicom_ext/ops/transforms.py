@@ -12,6 +12,10 @@ from torch._C import _functorch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
+_BATCHED: Any = torch._C._parse_dispatch_key(
+    "Batched"
+)  # no member of DispatchKey, and as a name slow
+
 
 def transforming() -> bool:
     """Whether a transform such as `torch.func.grad` is under way; not while a graph is compiled."""
@@ -21,7 +25,7 @@ def transforming() -> bool:
 def is_batched(grad: Tensor) -> bool:
     """Whether it stands for many gradients (`torch.autograd.grad(is_grads_batched=True)`), by a
     transform older than those of torch.func, which has no sparse tensors either."""
-    return torch._C._dispatch_keys(grad).has("Batched")
+    return torch._C._dispatch_keys(grad).has(_BATCHED)
 
 
 def in_forward_mode() -> bool:
