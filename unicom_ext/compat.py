@@ -31,6 +31,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -98,9 +99,11 @@ class PartialFC_V2(PartialMarginSoftmax):
         step: int | Tensor | None = None,
         margin: CombinedMargin | None = None,
     ) -> Tensor:
-        """The loss, as `PartialMarginSoftmax` has it; labels may be [B, 1] and of any integers."""
+        """The loss, as `PartialMarginSoftmax` has it; labels may be [B, 1] and of any integers but
+        uint64, which may not fit."""
         if isinstance(labels, Tensor) and not labels.is_floating_point():
-            labels = (labels.squeeze(1) if labels.dim() == 2 else labels).long()
+            labels = labels.squeeze(1) if labels.dim() == 2 else labels
+            labels = labels if labels.dtype == torch.uint64 else labels.long()
         return super().forward(embeddings, labels, step, margin)
 
 

@@ -330,6 +330,21 @@ def test_evaluate_among_the_others_leaves_own_groups_out(dump):
     assert f"{right.map_at_r:.4f}" in result.stdout.split()
 
 
+def test_evaluate_reads_other_columns(dump):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"emb": rows_of(dump).tolist()})
+    parquet.write_table(table, dump / "all.parquet")
+    parts = ["--labels", dump / "labels.npy"]
+    right = invoke("evaluate", dump, *parts)
+    result = invoke("evaluate", dump / "all.parquet", *parts, "--image-column=emb")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == right.stdout
+    assert "has no column 'image_embedding'" in invoke(
+        "evaluate", dump / "all.parquet", *parts
+    ).output.replace("\n", " ")
+
+
 def test_evaluate_of_both_kinds_in_a_gallery(dump):
     parts = ["--labels", dump / "labels.npy", "--gallery", dump, "--gallery-labels"]
     result = invoke("evaluate", dump, *parts, dump / "clusters", "--joint=concat")
@@ -352,7 +367,8 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
         (["--labels={}/labels.npy", "--dims=9"], "dims: got [9], must be"),
         (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
         (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),
-        (["--labels={}/labels.npy", "--output={}/no/f.json"], "No such file or directory"),
+        (["--labels={}/labels.npy", "--output={}/no/f.json"],
+         "output: {}/no: there is no such directory"),
         (["--labels={}/labels.npy", "--output={}/labels.npy"],
          "output: {}/labels.npy: must be named as a JSON file is, such as figures.json"),
     ],

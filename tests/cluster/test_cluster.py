@@ -683,6 +683,28 @@ def test_overwriting_removes_what_was_written_and_nothing_else(tmp_path, dump):
     assert names == {"labels_0000.npy", "labels_0001.npy", "labels_mine.npy"}
 
 
+@pytest.mark.parametrize("init", ["random", "centroids.npy"])
+def test_results_stay_until_there_are_new_ones(tmp_path, dump, init):
+    """Lists of unlike lengths, of which the header says nothing, are found in a pass only."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path, output = dump[0], tmp_path / "out"
+    run(path, output, config(clusters=5))
+    before = {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()}
+    rows = [*dump[1]["image"].tolist(), [1.0] * (IMAGE_DIM - 1), [1.0] * (IMAGE_DIM + 1)]
+    table = pyarrow.table({"image_embedding": rows})
+    parquet.write_table(table, tmp_path / "ragged.parquet", row_group_size=301)
+    np.save(tmp_path / "centroids.npy", dump[1]["image"][:5])
+    init = str(tmp_path / init) if init.endswith(".npy") else init
+    with pytest.raises(SourceError, match=r"ragged\.parquet: .*of one length"):
+        run(tmp_path / "ragged.parquet", output, config(clusters=5, init=init), overwrite=True)
+    assert {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()} == before
+    for kind in ("img_emb", "text_emb"):
+        (path / kind / f"{kind}_0002.npy").unlink()
+    run(path, output, config(clusters=4), overwrite=True)
+    assert {p.name for p in output.glob("labels_*")} == {"labels_0000.npy", "labels_0001.npy"}
+
+
 def test_two_levels_overwrite_what_one_left(tmp_path, dump):
     """In either order: state, labels and centroids are those of a new directory."""
     two = config(clusters=30, method="two-level", coarse=5)
@@ -699,10 +721,20 @@ def test_two_levels_overwrite_what_one_left(tmp_path, dump):
 def test_an_output_among_the_inputs_is_refused(tmp_path, dump):
     path = dump[0]
     (tmp_path / "link").symlink_to(path)
-    for output in (path, path / "img_emb", tmp_path / "link", path / ".." / path.name):
+    for output in (
+        path, path / "img_emb", path / "img_emb" / "run", tmp_path / "link",
+        path / ".." / path.name,
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match="must be another directory"):
             run(path, output)
     np.save(tmp_path / "centroids.npy", dump[1]["image"])
     with pytest.raises(ConfigError, match=r"would have .*centroids\.npy overwritten"):
         run(tmp_path / "centroids.npy", tmp_path, overwrite=True)
+    np.save(tmp_path / "flat.npy", dump[1]["image"])
+    with pytest.raises(ConfigError, match=r"labels would be taken for features, must be another"):
+        run(tmp_path / "flat.npy", tmp_path)
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat.npy").rename(tmp_path / "flat" / "flat.npy")
+    with pytest.raises(ConfigError, match="must be another directory"):
+        run(tmp_path / "flat", tmp_path / "flat" / "img_emb" / "run")
     assert run(path, path / "clusters")["clusters"] == 20

@@ -56,6 +56,11 @@ def test_images_and_texts_pair_by_number(tmp_path):
         Source(tmp_path, joint="concat")
 
 
+def test_names_in_capitals_are_shards_too(tmp_path):
+    features(tmp_path / "img_emb", ["img_emb_0.npy", "IMG_EMB_1.npy", "img_emb_2.NPY"])
+    assert first_values(Source(tmp_path)) == [1, 2, 3]
+
+
 def test_labels_are_those_of_the_shards(tmp_path):
     features(tmp_path / "f", ["x_7.npy", "x_10.npy"])
     shards = Source(tmp_path / "f").shards

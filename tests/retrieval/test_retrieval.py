@@ -367,9 +367,38 @@ def test_precision_does_not_depend_on_the_callers_settings():
     finally:
         for backend, precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
-    assert settings.seen == ((torch.float32, "ieee", "ieee"),)
+    assert {dtype for dtype, *_ in settings.seen} == {torch.float64}  # which nothing makes coarser
     assert torch.equal(actual[0], expected[0])
     assert torch.equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("dim", [16, 100, 512])
+@pytest.mark.parametrize("num_queries", [1, 40, 1449])
+def test_one_point_scores_nothing_in_any_order(dim, num_queries):
+    """Products of equal rows round alike, wherever in a block they stand."""
+    row = torch.randn(1, dim, generator=torch.Generator().manual_seed(dim))
+    labels = torch.arange(1449) % 7
+    x = row.expand(1449, dim).contiguous()
+    for order in (torch.arange(1449), torch.arange(1449).flip(0)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the queries are in the gallery
+            (result,) = evaluate(x[:num_queries], labels[:num_queries], x[order] * 2, labels[order])
+        assert result.map_at_r == result.recall[10] == 0
+    (result,) = evaluate(x, labels)
+    assert result.map_at_r == result.recall[10] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_queries_that_are_in_the_gallery_in_half_precision(dtype):
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 64), torch.arange(60) % 6
+    stored = x.to(dtype)
+    for gallery in (stored, stored.float()):
+        with pytest.warns(UserWarning, match="60 of the 60 queries find themselves"):
+            evaluate(x, y, gallery, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(x, y, (x + 0.1 * torch.randn(60, 64)).to(dtype), y)
 
 
 def test_inputs_may_be_strided_and_need_gradients():
@@ -387,6 +416,21 @@ def on_ranks(group, arguments, keywords):
         warnings.simplefilter("always")
         found = evaluate(*arguments, **keywords, process_group=group)
     return found, [str(w.message) for w in noticed]
+
+
+def refused(group, queries, labels, gallery):
+    with pytest.raises(ValueError, match="holds NaN") as caught:
+        evaluate(queries, labels, gallery, labels[: len(gallery)], process_group=group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["queries", "gallery"])
+def test_every_rank_refuses_what_one_would_meet(ranks, where):
+    x = {"queries": torch.randn(9, 4), "gallery": torch.randn(7, 4)}
+    x[where][4, 2] = torch.nan
+    message = f"{where}: row 4 holds NaN or a value outside fp32, it has no cosine"
+    found = ranks.run(2, refused, x["queries"], torch.zeros(9, dtype=torch.int64), x["gallery"])
+    assert found == [message] * 2
 
 
 def test_ranks_share_the_queries(ranks):

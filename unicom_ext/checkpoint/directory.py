@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from unicom_ext.checkpoint.names import SavedNames, plain_name
 from unicom_ext.utils.files import CheckpointError, natural_key, write_atomically
@@ -90,10 +91,13 @@ def read(directory: Path) -> tuple[Any, dict[str, Any]]:
         raise CheckpointError(f"{directory}: there is no checkpoint")
     try:
         metadata: Any = FileSystemReader(directory).read_metadata()
+        _check_files(directory, metadata)
         entry = metadata.state_dict_metadata[ABOUT]
         text = {ABOUT: torch.empty(entry.size, dtype=torch.uint8)}
         read_tensors(text, checkpoint_id=directory, no_dist=True)
         about = json.loads(bytes(text[ABOUT].tolist()))
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever the reader's parts raise
         raise CheckpointError(f"{directory}: cannot be read: {_reason(error)}") from error
     _check_format(directory, about)
@@ -109,7 +113,24 @@ def write_tensors(state: dict[str, Tensor], **where: Any) -> None:
 def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(state, **where)
+        try:
+            dcp.load(state, **where)
+        except CheckpointException as error:  # which is no Exception
+            reason = _reason(next(iter(error.failures.values()))[0])
+            raise CheckpointError(f"{where['checkpoint_id']}: cannot be read: {reason}") from None
+
+
+def _check_files(directory: Path, metadata: Any) -> None:
+    """Raises CheckpointError where a file is missing or cut off, before anything is read."""
+    ends: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        ends[part.relative_path] = max(ends.get(part.relative_path, 0), part.offset + part.length)
+    for name, end in ends.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not there")
+        if (size := path.stat().st_size) < end:
+            raise CheckpointError(f"{path}: is truncated: {size} bytes of {end}")
 
 
 def _check_format(path: str | os.PathLike[str], about: Mapping[str, Any]) -> None:
@@ -122,5 +143,5 @@ def _check_format(path: str | os.PathLike[str], about: Mapping[str, Any]) -> Non
         )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

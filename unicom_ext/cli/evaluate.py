@@ -47,6 +47,12 @@ if TYPE_CHECKING:
     help="The features: of the image, of the text, or of both.",
 )  # fmt: skip
 @click.option(
+    "--image-column", default="image_embedding", show_default=True, help="Column in Parquet files."
+)
+@click.option(
+    "--text-column", default="text_embedding", show_default=True, help="Column in Parquet files."
+)
+@click.option(
     "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for the figures."
 )
 def evaluate(
@@ -59,6 +65,8 @@ def evaluate(
     dims: str | None,
     ks: str,
     joint: str,
+    image_column: str,
+    text_column: str,
     output: Path | None,
 ) -> None:
     """Recall@K, mAP@R, R-precision and mAP@K of the feature files FEATURES by exact cosine search.
@@ -72,6 +80,8 @@ def evaluate(
             raise ConfigError(
                 f"output: {output}: must be named as a JSON file is, such as figures.json"
             )
+        if output is not None and not output.parent.is_dir():
+            raise ConfigError(f"output: {output.parent}: there is no such directory")
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     try:
@@ -84,7 +94,8 @@ def evaluate(
             results = evaluate_files(
                 features, labels, gallery, gallery_labels,
                 groups=groups, gallery_groups=gallery_groups,
-                joint=joint, dims=wanted_dims, ks=wanted_ks,
+                joint=joint, image_column=image_column, text_column=text_column,
+                dims=wanted_dims, ks=wanted_ks,
             )  # fmt: skip
         if output is not None:
             output.write_text(json.dumps([result._asdict() for result in results], indent=1))

@@ -129,10 +129,10 @@ class _Run:
         if self.begins:
             if "centroids" not in self.state:
                 self.state["centroids"] = self._draw(self.num_first)
-            # Only now: what could stand in the way of the run has been tried.
             with self.ranks.together():
                 if self.ranks.is_first:
-                    outputs.remove_earlier(self.output)
+                    # Results stay until there are new ones.
+                    self.state["earlier"] = outputs.remove_state(self.output)
             self._save()
         if self.config.method == "two-level":
             self._train_two_level()
@@ -324,6 +324,7 @@ class _Run:
                     "passes": self.state["passes"],
                     "two_level": self._two_level_facts(),
                 }
+                outputs.remove_results(self.output, self.state.get("earlier", ()))
                 result = results.write(
                     self.output, self.source, config, labels, centroids, totals, sizes, scores,
                     facts, self.true_labels, self.images, self.console,

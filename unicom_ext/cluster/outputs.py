@@ -25,12 +25,19 @@ def written(output: Path, shards: Iterable[str]) -> list[Path]:
     return [output / name for name in (*names, "clusters.json", f"{STATE}/{STATE_FILE}")]
 
 
-def remove_earlier(output: Path) -> None:
-    """Remove what an earlier run has written there."""
-    state = output / STATE
+def remove_state(output: Path) -> list[str]:
+    """Remove what an earlier run there would need to go on; returns the names of its shards."""
+    names = _shards_of(output)
     for directory in (*PASSES, COARSE, FINAL):
-        shutil.rmtree(state / directory, ignore_errors=True)
-    for path in written(output, _shards_of(output)):
+        shutil.rmtree(output / STATE / directory, ignore_errors=True)
+    return names
+
+
+def remove_results(output: Path, shards: Iterable[str]) -> None:
+    """Remove the results of an earlier run over shards of these names, but not the state, which is
+    that of another run by now."""
+    *results, _ = written(output, shards)
+    for path in results:
         path.unlink(missing_ok=True)
 
 
@@ -43,8 +50,8 @@ def check_apart(output: Path, source: Source, read: list[Path]) -> None:
     features = [file.path for shard in source.shards for file in shard.files]
     if source.path.is_dir():
         # Where features are looked for: in a directory of those names it would hide the others.
-        looked = [source.path, source.path / "img_emb", source.path / "text_emb"]
-        if own in [directory.resolve() for directory in looked]:
+        kinds = [(source.path / kind).resolve() for kind in ("img_emb", "text_emb")]
+        if own == source.path.resolve() or {own, *own.parents} & {*kinds}:
             raise ConfigError(
                 f"output: {output} is where the feature files of {source.path} lie, must be "
                 "another directory"
@@ -53,6 +60,11 @@ def check_apart(output: Path, source: Source, read: list[Path]) -> None:
     for path in (*features, *read):
         if (there := path.resolve()) in replaced or own / STATE in there.parents:
             raise ConfigError(f"output: {output} would have {path} overwritten")
+    if source.path.is_file() and own == source.path.resolve().parent:
+        raise ConfigError(
+            f"output: {output} is where {source.path} lies, beside which labels would be taken for "
+            "features, must be another directory"
+        )
 
 
 def _shards_of(output: Path) -> list[str]:

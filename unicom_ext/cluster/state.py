@@ -18,6 +18,7 @@ def fresh(config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
     """The state before the first pass. Later it has, too:
 
     centroids          fp32 [k, d] after the last pass
+    earlier            names of the shards of a run that this one overwrites
     sums, counts       minibatch: of all rows so far
     coarse, sizes, first, stages    two-level: the coarse centroids, rows in each cell, the first
                        fine cluster of each, and how many stages of fine clusters are done

@@ -223,7 +223,7 @@ def numbered_files(directory: Path, prefix: str) -> dict[str, Path]:
     """The files prefix*.npy by what stands for the star, in natural order; none where the directory
     is not there."""
     files = list_files(directory, ".npy", prefix) if directory.is_dir() else []
-    found = {file.stem.removeprefix(prefix): file for file in files}
+    found = {file.stem[len(prefix) :]: file for file in files}
     if len(found) < len(files):
         raise SourceError(f"{directory}: has two {prefix}*.npy that differ in capitals alone")
     return found

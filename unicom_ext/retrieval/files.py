@@ -24,6 +24,8 @@ def evaluate_files(
     gallery_groups: str | Path | None = None,
     joint: str = "image",
     image_weight: float = 0.5,
+    image_column: str = "image_embedding",
+    text_column: str = "text_embedding",
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
 ) -> list[Result]:
@@ -36,7 +38,8 @@ def evaluate_files(
                             as in `retrieval.evaluate`
     groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
                             `retrieval.evaluate`
-    joint, image_weight     which features, as in `unicom-ext cluster`
+    joint, image_weight, image_column, text_column
+                            which features, as in `unicom-ext cluster`
     dims, ks                see `retrieval.evaluate`
 
     Raises ConfigError, SourceError or ValueError; the message names the file or what is wrong.
@@ -49,7 +52,13 @@ def evaluate_files(
         raise ValueError("groups and gallery_groups: give both or neither")
 
     def rows(path: str | Path) -> Source:
-        return Source(path, joint=joint, image_weight=image_weight)
+        return Source(
+            path,
+            joint=joint,
+            image_weight=image_weight,
+            image_column=image_column,
+            text_column=text_column,
+        )
 
     source = rows(features)
     queries = source.take(np.arange(source.rows))

@@ -31,6 +31,7 @@ from unicom_ext.retrieval.search import (
     TieRank,
     best_keys,
     check_block_bytes,
+    check_finite,
     check_gallery,
     check_rows,
     score_of,
@@ -39,6 +40,7 @@ from unicom_ext.retrieval.search import (
 
 _WRONG = LAST_ROW + 1  # the bit of a key's low half that says that the item is not relevant
 _SAME = 1e-6  # unit rows as near as this in each dimension are one row, but for rounding
+_BLOCK = 1 << 16  # rows looked at together
 
 
 class Result(NamedTuple):
@@ -74,7 +76,8 @@ def evaluate(
 ) -> list[Result]:
     """Recall@K, mAP@K, mAP@R and R-precision by cosine similarity, one Result per entry of `dims`.
 
-    queries         [Nq, d] floating point, any norm; cosines are computed in fp32
+    queries         [Nq, d] floating point, any norm; cosines are those of unit rows in fp32,
+                    computed in double and rounded to fp32
     query_labels    [Nq] integers. A negative label, such as -1, is none, and matches nothing, nor
                     another -1: such a query is left out and counted (`num_unlabelled`), such a
                     gallery item is a distractor, found as any other and always wrong
@@ -99,7 +102,8 @@ def evaluate(
     depend on the order of the gallery, and a model that maps everything to one point scores 0. A
     zero row has cosine 0 to everything.
 
-    Warns if nearest gallery items are the queries themselves (the same rows, but for scale).
+    Warns if nearest gallery items are the queries themselves (the same rows, but for scale and
+    rounding to half precision).
 
     Raises ValueError if no query has a relevant item, on NaN or infinity, and on shapes, devices or
     values that do not fit; TypeError on wrong types.
@@ -116,6 +120,10 @@ def evaluate(
     check_block_bytes(block_bytes)
     dims = _check_counts("dims", [queries.shape[1]] if dims is None else dims, queries.shape[1])
     ks = _check_counts("ks", ks, None)
+    # All of them on every rank, which will meet some only: all raise, or none.
+    for name, rows in (("queries", queries), ("gallery", gallery))[: 2 - exclude_self]:
+        for start in range(0, len(rows), _BLOCK):
+            check_finite(name, rows[start : start + _BLOCK, : max(dims)], start)
 
     labelled = query_labels >= 0
     relevant = _num_relevant(query_labels, gallery_labels, groups, exclude_self)  # R, [Nq]
@@ -210,14 +218,25 @@ def _num_copies(
     queries: Tensor, gallery: Tensor, ids: Tensor, nearest: Tensor, block_bytes: int
 ) -> int:
     """How many of the queries `ids` [q] have their own row as nearest, key `nearest` [q]."""
-    near = (score_of(nearest) > 1 - _SAME).nonzero().flatten()
+    near = (score_of(nearest) > 1 - torch.finfo(torch.bfloat16).eps ** 2).nonzero().flatten()
     count = 0
     for part in near.split(max(1, block_bytes // (32 * queries.shape[1]))):
         own, other = ids[part], LAST_ROW - (nearest[part] & LAST_ROW)
         x = unit_rows("queries", queries[own], own)
         y = unit_rows("gallery", gallery[other], other)
-        count += int(((x - y).abs().amax(1) <= _SAME).sum())
+        # What one of them has lost where it was stored in fewer bits.
+        rounding = torch.maximum(_rounding(queries[own]), _rounding(gallery[other]))
+        far = (x - y).abs() > _SAME + rounding[:, None] * torch.maximum(x.abs(), y.abs())
+        count += int((~far.any(1)).sum())
     return count
+
+
+def _rounding(rows: Tensor) -> Tensor:
+    """Relative error, fp32 [n], of rows that are or were stored in half precision; else 0."""
+    error = torch.zeros(len(rows), device=rows.device)
+    for dtype in (torch.float16, torch.bfloat16):
+        error[(rows.to(dtype).to(rows.dtype) == rows).all(1)] = torch.finfo(dtype).eps
+    return error
 
 
 def _num_relevant(

@@ -3,18 +3,17 @@
 A block of queries meets one block of the gallery after the other. The few scores of a block that
 can still enter a query's best k are merged into a running [q, k] list.
 
-A candidate is one int64 key: the fp32 cosine, as an integer of the same order, in the high half,
-and a number that decides ties, the rank, in the low half. Keys are totally ordered, so the result
-depends neither on which of two equal scores a top-k routine happens to return nor on the order of
-the blocks.
+A candidate is one int64 key: the cosine rounded to fp32, as an integer of the same order, in the
+high half, and a number that decides ties, the rank, in the low half. Keys are totally ordered, so
+the result depends neither on which of two equal scores a top-k routine happens to return nor on the
+order of the blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from operator import index as as_int
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +39,8 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The k gallery rows with the largest cosine to each query, best first.
 
-    queries      [Nq, d] floating point, any norm; cosines are computed in fp32
+    queries      [Nq, d] floating point, any norm; cosines are those of unit rows in fp32,
+                 computed in double and rounded to fp32
     gallery      [Ng, d] on the same device. None: the queries are the gallery, and each query is
                  left out of its own list by its index, so an exact copy of it stays.
     k            1 .. Ng (Ng - 1 if gallery is None)
@@ -140,12 +140,14 @@ def _search(
     groups: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Keys int64 [q, k] of the best gallery rows for the queries `ids` [q], largest first."""
-    x = unit_rows("queries", queries[ids, :dim], ids)
+    x = unit_rows("queries", queries[ids, :dim], ids).double()
     best = torch.full((len(ids), k), NOTHING, dtype=torch.int64, device=x.device)
     for begin in range(0, len(gallery), block):
         y = unit_rows("gallery", gallery[begin : begin + block, :dim], begin)
-        with _full_precision(x.device):
-            score = x @ y.T  # [q, g]
+        with torch.autocast(x.device.type, enabled=False):
+            # In double: products of fp32 round otherwise in a column at the edge than in one inside
+            # a block, and equal rows must have equal cosines.
+            score = (x @ y.double().T).float()  # [q, g]
         if exclude_self:
             own = ((ids >= begin) & (ids < begin + len(y))).nonzero().flatten()
             score[own, ids[own] - begin] = -torch.inf
@@ -198,31 +200,20 @@ def unit_rows(name: str, x: Tensor, ids: Tensor | int) -> Tensor:
     name, ids: for the error message; ids [n] of the rows, or the id of the first.
     """
     x = x.float()
+    check_finite(name, x, ids)
     # Dividing by the largest value first, so that no square overflows or vanishes.
     largest = x.abs().amax(dim=1, keepdim=True)
-    finite = torch.isfinite(largest)
-    if not finite.all():
-        bad = int((~finite).flatten().nonzero()[0])
-        bad = int(ids[bad]) if isinstance(ids, Tensor) else ids + bad
-        raise ValueError(f"{name}: row {bad} holds NaN or a value outside fp32, it has no cosine")
     x = x / largest.masked_fill(largest == 0, 1)
     return x.div_(x.norm(dim=1, keepdim=True).clamp_min_(1))  # a row with a 1 in it has norm >= 1
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """fp32 products, even under autocast or where the caller allows TF32 or bf16 inside them."""
-    cpu: Any = torch.backends.mkldnn
-    backends = (torch.backends.cuda.matmul, cpu.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+def check_finite(name: str, x: Tensor, ids: Tensor | int = 0) -> None:
+    """Raises ValueError unless all rows x [n, d] are finite in fp32; ids as for `unit_rows`."""
+    finite = torch.isfinite(x.float().abs().amax(dim=1))
+    if not finite.all():
+        bad = int((~finite).nonzero()[0])
+        bad = int(ids[bad]) if isinstance(ids, Tensor) else ids + bad
+        raise ValueError(f"{name}: row {bad} holds NaN or a value outside fp32, it has no cosine")
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from unicom_ext.train.config import Config
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
 
+CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"  # directory in the output directory
 
 
@@ -51,6 +52,15 @@ def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
     if not resume:
         if path is not None and not overwrite:
             raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
+        for name, text in (
+            ("metrics.json", None),
+            ("report.html", None),
+            (CONFIG, config.to_toml()),
+        ):
+            there = output / name
+            # A run that was killed before its first checkpoint has left its settings.
+            if there.exists() and not overwrite and (text is None or there.read_text() != text):
+                raise CheckpointError(f"{there}: is there already; overwrite it")
         return None
     if path is None:
         raise CheckpointError(f"{directory}: there is no checkpoint")

@@ -101,7 +101,7 @@ def train(
             output.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_earlier(output)
             write_atomically(
-                output / "config.toml", lambda file: file.write(config.to_toml().encode())
+                output / checkpoints.CONFIG, lambda file: file.write(config.to_toml().encode())
             )
             began = time.perf_counter()
             metrics["baselines"] = evaluate_baselines(config, train_set, test_set, console)

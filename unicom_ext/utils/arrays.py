@@ -122,7 +122,8 @@ def check_labels(
         row = int(labels.argmax())
         raise SourceError(
             f"{where}: row {row} has the label {labels[row]}, must be below "
-            f"2^{below.bit_length() - 1}; np.unique(labels, return_inverse=True) numbers them anew"
+            f"2^{below.bit_length() - 1}; np.unique(labels, return_inverse=True) numbers them anew "
+            "(negative ones too, which stand for none: keep these)"
         )
 
 

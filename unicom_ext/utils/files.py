@@ -54,15 +54,15 @@ def unpadded(name: str) -> str:
 def list_files(directory: Path, suffix: str, prefix: str = "") -> list[Path]:
     """The files of a directory with these ends of their names, in natural order.
 
-    The suffix, such as ".npy", may be written in capitals. Hidden files are left out. Raises
-    OSError.
+    Both, such as "img_emb_" and ".npy", may be written in capitals. Hidden files are left out.
+    Raises OSError.
     """
     return sorted(
         (
             path
             for path in directory.iterdir()
             if path.suffix.lower() == suffix
-            and path.name.startswith(prefix)
+            and path.name.lower().startswith(prefix)
             and not path.name.startswith(".")
             and path.is_file()
         ),

@@ -1,0 +1,62 @@
+"""Checkpoints of which files are missing or cut off: said before anything is read."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from unicom_ext import PartialMarginSoftmax, checkpoint
+from unicom_ext.checkpoint import CheckpointError
+from unicom_ext.cli.main import main
+from unicom_ext.optim import RowAdamW
+
+
+def parts(seed=0):
+    loss = PartialMarginSoftmax(6, 20, sample_rate=0.5, sparse_grad=True, seed=seed)
+    return {"modules": {"loss": loss}, "optimizers": {"main": RowAdamW(loss.parameters())}}
+
+
+SPOIL = {
+    "is not there": lambda path: path.unlink(),
+    "is truncated: 0 bytes of": lambda path: path.write_bytes(b""),
+    "is truncated: 100 bytes of": lambda path: path.write_bytes(path.read_bytes()[:100]),
+}
+
+
+@pytest.fixture(params=SPOIL)
+def spoilt(request, tmp_path):
+    trained = parts()
+    loss, optimizer = trained["modules"]["loss"], trained["optimizers"]["main"]
+    loss(torch.ones(4, 6), torch.arange(4)).backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "c", **trained)
+    (path,) = (tmp_path / "c").glob("*.distcp")
+    SPOIL[request.param](path)
+    return tmp_path / "c", f"{path}: {request.param}"
+
+
+def test_nothing_changes(spoilt):
+    directory, message = spoilt
+    here = parts(seed=1)
+    loss, optimizer = here["modules"]["loss"], here["optimizers"]["main"]
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        checkpoint.load(directory, **here)
+    for name, value in loss.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("command", ["show", "merge"])
+def test_commands_say_it_in_a_line(spoilt, tmp_path, command):
+    directory, message = spoilt
+    arguments = [directory, *([tmp_path / "merged.pt"] if command == "merge" else [])]
+    result = CliRunner().invoke(main, ["checkpoint", command, *map(str, arguments)])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "merged.pt").exists()
