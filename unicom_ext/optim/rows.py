@@ -161,13 +161,11 @@ class RowOptimizer(torch.optim.Optimizer):
         return loss
 
     def _follow_dense(self, params: list[Tensor]) -> None:
-        """Let the state follow parameters that were cast or moved."""
+        """Let the state follow parameters that were cast, moved or laid out anew."""
         state, name = self.state, self._moment
         for param in params:
             moment = state[param].get(name)
-            if moment is not None and (
-                moment.dtype is not param.dtype or moment.device != param.device
-            ):
+            if moment is not None and states.layout(moment) != states.layout(param):
                 state[param] = states.dense(param, state[param])
 
     def _follow_by_rows(self, param: Tensor) -> None:
@@ -205,9 +203,16 @@ class RowOptimizer(torch.optim.Optimizer):
 
         For plain steps: one backward of the loss itself per step. Backward raises RuntimeError,
         before anything has changed, where the loss was scaled first (GradScaler, accumulation, a
-        weight), where a backward has passed since the last step, where the prototypes have hooks,
-        and with ``create_graph=True``; `clip_grad_norm_` refuses prototypes that have been updated
-        already. Under `torch.compile` gradients are stored as ever, and `step` updates.
+        weight), where a backward has passed since the last step, where it is of several calls of
+        the loss, where the prototypes have a gradient or hooks, and with ``create_graph=True``;
+        `clip_grad_norm_` refuses prototypes that have been updated already. Under `torch.compile`
+        gradients are stored as ever, and `step` updates.
+
+        A second term on the weight, such as ``weight.square().sum()``, is seen only when the loss
+        has updated the prototypes already. If it was made after the loss, `step` raises
+        RuntimeError and updates nothing more. If it was made before, torch raises inside backward
+        that its tensor was modified by an inplace operation. Either way the prototypes have had
+        the update of the loss alone.
 
         What only asks for gradients updates nothing: `torch.autograd.grad`, `torch.func`,
         ``backward(inputs=...)`` without the weight, and a loss that was made in `eval()` mode,
@@ -396,10 +401,15 @@ class RowOptimizer(torch.optim.Optimizer):
 
         They take no notice of strides: a gradient laid out otherwise would go to other elements.
         """
-        return all(
-            self._fused(group, p) and p.grad is not None and p.grad.stride() == p.stride()
-            for p in params
-        )
+        device = None
+        for param in params:
+            gradient = param.grad
+            if gradient is None or gradient.stride() != param.stride():
+                return False
+            if param.device != device and not self._fused(group, param):
+                return False
+            device = param.device
+        return True
 
 
 def _contiguous_rows(param: Tensor) -> bool:

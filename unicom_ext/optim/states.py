@@ -85,12 +85,17 @@ def own(
     return state
 
 
+def layout(value: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    """What torch's fused passes want to be the same of a parameter and its state."""
+    return value.dtype, value.device, value.stride()
+
+
 def dense(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """State of a parameter with dense gradients, as torch's fused passes want it: of its dtype, on
     its device, the step too, and of its layout, as they take no notice of strides."""
     state = {
         name: torch.empty_like(param).copy_(value)
-        if _is_known(name, value) and _laid_out(value) != _laid_out(param)
+        if _is_known(name, value) and layout(value) != layout(param)
         else value
         for name, value in state.items()
     }
@@ -115,10 +120,6 @@ def following(param: Tensor, value: Tensor, dtype: torch.dtype | None) -> Tensor
 
 _VECTORS = ("row_step", "log_decay", "last_step")
 _KNOWN = ("exp_avg", "exp_avg_sq", "momentum_buffer", *_VECTORS)
-
-
-def _laid_out(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.device, value.stride()
 
 
 def _is_known(name: str, value: Any) -> bool:
