@@ -134,6 +134,21 @@ def test_a_second_term_on_the_weight_is_refused(optimizer, apart):
     chosen.step()
 
 
+def test_a_second_term_that_was_made_before_is_refused_by_torch():
+    module, optimizer = attached()
+    term = module.weight.square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (module(*batch(0)) + term).backward()
+    alone, other = attached()
+    alone(*batch(0)).backward()
+    assert torch.equal(module.weight, alone.weight)  # the update of the loss alone
+    for each in (optimizer, other):
+        each.step()
+    module(*batch(1)).backward()
+    alone(*batch(1)).backward()
+    assert torch.equal(module.weight, alone.weight)
+
+
 def test_a_second_term_in_a_closure_is_refused():
     module, optimizer = attached()
 
