@@ -542,12 +542,14 @@ def test_numpys_switches(ours, name, given, value, tmp_path):
 
 
 @pytest.mark.parametrize(("ours", "name"), SWITCHES)
-@pytest.mark.parametrize("value", ["yes", 2, 0.5], ids=repr)
+@pytest.mark.parametrize("value", ["yes", 2, 0.5, (True, False)], ids=repr)
 def test_what_is_no_switch(ours, name, value):
-    with pytest.raises(ValueError, match=rf"^{name} must be one of \(False, True\), got {value!r}"):
-        ours([parameter()], momentum=0.5, **{name: value}) if ours is RowSGD else ours(
-            [parameter()], **{name: value}
-        )
+    message = f"{name} must be one of (False, True), got {value!r}"
+    if isinstance(value, tuple):
+        value = np.array(value)
+    options = {"momentum": 0.5} if name == "nesterov" else {}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ours([parameter()], **options, **{name: value})
 
 
 BETAS = {
@@ -582,16 +584,17 @@ def test_what_is_no_pair_of_betas(betas):
 
 
 @pytest.mark.parametrize("ours", [RowAdamW, RowSGD])
-def test_a_number_of_numpy_that_a_group_got_later(ours, tmp_path):
-    optimizer = ours([parameter()])
-    group = optimizer.param_groups[0]
-    group["lr"] = group["weight_decay"] = np.array(0.25)
-    group["maximize"] = np.bool_(True)
-    right = ours([parameter()], lr=0.25, weight_decay=0.25, maximize=True)
-    assert torch.equal(*(train(o, range(2), sparse=True) for o in (optimizer, right)))
-    state = saved_alone(optimizer.state_dict(), tmp_path)
-    assert state["param_groups"][0]["lr"] == 0.25
-    assert state["param_groups"][0]["maximize"] is True
+@pytest.mark.parametrize("sparse", [False, True])
+def test_options_of_numpy_that_a_group_got_later(ours, sparse, tmp_path):
+    options = {"lr": 0.25, "weight_decay": 0.25, "maximize": True}
+    if ours is RowSGD:
+        options.update(momentum=0.5, nesterov=True)
+    right, optimizer = ours([parameter()], **options), ours([parameter()])
+    for name, value in options.items():
+        optimizer.param_groups[0][name] = np.bool_(value) if value is True else np.array(value)
+    assert torch.equal(*(train(o, range(3), sparse=sparse) for o in (right, optimizer)))
+    group = saved_alone(optimizer.state_dict(), tmp_path)["param_groups"][0]
+    assert {name: group[name] for name in options} == options
 
 
 def test_a_group_that_is_given_stays_that_dict():

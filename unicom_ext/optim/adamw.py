@@ -149,7 +149,7 @@ class RowAdamW(RowOptimizer):
             lr=plain_lr(group),
             weight_decay=float(group["weight_decay"]),
             eps=float(group["eps"]),
-            maximize=group["maximize"],
+            maximize=bool(group["maximize"]),
         )
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:

@@ -64,7 +64,7 @@ class UpdateInBackward:
             )
         elif param.grad is not None:
             problem = "weight.grad is there already, and gradients cannot be accumulated"
-        elif len(self.nodes) > 1 and any(
+        elif any(
             other is not node and torch._C._will_engine_execute_node(other)
             for other in list(self.nodes)
         ):

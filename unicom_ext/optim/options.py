@@ -75,7 +75,9 @@ def plain_switch(name: str, value: Any) -> bool | None:
 
     Raises ValueError where it is neither.
     """
-    return None if name == "fused" and value is None else checks.boolean(name, value)
+    if name == "fused" and value is None:
+        return None
+    return checks.boolean(name, plain_option(value))
 
 
 def plain_lr(group: dict[str, Any]) -> float | Tensor:

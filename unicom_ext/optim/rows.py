@@ -113,12 +113,10 @@ class RowOptimizer(torch.optim.Optimizer):
 
     def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
         """The options of a group that was given, checked, without NumPy's numbers."""
-        self._check_group(group)
-        return {
-            name: plain_switch(name, value) if name in self._switches else plain_option(value)
-            for name, value in group.items()
-            if name in self.defaults
-        }
+        switches = {name: plain_switch(name, group[name]) for name in self._switches}
+        self._check_group({**group, **switches})
+        options = {name: plain_option(group[name]) for name in self.defaults if name in group}
+        return options | switches
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's: what was pickled whole before an option existed gets it as it was then."""

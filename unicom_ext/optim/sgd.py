@@ -130,8 +130,8 @@ class RowSGD(RowOptimizer):
             lr=plain_lr(group),  # type: ignore[arg-type]  # a tensor too
             momentum=float(group["momentum"]),
             weight_decay=float(group["weight_decay"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
             dampening=0.0,
         )
         for state, buffer in zip(of_each, buffers, strict=True):
