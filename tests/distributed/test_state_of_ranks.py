@@ -135,21 +135,70 @@ def other_ranks(group, path):
     assert messages[1] == ANOTHERS.format("exp_avg in the state dict", 30, start, stop)
 
 
-def plain_files_of_before(group):
-    """Plain tensors of this rank's rows, as earlier versions have saved them."""
-    run, _ = trained(group, "RowAdamW", 61)
-    state = copy.deepcopy(run.optimizer.state_dict())
+def local(state):
+    """Of a state dict of an optimizer, plain tensors of the rows of one rank."""
+    state = copy.deepcopy(state)
     for of_param in state["state"].values():
         for name, value in of_param.items():
             of_param[name] = value.to_local() if hasattr(value, "placements") else value
+    return state
+
+
+def plain_rows(group, path, theirs):
+    run, _ = trained(group, theirs, 60)
+    state = local(run.optimizer.state_dict())
+    if run.rank == 0:
+        torch.save(state, path)
+    torch.distributed.barrier(group)
+    run, _ = trained(group, "RowAdamW", 60)
+    before = str(run.optimizer.state_dict())
+    start, stop = run.loss.shard.start, run.loss.shard.stop
+    one_process = local(trained(None, "RowAdamW", stop - start)[0].optimizer.state_dict())
+    for saved in (torch.load(path, weights_only=True), state, one_process):
+        with pytest.raises(ValueError, match="exp_avg in the state dict") as raised:
+            run.optimizer.load_state_dict(saved)
+        assert str(raised.value) == (
+            "exp_avg in the state dict must be of all 60 classes, a DTensor or a plain tensor, of "
+            f"which this rank takes its own; got a plain tensor [{stop - start}, 8], and nothing "
+            f"says of which classes. If they are [{start}, {stop}), say so by "
+            "loss.shard.as_global(tensor)"
+        )
+        assert str(run.optimizer.state_dict()) == before
+
+
+@pytest.mark.parametrize("theirs", ["AdamW", "RowAdamW"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_plain_rows_of_some_classes_are_refused(ranks, tmp_path, world_size, theirs):
+    ranks.run(world_size, plain_rows, tmp_path / "state.pt", theirs)
+
+
+def plain_rows_of_all(group):
+    run, _ = trained(group, "RowAdamW", 60)
+    run.optimizer.load_state_dict(local(run.optimizer.state_dict()))
+
+
+def test_of_a_single_rank_plain_rows_are_of_all_classes(ranks):
+    ranks.run(1, plain_rows_of_all)
+
+
+def marked_rows(group):
+    """A rank that knows its own plain rows, as earlier versions have saved them, says so."""
+    run, _ = trained(group, "RowAdamW", 61)
+    state, wanted = local(run.optimizer.state_dict()), str(run.optimizer.state_dict())
+    for of_param in state["state"].values():
+        for name, value in of_param.items():
+            if "row_step" in of_param and value.dim():
+                of_param[name] = run.loss.shard.as_global(value)
     run.optimizer.load_state_dict(state)
-    state["state"][4]["exp_avg"] = state["state"][4]["exp_avg"][:5]
-    with pytest.raises(ValueError, match=r"must be \[\d+, 8\] for a parameter \[\d+, 8\], got"):
+    assert str(run.optimizer.state_dict()) == wanted
+    of_param = state["state"][4]
+    of_param["exp_avg"] = run.loss.shard.as_global(torch.zeros(5, 8))
+    with pytest.raises(ValueError, match=r"exp_avg in the state dict holds the classes"):
         run.optimizer.load_state_dict(state)
 
 
-def test_state_of_an_earlier_version(ranks):
-    ranks.run(2, plain_files_of_before)
+def test_rows_that_are_said_to_be_this_ranks(ranks):
+    ranks.run(2, marked_rows)
 
 
 # ---- state of all classes ------------------------------------------------------------------------

@@ -322,12 +322,104 @@ def test_state_follows_a_weight_that_is_cast(kind, before, after):
             assert loaded.state[other][name].dtype == wanted
 
 
+DENSE = {
+    **PAIRS,
+    "adamw in PyTorch": (RowAdamW, torch.optim.AdamW, {"lr": 0.1, "fused": False}),
+    "sgd in PyTorch": (RowSGD, torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": False}),
+}
+
+
+@pytest.mark.parametrize("pair", DENSE.values(), ids=DENSE)
+@pytest.mark.parametrize("before", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("after", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed])
+def test_dense_state_follows_a_weight_that_is_cast(pair, before, after, layout):
+    ours, theirs, options = pair
+    cast = ours([parameter(before)], **options)
+    (param,) = cast.param_groups[0]["params"]
+    param.data = layout(param.detach())
+    train(cast, range(4))
+    state = copy.deepcopy(cast.state_dict())
+    param.data, param.grad = layout(param.detach().to(after)), None
+    # As torch does where it is loaded.
+    right = theirs([nn.Parameter(param.detach().clone())], **options)
+    right.load_state_dict({**right.state_dict(), "state": state["state"]})
+    got, wanted = train(cast, range(4, 7)), train(right, range(4, 7))
+    error = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 0.02}[after]
+    torch.testing.assert_close(got, wanted, atol=error, rtol=error)
+    for value in cast.state.get(param, {}).values():
+        assert value.dim() == 0 or value.dtype == after
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_a_convolution_that_is_laid_out_anew(pair):
+    """Its gradients are laid out as it is then, its moments are not."""
+    ours, theirs, options = pair
+    results = []
+    for kind in (ours, theirs):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        optimizer = kind(model.parameters(), **{**options, "lr": 1e-3})
+        images = torch.randn(2, 3, 6, 6)
+        for step in range(4):
+            if step == 2:
+                model.to(memory_format=torch.channels_last)
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+        assert model.weight.stride() == model.weight.grad.stride() == (27, 1, 9, 3)
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("rows_first", [False, True])
+def test_a_model_that_is_cast_trains_on(kind, rows_first):
+    """Prototypes by rows and a dense encoder of one optimizer."""
+    results = []
+    for cast_at in (0, 2):
+        torch.manual_seed(1)
+        model = nn.ModuleDict({"encoder": nn.Linear(22, 22), "loss": make()})
+        groups = [{"params": model[name].parameters()} for name in ("encoder", "loss")]
+        optimizer = OPTIMIZERS[kind](groups[::-1] if rows_first else groups)
+        for step in range(4):
+            if step == cast_at:
+                model.double()
+            x, labels = batch(step, dtype=model["encoder"].weight.dtype)
+            model["loss"](model["encoder"](x), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in model.parameters()])
+    error = 5e-2 if "bf16" in kind else 1e-3
+    for got, right in zip(*results, strict=True):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, right, atol=error, rtol=error)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_weight_that_is_cast_can_be_caught_up(kind):
+    optimizer = OPTIMIZERS[kind]([parameter()])
+    param = train(optimizer, range(4), sparse=True, share=3)
+    in_floats = copy.deepcopy(optimizer)
+    in_floats.catch_up()
+    param.data, param.grad = param.detach().double(), None
+    optimizer.catch_up()
+    (right,) = in_floats.param_groups[0]["params"]
+    torch.testing.assert_close(param, right.double(), atol=1e-6, rtol=1e-6)
+    for name in ("exp_avg", "momentum_buffer"):
+        if name in optimizer.state[param]:
+            assert optimizer.state[param][name].dtype == torch.float64
+    train(optimizer, range(4, 6), sparse=True, share=3)
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 NUMBERS = {
     "np.float16": np.float16,
     "np.float32": np.float32,
     "np.float64": np.float64,
+    "np.ndarray": np.array,
+    "np.ndarray of float32": lambda x: np.array(x, dtype=np.float32),
     "tensor": torch.tensor,
     "tensor [1]": lambda x: torch.tensor([x]),
 }
@@ -389,6 +481,13 @@ def test_a_schedule_of_numpys_numbers(ours):
         None,
         np.float32(-1),
         0.1j,
+        np.array(math.nan),
+        np.array(-1.0),
+        np.array(True),
+        np.array(0.1j),
+        np.array("0.1"),
+        np.array([0.1]),
+        np.array([0.1, 0.2]),
     ],
     ids=repr,
 )
@@ -399,3 +498,106 @@ def test_what_is_no_number(name, value):
     message = f"{name} must be {allowed}, got {value!r}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ours([parameter()], **{name: value})
+
+
+def saved_alone(state_dict, tmp_path):
+    torch.save(state_dict, tmp_path / "state.pt")
+    return torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+SWITCHES = [
+    (RowAdamW, "maximize"),
+    (RowAdamW, "row_second_moment"),
+    (RowAdamW, "fused"),
+    (RowSGD, "maximize"),
+    (RowSGD, "nesterov"),
+    (RowSGD, "exact"),
+    (RowSGD, "fused"),
+]
+
+
+@pytest.mark.parametrize(("ours", "name"), SWITCHES)
+@pytest.mark.parametrize("given", ["optimizer", "group", "added group", "state dict"])
+@pytest.mark.parametrize("value", [True, False])
+def test_numpys_switches(ours, name, given, value, tmp_path):
+    options = {"momentum": 0.5} if name == "nesterov" else {}
+    switch = {name: np.bool_(value)}
+    if given == "optimizer":
+        optimizer = ours([parameter()], **options, **switch)
+    elif given == "group":
+        optimizer = ours([{"params": [parameter()], **switch}], **options)
+    else:
+        optimizer = ours([parameter()], **options)
+    if given == "added group":
+        optimizer.add_param_group({"params": [parameter()], **switch})
+    elif given == "state dict":
+        state = optimizer.state_dict()
+        state["param_groups"][0][name] = switch[name]
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[-1][name] is value
+    train(optimizer, range(2), sparse=True)
+    state = saved_alone(optimizer.state_dict(), tmp_path)
+    assert state["param_groups"][-1][name] is value
+    ours([{"params": g["params"]} for g in optimizer.param_groups]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("ours", "name"), SWITCHES)
+@pytest.mark.parametrize("value", ["yes", 2, 0.5, (True, False)], ids=repr)
+def test_what_is_no_switch(ours, name, value):
+    message = f"{name} must be one of (False, True), got {value!r}"
+    if isinstance(value, tuple):
+        value = np.array(value)
+    options = {"momentum": 0.5} if name == "nesterov" else {}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ours([parameter()], **options, **{name: value})
+
+
+BETAS = {
+    "np.ndarray": np.array([0.5, 0.75]),
+    "np.ndarray of float32": np.array([0.5, 0.75], dtype=np.float32),
+    "0-d arrays": (np.array(0.5), np.array(0.75)),
+    "list": [0.5, 0.75],
+    "list of np.float32": [np.float32(0.5), np.float32(0.75)],
+}
+
+
+@pytest.mark.parametrize("betas", BETAS.values(), ids=BETAS)
+def test_betas_of_any_kind(betas, tmp_path):
+    results = []
+    for given, later in (((0.5, 0.75), None), (betas, None), (None, betas)):
+        optimizer = RowAdamW([parameter()], **({} if given is None else {"betas": given}))
+        if later is not None:
+            optimizer.param_groups[0]["betas"] = later
+        results.append(train(optimizer, range(3), sparse=True))
+        state = saved_alone(optimizer.state_dict(), tmp_path)
+        assert list(state["param_groups"][0]["betas"]) == [0.5, 0.75]
+        RowAdamW([parameter()]).load_state_dict(state)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.99, 0.999), None, np.array(0.9)], ids=repr)
+def test_what_is_no_pair_of_betas(betas):
+    message = f"betas must be two numbers in [0, 1), got {betas!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        RowAdamW([parameter()], betas=betas)
+
+
+@pytest.mark.parametrize("ours", [RowAdamW, RowSGD])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_options_of_numpy_that_a_group_got_later(ours, sparse, tmp_path):
+    options = {"lr": 0.25, "weight_decay": 0.25, "maximize": True}
+    if ours is RowSGD:
+        options.update(momentum=0.5, nesterov=True)
+    right, optimizer = ours([parameter()], **options), ours([parameter()])
+    for name, value in options.items():
+        optimizer.param_groups[0][name] = np.bool_(value) if value is True else np.array(value)
+    assert torch.equal(*(train(o, range(3), sparse=sparse) for o in (right, optimizer)))
+    group = saved_alone(optimizer.state_dict(), tmp_path)["param_groups"][0]
+    assert {name: group[name] for name in options} == options
+
+
+def test_a_group_that_is_given_stays_that_dict():
+    group = {"params": [parameter()], "lr": np.float32(0.25)}
+    assert RowAdamW([group]).param_groups[0] is group
+    assert type(group["lr"]) is float

@@ -12,6 +12,8 @@ from support.updates import OPTIMIZERS, batch, make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from unicom_ext import gradients as gradients_of_ranks
+from unicom_ext.ops.row_sparse import updater_of
 from unicom_ext.optim import RowAdamW, clip_grad_norm_
 
 each_optimizer = pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -94,6 +96,149 @@ def test_a_gradient_that_is_there_is_refused():
     refused(module, optimizer, module(*batch(0)), "weight.grad is there already")
 
 
+@each_optimizer
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_second_term_on_the_weight_is_refused(optimizer, apart):
+    """By the step, as what backward adds to weight.grad is seen only after it."""
+    module, encoder = make(), nn.Linear(22, 22)
+    # The prototypes come first: they would be updated before anything else fails.
+    chosen = optimizer([{"params": [module.weight]}, {"params": encoder.parameters()}])
+    chosen.update_in_backward(module)
+    x, labels = batch(0)
+    loss, start = module(encoder(x), labels), module.weight.detach().clone()
+    term = 0.1 * module.weight.square().sum()
+    if apart:
+        loss.backward()
+        module.weight.square().sum().backward()
+    else:
+        (loss + term).backward()
+    before = copy.deepcopy([module.weight.detach(), *encoder.parameters()])
+    assert not torch.equal(module.weight, start)
+    assert module.weight.grad is not None
+    state = copy.deepcopy(chosen.state_dict())
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            chosen.step()
+        assert str(raised.value) == (
+            "the prototypes have been updated in backward, by the loss, and weight has another "
+            "gradient besides (of a second term on the weight, or of a loss in eval() mode), which "
+            "would be a second update of this step. Nothing more has been updated. Make an "
+            "optimizer without update_in_backward for this"
+        )
+        now = [module.weight, *encoder.parameters()]
+        assert all(map(torch.equal, now, before))
+        assert str(chosen.state_dict()) == str(state)
+    chosen.zero_grad()
+    chosen.step()  # which was of the loss alone
+    module(encoder(x), labels).backward()
+    chosen.step()
+
+
+def test_a_second_term_that_was_made_before_is_refused_by_torch():
+    module, optimizer = attached()
+    term = module.weight.square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (module(*batch(0)) + term).backward()
+    alone, other = attached()
+    alone(*batch(0)).backward()
+    assert torch.equal(module.weight, alone.weight)  # the update of the loss alone
+    for each in (optimizer, other):
+        each.step()
+    module(*batch(1)).backward()
+    alone(*batch(1)).backward()
+    assert torch.equal(module.weight, alone.weight)
+
+
+def test_a_second_term_in_a_closure_is_refused():
+    module, optimizer = attached()
+
+    def closure():
+        loss = module(*batch(0)) + module.weight.square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="which would be a second update of this step"):
+        optimizer.step(closure)
+
+
+def test_a_term_on_the_weight_alone_is_a_step():
+    weights = []
+    for inside in (False, True):
+        module = make()
+        optimizer = RowAdamW([module.weight], lr=0.1)
+        if inside:
+            optimizer.update_in_backward(module)
+        for step in range(2):
+            module(*batch(step), step=step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            module.weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_several_calls_in_one_backward_are_refused():
+    module, optimizer = attached()
+    for losses in ([module(*batch(i)) for i in range(2)], [module(*batch(i)) for i in range(3)]):
+        message = "plain steps only: this backward is of several calls of the loss"
+        refused(module, optimizer, sum(losses), message)
+        assert module.weight.grad is None
+    module(*batch(3)).backward()  # and now it goes on
+
+
+def test_losses_that_are_kept_are_no_second_call():
+    weights = []
+    for keeping in (False, True):
+        module, optimizer = attached()
+        kept = []
+        for step in range(4):
+            if keeping:
+                kept.append(module(*batch(9), step=9))  # no backward follows
+            kept.append(module(*batch(step), step=step))
+            kept[-1].backward(retain_graph=keeping)
+            optimizer.step()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_old_losses_die():
+    module, optimizer = attached()
+    updater = updater_of(module.weight)
+    losses = [module(*batch(i)) for i in range(3)]
+    assert len(updater.nodes) == 3
+    with torch.no_grad():
+        module(*batch(3))
+    del losses
+    assert not updater.nodes
+    assert optimizer
+
+
+def test_a_loss_in_eval_besides_is_refused():
+    module, optimizer = attached()
+    module(*batch(0)).backward()
+    module.eval()(*batch(1)).backward()
+    before = module.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"or of a loss in eval\(\) mode"):
+        optimizer.step()
+    assert torch.equal(module.weight, before)
+
+
+def test_in_eval_a_step_follows_as_ever():
+    weights = []
+    for inside in (False, True):
+        module = make().eval()
+        optimizer = RowAdamW([module.weight], lr=0.1)
+        if inside:
+            optimizer.update_in_backward(module)
+        module(*batch(0)).backward()
+        optimizer.step()
+        weights.append(module.weight.detach())
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], make().weight)
+
+
 def test_scaling_is_refused():
     module, optimizer = attached()
     refused(module, optimizer, module(*batch(0)) / 4, "multiplied by 0.25 before backward")
@@ -108,8 +253,11 @@ def test_clipping_is_refused():
     before = encoder.weight.grad.clone()
     with pytest.raises(RuntimeError, match="cannot be clipped where prototypes are updated"):
         clip_grad_norm_([*encoder.parameters(), module.weight], 1e-3)
+    with pytest.raises(RuntimeError, match="cannot be clipped where prototypes are updated"):
+        gradients_of_ranks.clip_grad_norm_(encoder.parameters(), module, 1e-3)
     assert torch.equal(encoder.weight.grad, before)
     optimizer.step()
+    gradients_of_ranks.clip_grad_norm_(encoder.parameters(), module, 1e-3)
 
 
 def test_hooks_are_refused():

@@ -118,10 +118,19 @@ class Plan:
                 f"but {here} here"
             )
         states = self.states[name] = {}
+        check = getattr(optimizer, "check_state", None)
         for param_name, saved_name, param in self._optimized(name, optimizer):
             states[param_name] = {}
             of_param = plain_name(joined("optimizers", name, saved_name))
-            for short, key in self.saved_states.get(of_param, {}).items():
+            tensors = self.saved_states.get(of_param, {})
+            names = tensors.keys() | saved["values"].get(saved_name, {}).keys()
+            if names and check is not None:
+                try:
+                    check(param, names)
+                except ValueError as error:
+                    message = f"{self.directory}: optimizer {name!r}: {error}"
+                    raise CheckpointError(message) from None
+            for short, key in tensors.items():
                 entry = self.saved.state_dict_metadata[key]
                 loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
                 states[param_name][short] = _room(loss, param, entry)
@@ -172,7 +181,8 @@ class Plan:
         state: dict[int, dict[str, Any]] = {}
         for index, (param_name, saved_name, _) in enumerate(self._optimized(name, optimizer)):
             values = {**saved["values"].get(saved_name, {}), **self.states[name][param_name]}
-            if param_name in self.parts.losses:
+            # A row optimizer takes them as they are, and is told so which classes they are of.
+            if param_name in self.parts.losses and not hasattr(optimizer, "catch_up"):
                 for key, value in values.items():
                     values[key] = value.to_local() if isinstance(value, DTensor) else value
             if values:

@@ -46,7 +46,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
     updater = updater_of(prototypes) if sparse else None
     if updater is not None and _is_accumulated(ctx):
         operands = (*saved, *ctx.options, wants_embeddings)
-        grad_embeddings = updater(grad_loss, operands)
+        grad_embeddings = updater(grad_loss, operands, ctx)
         grads[0] = grad_embeddings if wants_embeddings else None
         return tuple(grads)
     compact = sparse and class_index is not None
@@ -113,6 +113,9 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = library.ops.loss(*inputs)
         _setup_context(ctx, inputs, output)
+        updater = updater_of(inputs[_PROTOTYPES]) if ctx.sparse else None
+        if updater is not None:
+            updater.nodes.add(ctx)
         return output
 
     backward = staticmethod(_backward)

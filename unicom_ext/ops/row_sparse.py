@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -80,15 +80,18 @@ class Updater(Protocol):
 
     param: the parameter.
     pending: a backward has updated the parameter, and the optimizer's step has yet to come.
+    nodes: of the graphs that are alive, those whose backward calls this.
     """
 
     param: Tensor
     pending: bool
+    nodes: WeakSet[Any]
 
-    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
+    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any) -> Tensor:
         """Update, and return the gradient of the embeddings.
 
         operands: what the operator takes after grad_loss and before the optimizer's state.
+        node: of the graph, which calls.
         """
 
 

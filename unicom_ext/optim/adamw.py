@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,13 @@ from torch.optim.adamw import adamw
 
 from unicom_ext.ops import memory
 from unicom_ext.optim import plain, states
-from unicom_ext.optim.options import check_number, log_of_decay, plain_lr, refuse_dense_only
+from unicom_ext.optim.options import (
+    check_betas,
+    check_number,
+    log_of_decay,
+    plain_lr,
+    refuse_dense_only,
+)
 from unicom_ext.optim.rows import RowOptimizer
 
 
@@ -71,6 +77,12 @@ class RowAdamW(RowOptimizer):
             "total_log_decay": torch.float64,
         }
     )
+    _dense_state = MappingProxyType({"step": True, "exp_avg": True, "exp_avg_sq": True})
+    _moment = "exp_avg"
+    _switches = ("maximize", "row_second_moment", "fused")
+    _later_options = MappingProxyType(
+        {"maximize": False, "moment_dtype": None, "row_second_moment": False, "fused": None}
+    )
 
     def __init__(
         self,
@@ -103,8 +115,7 @@ class RowAdamW(RowOptimizer):
         check_number("lr", group["lr"])
         check_number("eps", group["eps"])
         check_number("weight_decay", group["weight_decay"])
-        for i, beta in enumerate(group["betas"]):
-            check_number(f"betas[{i}]", beta, below=1)
+        check_betas(group["betas"])
         if group["moment_dtype"] not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
                 "moment_dtype must be None, torch.float32 or torch.bfloat16, got "
@@ -138,16 +149,13 @@ class RowAdamW(RowOptimizer):
             lr=plain_lr(group),
             weight_decay=float(group["weight_decay"]),
             eps=float(group["eps"]),
-            maximize=group["maximize"],
+            maximize=bool(group["maximize"]),
         )
 
     def _init_row_state(self, group: dict[str, Any], param: Tensor) -> None:
         state = self.state[param]
         if "row_step" in state:
-            moment = state["exp_avg"]
-            doubles = moment.dtype == torch.float64, param.dtype == torch.float64
-            if doubles[0] != doubles[1] or moment.device != param.device:  # it was cast or moved
-                self.state[param] = self._following(param, state)
+            self._follow_by_rows(param)
             return
         arithmetic = states.arithmetic(param)
         dtype = group["moment_dtype"] or arithmetic
@@ -169,7 +177,12 @@ class RowAdamW(RowOptimizer):
         state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
         state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
 
-    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
+    def _is_elsewhere(self, param: Tensor, state: dict[str, Any]) -> bool:
+        moment = state["exp_avg"]
+        doubles = moment.dtype == torch.float64, param.dtype == torch.float64
+        return doubles[0] != doubles[1] or moment.device != param.device
+
+    def _required(self, names: Set[str]) -> tuple[str, ...]:
         return tuple(self._row_state)
 
     def _row_operands(

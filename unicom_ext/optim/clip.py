@@ -30,17 +30,22 @@ def clip_grad_norm_(
     been scaled then.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    if any(updater.pending for p in parameters if (updater := updater_of(p)) is not None):
-        raise RuntimeError(
-            "gradients cannot be clipped where prototypes are updated in backward: they have been "
-            "updated already. Make an optimizer without update_in_backward for this"
-        )
+    refuse_updated(parameters)
     values = [stored_values(p, p.grad) for p in parameters if p.grad is not None]
     norm = get_total_norm(values, norm_type, error_if_nonfinite)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for value in values:
         value.mul_(factor.to(value.device))
     return norm
+
+
+def refuse_updated(parameters: Iterable[Tensor]) -> None:
+    """RuntimeError where backward has updated one of them and kept no gradient."""
+    if any(updater.pending for p in parameters if (updater := updater_of(p)) is not None):
+        raise RuntimeError(
+            "gradients cannot be clipped where prototypes are updated in backward: they have been "
+            "updated already. Make an optimizer without update_in_backward for this"
+        )
 
 
 def stored_values(param: Tensor, gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from unicom_ext.loss.module import PartialMarginSoftmax
-from unicom_ext.optim.clip import stored_values
+from unicom_ext.optim.clip import refuse_updated, stored_values
 
 
 @torch.no_grad()
@@ -27,7 +27,10 @@ def global_grad_norm(parameters: Iterable[Tensor], loss: PartialMarginSoftmax) -
 
     A scalar, the same on every rank. It is not finite if any gradient on any rank is not, so
     ``if norm.isfinite(): optimizer.step()`` is decided alike everywhere.
+
+    Raises RuntimeError if the prototypes have been updated in backward already.
     """
+    refuse_updated([loss.weight])
     gradients = [p.grad for p in parameters if p.grad is not None and p is not loss.weight]
     common = get_total_norm(gradients)
     if isinstance(common, DTensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakMethod
+from weakref import WeakMethod, WeakSet
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class UpdateInBackward:
 
     Attributes:
         pending: a backward has updated the parameter, and the optimizer's step has yet to come.
+        nodes: of the graphs that are alive, those whose backward calls this.
     """
 
     def __init__(
@@ -30,13 +31,23 @@ class UpdateInBackward:
         # Weak, so that the update goes with its optimizer: what backward calls then is gone too.
         self._update = WeakMethod(update)
         self.pending = False
+        self.nodes: WeakSet[Any] = WeakSet()
 
-    def finish_step(self, *_: object) -> None:
-        """A hook after the optimizer's step."""
-        self.pending = False
+    def check_step(self) -> None:
+        """Before the optimizer's step.
 
-    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...]) -> Tensor:
-        self._refuse_all_but_plain_steps(grad_loss)
+        Raises RuntimeError if the step would update the parameter once more.
+        """
+        if self.pending and self.param.grad is not None:
+            raise RuntimeError(
+                "the prototypes have been updated in backward, by the loss, and weight has another "
+                "gradient besides (of a second term on the weight, or of a loss in eval() mode), "
+                "which would be a second update of this step. Nothing more has been updated. Make "
+                "an optimizer without update_in_backward for this"
+            )
+
+    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any) -> Tensor:
+        self._refuse_all_but_plain_steps(grad_loss, node)
         update = self._update()
         assert update is not None  # the optimizer keeps this
         with torch.no_grad():
@@ -44,7 +55,7 @@ class UpdateInBackward:
         self.pending = True
         return grad_embeddings
 
-    def _refuse_all_but_plain_steps(self, grad_loss: Tensor) -> None:
+    def _refuse_all_but_plain_steps(self, grad_loss: Tensor, node: Any) -> None:
         param, problem = self.param, None
         if self.pending:
             problem = (
@@ -53,6 +64,11 @@ class UpdateInBackward:
             )
         elif param.grad is not None:
             problem = "weight.grad is there already, and gradients cannot be accumulated"
+        elif any(
+            other is not node and torch._C._will_engine_execute_node(other)
+            for other in list(self.nodes)
+        ):
+            problem = "this backward is of several calls of the loss"
         elif torch.is_grad_enabled():
             problem = "create_graph=True asks for gradients that can be differentiated"
         elif grad_loss.device.type == "cpu" and float(grad_loss) != 1:

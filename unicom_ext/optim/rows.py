@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids
 from unicom_ext.optim import plain, states
 from unicom_ext.optim.in_backward import UpdateInBackward
-from unicom_ext.optim.options import without_dense_only
+from unicom_ext.optim.options import plain_option, plain_switch, without_dense_only
 
 if TYPE_CHECKING:
     from unicom_ext.loss.module import PartialMarginSoftmax
@@ -62,6 +63,13 @@ class RowOptimizer(torch.optim.Optimizer):
     # Of its tensors; None for moments, whose dtype depends on the parameter's.
     _row_state: Mapping[str, torch.dtype | None]
     shared_state: tuple[str, ...] = ()  # tensors in it that have no row for each of the parameter's
+    # Of a parameter with dense gradients; what has a True must be there.
+    _dense_state: Mapping[str, bool]
+    _moment: str  # the tensor of it by whose dtype and device that of the parameter is known
+    _switches: tuple[str, ...]  # options that are on or off; `fused` may be None too
+    _later_options: Mapping[str, Any]  # what they were before they existed
+    # Of this optimizer, not of its copies: it is no part of what is copied or pickled.
+    _updaters: Mapping[Tensor, UpdateInBackward] = MappingProxyType({})
 
     def _dense_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
@@ -82,6 +90,10 @@ class RowOptimizer(torch.optim.Optimizer):
         """Make it, also of the state that dense gradients left, or make it follow its parameter."""
         raise NotImplementedError
 
+    def _is_elsewhere(self, param: Tensor, state: dict[str, Any]) -> bool:
+        """Whether its parameter was cast or moved since the state of rows was made."""
+        raise NotImplementedError
+
     def _init_dense_state(self, group: dict[str, Any], param: Tensor) -> None:
         raise NotImplementedError
 
@@ -91,24 +103,42 @@ class RowOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
-    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
-        """What the state of a row parameter cannot be without."""
+    def _required(self, names: Set[str]) -> tuple[str, ...]:
+        """What the state of a row parameter that has these cannot be without."""
         raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._check_group({**self.defaults, **param_group})
+        param_group.update(self._plain_options({**self.defaults, **param_group}))
         super().add_param_group(param_group)
+
+    def _plain_options(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The options of a group that was given, checked, without NumPy's numbers."""
+        switches = {name: plain_switch(name, group[name]) for name in self._switches}
+        self._check_group({**group, **switches})
+        options = {name: plain_option(group[name]) for name in self.defaults if name in group}
+        return options | switches
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's: what was pickled whole before an option existed gets it as it was then."""
+        super().__setstate__(state)
+        for name, value in self._later_options.items():
+            self.defaults.setdefault(name, value)
+            for group in self.param_groups:
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
-        Raises ValueError: a gradient or an option cannot be used; nothing has changed then.
+        Raises ValueError: a gradient or an option cannot be used. RuntimeError: prototypes that
+            were updated in backward have a gradient besides. Nothing has changed then.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for updater in self._updaters.values():
+            updater.check_step()
         for group in self.param_groups:
             self._check_group(group)
             for param in group["params"]:
@@ -119,11 +149,26 @@ class RowOptimizer(torch.optim.Optimizer):
             with_gradient = [p for p in group["params"] if p.grad is not None]
             dense = [p for p in with_gradient if not self._by_rows(p)]
             if dense:
+                self._follow_dense(dense)
                 self._dense_step(group, dense)
             for param in with_gradient:
                 if self._by_rows(param):
                     self._row_step(group, param)
+        for updater in self._updaters.values():
+            updater.pending = False
         return loss
+
+    def _follow_dense(self, params: list[Tensor]) -> None:
+        """Let the state follow parameters that were cast, moved or laid out anew."""
+        state, name = self.state, self._moment
+        for param in params:
+            moment = state[param].get(name)
+            if moment is not None and states.layout(moment) != states.layout(param):
+                state[param] = states.dense(param, state[param])
+
+    def _follow_by_rows(self, param: Tensor) -> None:
+        if self._is_elsewhere(param, self.state[param]):
+            self.state[param] = self._following(param, self.state[param])
 
     def _expect_rows(self) -> None:
         """Before the first step: know by their loss what will have sparse gradients.
@@ -156,9 +201,16 @@ class RowOptimizer(torch.optim.Optimizer):
 
         For plain steps: one backward of the loss itself per step. Backward raises RuntimeError,
         before anything has changed, where the loss was scaled first (GradScaler, accumulation, a
-        weight), where a backward has passed since the last step, where the prototypes have hooks,
-        and with ``create_graph=True``; `clip_grad_norm_` refuses prototypes that have been updated
-        already. Under `torch.compile` gradients are stored as ever, and `step` updates.
+        weight), where a backward has passed since the last step, where it is of several calls of
+        the loss, where the prototypes have a gradient or hooks, and with ``create_graph=True``;
+        `clip_grad_norm_` refuses prototypes that have been updated already. Under `torch.compile`
+        gradients are stored as ever, and `step` updates.
+
+        A second term on the weight, such as ``weight.square().sum()``, is seen only when the loss
+        has updated the prototypes already. If it was made after the loss, `step` raises
+        RuntimeError and updates nothing more. If it was made before, torch raises inside backward
+        that its tensor was modified by an inplace operation. Either way the prototypes have had
+        the update of the loss alone.
 
         What only asks for gradients updates nothing: `torch.autograd.grad`, `torch.func`,
         ``backward(inputs=...)`` without the weight, and a loss that was made in `eval()` mode,
@@ -189,7 +241,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 f"{list(param.stride())}: give the loss weight.detach().contiguous() first"
             )
         updater = UpdateInBackward(param, self._update_in_backward)
-        self.register_step_post_hook(updater.finish_step)  # which keeps it as long as the optimizer
+        self._updaters = {**self._updaters, param: updater}  # as long as the optimizer
         attach(param, updater)
 
     def _update_in_backward(
@@ -219,8 +271,9 @@ class RowOptimizer(torch.optim.Optimizer):
         which costs a pass over all of them: before prototypes are compared with those of a dense
         optimizer, say. It changes no later result but by rounding.
         """
-        for param in self.state:
-            if self._by_rows(param):
+        for param, state in list(self.state.items()):
+            if self._row_marker in state:
+                self._follow_by_rows(param)
                 self._catch_up(param)
                 increment_version(param)
 
@@ -254,7 +307,7 @@ class RowOptimizer(torch.optim.Optimizer):
             if index in state:
                 state[index] = states.to_save(param, state[index], self.shared_state)
         state_dict["param_groups"] = [
-            {key: states.plain_option(value) for key, value in group.items()}
+            {key: states.option_to_save(value) for key, value in group.items()}
             for group in state_dict["param_groups"]
         ]
         return state_dict
@@ -292,21 +345,36 @@ class RowOptimizer(torch.optim.Optimizer):
         group = {**options, **without_dense_only(type(self).__name__, saved)}
         for key, value in group.items():
             group[key] = states.option_again(value)
-        self._check_group(group)
-        return group
+        return {**group, **self._plain_options(group)}
 
     def _loaded_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         by_rows = self._row_marker in state
+        self.check_state(param, state.keys())
         state = states.own(param, state, self.shared_state, by_rows=by_rows)
-        for name in self._required(state) if by_rows else ():
-            if name not in state:
-                raise ValueError(
-                    f"the state dict has no {name} for a parameter {list(param.shape)} that is "
-                    f"updated by rows, only {sorted(state)}"
-                )
-        if not by_rows:
-            return states.dense(param, state)
-        return self._following(param, state)
+        return self._following(param, state) if by_rows else states.dense(param, state)
+
+    def check_state(self, param: Tensor, names: Set[str]) -> None:
+        """Before state of these names is loaded for a parameter.
+
+        Raises ValueError where it is not what this kind of optimizer saves, or torch's own.
+        """
+        if self._row_marker in names:
+            for name in self._required(names):
+                if name not in names:
+                    raise ValueError(
+                        f"the state dict has no {name} for a parameter {list(param.shape)} that is "
+                        f"updated by rows, only {sorted(names)}"
+                    )
+            return
+        needed = {name for name, is_needed in self._dense_state.items() if is_needed}
+        if not needed <= names <= self._dense_state.keys():
+            kind = type(self).__name__
+            raise ValueError(
+                f"{kind} cannot go on from the state of another kind of optimizer: of a parameter "
+                f"{list(param.shape)} the state dict has {', '.join(sorted(names))}; {kind} takes "
+                f"{', '.join(self._dense_state)}, or what it has saved itself of rows, with "
+                f"{self._row_marker}"
+            )
 
     def _following(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         """The state of a row parameter on its device, in dtypes that suit it."""
@@ -331,10 +399,15 @@ class RowOptimizer(torch.optim.Optimizer):
 
         They take no notice of strides: a gradient laid out otherwise would go to other elements.
         """
-        return all(
-            self._fused(group, p) and p.grad is not None and p.grad.stride() == p.stride()
-            for p in params
-        )
+        device = None
+        for param in params:
+            gradient = param.grad
+            if gradient is None or gradient.stride() != param.stride():
+                return False
+            if param.device != device and not self._fused(group, param):
+                return False
+            device = param.device
+        return True
 
 
 def _contiguous_rows(param: Tensor) -> bool:

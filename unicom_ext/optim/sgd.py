@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from types import MappingProxyType
 from typing import Any
 
@@ -74,6 +74,12 @@ class RowSGD(RowOptimizer):
             "history": torch.float64,
         }
     )
+    _dense_state = MappingProxyType({"momentum_buffer": False})
+    _moment = "momentum_buffer"
+    _switches = ("nesterov", "exact", "maximize", "fused")
+    _later_options = MappingProxyType(
+        {"nesterov": False, "exact": False, "maximize": False, "fused": None}
+    )
 
     def __init__(
         self,
@@ -124,8 +130,8 @@ class RowSGD(RowOptimizer):
             lr=plain_lr(group),  # type: ignore[arg-type]  # a tensor too
             momentum=float(group["momentum"]),
             weight_decay=float(group["weight_decay"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
             dampening=0.0,
         )
         for state, buffer in zip(of_each, buffers, strict=True):
@@ -147,10 +153,7 @@ class RowSGD(RowOptimizer):
             buffer = memory.zeros(*param.shape, dtype=dtype, device=param.device)
             state["momentum_buffer"] = buffer
         if "by_rows" in state:
-            rows = state["last_step"] if "last_step" in state else state["log_decay"]
-            cast = buffer is not None and buffer.dtype != dtype
-            if cast or rows.device != param.device:
-                self.state[param] = self._following(param, state)
+            self._follow_by_rows(param)
             return
         if buffer is not None:  # which dense gradients may have left
             state["momentum_buffer"] = states.following(param, buffer.to(dtype), None)
@@ -165,18 +168,25 @@ class RowSGD(RowOptimizer):
             state["log_decay"] = param.new_zeros(len(param), dtype=torch.float64)
             state["total_log_decay"] = torch.zeros((), dtype=torch.float64)
 
-    def _required(self, state: dict[str, Any]) -> tuple[str, ...]:
-        if "last_step" in state:
+    def _is_elsewhere(self, param: Tensor, state: dict[str, Any]) -> bool:
+        buffer = state.get("momentum_buffer")
+        rows = state["last_step"] if "last_step" in state else state["log_decay"]
+        cast = buffer is not None and buffer.dtype != states.arithmetic(param)
+        return cast or rows.device != param.device
+
+    def _required(self, names: Set[str]) -> tuple[str, ...]:
+        if "last_step" in names:
             return "last_step", "step", "history"
         return "log_decay", "total_log_decay"
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for of_param in self.state.values():
+            _lengthen_history(of_param)
+
     def _following(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         state = super()._following(param, state)
-        if "history" in state and "remembered" not in state:  # saved when it grew from step to step
-            short = state["history"]
-            state["remembered"] = len(short)
-            state["history"] = short.new_zeros(max(_LONGEST_HISTORY, len(short)), 4)
-            state["history"][: len(short)] = short
+        _lengthen_history(state)
         return state
 
     def _row_operands(
@@ -227,6 +237,15 @@ class RowSGD(RowOptimizer):
             total = state["total_log_decay"].to(param.device)
             plain.scale_rows_(param, (total - state["log_decay"]).exp())
             state["log_decay"].fill_(total)
+
+
+def _lengthen_history(state: dict[str, Any]) -> None:
+    """Of state saved when it grew from step to step."""
+    if "history" in state and "remembered" not in state:
+        short = state["history"]
+        state["remembered"] = len(short)
+        state["history"] = short.new_zeros(max(_LONGEST_HISTORY, len(short)), 4)
+        state["history"][: len(short)] = short
 
 
 def _last_steps(state: dict[str, Any]) -> Tensor:

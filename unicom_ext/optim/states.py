@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unicom_ext.loss.owner import loss_of, own_rows
+from unicom_ext.optim.options import plain_option
 
 
 def arithmetic(param: Tensor) -> torch.dtype:
@@ -16,17 +16,13 @@ def arithmetic(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def plain_option(value: Any) -> Any:
+def option_to_save(value: Any) -> Any:
     """An option of a group as every format of checkpoints can hold it."""
-    if isinstance(value, torch.dtype):
-        return str(value)
-    if isinstance(value, tuple):
-        return tuple(plain_option(each) for each in value)
-    return value if isinstance(value, (bool, int)) or not isinstance(value, Real) else float(value)
+    return str(value) if isinstance(value, torch.dtype) else plain_option(value)
 
 
 def option_again(value: Any) -> Any:
-    """What `plain_option` was given, but for the kinds of numbers."""
+    """What `option_to_save` was given, but for the kinds of numbers."""
     if isinstance(value, str) and value.startswith("torch."):
         return getattr(torch, value.removeprefix("torch."))
     return value
@@ -54,21 +50,30 @@ def own(
 ) -> dict[str, Any]:
     """Of saved state, this rank's rows.
 
-    Raises ValueError where it holds other classes or is of other shapes than the parameter's.
+    Raises ValueError where it holds other classes, or nothing says which, or is of other shapes
+    than the parameter's.
     """
     loss = loss_of(param)
+    shard = None if loss is None else loss.shard
     state = state.copy()
     for name, value in state.items():
-        if not _has_rows(name, value, shared):
+        if not _has_rows(name, value, shared) and not _is_known(name, value):
             continue
         shape = list(param.shape)
         is_global = loss is not None and (
-            hasattr(value, "placements") or len(value) == loss.num_classes
+            hasattr(value, "placements") or value.shape[:1] == (loss.num_classes,)
         )
         if loss is not None and is_global:
             shape[0] = loss.num_classes
+        elif shard is not None and shard.world_size > 1:
+            raise ValueError(
+                f"{name} in the state dict must be of all {shard.num_classes} classes, a DTensor "
+                f"or a plain tensor, of which this rank takes its own; got a plain tensor "
+                f"{list(value.shape)}, and nothing says of which classes. If they are "
+                f"[{shard.start}, {shard.stop}), say so by loss.shard.as_global(tensor)"
+            )
         allowed = _allowed_shapes(name, shape, by_rows)
-        if name in _KNOWN and list(value.shape) not in allowed:
+        if _is_known(name, value) and list(value.shape) not in allowed:
             raise ValueError(
                 f"{name} in the state dict must be {' or '.join(map(str, allowed))} for a "
                 f"parameter {list(param.shape)}, got {list(value.shape)}"
@@ -80,12 +85,17 @@ def own(
     return state
 
 
+def layout(value: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...]]:
+    """What torch's fused passes want to be the same of a parameter and its state."""
+    return value.dtype, value.device, value.stride()
+
+
 def dense(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-    """State of a parameter with dense gradients, as torch's fused passes want it: the step on its
-    device, and its layout, as they take no notice of strides."""
+    """State of a parameter with dense gradients, as torch's fused passes want it: of its dtype, on
+    its device, the step too, and of its layout, as they take no notice of strides."""
     state = {
-        name: torch.empty_like(param, dtype=value.dtype).copy_(value)
-        if name in _KNOWN and isinstance(value, Tensor) and value.stride() != param.stride()
+        name: torch.empty_like(param).copy_(value)
+        if _is_known(name, value) and layout(value) != layout(param)
         else value
         for name, value in state.items()
     }
@@ -110,6 +120,10 @@ def following(param: Tensor, value: Tensor, dtype: torch.dtype | None) -> Tensor
 
 _VECTORS = ("row_step", "log_decay", "last_step")
 _KNOWN = ("exp_avg", "exp_avg_sq", "momentum_buffer", *_VECTORS)
+
+
+def _is_known(name: str, value: Any) -> bool:
+    return name in _KNOWN and isinstance(value, Tensor)
 
 
 def _has_rows(name: str, value: Any, shared: tuple[str, ...]) -> bool:
