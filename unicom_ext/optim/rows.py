@@ -240,7 +240,7 @@ class RowOptimizer(torch.optim.Optimizer):
                 "update_in_backward needs prototypes with contiguous rows, got the strides "
                 f"{list(param.stride())}: give the loss weight.detach().contiguous() first"
             )
-        updater = UpdateInBackward(param, self._update_in_backward)
+        updater = self._updaters.get(param) or UpdateInBackward(param, self._update_in_backward)
         self._updaters = {**self._updaters, param: updater}  # as long as the optimizer
         attach(param, updater)
 
