@@ -337,7 +337,7 @@ def by_torch(group, path, optimizer, options, saving):
     return run.train(3)
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("flat", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_torchs_checkpoint_reshards_rows(ranks, tmp_path, optimizer, flat):
     options = {"flatten_optimizer_state_dict": flat}

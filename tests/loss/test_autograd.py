@@ -282,6 +282,7 @@ def loss_arguments(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.pairs
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize(("reduction", "workspace_bytes"), [(0, 0), (1, 1 << 20), (2, 3000)])

@@ -196,6 +196,7 @@ def test_more_batch_than_images(tmp_path, no_report):
     assert metrics["steps"] == 2
 
 
+@pytest.mark.slow
 def test_baselines_are_evaluated_beside_the_model(tmp_path, no_report):
     assert list(BASELINES) == list(baselines.BASELINES)
     names = ("raw pixels", "LDA")
@@ -283,6 +284,7 @@ def test_second_signal_is_not_caught(tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_trains_no_more(finished, tmp_path):
     shutil.copy(finished[0] / "config.toml", tmp_path)
     shutil.copytree(finished[0] / "checkpoints", tmp_path / "checkpoints")

@@ -99,7 +99,9 @@ def train_without_statistics(group):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "last"), [(2, [2, 3]), (3, [2, 3, 0]), (4, [2, 3, 0, 0])], ids=str
+    ("world_size", "last"),
+    [(2, [2, 3]), (3, [2, 3, 0]), pytest.param(4, [2, 3, 0, 0], marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_uneven_last_batches_train_as_one_process_does(ranks, world_size, last):
     right, _ = train_without_statistics(None)
@@ -112,6 +114,7 @@ def test_uneven_last_batches_train_as_one_process_does(ranks, world_size, last):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished, tmp_path):
     for message, _ in ranks.run(3, train_together, tmp_path, {}, 6):
         assert message == "interrupted after 6"
