@@ -1,4 +1,4 @@
-"""Checkpoints of which files are missing or cut off: said before anything is read."""
+"""Checkpoints that are spoilt, or of another kind of optimizer: said before anything is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from unicom_ext import PartialMarginSoftmax, checkpoint
 from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.cli.main import main
-from unicom_ext.optim import RowAdamW
+from unicom_ext.optim import RowAdamW, RowSGD
 
 
 def parts(seed=0):
@@ -60,3 +60,23 @@ def test_commands_say_it_in_a_line(spoilt, tmp_path, command):
     assert isinstance(result.exception, SystemExit)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "merged.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(RowAdamW, torch.optim.AdamW), (RowSGD, torch.optim.SGD)]
+)
+def test_rows_are_nothing_for_torchs_optimizers(tmp_path, ours, theirs):
+    options = {"lr": 0.1, **({"momentum": 0.9} if ours is RowSGD else {})}
+    trained = parts()["modules"]["loss"]
+    optimizer = ours(trained.parameters(), **options)
+    trained(torch.ones(4, 6), torch.arange(4)).backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "c", modules={"loss": trained}, optimizers={"main": optimizer})
+    loss = parts(seed=1)["modules"]["loss"]
+    before = copy.deepcopy(loss.state_dict())
+    other = theirs(loss.parameters(), **options)
+    with pytest.raises(CheckpointError, match=f"a row optimizer of .* {theirs.__name__} cannot go"):
+        checkpoint.load(tmp_path / "c", modules={"loss": loss}, optimizers={"main": other})
+    for name, value in loss.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert not other.state

@@ -26,6 +26,7 @@ from unicom_ext.checkpoint.parts import Parts, as_option
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
+_OF_ROWS = {"row_step", "by_rows"}  # in the state of rows of RowAdamW and RowSGD
 # What a row that has missed nothing holds in a state tensor: new ones, and those made of several.
 _UP_TO_DATE = {"log_decay": "total_log_decay", "last_step": "step"}
 
@@ -130,6 +131,11 @@ class Plan:
                 except ValueError as error:
                     message = f"{self.directory}: optimizer {name!r}: {error}"
                     raise CheckpointError(message) from None
+            if check is None and names & _OF_ROWS:
+                raise CheckpointError(
+                    f"{self.directory}: optimizer {name!r} has been saved by a row optimizer of "
+                    f"unicom_ext.optim, from which {type(optimizer).__name__} cannot go on"
+                )
             for short, key in tensors.items():
                 entry = self.saved.state_dict_metadata[key]
                 loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
