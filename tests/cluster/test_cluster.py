@@ -626,6 +626,31 @@ def test_feature_files_that_changed_are_not_resumed(tmp_path, dump):
         run(path, tmp_path / "out", resume=True)
 
 
+@pytest.mark.parametrize("method", ["lloyd", "two-level"])
+@pytest.mark.parametrize("kind", ["img_emb", "text_emb"])
+def test_other_features_of_the_same_shape_are_not_resumed(tmp_path, dump, kind, method):
+    path, output = dump[0], tmp_path / "out"
+    settings = config(method=method, joint="concat")
+    run(path, output, settings)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    file = path / kind / f"{kind}_0001.npy"
+    features = np.load(file)
+    np.save(file, features[::-1])
+    with pytest.raises(CheckpointError, match=rf"state\.pt: .* other features: {file} has changed"):
+        run(path, output, settings, resume=True)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+    np.save(file, features)  # written anew, but the same
+    run(path, output, settings, resume=True)
+
+
+def test_an_empty_state_is_not_resumed(tmp_path, dump):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output)
+    (output / "state/state.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read: it is empty or cut off"):
+        run(path, output, resume=True)
+
+
 def test_a_full_disk(tmp_path, dump, monkeypatch):
     """The error names the file, and what there was is still whole."""
     path, output = dump[0], tmp_path / "out"

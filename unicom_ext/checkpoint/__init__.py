@@ -80,7 +80,7 @@ def save(
     state: dict[str, Tensor] = {}
     try:
         state, about = parts.collect()
-        text = json.dumps({"format": FORMAT, "version": VERSION, **about, "extra": extra or {}})
+        text = json.dumps({"format": FORMAT, "version": VERSION, **about, "extra": _plain(extra)})
         state[ABOUT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         if parts.is_first:
             if directory.exists():
@@ -102,6 +102,15 @@ def save(
         except OSError as error:
             failure = error
     agree({}, failure, parts.group)
+
+
+def _plain(extra: Mapping[str, Any] | None) -> dict[str, Any]:
+    extra = dict(extra or {})
+    try:
+        json.dumps(extra)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"extra: must be what JSON can hold: {error}") from None
+    return extra
 
 
 def load(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,11 +66,24 @@ class Parts:
                 for key, value in optimizer.state.get(param, {}).items():
                     if isinstance(value, Tensor):
                         full = joined("optimizers", name, param_name, key)
-                        owner = self.loss_of(optimizer, param_name, key, value.dim())
+                        owner = self.loss_of(optimizer, param_name, key, value.shape, len(param))
                         state[full] = _as_global(owner, param, key, value)
-                    else:
+                    elif _is_plain(value):
                         values.setdefault(param_name, {})[key] = value
-            about["optimizers"][name] = {"groups": self.groups(optimizer), "values": values}
+                    else:
+                        raise CheckpointError(
+                            f"optimizers[{name!r}], a {type(optimizer).__name__}, has a "
+                            f"{type(value).__name__} as {key} in its state, which must consist of "
+                            "tensors and of what JSON can hold to be saved"
+                        )
+            groups = self.groups(optimizer)
+            for key, value in [item for group in groups for item in group.items()]:
+                if not _is_plain(value):
+                    raise CheckpointError(
+                        f"optimizers[{name!r}], a {type(optimizer).__name__}, has a "
+                        f"{type(value).__name__} as its option {key}, which JSON cannot hold"
+                    )
+            about["optimizers"][name] = {"groups": groups, "values": values}
         return state, about
 
     def module_states(self) -> dict[str, dict[str, Any]]:
@@ -110,12 +124,17 @@ class Parts:
                 yield self.names[param], param
 
     def loss_of(
-        self, optimizer: Optimizer, param_name: str, key: str, dim: int
+        self, optimizer: Optimizer, param_name: str, key: str, shape: Sequence[int], rows: int
     ) -> PartialMarginSoftmax | None:
-        """The loss of whose classes each has a row in a state tensor; None where it has none."""
-        if dim == 0 or key in getattr(optimizer, "shared_state", ()):
+        """The loss of whose classes each has a row in a state tensor; None where they have none.
+
+        rows: how many classes the tensor is of, if it is of classes.
+        """
+        loss = self.losses.get(param_name)
+        if loss is None or not shape or key in getattr(optimizer, "shared_state", ()):
             return None
-        return self.losses.get(param_name)
+        # Such as Adafactor's sums over all rows.
+        return loss if shape[0] == rows or loss.shard is not None else None
 
     def groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
         """The optimizer's groups as JSON can hold them."""
@@ -136,6 +155,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.floating):
         return float(value)
     return str(value) if isinstance(value, torch.dtype) else value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def as_option(value: Any, here: Any) -> Any:

@@ -78,6 +78,11 @@ class Plan:
                 start = 0 if loss.shard is None else loss.shard.start
                 self.old[key] = OldClasses(class_map, start, len(loss.weight))
 
+    def _saved_classes(self, weight: str) -> int:
+        """How many classes the prototypes of this name have there; 0 of other parameters."""
+        name = SavedNames(self.about["classes"]).find(weight)
+        return 0 if name is None else self.about["classes"][name]["num_classes"]
+
     def _add(self, key: str, old: OldClasses | None, target: Tensor) -> None:
         """key: of the tensor here; old: of its rows, where they are of other classes than there;
         target: to be read into; global where it is sharded."""
@@ -138,7 +143,8 @@ class Plan:
                 )
             for short, key in tensors.items():
                 entry = self.saved.state_dict_metadata[key]
-                loss = self.parts.loss_of(optimizer, param_name, short, len(entry.size))
+                classes = self._saved_classes(param_name)
+                loss = self.parts.loss_of(optimizer, param_name, short, entry.size, classes)
                 states[param_name][short] = _room(loss, param, entry)
                 old = None if loss is None else self.old.get(param_name)
                 self._add(plain_name(key), old, states[param_name][short])
@@ -197,7 +203,8 @@ class Plan:
         for group, here in zip(saved["groups"], optimizer.param_groups, strict=True):
             count = len(here["params"])
             values = {key: as_option(value, here.get(key)) for key, value in group.items()}
-            groups.append({**values, "params": list(range(first, first + count))})
+            # What was not an option of the optimizer that saved it stays as it is here.
+            groups.append({**here, **values, "params": list(range(first, first + count))})
             first += count
         optimizer.load_state_dict({"state": state, "param_groups": groups})
 

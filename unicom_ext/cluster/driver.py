@@ -360,11 +360,11 @@ class _Run:
     def _load_state(self, resume: bool, overwrite: bool) -> dict[str, Any]:
         path = self.state_dir / outputs.STATE_FILE
         if resume:
-            return state.load(path, self.config, self.source.describe())
+            return state.load(path, self.config, self.source)
         there = [p for p in outputs.written(self.output, self.source.names) if p.exists()]
         if there and not overwrite:
             raise CheckpointError(f"{there[0]}: is there already; resume it, or overwrite it")
-        return state.fresh(self.config, self.source.describe())
+        return state.fresh(self.config, self.source)
 
 
 def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import IO, Any
 import torch
 
 from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
-from unicom_ext.utils.files import CheckpointError, write_atomically
+from unicom_ext.data.source import Source
+from unicom_ext.utils.files import CheckpointError, glimpse, write_atomically
 
 FORMAT = "unicom_ext clustering state 1"
 
 
-def fresh(config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
+def fresh(config: ClusterConfig, source: Source) -> dict[str, Any]:
     """The state before the first pass. Later it has, too:
 
     centroids          fp32 [k, d] after the last pass
@@ -23,21 +24,27 @@ def fresh(config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
     coarse, sizes, first, stages    two-level: the coarse centroids, rows in each cell, the first
                        fine cluster of each, and how many stages of fine clusters are done
     """
-    return {"format": FORMAT, "config": config.to_dict(), "source": source, "passes": []}
+    return {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "source": source.describe(),
+        "contents": _contents(source),
+        "passes": [],
+    }
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     write_file(path, lambda file: torch.save(state, file))
 
 
-def load(path: Path, config: ClusterConfig, source: dict[str, Any]) -> dict[str, Any]:
+def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
     """Raises CheckpointError where there is no state, or one of another run."""
     if not path.exists():
         raise CheckpointError(f"{path}: there is nothing to resume")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever its parts raise
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0] or "it is empty or cut off"
         raise CheckpointError(f"{path}: cannot be read: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not a {FORMAT}")
@@ -48,9 +55,18 @@ def load(path: Path, config: ClusterConfig, source: dict[str, Any]) -> dict[str,
     ]
     if differences:
         raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
-    if state["source"] != source:
+    if state["source"] != source.describe():
         raise CheckpointError(f"{path}: is of other feature files, or they have changed")
-    return {**state, "config": config.to_dict()}
+    contents = _contents(source)
+    then = state.get("contents", contents)  # an older version has saved none
+    for file, before, now in zip(source.files, then, contents, strict=True):
+        if before != now:
+            raise CheckpointError(f"{path}: is of other features: {file} has changed since")
+    return {**state, "config": config.to_dict(), "contents": contents}
+
+
+def _contents(source: Source) -> list[str]:
+    return [glimpse(file) for file in source.files]
 
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:

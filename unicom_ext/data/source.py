@@ -160,6 +160,10 @@ class Source:
     def names(self) -> list[str]:
         return [shard.name for shard in self.shards]
 
+    @property
+    def files(self) -> list[Path]:
+        return [file.path for shard in self.shards for file in shard.files]
+
     def describe(self) -> dict[str, Any]:
         return {
             "path": str(self.path),

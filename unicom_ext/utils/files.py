@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+_PIECES, _PIECE_BYTES = 4, 1 << 16
 
 
 class CheckpointError(RuntimeError):
@@ -36,6 +39,22 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def glimpse(path: Path) -> str:
+    """SHA-256 of a file's size and of four pieces of it, from its beginning to its end.
+
+    Tells files apart that hold other features, without reading all of them; a few bytes that were
+    changed between the pieces go unnoticed. Raises OSError.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(size - _PIECE_BYTES, 0)
+    with open(path, "rb") as file:
+        for piece in range(_PIECES):
+            file.seek(last * piece // (_PIECES - 1))
+            digest.update(file.read(_PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def natural_key(path: Path) -> tuple[list[str | int], str]:
