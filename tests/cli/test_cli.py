@@ -366,7 +366,9 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
         (["--labels={}/labels.npy", "--groups={}/g.npy"], "groups: {}/g.npy: cannot be read"),
         (["--labels={}/labels.npy", "--dims=9"], "dims: got [9], must be"),
         (["--labels={}/labels.npy", "--dims=a"], "dims: got 'a', must be a comma-separated list"),
-        (["--labels={}/labels.npy", "--recall-at=0"], "ks: got [0], must be"),
+        (["--labels={}/labels.npy", "--recall-at=0"],
+         "recall-at: got '0', must be a comma-separated list of whole numbers, each at least 1"),
+        (["--labels={}/labels.npy", "--dims="], "dims: got '', must be a comma-separated list"),
         (["--labels={}/labels.npy", "--output={}/no/f.json"],
          "output: {}/no: there is no such directory"),
         (["--labels={}/labels.npy", "--output={}/labels.npy"],
@@ -380,6 +382,31 @@ def test_bad_input_of_evaluate(dump, arguments, message):
     assert result.exit_code in (1, 2)
     assert isinstance(result.exception, SystemExit)
     assert message.format(dump) in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", ["features", "gallery"])
+@pytest.mark.parametrize("joint", ["image", "concat"])
+def test_a_row_that_is_not_finite_is_named_by_its_file(dump, name, joint):
+    """Also where it has no label, as `cluster` gives it none."""
+    (dump / "bad").mkdir()
+    for kind in ("img_emb", "text_emb"):
+        shutil.copytree(dump / kind, dump / "bad" / kind)
+    file = dump / "bad/img_emb/img_emb_0001.npy"
+    rows = np.load(file)
+    rows[4] = np.inf
+    np.save(file, rows)
+    labels = np.load(dump / "labels.npy")
+    labels[25 + 4] = -1
+    np.save(dump / "labels.npy", labels)
+    paths = {"features": dump, "gallery": dump, name: dump / "bad"}
+    gallery = ["--gallery", paths["gallery"], "--gallery-labels", dump / "labels.npy"]
+    result = invoke(
+        "evaluate", paths["features"], "--labels", dump / "labels.npy", f"--joint={joint}", *gallery
+    )
+    assert result.exit_code == 1
+    text = str(file) if joint == "image" else f"{file} and {dump}/bad/text_emb/text_emb_0001.npy"
+    message = f"{name}: {text} must be finite, but row 4 is not"
+    assert message in " ".join(result.output.split())
 
 
 def test_help_lists_the_choices():

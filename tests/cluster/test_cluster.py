@@ -37,6 +37,7 @@ from unicom_ext.cluster import (
 )
 from unicom_ext.cluster import labels as label_files
 from unicom_ext.cluster.lloyd import lloyd_pass, sampled
+from unicom_ext.cluster.results import summary
 from unicom_ext.data.formats import SourceError
 from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
@@ -236,6 +237,12 @@ def test_bad_files_are_named_before_anything_is_written(tmp_path, dump, spoil):
         ({"joint": "average"}, {}, SourceError, ["8 dimensions", "12", "concat"]),
         ({"init": "no.npy"}, {}, SourceError, ["no.npy"]),
         ({}, {"true_labels": "short.npy"}, SourceError, ["true_labels: short.npy", "[3]", "[600]"]),
+        (
+            {},
+            {"true_labels": "none.npy"},
+            SourceError,
+            ["true_labels: none.npy", "negative labels"],
+        ),
         ({}, {"images": "short.npy"}, SourceError, ["images: short.npy", "uint8 [600, h, w]"]),
         ({}, {"resume": True}, CheckpointError, ["state.pt", "nothing to resume"]),
     ],
@@ -243,6 +250,7 @@ def test_bad_files_are_named_before_anything_is_written(tmp_path, dump, spoil):
 def test_bad_arguments(tmp_path, dump, monkeypatch, settings, options, error, words):
     monkeypatch.chdir(tmp_path)
     np.save("short.npy", np.zeros(3, np.int64))
+    np.save("none.npy", np.full(ROWS, -1))
     with pytest.raises(error) as caught:
         run(dump[0], tmp_path / "out", config(**settings), **options)
     for word in words:
@@ -641,6 +649,21 @@ def test_other_features_of_the_same_shape_are_not_resumed(tmp_path, dump, kind, 
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
     np.save(file, features)  # written anew, but the same
     run(path, output, settings, resume=True)
+
+
+def test_no_row_with_both_a_cluster_and_a_class(tmp_path):
+    """There is no quality then, and JSON has no NaN."""
+    rows = np.zeros((20, 4), np.float32)
+    rows[:10] = np.eye(4)[np.arange(10) % 4]
+    np.save(tmp_path / "rows.npy", rows)
+    np.save(tmp_path / "true.npy", np.where(rows.any(1), -1, 3))
+    result = run(
+        tmp_path / "rows.npy", tmp_path / "out", config(clusters=4, joint="image"),
+        true_labels=tmp_path / "true.npy",
+    )  # fmt: skip
+    assert result["quality"] is None
+    assert "NaN" not in (tmp_path / "out/clusters.json").read_text()
+    summary(result)
 
 
 def test_an_empty_state_is_not_resumed(tmp_path, dump):

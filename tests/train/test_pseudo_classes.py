@@ -47,6 +47,8 @@ def test_prototypes_start_at_the_centroids(tmp_path):
         (torch.ones(3, 2).long(), "torch.int64"),
         (torch.ones(0, 2), "[0, 2]"),
         (torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), "row 1"),
+        (torch.eye(3).to_sparse(), "a dense tensor with values, got a torch.sparse_coo tensor"),
+        (torch.eye(3, device="meta"), "a dense tensor with values, got one on the meta device"),
     ],
 )
 def test_bad_centroids(centroids, words):

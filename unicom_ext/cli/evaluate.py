@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from unicom_ext.cli.common import broken
-from unicom_ext.cli.options import whole_numbers
+from unicom_ext.cli.options import counts
 from unicom_ext.data import JOINTS
 from unicom_ext.utils.settings import ConfigError
 
@@ -74,8 +74,8 @@ def evaluate(
     FEATURES is what `cluster` takes; all of it is read into memory.
     """
     try:
-        wanted_dims = None if dims is None else whole_numbers("dims", dims)
-        wanted_ks = whole_numbers("recall-at", ks)
+        wanted_dims = None if dims is None else counts("dims", dims)
+        wanted_ks = counts("recall-at", ks)
         if output is not None and output.suffix.lower() in (".npy", ".parquet"):
             raise ConfigError(
                 f"output: {output}: must be named as a JSON file is, such as figures.json"

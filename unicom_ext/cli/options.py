@@ -57,11 +57,15 @@ def given_settings(settings_type: type[Settings], given: dict[str, Any]) -> dict
     return settings
 
 
-def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+def counts(name: str, text: str) -> tuple[int, ...]:
     """A comma-separated list of the option `name`; raises ConfigError on anything else."""
     try:
-        return parse_list(tuple[int, ...], text)
+        numbers = parse_list(tuple[int, ...], text)
     except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise ConfigError(
-            f"{name}: got {text!r}, must be a comma-separated list of whole numbers"
-        ) from None
+            f"{name}: got {text!r}, must be a comma-separated list of whole numbers, each at "
+            "least 1"
+        )
+    return numbers

@@ -13,6 +13,7 @@ from unicom_ext.data.source import Source
 from unicom_ext.utils.arrays import (
     check_finite,
     check_labels,
+    check_some_label,
     is_floating,
     open_array,
     refused,
@@ -36,11 +37,12 @@ def open_source(path: Path, config: ClusterConfig) -> Source:
 
 
 def open_true_labels(path: str | Path | None, rows: int) -> np.ndarray | None:
-    """Integers [rows] below 2^31, mapped into memory."""
+    """Integers [rows] below 2^31, mapped into memory; not all negative, which stand for none."""
     if path is None:
         return None
     labels = open_array(path, "true_labels")
     check_labels(f"true_labels: {path}", labels, rows, below=2**31)
+    check_some_label(f"true_labels: {path}", labels)
     return labels
 
 

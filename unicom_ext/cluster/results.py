@@ -114,7 +114,8 @@ def _quality(
     if true is None:
         return None
     pieces = ((labels.read(s), np.asarray(true[s.first : s.first + s.rows])) for s in source.shards)
-    return quality(pieces)._asdict()
+    found = quality(pieces)
+    return found._asdict() if found.rows else None  # no row has both, and JSON has no NaN
 
 
 def _pictures(

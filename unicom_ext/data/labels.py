@@ -9,7 +9,7 @@ import numpy as np
 
 from unicom_ext.data.formats import by_number, numbered_files
 from unicom_ext.data.source import Shard
-from unicom_ext.utils.arrays import SourceError, check_labels, open_array
+from unicom_ext.utils.arrays import SourceError, check_labels, check_some_label, open_array
 
 PREFIX = "labels_"
 
@@ -19,8 +19,7 @@ def read_labels(
 ) -> np.ndarray:
     """`read_integers` of labels, of which at least one is not negative: those stand for none."""
     labels = read_integers(name, path, count, shards)
-    if not (labels >= 0).any():
-        raise SourceError(f"{name}: {path}: holds negative labels only, must be not all negative")
+    check_some_label(f"{name}: {path}", labels)
     return labels
 
 

@@ -74,5 +74,8 @@ def read_centroids(centroids: Tensor | np.ndarray | str | PathLike[str]) -> Tens
             f"{where} must be a floating point matrix [C, d], got {centroids.dtype} of shape "
             f"{list(centroids.shape)}"
         )
+    if centroids.is_meta or centroids.layout != torch.strided:
+        kind = "one on the meta device" if centroids.is_meta else f"a {centroids.layout} tensor"
+        raise ValueError(f"{where} must be a dense tensor with values, got {kind}")
     check_finite(where, centroids)
     return centroids

@@ -12,6 +12,7 @@ from torch import Tensor
 from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.retrieval.metrics import Result, evaluate
+from unicom_ext.utils.arrays import check_finite
 
 
 def evaluate_files(
@@ -51,23 +52,26 @@ def evaluate_files(
     if gallery is not None and (groups is None) != (gallery_groups is None):
         raise ValueError("groups and gallery_groups: give both or neither")
 
-    def rows(path: str | Path) -> Source:
-        return Source(
+    def read(name: str, path: str | Path) -> tuple[Source, Tensor]:
+        source = Source(
             path,
             joint=joint,
             image_weight=image_weight,
             image_column=image_column,
             text_column=text_column,
         )
+        rows = source.take(np.arange(source.rows))
+        for shard in source.shards:
+            files = " and ".join(str(file.path) for file in shard.files)
+            check_finite(f"{name}: {files}", rows[shard.first : shard.first + shard.rows])
+        return source, rows
 
-    source = rows(features)
-    queries = source.take(np.arange(source.rows))
+    source, queries = read("features", features)
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     items = None
     if gallery is not None:
-        source = rows(gallery)
-        items = source.take(np.arange(source.rows))
+        source, items = read("gallery", gallery)
     return evaluate(
         queries,
         query_labels,

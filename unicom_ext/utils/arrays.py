@@ -127,6 +127,12 @@ def check_labels(
         )
 
 
+def check_some_label(where: str, labels: np.ndarray) -> None:
+    """Raises SourceError unless some integer is not negative: those stand for none."""
+    if not (labels >= 0).any():
+        raise SourceError(f"{where}: holds negative labels only, must be not all negative")
+
+
 def check_finite(where: str, rows: Tensor) -> None:
     """Raises SourceError with the first of the rows that has NaN or infinity."""
     finite = rows.isfinite().all(dim=1)
