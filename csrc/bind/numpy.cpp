@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -68,7 +69,12 @@ class Threads final : public cpu::Parallel {
       for (int64_t i = next++; i < items; i = next++) body(i);
     };
     std::vector<std::thread> helpers;
-    for (int t = 1; t < count_; ++t) helpers.emplace_back(work);
+    helpers.reserve(count_);
+    try {
+      while (static_cast<int>(helpers.size()) + 1 < count_) helpers.emplace_back(work);
+    } catch (const std::system_error&) {
+      // The system allows no more threads: these and this one do it all.
+    }
     work();
     for (std::thread& helper : helpers) helper.join();
   }
