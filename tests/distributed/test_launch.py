@@ -78,7 +78,7 @@ def test_which_backend_sends_from_a_device(monkeypatch, config, on_cpu, on_cuda)
     assert backend(None, cuda) == on_cuda
     ranks = Ranks(None)
     assert ranks.sends_from(cuda) == cuda
-    ranks.group = object()
+    ranks._group = object
     assert ranks.sends_from(cuda) == (cpu if on_cuda == "gloo" else cuda)
 
 

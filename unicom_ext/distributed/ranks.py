@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,14 +29,34 @@ class Ranks:
         group: None for this process alone.
 
     Attributes:
-        group: the same.
         rank, world_size: this process in it, and how many there are.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+        # Who destroys a group must be the last to hold it: its threads end with it, and one that is
+        # left when the interpreter ends can abort the process.
+        self._group = None if group is None else weakref.ref(group)
+        self.check_alive()
         self.rank = 0 if group is None else dist.get_rank(group)
         self.world_size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Raises ValueError where it was destroyed."""
+        if self._group is None:
+            return None
+        group = self._group()
+        if group is None:
+            raise ValueError("process_group was destroyed")
+        return group
+
+    def check_alive(self) -> None:
+        """ValueError where the group was destroyed."""
+        if (group := self.group) is not None:
+            try:
+                dist.get_process_group_ranks(group)
+            except (KeyError, ValueError):
+                raise ValueError("process_group was destroyed") from None
 
     @property
     def is_first(self) -> bool:

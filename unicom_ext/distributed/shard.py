@@ -41,11 +41,12 @@ class ClassShard(Ranks):
     num_classes: C, of all ranks.  start, stop: this rank owns the classes in [start, stop).
     """
 
-    group: dist.ProcessGroup
-
     def __init__(self, group: dist.ProcessGroup, num_classes: int) -> None:
-        self.group = group
-        self.check_alive()
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                "process_group must be a torch.distributed.ProcessGroup that this rank is in, "
+                f"got {group!r}"
+            )
         super().__init__(group)
         self.group_name: str = group.group_name
         self.num_classes = num_classes
@@ -69,17 +70,11 @@ class ClassShard(Ranks):
             "unicom_ext.checkpoint or torch.distributed.checkpoint"
         )
 
-    def check_alive(self) -> None:
-        """ValueError unless the group is one of this process and was not destroyed."""
-        if not isinstance(self.group, dist.ProcessGroup):
-            raise ValueError(
-                "process_group must be a torch.distributed.ProcessGroup that this rank is in, "
-                f"got {self.group!r}"
-            )
-        try:
-            dist.get_process_group_ranks(self.group)
-        except (KeyError, ValueError):
-            raise ValueError("process_group was destroyed") from None
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = super().group
+        assert group is not None
+        return group
 
     # ---- global tensors ----
 
