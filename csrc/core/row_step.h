@@ -126,7 +126,7 @@ UNICOM_HD_INLINED void sgd_value(const SgdStep<Real>& s, Value gradient, Value* 
   const Value moved = b * s.momentum + slope;
   const Value direction = s.nesterov ? slope + moved * s.momentum : moved;
   *parameter = p - direction * s.lr;
-  *buffer = moved;
+  *buffer = s.momentum == 0 ? b : moved;  // without momentum it is left alone
 }
 
 // ---- moments in bf16

@@ -111,18 +111,13 @@ def test_any_class_map(ranks, saved, optimizer):
 
 
 def both(class_map, got, right, lagging):
-    """Rows of one old class are compared with it, bit for bit, unless it is merged elsewhere too,
-    for then it has been brought up to date."""
+    """Rows of one old class are compared with it, bit for bit, also where it is merged elsewhere:
+    they lag as it did."""
     old = class_map.view(len(class_map), -1)
-    single = (old >= 0).sum(1) == 1
-    merging = old[~single]
-    for row in single.nonzero().flatten().tolist():
+    for row in ((old >= 0).sum(1) == 1).nonzero().flatten().tolist():
         source = old[row].max()
-        if (merging == source).any():
-            right[row] = got[row]
-        else:
-            assert torch.equal(got[row], lagging[source])
-            right[row] = lagging[source]
+        assert torch.equal(got[row], lagging[source])
+        right[row] = lagging[source]
     return got, right
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +62,32 @@ def test_commands_say_it_in_a_line(spoilt, tmp_path, command):
     assert isinstance(result.exception, SystemExit)
     assert message in " ".join(result.output.split())
     assert not (tmp_path / "merged.pt").exists()
+
+
+class Touch:
+    """Whose unpickling makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_reading_runs_no_code(tmp_path):
+    here = parts()
+    checkpoint.save(tmp_path / "c", **here)
+    (tmp_path / "c/.metadata").write_bytes(pickle.dumps(Touch(tmp_path / "touched")))
+    for read in (checkpoint.read_about, lambda path: checkpoint.load(path, **here)):
+        with pytest.raises(CheckpointError, match=r"c: cannot be read: .* it names .*, which no"):
+            read(tmp_path / "c")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_the_latest_is_a_directory(tmp_path):
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-10").touch()
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-2"
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,27 @@ def test_every_optimizer_goes_on(tmp_path, name):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "Adagrad"])
+def test_fused_passes_over_transposed_prototypes(tmp_path, name):
+    """As of a kernel [d, C]. They take no notice of strides, so state must be laid out alike."""
+
+    def make(params):
+        weight = params[-1]
+        weight.data = weight.data.T.contiguous().T
+        return getattr(torch.optim, name)(params, **OPTIMIZERS[name], fused=True)
+
+    whole = parts(make)
+    steps(whole)
+    checkpoint.save(tmp_path / "c", **whole)
+    steps(whole)
+    resumed = parts(make, seed=1)
+    checkpoint.load(tmp_path / "c", **resumed)
+    steps(resumed)
+    assert values(whole)[-1].stride() == (1, 20)
+    for a, b in zip(values(resumed), values(whole), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_what_has_no_row_for_each_class_stays_whole_when_classes_change(tmp_path):
     """Adafactor's sums over all rows, beside those over columns, which follow their classes."""
     before = parts(torch.optim.Adafactor)

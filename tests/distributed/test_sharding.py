@@ -452,7 +452,10 @@ def test_a_bad_argument_on_one_rank(ranks, changes, message):
     [
         ({"step": 5}, "step must be the same on every rank, got 0 on ranks 0, 1, 5 on rank 2"),
         ({"embeddings": torch.ones(4, 6).double()}, "embeddings.dtype must be the same"),
-        ({"margin": per_sample_margin(4)}, "numbers on ranks 0, 1, m2 and m3 per sample on rank 2"),
+        (
+            {"margin": per_sample_margin(4)},
+            "m3=0.0) on ranks 0, 1, CombinedMargin(m1=1.0, m2=per sample,",
+        ),
     ],
     ids=str,
 )

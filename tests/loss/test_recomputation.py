@@ -153,6 +153,21 @@ def test_a_compiled_loss_that_is_told_its_step_can_be_repeated():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_compiled_loss_that_draws_nothing_advances_once(backend, use_reentrant):
+    """Which counts as soon as it draws: `sample_rate` may be set later."""
+    torch._dynamo.reset()
+    model = Model()
+    model.loss.sample_rate = model.loss.feature_rate = 1.0
+    compiled = torch.compile(model.loss, backend=backend)
+    for images, labels in batches(3):
+        embeddings = model.encoder(images)
+        checkpoint(compiled, embeddings, labels, use_reentrant=use_reentrant).backward()
+    assert model.loss.step == 3
+    torch._dynamo.reset()
+
+
 def test_hooks_of_others_for_what_is_saved():
     """Which may be callables of any kind."""
     model = Model()

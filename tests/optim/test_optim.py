@@ -119,6 +119,28 @@ def test_exact_sgd_when_options_change_and_the_history_is_full(monkeypatch):
     assert twins.difference() < 1e-12
 
 
+@pytest.mark.pairs
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("momenta", [(0.9, 0.0), (0.0, 0.9), (0.9, 0.0, 0.9), (0.5, 0.0, 0.0, 0.7)])
+def test_exact_sgd_when_momentum_is_switched_off(momenta, weight_decay, fused, capability):
+    """Steps that a row missed may have had momentum where that of its update has none; the buffer
+    stays as it is meanwhile."""
+    options = {"lr": 0.02, "momentum": momenta[0], "weight_decay": weight_decay}
+    twins = Twins(
+        lambda p: RowSGD(p, exact=True, fused=fused, **options),
+        lambda p: torch.optim.SGD(p, **options),
+        dtype=torch.float64,
+    )
+    for momentum in momenta:
+        for optimizer in (twins.row_optimizer, twins.other_optimizer):
+            optimizer.param_groups[0]["momentum"] = momentum
+        for _ in range(10):
+            twins.step(random_ids(40, 0.3, twins.generator))
+    twins.row_optimizer.catch_up()
+    assert twins.difference() < 1e-12
+
+
 def test_sgd_without_momentum_is_torchs_lazily():
     # Decay is then all that happens to a row without gradient, and it is caught up.
     twins = Twins(

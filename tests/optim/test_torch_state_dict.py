@@ -113,6 +113,22 @@ def test_through_files(kind, flat, tmp_path):
     assert resumed.run(range(4, 9)) == whole.run(range(4, 9))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("used", [1, 5])
+def test_read_in_place_into_an_optimizer_that_was_used(kind, used, tmp_path):
+    """`dcp.load` of the objects themselves: what is no tensor in their state it would not find."""
+    whole = Training(kind, seed=0)
+    whole.run(range(4))
+    parts = {"model": whole.model, "optimizer": whole.optimizer}
+    dcp.save(parts, checkpoint_id=tmp_path / "c", no_dist=True)
+    resumed = Training(kind, seed=0)
+    resumed.run(range(20, 20 + used))
+    parts = {"model": resumed.model, "optimizer": resumed.optimizer}
+    dcp.load(parts, checkpoint_id=tmp_path / "c", no_dist=True)
+    assert all(isinstance(param, torch.Tensor) for param in resumed.optimizer.state)
+    assert resumed.run(range(4, 9)) == whole.run(range(4, 9))
+
+
 def test_embeddings_whose_state_was_asked_for():
     def make(seed):
         torch.manual_seed(seed)

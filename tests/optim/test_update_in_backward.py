@@ -82,6 +82,32 @@ def refused(module, optimizer, loss, message):
     assert torch.equal(after, steps)
 
 
+def test_a_step_that_is_taken_back():
+    """As after a loss that was NaN: the state of before is loaded, and training goes on."""
+    module, optimizer = attached()
+    before = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    module(*batch(0)).backward()
+    module.load_state_dict(before[0])
+    optimizer.load_state_dict(before[1])
+    module(*batch(0)).backward()
+    optimizer.step()
+    once, other = attached()
+    once(*batch(0)).backward()
+    other.step()
+    assert torch.equal(module.weight, once.weight)
+
+
+def test_losses_of_samples_are_refused():
+    module, optimizer = attached()
+    module.reduction = "none"
+    loss = module(*batch(0))
+    before = module.weight.detach().clone()
+    with pytest.raises(RuntimeError, match='plain steps only: the loss has reduction="none"'):
+        loss.backward(torch.ones_like(loss))
+    assert torch.equal(module.weight, before)
+    assert not optimizer.state
+
+
 def test_accumulation_is_refused():
     module, optimizer = attached()
     module(*batch(0)).backward()

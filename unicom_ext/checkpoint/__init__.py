@@ -142,7 +142,8 @@ def load(
             ``torch.tensor(kept_ids)`` drops those that are not in it.
 
     Raises CheckpointError, or ValueError for the class_map, on every rank, if something does not
-    fit; nothing has changed then.
+    fit; nothing has changed then. (Bytes that are damaged within a file are met when it is read,
+    after what was read before them has changed.)
     """
     directory = Path(directory)
     parts = Parts(modules, optimizers or {}, process_group)

@@ -6,7 +6,8 @@ import copy
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import IO, Any, NamedTuple
+from dataclasses import dataclass
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -80,12 +81,14 @@ def _numbered(values: Tensor) -> tuple[Tensor, Tensor]:
     return distinct, torch.where(known, torch.searchsorted(distinct, values.contiguous()), -1)
 
 
-class Rows(NamedTuple):
+@dataclass
+class Rows:
     """Rows of a saved tensor for this rank's classes, where they are not the same classes."""
 
     old: OldClasses
     buffer: Tensor  # [u, ...] the saved rows of old.ids
     target: Tensor  # [rows, ...]
+    up_to_date: Tensor | None = None  # [v, ...] those of old.merging; None: as in the buffer
 
     def fill(self, merge: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Give each row of the target what it goes on from; those of new classes stay.
@@ -96,7 +99,8 @@ class Rows(NamedTuple):
         old = self.old
         self._put(old.single, self.buffer[old.place[old.single]])
         if len(old.merging):
-            self._put(old.merged, merge(self.buffer[old.merging], old.places))
+            rows = self.buffer[old.merging] if self.up_to_date is None else self.up_to_date
+            self._put(old.merged, merge(rows, old.places))
 
     def _put(self, where: Tensor, rows: Tensor) -> None:
         self.target[where.to(self.target.device)] = rows.to(self.target)
@@ -135,10 +139,11 @@ def merged_state(rows: Tensor, places: Tensor) -> Tensor:
 def catch_up(
     optimizer: Optimizer, prototypes: Rows, state: Mapping[str, Rows], shared: Mapping[str, Any]
 ) -> None:
-    """Bring the rows that will be merged up to date, in place, where the optimizer lets rows lag.
+    """Bring the rows that will be merged up to date, where the optimizer lets rows lag.
 
     Rows lag by different numbers of steps, and what they have missed depends on the row: decay, or
     momentum that goes on. So a mean is one of rows that have missed nothing, nor does it itself.
+    Where such a row is also kept as it is, it goes on lagging.
 
     shared: what the state has for all rows together.
     """
@@ -148,11 +153,11 @@ def catch_up(
     param = nn.Parameter(prototypes.buffer[merging])
     values = {key: rows.buffer[merging] for key, rows in state.items()}
     stand_in: Any = copy.copy(optimizer)
-    stand_in.state = defaultdict(dict, {param: {**shared, **values}})
+    stand_in.state = defaultdict(dict, {param: {**copy.deepcopy(dict(shared)), **values}})
     stand_in.catch_up()
-    prototypes.buffer[merging] = param.detach()
+    prototypes.up_to_date = param.detach()
     for key, rows in state.items():
-        rows.buffer[merging] = values[key]
+        rows.up_to_date = stand_in.state[param][key]
 
 
 class RowPlanner(LoadPlanner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -16,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from unicom_ext.checkpoint.names import SavedNames, plain_name
 from unicom_ext.utils.files import CheckpointError, natural_key, write_atomically
@@ -28,7 +30,9 @@ ABOUT = "about"  # the tensor of plain values
 def latest(directory: str | os.PathLike[str]) -> Path | None:
     """The checkpoint ``step-N`` in a directory with the largest N; None if there is none."""
     found = [
-        path for path in Path(directory).glob("step-*") if re.fullmatch("[0-9]+", path.name[5:])
+        path
+        for path in Path(directory).glob("step-*")
+        if re.fullmatch("[0-9]+", path.name[5:]) and path.is_dir()
     ]
     return max(found, key=natural_key, default=None)
 
@@ -90,7 +94,7 @@ def read(directory: Path) -> tuple[Any, dict[str, Any]]:
     if not (directory / ".metadata").is_file():
         raise CheckpointError(f"{directory}: there is no checkpoint")
     try:
-        metadata: Any = FileSystemReader(directory).read_metadata()
+        metadata = _Reader(directory).read_metadata()
         _check_files(directory, metadata)
         entry = metadata.state_dict_metadata[ABOUT]
         text = {ABOUT: torch.empty(entry.size, dtype=torch.uint8)}
@@ -113,11 +117,48 @@ def write_tensors(state: dict[str, Tensor], **where: Any) -> None:
 def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        directory = where.pop("checkpoint_id")
         try:
-            dcp.load(state, **where)
+            dcp.load(state, storage_reader=_Reader(directory), **where)
         except CheckpointException as error:  # which is no Exception
             reason = _reason(next(iter(error.failures.values()))[0])
-            raise CheckpointError(f"{where['checkpoint_id']}: cannot be read: {reason}") from None
+            raise CheckpointError(f"{directory}: cannot be read: {reason}") from None
+
+
+class _Reader(FileSystemReader):
+    """torch's, but for what it says of a checkpoint, a pickle, which could call anything."""
+
+    def read_metadata(self, *args: Any, **keywords: Any) -> Any:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Takes what torch's checkpoints consist of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if "." not in name and module in _MODULES:
+            found = super().find_class(module, name)
+        is_record = isinstance(found, type) and found.__module__ == _RECORDS
+        if not is_record and not isinstance(found, torch.dtype) and f"{module}.{name}" not in _ELSE:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint does")
+        return found
+
+
+_RECORDS = "torch.distributed.checkpoint.metadata"
+_ELSE = {
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "torch.Size",
+    "torch.device",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._get_layout",
+}
+_MODULES = {_RECORDS, *(name.rpartition(".")[0] for name in _ELSE)}
 
 
 def _check_files(directory: Path, metadata: Any) -> None:

@@ -124,19 +124,13 @@ class Plan:
                 f"but {here} here"
             )
         states = self.states[name] = {}
-        check = getattr(optimizer, "check_state", None)
+        of_rows = hasattr(optimizer, "own_state_dict")
         for param_name, saved_name, param in self._optimized(name, optimizer):
             states[param_name] = {}
             of_param = plain_name(joined("optimizers", name, saved_name))
             tensors = self.saved_states.get(of_param, {})
             names = tensors.keys() | saved["values"].get(saved_name, {}).keys()
-            if names and check is not None:
-                try:
-                    check(param, names)
-                except ValueError as error:
-                    message = f"{self.directory}: optimizer {name!r}: {error}"
-                    raise CheckpointError(message) from None
-            if check is None and names & _OF_ROWS:
+            if not of_rows and names & _OF_ROWS:
                 raise CheckpointError(
                     f"{self.directory}: optimizer {name!r} has been saved by a row optimizer of "
                     f"unicom_ext.optim, from which {type(optimizer).__name__} cannot go on"
@@ -148,6 +142,12 @@ class Plan:
                 states[param_name][short] = _room(loss, param, entry)
                 old = None if loss is None else self.old.get(param_name)
                 self._add(plain_name(key), old, states[param_name][short])
+        if of_rows:
+            try:
+                optimizer.own_state_dict(self._state_dict(name, optimizer))  # type: ignore[attr-defined]
+            except ValueError as error:
+                message = f"{self.directory}: optimizer {name!r}: {error}"
+                raise CheckpointError(message) from None
 
     def _optimized(self, name: str, optimizer: Optimizer) -> Iterator[tuple[str, str, Tensor]]:
         """The optimizer's parameters: the name here, the name there, and itself."""
@@ -169,7 +169,7 @@ class Plan:
         for name, module in self.parts.modules.items():
             module.load_state_dict(self.module_states[name])
         for name, optimizer in self.parts.optimizers.items():
-            self._finish_optimizer(name, optimizer)
+            optimizer.load_state_dict(self._state_dict(name, optimizer))
 
     def _finish_rows(
         self, name: str, optimizer: Optimizer, param_name: str, saved_name: str
@@ -188,13 +188,15 @@ class Plan:
                 missed_nothing = ~of_state.old.single.to(of_state.target.device)
                 of_state.target[missed_nothing] = state[_UP_TO_DATE[short]].to(of_state.target)
 
-    def _finish_optimizer(self, name: str, optimizer: Optimizer) -> None:
+    def _state_dict(self, name: str, optimizer: Optimizer) -> dict[str, Any]:
+        """What the optimizer will load; before `finish` with nothing in its tensors yet."""
         saved = self.about["optimizers"][name]
+        of_rows = hasattr(optimizer, "own_state_dict")
         state: dict[int, dict[str, Any]] = {}
         for index, (param_name, saved_name, _) in enumerate(self._optimized(name, optimizer)):
             values = {**saved["values"].get(saved_name, {}), **self.states[name][param_name]}
             # A row optimizer takes them as they are, and is told so which classes they are of.
-            if param_name in self.parts.losses and not hasattr(optimizer, "catch_up"):
+            if param_name in self.parts.losses and not of_rows:
                 for key, value in values.items():
                     values[key] = value.to_local() if isinstance(value, DTensor) else value
             if values:
@@ -203,10 +205,12 @@ class Plan:
         for group, here in zip(saved["groups"], optimizer.param_groups, strict=True):
             count = len(here["params"])
             values = {key: as_option(value, here.get(key)) for key, value in group.items()}
-            # What was not an option of the optimizer that saved it stays as it is here.
-            groups.append({**here, **values, "params": list(range(first, first + count))})
+            # What was not an option of the optimizer that saved it stays as it is here; a row
+            # optimizer sees to it itself.
+            kept = {} if of_rows else here
+            groups.append({**kept, **values, "params": list(range(first, first + count))})
             first += count
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return {"state": state, "param_groups": groups}
 
 
 def _same_names(there: list[list[str]], here: list[list[str]]) -> bool:
@@ -224,8 +228,17 @@ def _room(loss: PartialMarginSoftmax | None, param: Tensor, entry: TensorStorage
     """Room for a state tensor, laid out as its parameter is.  loss: whose classes have rows."""
     dtype = entry.properties.dtype
     if loss is not None:
-        rows = torch.zeros((len(param), *entry.size[1:]), dtype=dtype, device=param.device)
+        shape = torch.Size([len(param), *entry.size[1:]])
+        rows = _zeros(shape, param, dtype)
         return rows if loss.shard is None else loss.shard.as_global(rows)
-    if param.shape == entry.size:  # in its memory format, which fused optimizers rely on
-        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    if param.shape == entry.size:
+        return _zeros(entry.size, param, dtype)
     return torch.zeros(entry.size, dtype=dtype)
+
+
+def _zeros(shape: torch.Size, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the parameter's layout if of its shape: torch's fused optimizers take no notice of
+    strides."""
+    if param.shape == shape:
+        return torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    return torch.zeros(shape, dtype=dtype, device=param.device)

@@ -7,9 +7,11 @@ A new option is a field of `LossOptions`, and to type checkers one of `LossKwarg
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, Generic, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
@@ -157,7 +159,16 @@ class LossOptions:
     def same_on_every_rank(self) -> dict[str, object]:
         """The options in which the ranks of a process group must agree, as they compare them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
-        return {**values, "margin": repr(self.margin)}
+        m1, m2, m3 = (
+            "per sample" if isinstance(m, Tensor) else m
+            for m in (self.margin.m1, self.margin.m2, self.margin.m3)
+        )
+        return {**values, "margin": f"CombinedMargin(m1={m1}, m2={m2}, m3={m3})"}
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """The same for options that are `same_on_every_rank`."""
+        return zlib.crc32(repr(self.same_on_every_rank()).encode())
 
     def per_sample(self) -> tuple[Tensor | None, Tensor | None]:
         """m2 and m3 where there is one for each sample, [B] float64, as the operators take them.

@@ -17,6 +17,7 @@ MUST_DRAW_AGAIN = (
 # A compiled graph cannot ask whether backward runs it; an operator in it can.
 _LIBRARY = torch.library.Library("unicom_ext", "FRAGMENT")
 _LIBRARY.define("first_draw(Tensor step) -> Tensor")
+_LIBRARY.define("next_step(Tensor step) -> Tensor")
 
 
 def in_backward() -> bool:
@@ -31,12 +32,14 @@ def first_draw(step: Tensor) -> Tensor:
 
 
 def advance(step: Tensor) -> None:
-    """Add 1 in place, once for a call.
+    """Add 1 in place, once for a call, also where backward repeats a compiled one.
 
     Transforms refuse changes to tensors that are not arguments of the function. This one is no part
     of what is differentiated.
     """
-    if transforming() and not _functorch.is_functorch_wrapped_tensor(step):
+    if torch.compiler.is_compiling():
+        step.copy_(library.ops.next_step(step))
+    elif transforming() and not _functorch.is_functorch_wrapped_tensor(step):
         with outside():
             step.add_(1)
     else:
@@ -54,4 +57,10 @@ def _first_draw(step: Tensor) -> Tensor:
     return step.clone()
 
 
+@torch.library.impl(_LIBRARY, "next_step", "CompositeExplicitAutograd")
+def _next_step(step: Tensor) -> Tensor:
+    return step.clone() if in_backward() else step + 1
+
+
 torch.library.register_fake("unicom_ext::first_draw", torch.empty_like, lib=_LIBRARY)
+torch.library.register_fake("unicom_ext::next_step", torch.empty_like, lib=_LIBRARY)

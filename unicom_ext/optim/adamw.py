@@ -79,6 +79,7 @@ class RowAdamW(RowOptimizer):
     )
     _dense_state = MappingProxyType({"step": True, "exp_avg": True, "exp_avg_sq": True})
     _moment = "exp_avg"
+    _origins = ("amsgrad", "moment_dtype", "row_second_moment")
     _switches = ("maximize", "row_second_moment", "fused")
     _later_options = MappingProxyType(
         {"maximize": False, "moment_dtype": None, "row_second_moment": False, "fused": None}

@@ -71,6 +71,8 @@ class UpdateInBackward:
             problem = "this backward is of several calls of the loss"
         elif torch.is_grad_enabled():
             problem = "create_graph=True asks for gradients that can be differentiated"
+        elif grad_loss.dim():
+            problem = 'the loss has reduction="none"'
         elif grad_loss.device.type == "cpu" and float(grad_loss) != 1:
             problem = (
                 f"the loss was multiplied by {float(grad_loss):g} before backward (GradScaler, "

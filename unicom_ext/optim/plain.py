@@ -82,11 +82,11 @@ def row_sgd_(
         p = p * _column((decay_before - log_decay[ids]).exp()).to(p)
         log_decay[ids] = decay_after
     slope = gradient + weight_decay * p
-    b = momentum * b + slope
-    p = p - lr * (slope + momentum * b if nesterov else b)
+    moved = momentum * b + slope
+    p = p - lr * (slope + momentum * moved if nesterov else moved)
     param[ids] = p.to(param.dtype)
     if momentum_buffer is not None:
-        momentum_buffer[ids] = b
+        momentum_buffer[ids] = moved if momentum else b  # without momentum it is left alone
 
 
 def sgd_transition(lr: float, momentum: float, weight_decay: float, nesterov: bool) -> Tensor:
@@ -95,7 +95,7 @@ def sgd_transition(lr: float, momentum: float, weight_decay: float, nesterov: bo
         to_parameter = [1 - lr * weight_decay * (1 + momentum), -lr * momentum**2]
     else:
         to_parameter = [1 - lr * weight_decay, -lr * momentum]
-    to_buffer = [weight_decay, momentum] if momentum else [0.0, 0.0]
+    to_buffer = [weight_decay, momentum] if momentum else [0.0, 1.0]
     return torch.tensor([to_parameter, to_buffer], dtype=torch.float64)
 
 

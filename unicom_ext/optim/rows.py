@@ -226,6 +226,11 @@ class RowOptimizer(RowStateOptimizer):
                 return group
         raise ValueError(f"{name} must be among the optimizer's parameters")
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # as after loading
+        for updater in self._updaters.values():
+            updater.pending = False  # of an update that was taken back
+
     @torch.no_grad()
     def catch_up(self) -> None:
         """Bring the rows that were not sampled lately up to date with what they missed.

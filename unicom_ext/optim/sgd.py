@@ -72,10 +72,13 @@ class RowSGD(RowOptimizer):
             "last_step": torch.int32,
             "step": torch.int64,
             "history": torch.float64,
+            "by_rows": torch.bool,
+            "remembered": torch.int64,
         }
     )
     _dense_state = MappingProxyType({"momentum_buffer": False})
     _moment = "momentum_buffer"
+    _origins = ("dampening", "exact")
     _switches = ("nesterov", "exact", "maximize", "fused")
     _later_options = MappingProxyType(
         {"nesterov": False, "exact": False, "maximize": False, "fused": None}
@@ -157,11 +160,11 @@ class RowSGD(RowOptimizer):
             return
         if buffer is not None:  # which dense gradients may have left
             state["momentum_buffer"] = states.following(param, buffer.to(dtype), None)
-        state["by_rows"] = True
+        state["by_rows"] = torch.tensor(True)
         if group["exact"]:
             state["last_step"] = param.new_zeros(len(param), dtype=torch.int32)
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state["remembered"] = 0
+            state["remembered"] = torch.zeros((), dtype=torch.int64)
             # All of it, so that its shape is the same in every checkpoint.
             state["history"] = param.new_zeros(_LONGEST_HISTORY, 4, dtype=torch.float64)
         else:
@@ -182,11 +185,11 @@ class RowSGD(RowOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for of_param in self.state.values():
-            _lengthen_history(of_param)
+            _renew(of_param)
 
     def _following(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         state = super()._following(param, state)
-        _lengthen_history(state)
+        _renew(state)
         return state
 
     def _row_operands(
@@ -202,7 +205,9 @@ class RowSGD(RowOptimizer):
         else:
             before = float(state["total_log_decay"])
             after = before + log_of_decay(lr, float(group["weight_decay"]))
-        buffer = state.get("momentum_buffer") if group["momentum"] else None
+        # Missed steps may have had momentum where this one has none.
+        uses_buffer = group["momentum"] or history is not None
+        buffer = state.get("momentum_buffer") if uses_buffer else None
         tensors = (buffer, state.get("log_decay"), state.get("last_step"), history)
         reals = float(group["momentum"]), float(group["weight_decay"])
         return tensors, (before, after, step, lr, *reals, group["nesterov"], group["maximize"])
@@ -220,9 +225,9 @@ class RowSGD(RowOptimizer):
         )
         state["step"].fill_(step)
         history = state["history"]
-        history[state["remembered"]].copy_(transition.view(4), non_blocking=True)
+        history[int(state["remembered"])].copy_(transition.view(4), non_blocking=True)
         state["remembered"] += 1
-        if state["remembered"] >= len(history):
+        if int(state["remembered"]) >= len(history):
             self._catch_up(param)
 
     def _catch_up(self, param: Tensor) -> None:
@@ -232,23 +237,27 @@ class RowSGD(RowOptimizer):
             missed = missed[int(state["step"]) - state["last_step"].long()]
             plain.apply_transitions_(param, state.get("momentum_buffer"), missed)
             state["last_step"].fill_(int(state["step"]))
-            state["remembered"] = 0
+            state["remembered"].zero_()
         else:
             total = state["total_log_decay"].to(param.device)
             plain.scale_rows_(param, (total - state["log_decay"]).exp())
             state["log_decay"].fill_(total)
 
 
-def _lengthen_history(state: dict[str, Any]) -> None:
-    """Of state saved when it grew from step to step."""
+def _renew(state: dict[str, Any]) -> None:
+    """Of an older version: numbers that were no tensors, a history that grew from step to step."""
     if "history" in state and "remembered" not in state:
         short = state["history"]
         state["remembered"] = len(short)
         state["history"] = short.new_zeros(max(_LONGEST_HISTORY, len(short)), 4)
         state["history"][: len(short)] = short
+    # torch.distributed.checkpoint reads tensors in place, and loses what is none.
+    for name, dtype in (("by_rows", torch.bool), ("remembered", torch.int64)):
+        if name in state:
+            state[name] = torch.as_tensor(state[name], dtype=dtype)
 
 
 def _last_steps(state: dict[str, Any]) -> Tensor:
     """The history that is filled: [steps, 4]."""
     history: Tensor = state["history"]
-    return history[: state["remembered"]]
+    return history[: int(state["remembered"])]

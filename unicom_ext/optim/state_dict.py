@@ -28,6 +28,8 @@ class RowStateOptimizer(torch.optim.Optimizer):
     shared_state: tuple[str, ...] = ()  # tensors in it that have no row for each of the parameter's
     # Of a parameter with dense gradients; what has a True must be there.
     _dense_state: Mapping[str, bool]
+    # Options of which torch's optimizer of this kind saves the first, this one the others.
+    _origins: tuple[str, ...]
     _switches: tuple[str, ...]  # options that are on or off; `fused` may be None too
     _later_options: Mapping[str, Any]  # what they were before they existed
 
@@ -85,23 +87,48 @@ class RowStateOptimizer(torch.optim.Optimizer):
 
         Raises ValueError where the state does not fit; nothing has changed then.
         """
-        groups = [
-            self._loaded_group(saved, here)
-            for saved, here in zip(state_dict["param_groups"], self.param_groups, strict=False)
-        ]
-        state = dict(state_dict["state"])
+        state_dict = self.own_state_dict(state_dict)
         by_rows = {}
-        for group, here in zip(groups, self.param_groups, strict=False):
+        for here, group in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for param, index in zip(here["params"], group["params"], strict=False):
-                if state.get(index):
-                    state[index] = self._loaded_state(param, state[index])
-                    if self._row_marker in state[index]:
-                        by_rows[param] = state[index]
-        if len(groups) == len(state_dict["param_groups"]):
-            state_dict = {**state_dict, "state": state, "param_groups": groups}
+                state = state_dict["state"].get(index, {})
+                if self._row_marker in state:
+                    by_rows[param] = state_dict["state"][index] = self._following(param, state)
+                elif state:
+                    state_dict["state"][index] = states.dense(param, state)
         super().load_state_dict(state_dict)
         # torch has made all of them of the parameter's dtype.
         self.state.update(by_rows)
+
+    def own_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What `load_state_dict` would take of a state dict: this rank's rows, all options.
+
+        Raises ValueError where it does not fit.
+        """
+        state, groups = dict(state_dict["state"]), list(state_dict["param_groups"])
+        for number, here in enumerate(self.param_groups[: len(groups)]):
+            saved = groups[number]
+            groups[number] = self._loaded_group(saved, here)
+            for param, index in zip(here["params"], saved["params"], strict=False):
+                if state.get(index):
+                    self.check_state(param, state[index].keys())
+                    by_rows = self._row_marker in state[index]
+                    if not by_rows:
+                        self._check_origin(saved)
+                    state[index] = states.own(
+                        param, state[index], self.shared_state, by_rows=by_rows
+                    )
+        return {**state_dict, "state": state, "param_groups": groups}
+
+    def _check_origin(self, group: dict[str, Any]) -> None:
+        """Of state of dense gradients, whose names other kinds of optimizers have too."""
+        if not any(name in group for name in self._origins):
+            kind = type(self).__name__
+            raise ValueError(
+                f"{kind} cannot go on from the state of another kind of optimizer: the options in "
+                f"the state dict are {', '.join(sorted(group.keys() - {'params'}))}, without "
+                f"{' or '.join(self._origins)}"
+            )
 
     def _loaded_group(self, saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
         options = {key: here[key] for key in self.defaults if key in here}
@@ -109,12 +136,6 @@ class RowStateOptimizer(torch.optim.Optimizer):
         for key, value in group.items():
             group[key] = states.option_again(value)
         return {**group, **self._plain_options(group)}
-
-    def _loaded_state(self, param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
-        by_rows = self._row_marker in state
-        self.check_state(param, state.keys())
-        state = states.own(param, state, self.shared_state, by_rows=by_rows)
-        return self._following(param, state) if by_rows else states.dense(param, state)
 
     def check_state(self, param: Tensor, names: Set[str]) -> None:
         """Before state of these names is loaded for a parameter.

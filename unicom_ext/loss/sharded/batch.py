@@ -15,6 +15,7 @@ from unicom_ext.distributed.shard import ClassShard
 from unicom_ext.loss import checks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossOptions
+from unicom_ext.loss.selection import Sampling
 from unicom_ext.loss.sharded.volume import HEADER
 from unicom_ext.ops import library, transforms
 
@@ -31,9 +32,14 @@ def exchange_sizes(
     labels: Tensor,
     device: torch.device,
     options: LossOptions,
+    sampling: Sampling,
+    want_metrics: bool,
     check: Callable[[], Tensor | None],
 ) -> tuple[Tensor | None, int, bool]:
     """The step, the largest batch of a rank, and whether any needs its embeddings' gradient.
+
+    Raises ValueError on every rank where they do not agree on the step, the embeddings' dtype, or
+    anything else that is the loss's: what was given to its constructor may have been set since.
 
     check: looks at this rank's arguments and raises if they are wrong; then all ranks raise.
         Returns the step of the selections, which must be the same on every rank, or None.
@@ -44,27 +50,26 @@ def exchange_sizes(
     try:
         step = check()
         _check_labels(labels, shard.num_classes, options.ignore_index)
-        kinds = [isinstance(m, Tensor) for m in (options.margin.m2, options.margin.m3)]
         header[1] = len(embeddings)
         header[2] = _DTYPES.index(embeddings.dtype)
-        header[3] = kinds[0] + 2 * kinds[1]
-        header[4] = embeddings.requires_grad
-        header[5] = shard.num_classes
+        header[3] = embeddings.requires_grad
+        # Hashes of text, unlike those of numbers, differ between processes.
+        header[4] = hash((options.fingerprint, *sampling, want_metrics))
     except Exception as error:
         failure = error
         header[0] = 1
     with transforms.outside():
         message = torch.tensor(header).to(device)
         if step is not None:
-            message[6] = transforms.innermost(step)
+            message[5] = transforms.innermost(step)
         reports = shard.gather(message).view(shard.world_size, -1).tolist()  # the host waits here
         if any(failed for failed, *_ in reports):
             agree({}, failure, shard.group)
-    _, sizes, dtypes, per_sample, grads, classes, steps = zip(*reports, strict=True)
-    margins = ("numbers", "m2 per sample", "m3 per sample", "m2 and m3 per sample")
-    check_same("num_classes", list(classes))
+        _, sizes, dtypes, grads, settings, steps = zip(*reports, strict=True)
+        if len(set(settings)) > 1:
+            named = {**sampling._asdict(), "want_metrics": want_metrics}
+            agree(named | options.same_on_every_rank(), None, shard.group)
     check_same("embeddings.dtype", [_DTYPES[d] for d in dtypes])
-    check_same("margin", [margins[k] for k in per_sample])
     check_same("step", list(steps))
     return step, max(sizes), any(grads)
 

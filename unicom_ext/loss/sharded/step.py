@@ -54,9 +54,11 @@ def call_loss(
         uneven_batches = prototypes.device.type == "cpu"
     if not torch.compiler.is_compiling():
         shard.check_alive()
+    if sampling is None:
+        sampling = Sampling.nothing(shard.num_classes, prototypes.shape[1])
     if uneven_batches:
         step, size, grad_embeddings = exchange_sizes(
-            shard, embeddings, labels, prototypes.device, options, check
+            shard, embeddings, labels, prototypes.device, options, sampling, want_metrics, check
         )
     elif torch.compiler.is_compiling():  # all ranks find the same
         step = check()
@@ -78,8 +80,6 @@ def call_loss(
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
     wants_grad = grad_embeddings or (grad_enabled and prototypes.requires_grad)
-    if sampling is None:
-        sampling = Sampling.nothing(shard.num_classes, prototypes.shape[1])
     call = Call.of(
         shard.group_name,
         Sizes(size, options.ignore_index, *sampling),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HEADER = 7  # numbers that ranks exchange about uneven batches
+HEADER = 6  # numbers that ranks exchange about uneven batches
 
 
 class Volume(NamedTuple):
