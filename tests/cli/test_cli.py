@@ -226,6 +226,8 @@ def test_report_of_a_directory_with_both(tmp_path, tiny_glyphs, no_report):
         ("notes.txt", "", "neither metrics.json"),
         ("clusters.json", "{", "cannot be read"),
         ("metrics.json", "{}", "cannot be read"),
+        ("clusters.json", "[]", "clusters.json or metrics.json is not what `cluster` or `train`"),
+        ("clusters.json", "null", "clusters.json or metrics.json is not what `cluster` or `train`"),
     ],
 )
 def test_report_of_something_else(tmp_path, name, text, message):
@@ -305,7 +307,7 @@ def test_evaluate_means_the_same_by_a_negative_label_as_the_function(dump):
     result = invoke(*command)
     assert result.exit_code == 0, result.output
     rows = rows_of(dump)
-    with pytest.warns(UserWarning, match="find themselves") as noticed:
+    with pytest.warns(UserWarning, match="find a row in it that is their own") as noticed:
         (right,) = retrieval.evaluate(
             rows, known, rows, among, query_groups=cameras, gallery_groups=theirs
         )
@@ -369,6 +371,8 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
         (["--labels={}/labels.npy", "--recall-at=0"],
          "recall-at: got '0', must be a comma-separated list of whole numbers, each at least 1"),
         (["--labels={}/labels.npy", "--dims="], "dims: got '', must be a comma-separated list"),
+        (["--labels={}/labels.npy", "--output={}/clusters.json"],
+         "output: {}/clusters.json: is there already, and holds no figures of `evaluate`"),
         (["--labels={}/labels.npy", "--output={}/no/f.json"],
          "output: {}/no: there is no such directory"),
         (["--labels={}/labels.npy", "--output={}/labels.npy"],
@@ -376,6 +380,7 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
     ],
 )  # fmt: skip
 def test_bad_input_of_evaluate(dump, arguments, message):
+    (dump / "clusters.json").write_text('{"clusters": 3}')
     before = {path: path.read_bytes() for path in dump.rglob("*.*")}
     result = invoke("evaluate", dump, *(a.format(dump) for a in arguments))
     assert {path: path.read_bytes() for path in dump.rglob("*.*")} == before

@@ -12,6 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
@@ -267,6 +268,7 @@ def test_bad_arguments(tmp_path, dump, monkeypatch, settings, options, error, wo
         ({"early_passes": 1, "method": "minibatch"}, ["early_passes", "lloyd"]),
         ({"method": "two-level", "coarse": 21}, ["coarse", "21", "20"]),
         ({"init": "zeros"}, ["init", "zeros", "kmeans++"]),
+        ({"threads": 10**11}, ["threads", "100000000000", "from 0 to 4096"]),
     ],
 )
 def test_bad_settings(settings, words):
@@ -729,6 +731,63 @@ def test_overwriting_removes_what_was_written_and_nothing_else(tmp_path, dump):
     run(path, output, overwrite=True)
     names = {p.name for p in output.glob("labels_*")}
     assert names == {"labels_0000.npy", "labels_0001.npy", "labels_mine.npy"}
+
+
+def test_a_file_of_an_earlier_run_that_is_read_is_not_removed(tmp_path, dump):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output)
+    for kind in ("img_emb", "text_emb"):
+        (path / kind / f"{kind}_0002.npy").unlink()
+    rows = Source(path).rows
+    labels = output / "labels_0002.npy"  # which this run would not write
+    np.save(labels, np.arange(rows) % 5)
+    with pytest.raises(ConfigError, match=rf"output: {output} would have {labels} overwritten"):
+        run(path, output, overwrite=True, true_labels=labels)
+    assert np.load(labels).tolist() == (np.arange(rows) % 5).tolist()
+
+
+def test_what_is_put_there_after_overwriting_stays(tmp_path, dump):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output)
+    for kind in ("img_emb", "text_emb"):
+        (path / kind / f"{kind}_0002.npy").unlink()
+    run(path, output, config(passes=2), overwrite=True)
+    (output / "labels_0002.npy").write_text("mine")
+    run(path, output, config(passes=3), resume=True)
+    assert (output / "labels_0002.npy").read_text() == "mine"
+
+
+def test_an_output_where_links_lead_is_refused(tmp_path, dump):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "links").mkdir()
+    np.save(tmp_path / "files/a.npy", dump[1]["image"])
+    (tmp_path / "links/a.npy").symlink_to(tmp_path / "files/a.npy")
+    with pytest.raises(ConfigError, match=r"labels would be taken for features, must be another"):
+        run(tmp_path / "links", tmp_path / "files", config(joint="image"))
+    assert [p.name for p in (tmp_path / "files").iterdir()] == ["a.npy"]
+
+
+def test_features_that_were_moved_are_resumed(tmp_path, dump, monkeypatch):
+    path, output = dump[0], tmp_path / "out"
+    run(path, output, config(passes=2))
+    path.rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    resumed = run("elsewhere", output, config(passes=4), resume=True)
+    assert resumed["sha256"] == run("elsewhere", tmp_path / "new", config(passes=4))["sha256"]
+
+
+def clusters_of_ranks(group, path, output, second):
+    settings = config(**second) if dist.get_rank() == 1 else config()
+    with pytest.raises(ValueError, match="must be the same on every rank") as caught:
+        run(path, output, settings)
+    return str(caught.value)
+
+
+def test_ranks_with_other_settings_all_raise(ranks, tmp_path, dump):
+    raised = ranks.run(4, clusters_of_ranks, dump[0], tmp_path / "out", {"clusters": 7})
+    message = "clusters must be the same on every rank, got 20 on ranks 0, 2, 3, 7 on rank 1"
+    assert raised == [message] * 4
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("init", ["random", "centroids.npy"])

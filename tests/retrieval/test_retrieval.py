@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,7 +223,9 @@ def test_a_copy_of_the_query_is_an_ordinary_item():
     # Copies with other labels: the only perfect match is wrong.
     assert evaluate(x, torch.tensor([0, 1, 0, 1]))[0].recall == {1: 0, 5: 1, 10: 1}
     # A gallery that happens to be the queries is a gallery: nothing is left out.
-    with pytest.warns(UserWarning, match="gallery: 2 of the 2 queries find themselves"):
+    with pytest.warns(
+        UserWarning, match="gallery: 2 of the 2 queries find a row in it that is their"
+    ):
         (result,) = evaluate(x, torch.tensor([0, 1, 2, 3]), x, torch.tensor([0, 4, 2, 5]))
     assert result.recall == {1: 0, 5: 1, 10: 1}
     assert (result.map_at_r, counts(result)) == (0, (2, 2, 0, 0))
@@ -300,7 +303,8 @@ def test_queries_that_lie_in_the_gallery_are_noticed(dims):
     with pytest.warns(UserWarning, match="^gallery: ") as noticed:
         evaluate(x, labels, elsewhere, gallery_labels, dims=dims)
     assert [str(w.message) for w in noticed] == [
-        "gallery: 7 of the 20 queries find themselves in it, which says nothing about the model; "
+        "gallery: 7 of the 20 queries find a row in it that is their own. If these are the queries "
+        "themselves, they say nothing about the model: "
         "leave the gallery out, or give a query and its copy one group"
     ]
     assert noticed[0].filename == __file__
@@ -394,7 +398,7 @@ def test_queries_that_are_in_the_gallery_in_half_precision(dtype):
     x, y = torch.randn(60, 64), torch.arange(60) % 6
     stored = x.to(dtype)
     for gallery in (stored, stored.float()):
-        with pytest.warns(UserWarning, match="60 of the 60 queries find themselves"):
+        with pytest.warns(UserWarning, match="60 of the 60 queries find a row in it that is their"):
             evaluate(x, y, gallery, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -431,6 +435,36 @@ def test_every_rank_refuses_what_one_would_meet(ranks, where):
     message = f"{where}: row 4 holds NaN or a value outside fp32, it has no cosine"
     found = ranks.run(2, refused, x["queries"], torch.zeros(9, dtype=torch.int64), x["gallery"])
     assert found == [message] * 2
+
+
+def on_different_ranks(group, changes):
+    """What this rank raises where the second one has other arguments."""
+    arguments = {
+        "queries": torch.randn(9, 4, generator=torch.Generator().manual_seed(0)),
+        "query_labels": torch.arange(9) % 3,
+        "ks": [1],
+    }
+    if dist.get_rank(group) == 1:
+        arguments.update(changes)
+    with pytest.raises((ValueError, TypeError, RuntimeError)) as caught:
+        evaluate(**arguments, process_group=group)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"queries": torch.full((9, 4), torch.nan)}, "queries: row 0 holds NaN"),
+        ({"query_labels": torch.zeros(9)}, "query_labels: got dtype torch.float32"),
+        ({"query_labels": torch.arange(9) % 2}, "query_labels (CRC-32) must be the same on every"),
+        ({"queries": torch.ones(9, 5)}, "shapes must be the same on every rank, got [[9, 4]"),
+        ({"ks": [1, 2]}, "ks must be the same on every rank, got [1] on rank 0"),
+    ],
+    ids=str,
+)
+def test_ranks_with_other_arguments_all_raise(ranks, changes, message):
+    for raised in ranks.run(2, on_different_ranks, changes):
+        assert message in raised
 
 
 def test_ranks_share_the_queries(ranks):
@@ -555,7 +589,9 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (ValueError, r"dims: got \[4, 5\].* from 1 to 4", lambda: evaluate(X, Y, dims=[4, 5])),
         (ValueError, r"dims: got \[\]", lambda: evaluate(X, Y, dims=[])),
         (ValueError, r"ks: got \[0\]", lambda: evaluate(X, Y, ks=[0])),
-        (TypeError, "float", lambda: evaluate(X, Y, ks=[1.5])),
+        (TypeError, r"ks: got \[1.5\], must be a list", lambda: evaluate(X, Y, ks=[1.5])),
+        (TypeError, "dims: got 2, must be a list of ints", lambda: evaluate(X, Y, dims=2)),
+        (TypeError, "queries: got a torch.sparse", lambda: evaluate(X.to_sparse(), Y)),
         (ValueError, "block_bytes: got 0", lambda: evaluate(X, Y, block_bytes=0)),
         (ValueError, "k: got 6, must be 1 to 5", lambda: topk(X, k=6)),
         (ValueError, "k: got 7, must be 1 to 6", lambda: topk(X, X, k=7)),

@@ -369,6 +369,16 @@ def test_overwriting_with_bad_labels_changes_nothing(finished, tmp_path, labels,
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
 
 
+def test_overwriting_with_baselines_that_are_not_possible_changes_nothing(finished, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    before = {p: p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    config = dataclasses.replace(TINY, embedding_size=4096, dims=(4096,), baselines=("raw pixels",))
+    with pytest.raises(ConfigError, match="baselines: raw pixels is not possible here: dim: got"):
+        run(output, config=config, overwrite=True)
+    assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
+
+
 def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     text = io.StringIO()
     run(tmp_path, text=text)

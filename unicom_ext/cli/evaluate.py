@@ -80,6 +80,10 @@ def evaluate(
             raise ConfigError(
                 f"output: {output}: must be named as a JSON file is, such as figures.json"
             )
+        if output is not None and output.exists() and not _holds_figures(output):
+            raise ConfigError(
+                f"output: {output}: is there already, and holds no figures of `evaluate`"
+            )
         if output is not None and not output.parent.is_dir():
             raise ConfigError(f"output: {output.parent}: there is no such directory")
     except ConfigError as error:
@@ -105,6 +109,14 @@ def evaluate(
         click.echo(line)
     for warning in noticed:
         click.echo(f"Warning: {warning.message}", err=True)
+
+
+def _holds_figures(path: Path) -> bool:
+    try:
+        figures = json.loads(path.read_text())
+        return all({"dim", "recall"} <= result.keys() for result in figures)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
 
 
 def _retrieval_table(results: list[Result]) -> Iterator[str]:

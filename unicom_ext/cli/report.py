@@ -38,9 +38,14 @@ def report(directory: Path) -> None:
         metrics = json.loads((directory / "metrics.json").read_text())
         config = Config.from_mapping(read_toml(directory / "config.toml"))
         step, steps = metrics["step"], metrics["steps"]
+        unfinished = step < steps
     except (ConfigError, OSError, ValueError, KeyError) as error:
         raise click.ClickException(f"{directory}: cannot be read: {error}") from None
-    if step < steps:
+    except (TypeError, AttributeError):
+        raise click.ClickException(
+            f"{directory}: clusters.json or metrics.json is not what `cluster` or `train` writes"
+        ) from None
+    if unfinished:
         raise click.ClickException(
             f"{directory}: stands at step {step} of {steps}. To go on:\n"
             f"  {program()} train --output {directory} --resume"

@@ -40,7 +40,7 @@ class ClusterConfig(Settings):
     init: str = setting(
         "kmeans++", "initial centroids: kmeans++, random, or a .npy file [k, d]",
         "kmeans++, random, or the name of a .npy file",
-        lambda v: v in INITS or v.endswith(".npy"),
+        lambda v: v in INITS or v.lower().endswith(".npy"),
     )  # fmt: skip
     method: str = one_of(
         "lloyd", "lloyd: whole passes; minibatch: an update after each batch; two-level: coarse "
@@ -67,7 +67,7 @@ class ClusterConfig(Settings):
     )  # fmt: skip
     image_column: str = setting("image_embedding", "column in Parquet files", "a name", bool)
     text_column: str = setting("text_embedding", "column in Parquet files", "a name", bool)
-    threads: int = whole(0, "threads of torch, 0 for its own choice", 0)
+    threads: int = whole(0, "threads of torch, 0 for its own choice", 0, 4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()

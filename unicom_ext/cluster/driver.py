@@ -30,6 +30,7 @@ from unicom_ext.cluster.lloyd import (
 )
 from unicom_ext.cluster.progress import PassProgress
 from unicom_ext.data.source import Block
+from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.utils.files import CheckpointError
 
@@ -69,6 +70,9 @@ def cluster(
     OSError (writing); all before anything is changed, but the last.
     """
     run = _Run(config, Path(input), Path(output), console or Console())
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("device", "threads")}
+    arguments = {"input": input, "output": output, "resume": resume, "overwrite": overwrite}
+    agree(settings | arguments, None, run.ranks.group)
     with run.ranks.together():
         run.prepare(true_labels, images, resume, overwrite)
     run.train()
@@ -103,7 +107,7 @@ class _Run:
         self.source = inputs.open_source(self.input, config)
         self.true_labels = inputs.open_true_labels(true_labels, self.source.rows)
         self.images = inputs.open_images(images, self.source.rows)
-        init = Path(config.init) if config.init.endswith(".npy") else None
+        init = Path(config.init) if config.init.lower().endswith(".npy") else None
         read = [Path(path) for path in (true_labels, images) if path is not None]
         outputs.check_apart(self.output, self.source, read)
         self.state = self._load_state(resume, overwrite)
@@ -243,7 +247,8 @@ class _Run:
         with self.ranks.together():
             if self.ranks.is_first:
                 began = time.perf_counter()
-                kind = "kmeans++" if self.config.init.endswith(".npy") else self.config.init
+                kind = self.config.init
+                kind = "kmeans++" if kind.lower().endswith(".npy") else kind
                 centroids = seeds.draw(kind, self.source, k, rng, self.engine)
                 self.state["init_seconds"] = time.perf_counter() - began
         return self.ranks.broadcast(centroids)
@@ -330,6 +335,8 @@ class _Run:
                     facts, self.true_labels, self.images, self.console,
                 )  # fmt: skip
                 shutil.rmtree(labels.directory)
+                if self.state.pop("earlier", ()):  # they have been removed, once
+                    state.save(self.state_dir / outputs.STATE_FILE, self.state)
         if self.ranks.world_size > 1:
             shared = [result]
             torch.distributed.broadcast_object_list(shared, 0)

@@ -27,7 +27,7 @@ def written(output: Path, shards: Iterable[str]) -> list[Path]:
 
 def remove_state(output: Path) -> list[str]:
     """Remove what an earlier run there would need to go on; returns the names of its shards."""
-    names = _shards_of(output)
+    names = shards_of(output)
     for directory in (*PASSES, COARSE, FINAL):
         shutil.rmtree(output / STATE / directory, ignore_errors=True)
     return names
@@ -56,18 +56,20 @@ def check_apart(output: Path, source: Source, read: list[Path]) -> None:
                 f"output: {output} is where the feature files of {source.path} lie, must be "
                 "another directory"
             )
-    replaced = {path.resolve() for path in written(own, source.names)}
+    # Those of an earlier run are removed.
+    replaced = {path.resolve() for path in written(own, [*source.names, *shards_of(output)])}
     for path in (*features, *read):
         if (there := path.resolve()) in replaced or own / STATE in there.parents:
             raise ConfigError(f"output: {output} would have {path} overwritten")
-    if source.path.is_file() and own == source.path.resolve().parent:
-        raise ConfigError(
-            f"output: {output} is where {source.path} lies, beside which labels would be taken for "
-            "features, must be another directory"
-        )
+    for path in features:
+        if own == path.resolve().parent:
+            raise ConfigError(
+                f"output: {output} is where {path} lies, beside which labels would be taken for "
+                "features, must be another directory"
+            )
 
 
-def _shards_of(output: Path) -> list[str]:
+def shards_of(output: Path) -> list[str]:
     """The names of the shards of earlier runs. What cannot be read names none."""
     names: dict[str, None] = {}
     for read, path in ((_result, output / "clusters.json"), (_state, output / STATE / STATE_FILE)):

@@ -55,14 +55,18 @@ def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
     ]
     if differences:
         raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
-    if state["source"] != source.describe():
-        raise CheckpointError(f"{path}: is of other feature files, or they have changed")
     contents = _contents(source)
     then = state.get("contents", contents)  # an older version has saved none
+    # By its contents a file is known wherever it lies.
+    known, here = dict(state["source"]), source.describe()
+    if "contents" in state:
+        known["path"] = here["path"]
+    if known != here or len(then) != len(contents):
+        raise CheckpointError(f"{path}: is of other feature files, or they have changed")
     for file, before, now in zip(source.files, then, contents, strict=True):
         if before != now:
             raise CheckpointError(f"{path}: is of other features: {file} has changed since")
-    return {**state, "config": config.to_dict(), "contents": contents}
+    return {**state, "config": config.to_dict(), "source": here, "contents": contents}
 
 
 def _contents(source: Source) -> list[str]:

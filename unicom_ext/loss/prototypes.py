@@ -77,5 +77,5 @@ def read_centroids(centroids: Tensor | np.ndarray | str | PathLike[str]) -> Tens
     if centroids.is_meta or centroids.layout != torch.strided:
         kind = "one on the meta device" if centroids.is_meta else f"a {centroids.layout} tensor"
         raise ValueError(f"{where} must be a dense tensor with values, got {kind}")
-    check_finite(where, centroids)
+    check_finite(where, centroids.float())  # in which they are scaled
     return centroids

@@ -15,14 +15,16 @@ items relevant to the query.
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Sequence
 from operator import index as as_int
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.retrieval.search import (
     DEFAULT_BLOCK_BYTES,
@@ -108,22 +110,35 @@ def evaluate(
     Raises ValueError if no query has a relevant item, on NaN or infinity, and on shapes, devices or
     values that do not fit; TypeError on wrong types.
     """
-    check_rows("queries", queries)
-    _check_integers("query_labels", query_labels, "queries", queries)
-    _check_both("gallery", gallery, "gallery_labels", gallery_labels)
-    exclude_self = gallery is None
-    if gallery is None or gallery_labels is None:
-        gallery, gallery_labels = queries, query_labels
-    check_gallery(queries, gallery)
-    _check_integers("gallery_labels", gallery_labels, "gallery", gallery)
-    groups = _groups(queries, query_groups, gallery, gallery_groups, exclude_self)
-    check_block_bytes(block_bytes)
-    dims = _check_counts("dims", [queries.shape[1]] if dims is None else dims, queries.shape[1])
-    ks = _check_counts("ks", ks, None)
-    # All of them on every rank, which will meet some only: all raise, or none.
-    for name, rows in (("queries", queries), ("gallery", gallery))[: 2 - exclude_self]:
-        for start in range(0, len(rows), _BLOCK):
-            check_finite(name, rows[start : start + _BLOCK, : max(dims)], start)
+    ranks = Ranks(process_group)
+    with ranks.together():
+        check_rows("queries", queries)
+        _check_integers("query_labels", query_labels, "queries", queries)
+        _check_both("gallery", gallery, "gallery_labels", gallery_labels)
+        exclude_self = gallery is None
+        if gallery is None or gallery_labels is None:
+            gallery, gallery_labels = queries, query_labels
+        check_gallery(queries, gallery)
+        _check_integers("gallery_labels", gallery_labels, "gallery", gallery)
+        groups = _groups(queries, query_groups, gallery, gallery_groups, exclude_self)
+        check_block_bytes(block_bytes)
+        dims = _check_counts("dims", [queries.shape[1]] if dims is None else dims, queries.shape[1])
+        ks = _check_counts("ks", ks, None)
+        # All of them on every rank, which will meet some only: all raise, or none.
+        for name, rows in (("queries", queries), ("gallery", gallery))[: 2 - exclude_self]:
+            for start in range(0, len(rows), _BLOCK):
+                check_finite(name, rows[start : start + _BLOCK, : max(dims)], start)
+    _check_same_on_ranks(
+        ranks,
+        {
+            "shapes": [list(queries.shape), list(gallery.shape)],
+            "dims": dims,
+            "ks": ks,
+            "query_labels (CRC-32)": query_labels,
+            "gallery_labels (CRC-32)": gallery_labels,
+            "groups (CRC-32)": None if groups is None else torch.cat([g.long() for g in groups]),
+        },
+    )
 
     labelled = query_labels >= 0
     relevant = _num_relevant(query_labels, gallery_labels, groups, exclude_self)  # R, [Nq]
@@ -138,7 +153,6 @@ def evaluate(
     n = len(counted)
     num_labelled = int(labelled.sum())
     num_distractors = int((gallery_labels < 0).sum())
-    ranks = Ranks(process_group)
     counted = counted[ranks.rank :: ranks.world_size]  # so that ranks have as much to do
     longest = relevant[counted].tolist()
 
@@ -184,12 +198,25 @@ def evaluate(
         )
     if copies and ranks.is_first:
         warnings.warn(
-            f"gallery: {round(copies):,} of the {n:,} queries find themselves in it, which says "
-            "nothing about the model; leave the gallery out, or give a query and its copy one "
-            "group",
+            f"gallery: {round(copies):,} of the {n:,} queries find a row in it that is their own. "
+            "If these are the queries themselves, they say nothing about the model: leave the "
+            "gallery out, or give a query and its copy one group",
             stacklevel=3,  # no_grad is in between
         )
     return results
+
+
+def _check_same_on_ranks(ranks: Ranks, arguments: dict[str, Any]) -> None:
+    """ValueError where they differ, which would make one figure of several questions. Embeddings
+    may, as no device computes them twice alike."""
+    if ranks.group is not None:
+        compared = {
+            name: zlib.crc32(value.cpu().contiguous().numpy().data)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in arguments.items()
+        }
+        agree(compared, None, ranks.group)
 
 
 def _sums(keys: Tensor, r: Tensor, ks: Sequence[int]) -> Tensor:
@@ -308,7 +335,10 @@ def _check_integers(name: str, values: Tensor, rows_name: str, rows: Tensor) -> 
 
 def _check_counts(name: str, values: Sequence[int], largest: int | None) -> list[int]:
     """A non-empty list of ints from 1 to `largest`."""
-    values = [as_int(v) for v in values]
+    try:
+        values = [as_int(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{name}: got {values!r}, must be a list of ints") from None
     if not values or min(values) < 1 or (largest is not None and max(values) > largest):
         limit = "at least 1" if largest is None else f"from 1 to {largest}"
         raise ValueError(f"{name}: got {values}, must be a non-empty list of ints, each {limit}")

@@ -222,6 +222,8 @@ def check_finite(name: str, x: Tensor, ids: Tensor | int = 0) -> None:
 def check_rows(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, must be a torch.Tensor [N, d]")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: got a {x.layout} tensor, must be a dense one")
     if not x.is_floating_point():
         raise TypeError(f"{name}: got dtype {x.dtype}, must be floating point")
     if x.ndim != 2 or x.shape[1] == 0:

@@ -88,7 +88,7 @@ class Config(Settings):
     )  # fmt: skip
     evaluate_every: int = whole(7, "epochs between evaluations, 0 for the end only", 0)
     checkpoint_every: int = whole(200, "steps between checkpoints", 1)
-    threads: int = whole(0, "threads of torch, 0 for its own choice", 0)
+    threads: int = whole(0, "threads of torch, 0 for its own choice", 0, 4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()

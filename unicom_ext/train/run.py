@@ -99,13 +99,14 @@ def train(
     if saved is None and first:
         try:
             output.mkdir(parents=True, exist_ok=True)
+            began = time.perf_counter()
+            # They may refuse the settings, so before anything is removed.
+            metrics["baselines"] = evaluate_baselines(config, train_set, test_set, console)
+            metrics["seconds"]["baselines"] = time.perf_counter() - began
             checkpoints.remove_earlier(output)
             write_atomically(
                 output / checkpoints.CONFIG, lambda file: file.write(config.to_toml().encode())
             )
-            began = time.perf_counter()
-            metrics["baselines"] = evaluate_baselines(config, train_set, test_set, console)
-            metrics["seconds"]["baselines"] = time.perf_counter() - began
         except Exception as error:
             failure = error
     agree({}, failure, group)  # the others wait here for the first

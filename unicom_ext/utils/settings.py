@@ -24,8 +24,14 @@ def setting(default: Any, help: str, allowed: str, accepts: Callable[[Any], bool
     return field(default=default, metadata={"help": help, "allowed": allowed, "accepts": accepts})
 
 
-def whole(default: int, help: str, at_least: int) -> Any:
-    return setting(default, help, f"a whole number >= {at_least}", lambda v: v >= at_least)
+def whole(default: int, help: str, at_least: int, at_most: int | None = None) -> Any:
+    allowed = f">= {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+    return setting(
+        default,
+        help,
+        f"a whole number {allowed}",
+        lambda v: v >= at_least and (at_most is None or v <= at_most),
+    )
 
 
 def positive(default: float, help: str) -> Any:
