@@ -15,7 +15,8 @@ from unicom_ext import PartialMarginSoftmax
 
 C, D, B = 400, 16, 8
 NO_VALUES = (
-    "the prototypes (weight) of the loss have been on the meta device and have no values: call "
+    "the prototypes (weight) of the loss have been on the meta device or in "
+    "to_empty() and have no values: call "
     "reset_parameters() of the loss (in the models of Hugging Face from _init_weights), load a "
     "state dict, or fill them"
 )
@@ -63,6 +64,65 @@ def test_from_meta_by_context_inside_a_model():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert_new(model["loss"])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_to_empty_of_a_loss_that_was_trained(inside, normed):
+    module = make()
+    module(*batch())
+    if normed:
+        nn.utils.parametrizations.weight_norm(module)
+    (nn.Sequential(module) if inside else module).to_empty(device="cpu")
+    assert int(module.step) == 0
+    with pytest.raises(RuntimeError) as caught:
+        module(*batch())
+    assert str(caught.value) == NO_VALUES
+    if normed:
+        nn.utils.parametrize.remove_parametrizations(module, "weight")
+    module.reset_parameters()
+    assert_new(module)
+
+
+def test_what_keeps_values_keeps_them():
+    module = make()
+    module(*batch())
+    weight = module.weight.detach().clone()
+    for change in (lambda m: m.double().float(), lambda m: m.to("cpu"), lambda m: m.share_memory()):
+        assert torch.equal(change(module).weight, weight)
+        assert int(module.step) == 1
+    module(*batch())
+
+
+def test_a_first_prototype_of_zeros_is_written():
+    """As fresh memory has them: a class without a centroid."""
+    module = make(device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        module.weight.copy_(make().weight)
+        module.weight[0] = 0
+    assert module(*batch()).isfinite()
+    nn.init.zeros_(module.to_empty(device="cpu").weight)
+    module(*batch())
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        nn.utils.weight_norm,
+        nn.utils.parametrizations.weight_norm,
+        lambda module: nn.utils.prune.l1_unstructured(module, "weight", 0.3),
+    ],
+    ids=["weight_norm", "parametrizations", "prune"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_is_a_function_of_others_is_not_reset(put):
+    module = make()
+    module(*batch())
+    put(module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"reset_parameters\(\) cannot reset a weight that"):
+        module.reset_parameters()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 def test_the_step_of_a_loss_that_comes_from_meta_is_0():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import warnings
 
@@ -50,8 +51,34 @@ def test_prototypes_in_no_optimizer(options):
     assert [str(w.message) for w in caught] == [WARNED]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        train(loss, 60)  # it was said
+
+
+def through_pickle(loss):
+    return pickle.loads(pickle.dumps(loss))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
+def test_a_copy_in_no_optimizer_of_a_loss_in_one(copied):
+    loss = PartialMarginSoftmax(D, C)
+    train(loss, 60, torch.optim.SGD(loss.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="in no optimizer"):
+        train(copied(loss), 60)
+
+
+def test_a_second_optimizer_that_has_left_them_out():
+    loss = PartialMarginSoftmax(D, C)
+    train(loss, 70, torch.optim.SGD(loss.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="in no optimizer"):
         train(loss, 60)
-        train(pickle.loads(pickle.dumps(loss)), 60)  # also of a copy: it was said
+
+
+@pytest.mark.parametrize("make", [RowAdamW, RowSGD, torch.optim.AdamW])
+@pytest.mark.parametrize("sparse_grad", [False, True])
+@pytest.mark.filterwarnings("error")
+def test_a_learning_rate_of_zero(make, sparse_grad):
+    loss = PartialMarginSoftmax(D, C, sparse_grad=sparse_grad and make != torch.optim.AdamW)
+    train(loss, 60, make(loss.parameters(), lr=0.0))
 
 
 def test_the_warning_is_there_after_a_state_dict_was_loaded():

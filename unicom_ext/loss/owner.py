@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self
 from weakref import WeakSet
@@ -69,24 +70,35 @@ class PrototypeOwner(NeverWrapped):
         To be called after `to_empty` where the loss was made on the meta device; in the models of
         Hugging Face from `_init_weights`.
         """
+        if "weight" not in self._parameters:
+            raise RuntimeError(
+                "reset_parameters() cannot reset a weight that weight_norm, parametrize or prune "
+                "has made a function of other parameters; remove that first"
+            )
         fill_prototypes(self.weight, self._start, self.seed)
         self._step_beside_weight()
         self.step.zero_()
         self._memory, self._was_meta = None, self.weight.is_meta
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        had_memory = not self.step.is_meta
-        noted = self._parameters.get("weight")
-        unwritten = noted is not None and (noted.is_meta or self._is_unwritten())
+        stored = self._stored()
+        lost = stored.is_meta or self._is_unwritten() or not _keeps_values(fn, stored.device)
+        lost_step = self.step.is_meta or not _keeps_values(fn, self.step.device)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if unwritten:
-            self._note_memory()
+        if lost:
+            self._mark_memory()
+            self._was_meta = True
         if self.step.is_meta:
             self._was_meta = True
-        elif not had_memory:
+        elif lost_step:
             with torch.no_grad():
                 self.step.zero_()  # `to_empty` leaves what was in the memory before
         return self
+
+    def _stored(self) -> Tensor:
+        """The weight, or the first of the parameters that weight_norm or the like makes it of."""
+        weight = self._parameters.get("weight")
+        return next(self.parameters(), self.step) if weight is None else weight
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Called for each parameter that is put in place, by whomever."""
@@ -112,14 +124,21 @@ class PrototypeOwner(NeverWrapped):
         self._initialized_by_hf = value
 
     def _note_memory(self) -> None:
-        weight = self.weight.detach()
+        weight = self._stored().detach()
         self._memory = None if weight.is_meta or not weight.numel() else weight[0].clone()
         self._given = False
+
+    def _mark_memory(self) -> None:
+        """Of a weight without values, so that it is known again: memory may hold any, as zeros."""
+        weight = self._stored().detach()
+        if not weight.is_meta and weight.numel():
+            weight[0] = torch.nan
+        self._note_memory()
 
     def _is_unwritten(self) -> bool:
         """Whether the weight is what memory held before. A tensor that was put in place from
         outside is not, but for those of Hugging Face without values from a file."""
-        weight = self.weight
+        weight = self._stored()
         if self._memory is None or (self._given and not self._is_hf_initialized):
             return False
         if getattr(weight, _BY_HF, False):
@@ -138,9 +157,9 @@ class PrototypeOwner(NeverWrapped):
         """Of a loss that was on the meta device, which it leaves with whatever memory holds."""
         if self.weight.is_meta or (self._memory is not None and self._is_unwritten()):
             raise RuntimeError(
-                "the prototypes (weight) of the loss have been on the meta device and have no "
-                "values: call reset_parameters() of the loss (in the models of Hugging Face from "
-                "_init_weights), load a state dict, or fill them"
+                "the prototypes (weight) of the loss have been on the meta device or in to_empty() "
+                "and have no values: call reset_parameters() of the loss (in the models of Hugging "
+                "Face from _init_weights), load a state dict, or fill them"
             )
         self._step_beside_weight()
         self._memory, self._was_meta = None, False
@@ -193,6 +212,16 @@ class PrototypeOwner(NeverWrapped):
 
 
 # Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
+def _keeps_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    """Whether what is applied to the tensors of a module keeps their values: that of `to_empty`
+    does not."""
+    value = secrets.randbits(62)
+    result = fn(torch.tensor(value, device=device))
+    if type(result) is not Tensor or result.is_meta:  # where nothing has values, as in fake tensors
+        return True
+    return int(result) == value
+
+
 _owners: WeakSet[PrototypeOwner] = WeakSet()
 
 

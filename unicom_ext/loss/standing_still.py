@@ -23,7 +23,6 @@ class StandingStill:
     """
 
     steps: int = 0
-    changes: int = 0  # seen after steps
     version: int = -1
     total: Tensor | None = None  # of the values, half-way
     done: bool = False
@@ -33,8 +32,6 @@ class StandingStill:
         """After each step of an optimizer. One UserWarning, where they stand still."""
         if param._version != self.version:
             self.steps, self.version = 0, param._version
-            self.changes += 1
-            self.done = self.changes > _STEPS
         if param.grad is None or self.done:
             return
         seen, self.grad = self.grad, (ref(param.grad), param.grad._version)
@@ -55,8 +52,8 @@ class StandingStill:
                     stacklevel=4,
                 )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "grad": None}  # which cannot be copied
+    def __reduce__(self) -> tuple[type[StandingStill], tuple[()]]:
+        return StandingStill, ()  # a copy may be in no optimizer though the original is
 
 
 # By their ids: the modules of which nothing is known yet.

@@ -114,6 +114,7 @@ class RowOptimizer(RowStateOptimizer):
             if dense:
                 self._follow_dense(dense)
                 self._dense_step(group, dense)
+                increment_version(dense)  # which torch's fused passes leave out
             for param in with_gradient:
                 if self._by_rows(param):
                     self._row_step(group, param)
