@@ -54,7 +54,11 @@ def dump(tmp_path):
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Drawing takes longer than clustering here."""
-    drawn = ("test_what_is_written", "test_a_picture_that_cannot_be_written_is_named")
+    drawn = (
+        "test_what_is_written",
+        "test_a_picture_that_cannot_be_written_is_named",
+        "test_when_every_cluster_is_dissolved",
+    )
     if request.node.name not in drawn:
         monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
 
@@ -651,6 +655,13 @@ def test_other_features_of_the_same_shape_are_not_resumed(tmp_path, dump, kind, 
     assert {p: p.read_bytes() for p in output.rglob("*") if p.is_file()} == before
     np.save(file, features)  # written anew, but the same
     run(path, output, settings, resume=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_when_every_cluster_is_dissolved(tmp_path, dump):
+    result = run(dump[0], tmp_path / "out", config(min_size=ROWS + 1))
+    assert (result["clusters"], result["rows"]["clustered"]) == (0, 0)
+    assert (tmp_path / "out/sizes.png").exists()
 
 
 def test_no_row_with_both_a_cluster_and_a_class(tmp_path):

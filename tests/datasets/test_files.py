@@ -284,6 +284,25 @@ def test_a_dump_takes_the_place_of_an_earlier_one(tmp_path):
     assert left == contents(new)
 
 
+def test_an_earlier_dump_stays_where_the_disk_is_full(tmp_path, monkeypatch):
+    dump.write_dump(tmp_path, glyphs(12), dim=4)
+    before, save = contents(tmp_path), np.save
+
+    def full(file, arr):
+        if arr.dtype == np.uint8:  # the images, after all others
+            file.write(b"part")
+            raise OSError("14778368 requested and 1535872 written")
+        save(file, arr)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"images\.npy cannot be written: 14778368 requested"):
+        dump.write_dump(tmp_path, glyphs(8), dim=2)
+    assert contents(tmp_path) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "files.json", "images.npy", "img_emb", "text_emb", "true_labels.npy"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name",
     ["img_emb/img_emb_7.npy", "text_emb/text_emb_0000.npy", "images.npy", "files.json"],

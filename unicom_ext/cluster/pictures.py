@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from unicom_ext.cluster.state import write_file
+from unicom_ext.utils.files import write_file
 
 PICTURES = ("sizes.png", "objective.png", "members.png")
 SHOWN_CLUSTERS, SHOWN_MEMBERS = 16, 12
@@ -30,8 +30,9 @@ def draw(
     axes = figure.add_subplot(xlabel="rows in a cluster", ylabel="clusters", xscale="symlog")
     edges = np.unique(np.geomspace(1, max(sizes.max(initial=1), 2) + 1, 40).round())
     axes.hist(sizes, bins=[0, *edges.tolist()], color="#0969da")
+    median = np.median(sizes) if len(sizes) else 0  # all may have been dissolved
     axes.set_title(
-        f"{len(sizes):,} clusters, median {np.median(sizes):,.0f} rows, "
+        f"{len(sizes):,} clusters, median {median:,.0f} rows, "
         f"largest {sizes.max(initial=0):,}, empty {np.count_nonzero(sizes == 0):,}"
     )
     sizes_name, objective_name, members_name = PICTURES

@@ -17,8 +17,8 @@ from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.labels import LabelFiles, sha256
 from unicom_ext.cluster.lloyd import Totals
 from unicom_ext.cluster.quality import quality
-from unicom_ext.cluster.state import write_file
 from unicom_ext.data.source import Source
+from unicom_ext.utils.files import write_file
 from unicom_ext.utils.versions import versions
 
 MEMBERS = 2  # stream of random numbers that chooses the clusters to show

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
 from unicom_ext.data.source import Source
-from unicom_ext.utils.files import CheckpointError, glimpse, write_atomically
+from unicom_ext.utils.files import CheckpointError, glimpse, write_file
 
 FORMAT = "unicom_ext clustering state 1"
 
@@ -71,12 +70,3 @@ def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
 
 def _contents(source: Source) -> list[str]:
     return [glimpse(file) for file in source.files]
-
-
-def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """`write_atomically` with an error that names the file, and nothing half-written left."""
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 from unicom_ext.data.baselines import BASELINES
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.utils.arrays import SourceError
-from unicom_ext.utils.files import list_files, natural_key
+from unicom_ext.utils.files import list_files, natural_key, write_file
 
 SHARD_ROWS = 10_000
 NGRAMS = (2, 3, 4)
@@ -59,15 +61,24 @@ def write_dump(
         "img_emb": BASELINES[images](glyphs.images, glyphs.labels, glyphs.images, dim),
         "text_emb": name_features(captions(glyphs, kept_words, seed), dim, seed),
     }
-    for path in earlier:
-        path.unlink(missing_ok=True)
-    for kind in features:
-        (output / kind).mkdir(parents=True, exist_ok=True)
-    (output / LIST).write_text(json.dumps([*shards, *whole], indent=1))
-    for name, (kind, rows) in shards.items():
-        np.save(output / name, features[kind][rows].half().numpy())
-    for name, array in whole.items():
-        np.save(output / name, array)
+    # An earlier dump stays until the new one is whole.
+    new = output / "extract.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        for kind in features:
+            (new / kind).mkdir(parents=True)
+            (output / kind).mkdir(exist_ok=True)
+        for name, (kind, rows) in shards.items():
+            write_file(new / name, partial(np.save, arr=features[kind][rows].half().numpy()))
+        for name, array in whole.items():
+            write_file(new / name, partial(np.save, arr=array))
+        for path in earlier:
+            path.unlink(missing_ok=True)
+        (output / LIST).write_text(json.dumps([*shards, *whole], indent=1))
+        for name in (*shards, *whole):
+            (new / name).rename(output / name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _earlier(output: Path, names: Iterable[str]) -> list[Path]:

@@ -32,6 +32,16 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
     sync_directory(path.parent)
 
 
+def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """`write_atomically` with an error that names the file, and nothing half-written left."""
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+        # NumPy's own have no number.
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from None
+
+
 def sync_directory(directory: Path) -> None:
     """Bring a rename to the disk: it is there only when the directory is."""
     handle = os.open(directory, os.O_RDONLY)
