@@ -88,7 +88,8 @@ def repeated_step(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> Tensor
         RuntimeError: it cannot be told which call that was.
     """
     found = [draw for draw in _draws.get(loss, ()) if draw.graph() is not None]
-    if _saving_hooks() is None:  # so this is no checkpointing that we have noted a call of
+    other_kind = _saving_hooks() is None  # of checkpointing, of which we have noted no call
+    if other_kind:
         found = []
     found = [draw for draw in found if draw.has_labels(labels)]
     found = [draw for draw in found if draw.has_embeddings(embeddings)] or found
@@ -96,7 +97,8 @@ def repeated_step(loss: nn.Module, embeddings: Tensor, labels: Tensor) -> Tensor
         raise RuntimeError(
             f"{MUST_DRAW_AGAIN}, but {len(found) or 'none'} of the calls that may be repeated had "
             "these labels. Give step= to the call that is checkpointed, another number each time; "
-            "or checkpoint with use_reentrant=False; or leave the loss out, it keeps no logits"
+            + ("or checkpoint with use_reentrant=False; " if other_kind else "")
+            + "or leave the loss out, it keeps no logits"
         )
     return found[0].step
 
