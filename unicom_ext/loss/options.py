@@ -159,11 +159,12 @@ class LossOptions:
     def same_on_every_rank(self) -> dict[str, object]:
         """The options in which the ranks of a process group must agree, as they compare them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
-        m1, m2, m3 = (
-            "per sample" if isinstance(m, Tensor) else m
-            for m in (self.margin.m1, self.margin.m2, self.margin.m3)
-        )
-        return {**values, "margin": f"CombinedMargin(m1={m1}, m2={m2}, m3={m3})"}
+        m1, m2, m3 = self.margin.m1, self.margin.m2, self.margin.m3
+        if not isinstance(m2, Tensor) and not isinstance(m3, Tensor):
+            return {**values, "margin": repr(self.margin)}
+        # Batches may be of different sizes, and so may such margins.
+        of_each = ("per sample" if isinstance(m, Tensor) else m for m in (m2, m3))
+        return {**values, "margin": "CombinedMargin(m1={}, m2={}, m3={})".format(m1, *of_each)}
 
     @cached_property
     def fingerprint(self) -> int:
