@@ -454,7 +454,7 @@ def test_a_bad_argument_on_one_rank(ranks, changes, message):
         ({"embeddings": torch.ones(4, 6).double()}, "embeddings.dtype must be the same"),
         (
             {"margin": per_sample_margin(4)},
-            "m3=0.0) on ranks 0, 1, CombinedMargin(m1=1.0, m2=per sample,",
+            "ArcFace(0.3) on ranks 0, 1, CombinedMargin(m1=1.0, m2=per",
         ),
     ],
     ids=str,
