@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from unicom_ext import ArcFace, CosFace, PartialMarginSoftmax, functional, sharding
+from unicom_ext.distributed import failures
 
 
 def bad_option(group, changes, uneven_batches):
@@ -66,10 +67,13 @@ SETTINGS = [
 ]
 
 
-def settings_that_differ(group):
+def settings_that_differ(group, uneven_batches):
     """What this rank raises where the second one has another value set, and in a call that gives
     another margin; then the losses of all once it is set back."""
-    module = PartialMarginSoftmax(6, 50, process_group=group, sample_rate=0.3, feature_rate=0.7)
+    module = PartialMarginSoftmax(
+        6, 50, process_group=group, sample_rate=0.3, feature_rate=0.7,
+        uneven_batches=uneven_batches,
+    )  # fmt: skip
     second = dist.get_rank(group) == 1
     batch = torch.randn(4, 6, generator=torch.Generator().manual_seed(3)), torch.arange(4)
 
@@ -79,8 +83,7 @@ def settings_that_differ(group):
         return str(caught.value)
 
     messages = []
-    for setting in SETTINGS:
-        ((name, value),) = setting.items()
+    for name, value in _settings(uneven_batches):
         before = getattr(module, name)
         if second:
             setattr(module, name, value)
@@ -90,12 +93,52 @@ def settings_that_differ(group):
     return messages, int(module.step), module(*batch).item()
 
 
-def test_settings_that_differ_since(ranks):
+def _settings(uneven_batches):
+    """With equal batches ranks may compute in different precisions."""
+    pairs = [pair for setting in SETTINGS for pair in setting.items()]
+    return [p for p in pairs if uneven_batches is not False or p[0] != "precision"]
+
+
+@pytest.mark.parametrize("uneven_batches", [None, False])
+def test_settings_that_differ_since(ranks, uneven_batches):
     """A silent wrong loss else: each rank adds up its own part of the softmax."""
-    (messages, *end), *others = ranks.run(2, settings_that_differ)
+    (messages, *end), *others = ranks.run(2, settings_that_differ, uneven_batches)
     assert others == [(messages, *end)]
-    names = {"sample_rate": "num_sampled", "feature_rate": "num_features"}
-    for setting, message in zip([*SETTINGS, {"margin": None}], messages, strict=True):
-        (name,) = setting
-        assert message.startswith(f"{names.get(name, name)} must be the same on every rank, got ")
+    names = {"sample_rate": ["num_sampled"], "feature_rate": ["num_features"]}
+    if uneven_batches is False:
+        names |= {
+            "margin": ["m2", "m3"], "margin_grad": ["exact_margin_grad"],
+            "beyond_pi": ["linear_beyond_pi"], "interclass_filter": ["filter"],
+        }  # fmt: skip
+    for (name, _), message in zip(
+        [*_settings(uneven_batches), ("margin", None)], messages, strict=True
+    ):
+        told = message.removesuffix(" on rank 1").partition(" must be the same on every rank, got ")
+        assert told[0] in names.get(name, [name])
     assert end[0] == 0
+
+
+def one_rank_ahead(group, seen_at_once):
+    """Its step is another, so it would draw other classes.  seen_at_once: else as on CUDA."""
+    module = PartialMarginSoftmax(
+        6, 50, process_group=group, sample_rate=0.3, uneven_batches=False, seed=5
+    )
+    batch = torch.ones(4, 6, requires_grad=True), torch.arange(4)
+    if dist.get_rank(group) == 1:
+        module.step.fill_(3)
+    with pytest.MonkeyPatch.context() as patch:
+        if not seen_at_once:
+            patch.setattr(failures, "_host_sees", lambda device: False)
+            loss = module(*batch)
+            loss.backward()
+            assert loss.isnan()
+            assert not module.weight.grad.any()
+        with pytest.raises(ValueError, match="must be the same on every rank") as caught:
+            module(*batch)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("seen_at_once", [True, False])
+def test_a_rank_that_is_ahead_with_equal_batches(ranks, seen_at_once):
+    message = "step must be the same on every rank, got 0 on rank 0, 3 on rank 1"
+    assert ranks.run(2, one_rank_ahead, seen_at_once) == [message] * 2

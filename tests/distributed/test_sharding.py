@@ -546,7 +546,7 @@ def bad_call_with_equal_batches(group, changes, seen_at_once):
         50, 6, process_group=group, uneven_batches=False, check_inputs=True, sample_rate=0.5,
         sparse_grad=not seen_at_once,
     )  # fmt: skip
-    good = {"embeddings": torch.ones(4, 6), "labels": torch.arange(4)}
+    good = {"embeddings": torch.ones(4, 6), "labels": torch.arange(4), "step": 0}
     bad = {**good, **changes} if dist.get_rank(group) == 1 else dict(good)
     if bad["embeddings"].is_floating_point():
         bad["embeddings"] = bad["embeddings"].clone().requires_grad_()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,7 +77,8 @@ class Failures:
     """What went wrong on a rank within a step of the loss, until every rank has raised.
 
     No rank leaves a step in its middle. One that fails (bad arguments, no memory) goes on with
-    nothing to contribute and counts itself, in a number that is summed along with the softmax.
+    nothing to contribute and counts itself, in a number that is summed along with the softmax. What
+    is not zero if ranks do not agree about the step is added to it.
 
     - On CPUs the host then looks at the number, and all raise.
     - On CUDA looking would make the host wait. The step ends with the loss NaN and all gradients
@@ -88,7 +89,8 @@ class Failures:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)  # which has threads that must not outlive it
         self.own: Exception | None = None
-        self._count: Tensor | None = None  # on the host, of ranks that failed in the last step
+        self._count: Tensor | None = None  # on the host, of what went wrong in the last step
+        self._settings: Callable[[], Mapping[str, object]] = dict  # of that step
         self._arrival: torch.cuda.Event | None = None
 
     def keep(self, error: Exception, device: torch.device) -> None:
@@ -110,11 +112,13 @@ class Failures:
         except Exception as error:
             self.keep(error, device)
 
-    def settle(self, count: Tensor) -> None:
-        """Raise on every rank if one has failed in this step: now, or in `raise_earlier`.
+    def settle(self, count: Tensor, settings: Callable[[], Mapping[str, object]]) -> None:
+        """Raise on every rank if one has failed in this step, or they do not agree: now, or in
+        `raise_earlier`.
 
-        count: float64 scalar, of the ranks that have.
+        count: float64 scalar, not 0 where it is so.  settings: in what ranks must agree.
         """
+        self._settings = settings
         if _host_sees(count.device):
             if count > 0:
                 self._raise()
@@ -141,7 +145,7 @@ class Failures:
 
     def _raise(self) -> None:
         own, self.own = self.own, None
-        agree({}, own, self._group())
+        agree(self._settings(), own, self._group())
 
 
 _failures: weakref.WeakKeyDictionary[dist.ProcessGroup, Failures] = weakref.WeakKeyDictionary()

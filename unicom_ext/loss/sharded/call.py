@@ -66,6 +66,20 @@ class Call(NamedTuple):
         """From lists such as an operator gets."""
         return cls(group_name, Sizes(*sizes), Reals(*reals), Codes(*codes), Flags(*flags))
 
+    def settings(self) -> dict[str, float]:
+        """In what ranks must agree, by name; they may compute in different precisions."""
+        sizes, codes, flags = self.sizes._asdict(), self.codes, self.flags
+        del sizes["batch"]
+        return {
+            **sizes,
+            **self.reals._asdict(),
+            "exact_margin_grad": codes.exact_margin_grad,
+            "linear_beyond_pi": codes.linear_beyond_pi,
+            "reduction": codes.reduction,
+            "want_metrics": flags.want_metrics,
+            "grad_average": flags.grad_average,
+        }
+
 
 class Results(NamedTuple):
     """What forward returns; tensors that are not there are empty."""

@@ -23,6 +23,7 @@ from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_grad
 from unicom_ext.ops.row_sparse import row_sparse
 from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
 
+_MANY = 1 << 20
 _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
 
 
@@ -81,11 +82,13 @@ def forward(
         common = shard.max(exponent.clone())
         pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
         exponent = common
-    # One row more says how many ranks have failed.
+    # Some rows more say how many ranks have failed, and whether all are of one mind.
+    words = _words(call, step, pairs)
     flag = pairs.new_full((1, 2), float(failures.own is not None))
-    pairs = shard.sum(torch.cat([pairs, flag]))
-    pairs, failed = pairs[:-1], pairs[-1, 0]
-    failures.settle(failed)
+    pairs = shard.sum(torch.cat([pairs, flag, words]))
+    pairs, flag, summed = pairs.split([len(pairs) - 3, 1, 2])
+    failed = flag[0, 0] + (summed != shard.world_size * words).sum()
+    failures.settle(failed, lambda: call.settings() | {"step": int(words[1, 0])})
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
     sample_loss, state = library.ops.loss_merge(
@@ -151,6 +154,15 @@ def _select(
         return selected
     # What fills the list up behind those that are valid need not lie in this shard.
     return selected._replace(class_index=(selected.class_index - shard.start).clamp_(min=0))
+
+
+def _words(call: Call, step: Tensor | None, like: Tensor) -> Tensor:
+    """What must be the same on every rank, float64 [2, 2]: a number of the call and its square, and
+    of the step. The sums over n ranks are n times these only where all have the same. They are
+    below 2^20, so that all this is exact."""
+    words = like.new_full((2,), float(hash(tuple(call.settings().values())) % _MANY))
+    words[1] = 0 if step is None else step % _MANY
+    return torch.stack([words, words * words], dim=1)
 
 
 def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
