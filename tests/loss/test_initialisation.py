@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from unicom_ext import PartialMarginSoftmax
 
@@ -110,7 +111,7 @@ def test_a_first_prototype_of_zeros_is_written():
     [
         nn.utils.weight_norm,
         nn.utils.parametrizations.weight_norm,
-        lambda module: nn.utils.prune.l1_unstructured(module, "weight", 0.3),
+        lambda module: prune.l1_unstructured(module, "weight", 0.3),
     ],
     ids=["weight_norm", "parametrizations", "prune"],
 )

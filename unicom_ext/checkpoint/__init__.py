@@ -37,7 +37,7 @@ from unicom_ext.checkpoint.directory import (
     split,
     write_tensors,
 )
-from unicom_ext.checkpoint.parts import Parts
+from unicom_ext.checkpoint.parts import Parts, check_plain
 from unicom_ext.checkpoint.plan import Plan
 from unicom_ext.distributed.failures import agree, failures_of
 from unicom_ext.utils.files import CheckpointError, sync_directory
@@ -79,8 +79,10 @@ def save(
     failure = None
     state: dict[str, Tensor] = {}
     try:
+        extra = dict(extra or {})
+        check_plain("extra", extra)
         state, about = parts.collect()
-        text = json.dumps({"format": FORMAT, "version": VERSION, **about, "extra": _plain(extra)})
+        text = json.dumps({"format": FORMAT, "version": VERSION, **about, "extra": extra})
         state[ABOUT] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         if parts.is_first:
             if directory.exists():
@@ -102,15 +104,6 @@ def save(
         except OSError as error:
             failure = error
     agree({}, failure, parts.group)
-
-
-def _plain(extra: Mapping[str, Any] | None) -> dict[str, Any]:
-    extra = dict(extra or {})
-    try:
-        json.dumps(extra)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"extra: must be what JSON can hold: {error}") from None
-    return extra
 
 
 def load(

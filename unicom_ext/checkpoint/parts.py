@@ -68,21 +68,13 @@ class Parts:
                         full = joined("optimizers", name, param_name, key)
                         owner = self.loss_of(optimizer, param_name, key, value.shape, len(param))
                         state[full] = _as_global(owner, param, key, value)
-                    elif _is_plain(value):
-                        values.setdefault(param_name, {})[key] = value
                     else:
-                        raise CheckpointError(
-                            f"optimizers[{name!r}], a {type(optimizer).__name__}, has a "
-                            f"{type(value).__name__} as {key} in its state, which must consist of "
-                            "tensors and of what JSON can hold to be saved"
-                        )
+                        check_plain(f"{key} in the state of optimizers[{name!r}]", value)
+                        values.setdefault(param_name, {})[key] = value
             groups = self.groups(optimizer)
-            for key, value in [item for group in groups for item in group.items()]:
-                if not _is_plain(value):
-                    raise CheckpointError(
-                        f"optimizers[{name!r}], a {type(optimizer).__name__}, has a "
-                        f"{type(value).__name__} as its option {key}, which JSON cannot hold"
-                    )
+            for group in groups:
+                for key, value in group.items():
+                    check_plain(f"the option {key} of optimizers[{name!r}]", value)
             about["optimizers"][name] = {"groups": groups, "values": values}
         return state, about
 
@@ -157,13 +149,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype) else value
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold it."""
+def check_plain(name: str, value: Any) -> None:
+    """CheckpointError unless it is what JSON can hold; tensors are saved otherwise."""
     try:
         json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{name} must be what JSON can hold: {error}") from None
 
 
 def as_option(value: Any, here: Any) -> Any:

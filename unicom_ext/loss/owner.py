@@ -211,7 +211,6 @@ class PrototypeOwner(NeverWrapped):
             self._step_beside_weight()
 
 
-# Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
 def _keeps_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
     """Whether what is applied to the tensors of a module keeps their values: that of `to_empty`
     does not."""
@@ -222,6 +221,7 @@ def _keeps_values(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
     return int(result) == value
 
 
+# Where a parameter is replaced (`load_state_dict(assign=True)`, a copy) no note on it stays.
 _owners: WeakSet[PrototypeOwner] = WeakSet()
 
 

@@ -83,12 +83,13 @@ def forward(
         pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
         exponent = common
     # Some rows more say how many ranks have failed, and whether all are of one mind.
+    step = None if step is None else step.clone()  # which will have gone on when it is told
     words = _words(call, step, pairs)
     flag = pairs.new_full((1, 2), float(failures.own is not None))
     pairs = shard.sum(torch.cat([pairs, flag, words]))
     pairs, flag, summed = pairs.split([len(pairs) - 3, 1, 2])
     failed = flag[0, 0] + (summed != shard.world_size * words).sum()
-    failures.settle(failed, lambda: call.settings() | {"step": int(words[1, 0])})
+    failures.settle(failed, lambda: call.settings() | {"step": None if step is None else int(step)})
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
     sample_loss, state = library.ops.loss_merge(
