@@ -147,7 +147,8 @@ Labels labels_of(const Array<Label>& labels, int64_t num_classes, int64_t ignore
                  int64_t start, int64_t stop) {
   return {.data = labels.data(),
           .is_64_bit = std::is_same_v<Label, int64_t>,
-          .batch = labels.size(),
+          .count = labels.size(),
+          .width = 0,
           .num_classes = num_classes,
           .ignore_index = ignore_index,
           .start = start,

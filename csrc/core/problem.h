@@ -23,8 +23,7 @@ struct Problem {
   const int64_t* class_index;  // [bound] ascending class ids, or nullptr: class j is row j
   const int64_t* count;        // [1] how many of them are valid, or nullptr: all
   int64_t bound;               // length of class_index, num_classes without one
-  const int64_t* slot;         // [batch] position of the label in class_index, or a special slot
-                               // of sampler.h
+  Positives positives;         // of each sample, as positions in class_index
   double scale;
   double filter = std::numeric_limits<double>::infinity();  // infinity: none
   // At least the sampled classes of all shards together: fixes the constant exponent.
@@ -39,15 +38,19 @@ struct Problem {
   }
 };
 
-// What a shard knows of each sample. Shards merge by adding `sum` (after bringing it to a common
-// exponent, where exponents are not the constant one) and `target_cosine`.
+// What a shard knows of each sample. Shards merge by adding the rows of `sums`, after bringing the
+// first column to a common exponent where exponents are not the constant one.
 struct ShardSums {
-  double* sum;               // over this shard's other classes of exp(scale * cosine), as
-  double* exponent;          //   sum * 2^exponent; -inf without classes above the constant range
-  double* target_cosine;     // 0 where ignored or elsewhere
-  double* inverse_norm;      // of the embedding's selected part
-  double* largest_negative;  // cosine; -inf where there is none
-  int64_t stride;            // between the samples of sum and target_cosine; the others are dense
+  double* sums;              // [batch][1 + width of Positives]: over this shard's negatives of
+  double* exponent;          //   exp(scale * cosine), as sum * 2^exponent (-inf without classes above
+                             //   the constant range); then the positives' cosines, 0 where ignored
+                             //   or elsewhere
+  double* inverse_norm;      // [batch] of the embedding's selected part
+  double* largest_negative;  // [batch] cosine; -inf where there is none
+  int64_t width;
+
+  UNICOM_HD double& sum(int64_t i) const { return sums[i * (1 + width)]; }
+  UNICOM_HD double* cosines(int64_t i) const { return sums + i * (1 + width) + 1; }
 };
 
 // What forward leaves for backward, in the device's own layout.
@@ -59,31 +62,31 @@ struct Saved {
 // The loss of each sample and what backward needs of it, from the sums of all shards. Ignored
 // samples have loss 0.
 struct JoinTargets {
-  MarginOptions margin;
-  double scale;
+  SampleLoss of;
   int64_t batch;
-  const int64_t* slot;
   ShardSums sums;  // but for largest_negative
   double* loss;
-  SampleState* state;
 };
 
 // Results in the type that the caller sees (Problem::is_double); the mean is over the samples that
 // are not ignored.
 struct WriteResults {
   int64_t batch;
-  const int64_t* slot;
-  const double *sample_loss, *target_cosine, *largest_negative;  // [batch]
+  Positives positives;
+  const double* sample_loss;  // [batch]
+  ShardSums sums;
   Reduction reduction;
-  void* loss;                                                        // [batch] or [1]
-  void *sample_loss_out, *target_cosine_out, *largest_negative_out;  // [batch]
+  void* loss;                    // [batch] or [1]
+  void* sample_loss_out;         // [batch]
+  void* target_cosine_out;       // [batch][width]
+  void* largest_negative_out;    // [batch]
 };
 
 // What backward reads beside the problem, and the gradients that it writes, every value of them.
 struct Gradients {
   const void* grad_loss;  // as the loss: of float64 or float32, [batch] or [1]
   Reduction reduction;
-  const SampleState* state;
+  States states;
   const void *packed, *kept;  // see Saved
   void* embeddings;           // [batch, d] of the embeddings' type; nullptr: not wanted
   void* prototypes;  // [num_classes, d] of theirs, or [bound, d], class by class, when compact;

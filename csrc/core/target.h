@@ -1,55 +1,144 @@
-// The end of the forward pass for one sample: its target joins the sum over the other classes, and
-// what backward needs of it is written down.
+// The end of the forward pass for one sample: its positives join the sum over its negatives, and what
+// backward needs of it is written down.
 #pragma once
 
 #include "margin.h"
+#include "sampler.h"
 #include "softmax.h"
 
 namespace unicom {
 
 enum class Reduction : int64_t { kNone, kMean, kSum };
 
-// What the backward pass needs of each sample.
+// What becomes of several positives of one sample; see unicom_ext/loss/options.py.
+enum class MultiLabel : int64_t { kAverage, kSeparate };
+
+// The classes that are positives of each sample, as slots (sampler.h). No class stands twice in a
+// sample's row; what is left of a row holds kIgnoredSlot.
+struct Positives {
+  const int64_t* slots;  // [batch][width]
+  int64_t width;
+
+  UNICOM_HD const int64_t* of(int64_t sample) const { return slots + sample * width; }
+  UNICOM_HD bool any_invalid(int64_t sample) const {
+    bool found = false;
+    for (int64_t p = 0; p < width; ++p) found |= of(sample)[p] == kInvalidSlot;
+    return found;
+  }
+  // How many positives a sample has, on whatever shard; 0 for one that takes no part.
+  UNICOM_HD int64_t count(int64_t sample) const {
+    int64_t found = 0;
+    for (int64_t p = 0; p < width; ++p) found += is_counted(of(sample)[p]);
+    return any_invalid(sample) ? 0 : found;
+  }
+};
+
+// What the backward pass needs of each sample, and of each of its positives: one row of doubles.
 struct SampleState {
   double inverse_norm;  // of the embedding's selected part
-  double cosine;        // with its prototype
-  double slope;         // psi'(cosine)
-  double miss;          // 1 - p_target
+  double push;          // how fast the loss rises with the log of the sum over the negatives
   double factor;        // a negative's softmax among negatives is
   double exponent;      //   factor * 2^-exponent * exp(scale * cosine)
 };
-constexpr int64_t kSampleStateSize = 6;
-static_assert(sizeof(SampleState) == kSampleStateSize * sizeof(double));
+struct PositiveState {
+  double cosine;  // with its prototype
+  double slope;   // psi'(cosine)
+  double pull;    // how fast the loss falls with its logit
+};
+
+UNICOM_HD constexpr int64_t state_size(int64_t width) {
+  constexpr int64_t kSample = sizeof(SampleState) / sizeof(double);
+  constexpr int64_t kPositive = sizeof(PositiveState) / sizeof(double);
+  return kSample + width * kPositive;
+}
+
+struct States {
+  double* data;   // [batch][state_size(width)]
+  int64_t width;  // of Positives
+
+  UNICOM_HD SampleState& sample(int64_t i) const {
+    return *reinterpret_cast<SampleState*>(data + i * state_size(width));
+  }
+  UNICOM_HD PositiveState& positive(int64_t i, int64_t p) const {
+    return reinterpret_cast<PositiveState*>(&sample(i) + 1)[p];
+  }
+};
 
 struct MarginOptions {
   double m1;
-  double m2, m3;                // radians; used where the per-sample arrays are null
-  const double* m2_per_sample;  // [batch] or nullptr
-  const double* m3_per_sample;
+  double m2, m3;              // radians; used where the arrays are null
+  const double* m2_of_each;   // [batch][width] or nullptr
+  const double* m3_of_each;
   bool exact_grad;
   bool linear_beyond_pi;
+
+  UNICOM_HD Margin<double> operator()(double cosine, int64_t positive) const {
+    return evaluate_margin(cosine, m1, m2_of_each ? m2_of_each[positive] : m2,
+                           m3_of_each ? m3_of_each[positive] : m3, exact_grad, linear_beyond_pi);
+  }
 };
 
-// Sample i, whose other classes sum to sum * 2^exponent (0: there are none) and whose target has
-// the given cosine. Returns its loss.
-UNICOM_HD inline double join_target(const MarginOptions& m, double scale, int64_t i, double sum,
-                                    double exponent, double cosine, double inverse_norm,
-                                    SampleState* state) {
-  const double m2 = m.m2_per_sample ? m.m2_per_sample[i] : m.m2;
-  const double m3 = m.m3_per_sample ? m.m3_per_sample[i] : m.m3;
-  const auto margin = evaluate_margin(cosine, m.m1, m2, m3, m.exact_grad, m.linear_beyond_pi);
-  const double a = sum == 0 ? -INFINITY : exponent * kLn2 + std::log(sum);
-  const TargetLoss loss = target_loss(a, scale * margin.psi);
-  int power = 0;
-  const double mantissa = std::frexp(sum, &power);
-  const bool empty = sum == 0;
-  *state = {inverse_norm,
-            cosine,
-            margin.slope,
-            loss.miss,
-            empty ? 0.0 : 1.0 / mantissa,
-            empty ? 0.0 : exponent + static_cast<double>(power)};
-  return loss.loss;
-}
+// The loss of each sample, from the sums over its negatives and the cosines of its positives.
+struct SampleLoss {
+  MarginOptions margin;
+  double scale;
+  MultiLabel multi_label;
+  Positives positives;
+  States states;
+
+  // Sample i, whose negatives sum to sum * 2^exponent (0: there are none).  cosine: [width]
+  UNICOM_HD double operator()(int64_t i, double sum, double exponent, const double* cosine,
+                              double inverse_norm) const {
+    const bool empty = sum == 0;
+    int power = 0;
+    const double mantissa = std::frexp(sum, &power);
+    states.sample(i) = {inverse_norm, 0.0, empty ? 0.0 : 1.0 / mantissa,
+                        empty ? 0.0 : exponent + static_cast<double>(power)};
+    const double negatives = empty ? -INFINITY : exponent * kLn2 + std::log(sum);
+    for (int64_t p = 0; p < positives.width; ++p) {
+      PositiveState& state = states.positive(i, p);
+      state = {};
+      if (!is_counted(positives.of(i)[p])) continue;
+      const Margin<double> psi = margin(cosine[p], i * positives.width + p);
+      state = {cosine[p], psi.slope, scale * psi.psi};  // its logit, for now
+    }
+    return multi_label == MultiLabel::kAverage ? average(i, negatives) : separate(i, negatives);
+  }
+
+ private:
+  // The mean over the positives of their cross entropies, each against the negatives alone.
+  UNICOM_HD double average(int64_t i, double negatives) const {
+    const auto count = static_cast<double>(positives.count(i));
+    double loss = 0, push = 0;
+    for (int64_t p = 0; p < positives.width; ++p) {
+      if (!is_counted(positives.of(i)[p])) continue;
+      double& pull = states.positive(i, p).pull;
+      const TargetLoss one = target_loss(negatives, pull);
+      pull = one.miss / count;
+      loss += one.loss / count;
+      push += pull;
+    }
+    states.sample(i).push = push;
+    return loss;
+  }
+
+  // log(1 + sum over negatives of exp z) + log(1 + sum over positives of exp -z).
+  UNICOM_HD double separate(int64_t i, double negatives) const {
+    double largest = -INFINITY, sum = 0;
+    for (int64_t p = 0; p < positives.width; ++p)
+      if (is_counted(positives.of(i)[p]))
+        largest = max_of(largest, -states.positive(i, p).pull);
+    for (int64_t p = 0; p < positives.width; ++p)
+      if (is_counted(positives.of(i)[p])) sum += std::exp(-states.positive(i, p).pull - largest);
+    const double missed = largest + std::log(sum);
+    const TargetLoss pushed = target_loss(negatives, 0.0), pulled = target_loss(missed, 0.0);
+    for (int64_t p = 0; p < positives.width; ++p) {
+      double& pull = states.positive(i, p).pull;
+      if (is_counted(positives.of(i)[p])) pull = pulled.miss * std::exp(-pull - missed);
+    }
+    states.sample(i).push = pushed.miss;
+    return pushed.loss + pulled.loss;
+  }
+};
 
 }  // namespace unicom

@@ -37,6 +37,8 @@ struct Case {
   int64_t batch, num_classes, dim, sampled, features;
   double scale;
   bool compact;
+  int64_t positives = 1;
+  MultiLabel multi_label = MultiLabel::kAverage;
 };
 
 // Exactly as large as asked for, so that the sanitizer sees the first byte beyond.
@@ -77,21 +79,27 @@ struct Inputs {
       : c(c_),
         embeddings(c.batch * c.dim),
         prototypes(c.num_classes * c.dim),
-        labels(c.batch),
-        class_index(selection_bound(c.num_classes, c.sampled, c.batch, 0, c.num_classes)),
-        slot(c.batch),
+        labels(c.batch * c.positives),
+        class_index(selection_bound(c.num_classes, c.sampled, labels.size, 0, c.num_classes)),
+        slot(labels.size),
         feature_index(c.features),
         bound(class_index.size) {
     std::mt19937 random(static_cast<unsigned>(c.batch * 31 + c.num_classes));
     std::normal_distribution<float> normal;
     for (int64_t i = 0; i < embeddings.size; ++i) embeddings.data[i] = normal(random);
     for (int64_t i = 0; i < prototypes.size; ++i) prototypes.data[i] = normal(random);
-    for (int64_t i = 0; i < c.batch; ++i)
-      labels.data[i] = i % 7 == 3 ? -100 : static_cast<int64_t>(random() % (c.num_classes / 2 + 1));
+    for (int64_t i = 0; i < c.batch; ++i)  // none of a sample's classes twice
+      for (int64_t p = 0; p < c.positives; ++p)
+        labels.data[i * c.positives + p] =
+            (i + p) % 7 == 3 ? -100
+                             : static_cast<int64_t>(random() % (c.num_classes / c.positives / 2 + 1)) *
+                                       c.positives +
+                                   p;
     const int64_t step = 9;
     cpu::select_classes({.labels = {.data = labels.get(),
                                     .is_64_bit = true,
-                                    .batch = c.batch,
+                                    .count = labels.size,
+                                    .width = c.positives,
                                     .num_classes = c.num_classes,
                                     .ignore_index = -100,
                                     .start = 0,
@@ -123,13 +131,14 @@ struct Inputs {
             .class_index = class_index.get(),
             .count = &count,
             .bound = bound,
-            .slot = slot.get(),
+            .positives = positives(),
             .scale = c.scale,
             .filter = 0.4,
             .total_sampled = bound,
             .precision = precision,
             .keep_bytes = keep_bytes};
   }
+  Positives positives() const { return {.slots = slot.get(), .width = c.positives}; }
   Outcome outcome() const {
     return {Array<double>(c.batch), Array<float>(c.batch * c.dim),
             Array<float>((c.compact ? bound : c.num_classes) * c.dim)};
@@ -139,45 +148,50 @@ struct Inputs {
 const MarginOptions kMargin{.m1 = 1.0,
                             .m2 = 0.3,
                             .m3 = 0.05,
-                            .m2_per_sample = nullptr,
-                            .m3_per_sample = nullptr,
+                            .m2_of_each = nullptr,
+                            .m3_of_each = nullptr,
                             .exact_grad = false,
                             .linear_beyond_pi = false};
 
 // What forward makes and backward reads.
 struct Forward {
-  Array<double> sums;
-  Array<SampleState> state;
+  int64_t batch, width;
+  Array<double> sums, state;
   Array<char> packed, kept;
 
-  Forward(int64_t batch, int64_t packed_bytes, int64_t kept_bytes)
-      : sums(5 * batch), state(batch), packed(packed_bytes), kept(kept_bytes) {}
+  Forward(const Problem& p, int64_t packed_bytes, int64_t kept_bytes)
+      : batch(p.batch),
+        width(p.positives.width),
+        sums((4 + width) * batch),
+        state(state_size(width) * batch),
+        packed(packed_bytes),
+        kept(kept_bytes) {}
 
   ShardSums shard() const {
     double* const s = sums.get();
-    const int64_t b = state.size;
-    return {.sum = s,
-            .exponent = s + b,
-            .target_cosine = s + 2 * b,
-            .inverse_norm = s + 3 * b,
-            .largest_negative = s + 4 * b,
-            .stride = 1};
+    return {.sums = s,
+            .exponent = s + (1 + width) * batch,
+            .inverse_norm = s + (2 + width) * batch,
+            .largest_negative = s + (3 + width) * batch,
+            .width = width};
   }
+  States states() const { return {.data = state.get(), .width = width}; }
   Saved saved() const { return {.packed = packed.get(), .kept = kept.get()}; }
   JoinTargets join(const Inputs& in, const Outcome& out) const {
-    return {.margin = kMargin,
-            .scale = in.c.scale,
+    return {.of = {.margin = kMargin,
+                   .scale = in.c.scale,
+                   .multi_label = in.c.multi_label,
+                   .positives = in.positives(),
+                   .states = states()},
             .batch = in.c.batch,
-            .slot = in.slot.get(),
             .sums = shard(),
-            .loss = out.loss.get(),
-            .state = state.get()};
+            .loss = out.loss.get()};
   }
   Gradients gradients(const Inputs& in, const Outcome& out) const {
     static constexpr float kUpstream = 1.0f;
     return {.grad_loss = &kUpstream,
             .reduction = Reduction::kSum,
-            .state = state.get(),
+            .states = states(),
             .packed = packed.get(),
             .kept = kept.get(),
             .embeddings = out.grad_embeddings.get(),
@@ -189,7 +203,7 @@ struct Forward {
 Outcome on_cpu(const Inputs& in) {
   Outcome out = in.outcome();
   const Problem p = in.problem(Precision::kFp32, 0);
-  const Forward saved(p.batch, cpu::packed_bytes(p), cpu::kept_bytes(p));
+  const Forward saved(p, cpu::packed_bytes(p), cpu::kept_bytes(p));
   cpu::forward(p, saved.shard(), saved.saved(), cpu::Serial());
   cpu::join_targets(saved.join(in, out));
   cpu::backward(p, saved.gradients(in, out), nullptr, cpu::Serial());
@@ -202,7 +216,7 @@ Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool t
   Outcome out = in.outcome();
   Queue queue;
   const Problem p = in.problem(precision, keep_bytes);
-  const Forward saved(p.batch, cuda::packed_bytes(p), cuda::kept_bytes(p));
+  const Forward saved(p, cuda::packed_bytes(p), cuda::kept_bytes(p));
   {
     Array<char> workspace(forward_workspace(p));
     forward(queue, p, saved.shard(), saved.saved(), workspace.get());
@@ -239,7 +253,8 @@ void compare(const Inputs& in, Precision precision, const Outcome& right, double
   for (int64_t i = 0; i < in.c.batch; ++i)
     expect(std::fabs(out.loss.data[i] - right.loss.data[i]) <=
                in.c.scale * tolerance * (1 + right.loss.data[i] / 64),
-           name + ": loss of sample " + std::to_string(i));
+           name + ": loss of sample " + std::to_string(i) + " by " +
+               std::to_string(out.loss.data[i] - right.loss.data[i]));
   const double x = distance(out.grad_embeddings, right.grad_embeddings);
   const double w = distance(out.grad_prototypes, right.grad_prototypes);
   expect(x <= in.c.scale * tolerance, name + ": embedding gradients by " + std::to_string(x));
@@ -256,7 +271,8 @@ void compare_selections(int64_t num_classes, int64_t count, int64_t batch, int64
   int64_t selected = -1, gpu_selected = -1;
   ClassSelection selection{.labels = {.data = labels.get(),
                                       .is_64_bit = true,
-                                      .batch = batch,
+                                      .count = batch,
+                                      .width = 0,
                                       .num_classes = num_classes,
                                       .ignore_index = -100,
                                       .start = start,
@@ -529,12 +545,14 @@ int main() {
       {7, 65, 17, 30, 9, 64, true},
       {129, 300, 70, 257, 65, 30, true},
       {3, 151, 300, 20, 256, 200, false},
+      {9, 310, 17, 120, 15, 64, true, 3, MultiLabel::kAverage},
+      {40, 700, 150, 10, 129, 30, false, 5, MultiLabel::kSeparate},
   };
   for (const Case& c : cases) {
     const Inputs in(c);
     const Outcome right = on_cpu(in);
     const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
-                             " x " + std::to_string(c.dim);
+                             " x " + std::to_string(c.dim) + ", " + std::to_string(c.positives);
     compare(in, Precision::kFp32, right, 2e-7, name + " float");
     compare(in, Precision::kFp16, right, 1e-3, name + " half");
     compare(in, Precision::kBf16, right, 1e-2, name + " bfloat");

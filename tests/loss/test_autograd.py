@@ -278,7 +278,7 @@ def loss_arguments(
     return (
         *(x, slot, w, classes, None, features, None, None),
         [1.0, 0.3, 0.1, 64.0, float("inf")],
-        [False, False, 0, reduction, workspace_bytes, sparse],
+        [False, False, 0, reduction, 0, workspace_bytes, sparse],
     )
 
 

@@ -308,8 +308,8 @@ def test_a_margin_that_the_module_keeps():
         (
             lambda m: ArcFace(m),
             ValueError,
-            "m2 must be a finite number or a floating point tensor [B], one value per sample, got "
-            "a tensor of shape []",
+            "m2 must be a finite number or a floating point tensor [B] or [B, P], got a tensor of "
+            "shape []",
         ),
         (
             lambda m: PartialMarginSoftmax(8, 9, scale=m),

@@ -96,8 +96,8 @@ def test_a_bad_tensor_is_named(name):
         CombinedMargin(**{name: torch.tensor([1, 2])})
     with pytest.raises(ValueError, match=rf"{name} must be .*\[B\].*shape \[\]"):
         CombinedMargin(**{name: torch.tensor(0.3)})
-    with pytest.raises(ValueError, match=rf"{name} must be .*\[B\].*shape \[2, 3\]"):
-        CombinedMargin(**{name: torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=rf"{name} must be .*\[B\].*shape \[2, 3, 4\]"):
+        CombinedMargin(**{name: torch.zeros(2, 3, 4)})
 
 
 @pytest.mark.parametrize("m1", [0, -1.0])

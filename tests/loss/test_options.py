@@ -25,6 +25,7 @@ OTHER = {
     "interclass_filter": 0.1,
     "margin_grad": "exact",
     "beyond_pi": "linear",
+    "multi_label": "separate",
     "precision": "bf16",
     "reduction": "sum",
     "ignore_index": 3,
@@ -40,6 +41,7 @@ BAD = {
     "interclass_filter": 2.0,
     "margin_grad": "none",
     "beyond_pi": True,
+    "multi_label": "mean",
     "precision": "tf32",
     "reduction": "avg",
     "ignore_index": None,
@@ -94,8 +96,8 @@ def test_options_do_not_change():
 def test_what_ranks_agree_on_is_told_in_this_order():
     options = LossOptions(ArcFace(0.3), 64.0)
     assert list(options.same_on_every_rank()) == [
-        "margin", "scale", "interclass_filter", "margin_grad", "beyond_pi", "precision",
-        "reduction", "ignore_index", "grad_average", "uneven_batches",
+        "margin", "scale", "interclass_filter", "margin_grad", "beyond_pi", "multi_label",
+        "precision", "reduction", "ignore_index", "grad_average", "uneven_batches",
     ]  # fmt: skip
     assert options.same_on_every_rank()["margin"] == "ArcFace(0.3)"
 

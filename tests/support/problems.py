@@ -20,7 +20,7 @@ class Problem:
     """Inputs of one call of the loss, with the upstream gradient of its result."""
 
     embeddings: Tensor  # [B, d]
-    labels: Tensor  # [B]
+    labels: Tensor  # [B] or [B, P]
     prototypes: Tensor  # [C, d]
     options: dict = field(default_factory=dict)
     upstream: Tensor | None = None  # [B] for reduction="none", else a scalar or None for 1
@@ -108,6 +108,59 @@ def eager_partial_fc(
     return loss.sum() / (kept.sum() if reduction == "mean" else 1)
 
 
+def eager_multi_label(
+    embeddings: Tensor,
+    labels: Tensor,
+    prototypes: Tensor,
+    *,
+    margin: CombinedMargin,
+    scale: float,
+    multi_label: str = "average",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    class_index: Tensor | None = None,
+    feature_index: Tensor | None = None,
+    **_of_the_engine,
+) -> Tensor:
+    """The yardstick for several positives, as trainers write it; straight-through gradients."""
+    if feature_index is not None:
+        embeddings, prototypes = embeddings[:, feature_index], prototypes[:, feature_index]
+    if class_index is not None:
+        labels = torch.where(labels < 0, labels, torch.searchsorted(class_index, labels))
+        prototypes = prototypes[class_index]
+    cosine = (F.normalize(embeddings) @ F.normalize(prototypes).T).clamp(-1, 1)
+    of_each = [m if isinstance(m, Tensor) else torch.tensor(m) for m in (margin.m2, margin.m3)]
+    m2, m3 = (m.to(cosine).expand(labels.shape) for m in of_each)
+    losses = []
+    for i, row in enumerate(labels):
+        first = [p for p, y in enumerate(row) if y != ignore_index and y not in row[:p]]
+        if not first:
+            losses.append(cosine[i].sum() * 0)
+            continue
+        target = cosine[i, row[first]]
+        psi = torch.cos(margin.m1 * target.detach().arccos() + m2[i, first]) - m3[i, first]
+        z = scale * (target + (psi - target).detach())
+        others = torch.ones(len(prototypes), dtype=torch.bool).index_fill(0, row[first], False)
+        negatives = scale * cosine[i, others]
+        if multi_label == "average":
+            each = [torch.logsumexp(torch.cat([one[None], negatives]), 0) - one for one in z]
+            losses.append(torch.stack(each).mean())
+        else:
+            zero = z.new_zeros(1)
+            two = [torch.logsumexp(torch.cat([zero, part]), 0) for part in (negatives, -z)]
+            losses.append(sum(two))
+    loss = torch.stack(losses)
+    if reduction == "none":
+        return loss
+    counted = (labels != ignore_index).any(dim=1).sum()
+    return loss.sum() / (counted if reduction == "mean" else 1)
+
+
+def matrix(labels: Tensor) -> Tensor:
+    """[B, P] of labels [B, P] or [B]."""
+    return labels if labels.dim() == 2 else labels[:, None]
+
+
 def distance(a: Tensor, b: Tensor) -> float:
     return float(torch.linalg.vector_norm(a.double() - b.double()))
 
@@ -127,7 +180,8 @@ def row_errors(a: Tensor, b: Tensor) -> Tensor:
 
 def check_fp32(outcome: Outcome, problem: Problem) -> None:
     """Relative error at most three times the eager formula's in float32, plus 3e-6."""
-    right, eager = truth(problem), solve(eager_partial_fc, problem.to(torch.float32))
+    yardstick = eager_partial_fc if problem.labels.dim() == 1 else eager_multi_label
+    right, eager = truth(problem), solve(yardstick, problem.to(torch.float32))
     for name, a, b, e in zip(Outcome._fields, outcome, right, eager, strict=True):
         error, allowed = relative_error(a, b), 3 * relative_error(e, b) + 3e-6
         assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
@@ -151,11 +205,12 @@ def check_conditioned(outcome: Outcome, problem: Problem) -> None:
     # Below, numbers lose their last digits (or, in float64, their squares do).
     smallest = max(arithmetic.tiny / arithmetic.eps, 1e-100)
     scale = problem.options["scale"]
-    weight = (-torch.expm1(-sample.loss)).clamp(min=smallest)  # 1 - p_y
+    # 1 - p_y; with several positives at least how fast the loss changes with its logits
+    weight = (-torch.expm1(-sample.loss)).clamp(min=smallest)
     if problem.upstream is not None:
         weight = weight * problem.upstream.double()
     elif problem.options.get("reduction", "mean") == "mean":
-        weight = weight / max(1, int((problem.labels != -100).sum()))
+        weight = weight / max(1, int((matrix(problem.labels) != -100).any(dim=1).sum()))
     x, w = double.embeddings, double.prototypes
     if (features := problem.options.get("feature_index")) is not None:
         x, w = x[:, features], w[:, features]
@@ -184,6 +239,7 @@ def random_problem(
     sampled: int | None = None,
     features: int | None = None,
     ignored: int = 0,
+    positives: int | None = None,
     dtype: torch.dtype = torch.float32,
     **options,
 ) -> Problem:
@@ -193,11 +249,18 @@ def random_problem(
     sampled: number of classes in class_index (the labels', filled up at random); None for all.
     features: number of dimensions in feature_index; None for all.
     ignored: number of samples with the label -100.
+    positives: P of labels [B, P], of which some are -100 and some stand twice; None for [B].
     """
     generator = torch.Generator().manual_seed(seed)
     prototypes = torch.randn(num_classes, dim, generator=generator)
-    labels = torch.randint(num_classes, (batch,), generator=generator)
-    embeddings = torch.randn(batch, dim, generator=generator) + closeness * prototypes[labels]
+    labels = torch.randint(num_classes, (batch, positives or 1), generator=generator)
+    own = prototypes[labels].mean(dim=1)
+    embeddings = torch.randn(batch, dim, generator=generator) + closeness * own
+    if positives is None:
+        labels = labels[:, 0]
+    else:
+        chance = torch.rand(labels.shape, generator=generator)
+        labels = torch.where(chance < 0.1, labels[:, :1], labels).masked_fill(chance > 0.8, -100)
     labels[torch.randperm(batch, generator=generator)[:ignored]] = -100
     if sampled is not None:
         present = torch.zeros(num_classes)

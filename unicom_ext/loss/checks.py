@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from unicom_ext.loss.labels import place
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossOptions, kind
 from unicom_ext.ops.library import check_device
@@ -76,7 +77,7 @@ def check_call(
         options.margin,
         class_index,
         feature_index,
-        min_classes=1 if num_classes is None else 0,
+        num_classes=num_classes,
     )
     check_device(embeddings.device)
     if options.check_inputs:
@@ -92,8 +93,9 @@ def check_tensors(
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     *,
-    min_classes: int = 1,
+    num_classes: int | None = None,
 ) -> None:
+    """num_classes: as `check_call` has it."""
     for name, value in (("embeddings", embeddings), ("labels", labels), ("prototypes", prototypes)):
         if isinstance(value, Tensor) and not is_local(value):
             raise TypeError(
@@ -108,19 +110,33 @@ def check_tensors(
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
     batch, dim = embeddings.shape
-    num_classes = prototypes.shape[0]
     if prototypes.shape[1] != dim:
         raise ValueError(
             f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
             f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
         )
-    if num_classes < min_classes or dim < 1:
+    if (len(prototypes) < 1 and num_classes is None) or dim < 1:
         raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
+    num_classes = len(prototypes) if num_classes is None else num_classes
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"labels must be an int32 or int64 tensor, got {kind(labels)}")
-    for name, each in (("labels", labels), ("margin.m2", margin.m2), ("margin.m3", margin.m3)):
-        if isinstance(each, Tensor) and (each.dim() != 1 or each.shape[0] != batch):
-            raise ValueError(f"{name} must have shape [{batch}], got {list(each.shape)}")
+        raise TypeError(
+            "labels must be an int32 or int64 tensor, or a pair (ids, offsets) of such, got "
+            f"{kind(labels)}"
+        )
+    if labels.dim() not in (1, 2) or labels.shape[0] != batch or 0 in labels.shape[1:]:
+        raise ValueError(
+            f"labels must have shape [{batch}], or [{batch}, P] for several positives, "
+            f"got {list(labels.shape)}"
+        )
+    if num_classes > 1 and labels.shape[1:] == (num_classes,):
+        raise ValueError(
+            f"labels must have shape [{batch}], or [{batch}, P] for P class ids of each sample; "
+            f"got {list(labels.shape)}, which look like a one-hot code of {num_classes} classes"
+        )
+    for name, each in (("margin.m2", margin.m2), ("margin.m3", margin.m3)):
+        if isinstance(each, Tensor) and each.shape not in (labels.shape[:1], labels.shape):
+            one_each = "" if labels.dim() == 1 else f" or {list(labels.shape)}"
+            raise ValueError(f"{name} must have shape [{batch}]{one_each}, got {list(each.shape)}")
     for name, index in (("class_index", class_index), ("feature_index", feature_index)):
         if index is None:
             continue
@@ -155,8 +171,8 @@ def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, ignore_in
     check_finite(embeddings)
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bad.any():
-        position = int(bad.nonzero()[0])
+        position = int(bad.flatten().nonzero()[0])
         raise ValueError(
             f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), got "
-            f"{int(labels[position])} at position {position}"
+            f"{int(labels.flatten()[position])} at position {place(labels, position)}"
         )

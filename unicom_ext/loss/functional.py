@@ -9,9 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unicom_ext.loss.checks import check_call
+from unicom_ext.loss.labels import Labels, dense
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
-from unicom_ext.loss.results import Metrics
+from unicom_ext.loss.results import Metrics, is_top1
 from unicom_ext.loss.selection import Sampling, Selected, select
 from unicom_ext.ops import autograd, library
 from unicom_ext.ops.transforms import in_forward_mode
@@ -22,7 +23,7 @@ __all__ = ["LossKwargs", "LossOptions", "Metrics", "partial_margin_softmax"]
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -39,7 +40,7 @@ def partial_margin_softmax(
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -56,7 +57,7 @@ def partial_margin_softmax(
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -72,7 +73,7 @@ def partial_margin_softmax(
 
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -92,18 +93,21 @@ def partial_margin_softmax(
         loss_i = log(sum over j in S of exp z_ij) - z_iy
         z_ij = s * c_ij  for j != y_i,    z_iy = s * psi(c_iy)  with psi the margin
 
-    This is the loss of UNICOM (arXiv:2304.05884); with all dimensions that of PartialFC
+    A sample may have several positives; then `multi_label` says what its loss is. This is the loss of UNICOM (arXiv:2304.05884); with all dimensions that of PartialFC
     (arXiv:2203.15565); with all classes too that of ArcFace (arXiv:1801.07698). The B x |S| logits
     are never stored: memory is that of the packed prototypes (|S| * |G| values) and a bounded
     workspace.
 
     Args:
         embeddings: [B, d], float32, bfloat16, float16 or float64; any strides. B may be 0.
-        labels: [B] int32 or int64, class ids in [0, C) or `ignore_index`.
+        labels: int32 or int64, class ids in [0, C) or `ignore_index`: [B], or for several positives
+            of each sample [B, P], rows filled up with `ignore_index`, or a pair (ids, offsets) in
+            which sample i has ``ids[offsets[i]:offsets[i + 1]]``. A class that stands twice in a
+            row counts once; a sample without a label that counts has no loss.
         prototypes: [C, d], floating point as above. If either matrix is float64 all arithmetic is
             done in float64.
-        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B],
-            which get a gradient where they require one.
+        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B]
+            (or [B, P] like labels), which get a gradient where they require one.
         scale: s > 0, the inverse temperature.
         class_index: int64, sorted unique class ids that contain every label, or None for all.
         feature_index: int64, sorted unique dimensions, at least one, or None for all.
@@ -158,6 +162,7 @@ def partial_margin_softmax(
         )
     else:
         options = LossOptions(margin, scale, **keywords)
+        labels = dense(labels, options.ignore_index)
         check_call(embeddings, labels, prototypes, options, class_index, feature_index)
         selected = select(
             labels,
@@ -184,8 +189,8 @@ def call_loss(
         slot,
         prototypes,
         *of_classes,
-        *options.per_sample(),
+        *options.of_each(slot),
         *options.packed(prototypes.device, wants_pass),
     )
-    top1 = (slot >= 0) & (target_cosine >= largest_negative)
+    top1 = is_top1(slot >= 0, target_cosine, largest_negative)
     return loss, Metrics(sample_loss, target_cosine, largest_negative, top1)

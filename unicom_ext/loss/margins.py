@@ -25,8 +25,9 @@ class CombinedMargin:
 
     m1: factor on the angle, > 0, one number for all samples.
     m2: added to the angle, in radians. A number, or a floating point tensor [B] with one value
-        per sample, as AdaFace (arXiv:2204.00964) and ElasticFace (arXiv:2109.09416) need.
-    m3: subtracted from the cosine. A number or a tensor [B].
+        per sample, as AdaFace (arXiv:2204.00964) and ElasticFace (arXiv:2109.09416) need; or, with
+        labels [B, P], a tensor [B, P] with one for each positive.
+    m3: subtracted from the cosine. A number or such a tensor.
 
     A tensor that requires a gradient gets the derivative of the loss, whatever `margin_grad` is:
     margins may be learned, or be made of the embeddings (MagFace, arXiv:2103.06627). Two margins
@@ -126,12 +127,12 @@ def _number(name: str, value: object, allowed: str) -> float:
 
 
 def _number_or_per_sample(name: str, value: object) -> float | Tensor:
-    allowed = "a finite number or a floating point tensor [B], one value per sample"
+    allowed = "a finite number or a floating point tensor [B] or [B, P]"
     if not isinstance(value, Tensor):
         return _number(name, value, allowed)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be {allowed}, got a tensor of {value.dtype}")
-    if value.dim() != 1:
+    if value.dim() not in (1, 2):
         raise ValueError(f"{name} must be {allowed}, got a tensor of shape {list(value.shape)}")
     return value
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unicom_ext.loss import checks, recomputation
 from unicom_ext.loss.functional import call_loss
+from unicom_ext.loss.labels import Labels, dense
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
 from unicom_ext.loss.owner import PrototypeOwner
@@ -208,7 +209,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Tensor,
+        labels: Labels,
         step: int | Tensor | None = None,
         margin: CombinedMargin | None = None,
     ) -> Tensor:
@@ -216,11 +217,16 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
 
         Args:
             embeddings: [B, d] floating point.
-            labels: [B] int32 or int64, in [0, C) or `ignore_index`.
+            labels: int32 or int64, in [0, C) or `ignore_index`: [B], or for several positives of
+                each sample [B, P], rows filled up with `ignore_index`, or a pair (ids, offsets) in
+                which sample i has ``ids[offsets[i]:offsets[i + 1]]``. All of them are among the
+                classes that are drawn. `multi_label` says what the loss of a sample is; a class
+                that stands twice in its row counts once.
             step: draw the selections of this step, and do not advance the module's own. An int, or
                 an int64 scalar tensor. Ignored in `eval()` mode.
             margin: instead of the module's, for margins that change from batch to batch; m2 and m3
-                may be per-sample tensors [B], which get a gradient where they require one.
+                may be per-sample tensors [B] (or [B, P] like labels), which get a gradient where
+                they require one.
 
         Returns:
             The loss: a scalar, or [B] for ``reduction="none"``.
@@ -238,11 +244,12 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         if options.sparse_grad and not self.weight.is_leaf:
             # A function of the parameters, such as weight_norm's: not all take a sparse gradient.
             options = replace(options, sparse_grad=False)
-        if margin is not None:
-            try:
+        try:
+            labels = dense(labels, options.ignore_index)
+            if margin is not None:
                 options = replace(options, margin=margin)
-            except TypeError as error:
-                failure = error
+        except (TypeError, ValueError) as error:
+            failure = error
         compiling = torch.compiler.is_compiling()
         repeated = not compiling and counter.in_backward()
         sampling = Sampling(
@@ -344,13 +351,13 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
     @property
     def last_metrics(self) -> Metrics | None:
         """Per-sample loss, target cosine, largest negative cosine and top-1 among the sampled
-        classes of the last forward pass, each [B], without gradient; None before the first. With a
+        classes of the last forward pass, without gradient; None before the first. With a
         process group: of this rank's samples; see `want_metrics`."""
         return self._metrics
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "options" not in state:  # pickled whole when every option was an attribute of its own
-            options = {f.name: state.pop(f.name) for f in fields(LossOptions)}
+            options = {f.name: state.pop(f.name) for f in fields(LossOptions) if f.name in state}
             state["options"] = LossOptions(**options)
         for name in ("sample_rate", "feature_rate"):  # which were plain attributes too
             if name in state:

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.ops import library
-from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes, Reals
+from unicom_ext.ops.codes import MULTI_LABEL, PRECISION, REDUCTION, Codes, Reals
 from unicom_ext.ops.transforms import transforming
 
 MarginGrad = Literal["straight_through", "exact"]
 BeyondPi = Literal["keep", "linear"]
 Precision = Literal["auto", "fp32", "fp16", "bf16"]
 Reduction = Literal["mean", "sum", "none"]
+MultiLabel = Literal["average", "separate"]
 
 # Enough for the cosines of 4096 samples with 16,000 classes.
 DEFAULT_WORKSPACE_BYTES = 256 << 20
@@ -46,6 +47,7 @@ class LossKwargs(TypedDict, total=False):
     interclass_filter: float | None
     margin_grad: MarginGrad
     beyond_pi: BeyondPi
+    multi_label: MultiLabel
     precision: Precision
     reduction: Reduction
     ignore_index: int
@@ -61,7 +63,8 @@ class LossOptions:
     """Everything about the loss that is not a tensor of the batch; good once it is made.
 
     Args:
-        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B].
+        margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B],
+            or tensors [B, P] like labels with several positives.
         scale: s > 0, the inverse temperature.
         interclass_filter: a negative cosine above this counts as 0 and gets no gradient (UNICOM's
             and PartialFC's filter for conflicting classes); None for no filter.
@@ -69,6 +72,11 @@ class LossOptions:
             ``"exact"`` is the true derivative, bounded near |c| = 1.
         beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
             continuation, so that psi stays monotone.
+        multi_label: what becomes of the positives of a sample, of which labels [B, P] may name
+            several. ``"average"`` is the mean of their cross entropies, each against the negatives
+            alone; with one positive it is the softmax cross entropy. ``"separate"`` is MLCD's loss
+            (An et al., arXiv:2407.17331, eq. 5), log(1 + sum over negatives of exp z) +
+            log(1 + sum over positives of exp -z).
         precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
             ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
             On CPUs ``"fp16"`` is computed as fp32.
@@ -105,6 +113,7 @@ class LossOptions:
     interclass_filter: float | None = None
     margin_grad: MarginGrad = "straight_through"
     beyond_pi: BeyondPi = "keep"
+    multi_label: MultiLabel = "average"
     precision: Precision = "auto"
     reduction: Reduction = "mean"
     ignore_index: int = -100
@@ -171,12 +180,13 @@ class LossOptions:
         """The same for options that are `same_on_every_rank`."""
         return zlib.crc32(repr(self.same_on_every_rank()).encode())
 
-    def per_sample(self) -> tuple[Tensor | None, Tensor | None]:
-        """m2 and m3 where there is one for each sample, [B] float64, as the operators take them.
+    def of_each(self, labels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """m2 and m3 where they are tensors: float64 of the labels' shape, as the operators take
+        them.
 
         A gradient goes back to those that were given.
         """
-        return _per_sample(self.margin.m2), _per_sample(self.margin.m3)
+        return _of_each(self.margin.m2, labels), _of_each(self.margin.m3, labels)
 
     def packed(self, device: torch.device, wants_grad: bool) -> tuple[list[float], list[int]]:
         """`Reals` and `Codes`, the lists that the operators take.
@@ -198,6 +208,7 @@ class LossOptions:
             self.beyond_pi == "linear",
             PRECISION[self._resolved_precision(device.type)],
             REDUCTION[self.reduction],
+            MULTI_LABEL[self.multi_label],
             self.workspace_bytes if wants_grad else 0,
             # Transforms have hardly a rule for sparse tensors.
             self.sparse_grad and not transforming(),
@@ -244,6 +255,7 @@ class OptionAttributes:
     interclass_filter = _Option[float | None]()
     margin_grad = _Option[MarginGrad]()
     beyond_pi = _Option[BeyondPi]()
+    multi_label = _Option[MultiLabel]()
     precision = _Option[Precision]()
     reduction = _Option[Reduction]()
     ignore_index = _Option[int]()
@@ -280,5 +292,10 @@ def kind(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _per_sample(m: float | Tensor) -> Tensor | None:
-    return m.to(torch.float64).contiguous() if isinstance(m, Tensor) else None
+def _of_each(m: float | Tensor, labels: Tensor) -> Tensor | None:
+    if not isinstance(m, Tensor):
+        return None
+    m = m.to(torch.float64)
+    if m.dim() < labels.dim():
+        m = m[:, None].expand(labels.shape)
+    return m.contiguous()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unicom_ext.loss import checks
+from unicom_ext.loss.labels import Labels, dense, place
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, refuse_unknown
 from unicom_ext.loss.results import Metrics
@@ -24,7 +25,7 @@ __all__ = ["Metrics", "partial_margin_softmax"]
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -40,7 +41,7 @@ def partial_margin_softmax(
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -56,7 +57,7 @@ def partial_margin_softmax(
 @overload
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -71,7 +72,7 @@ def partial_margin_softmax(
 
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
@@ -90,7 +91,13 @@ def partial_margin_softmax(
         loss_i = log(sum over j in S of exp z_ij) - z_iy
         z_ij = s * c_ij  for j != y_i,    z_iy = s * psi(c_iy)  with psi the margin
 
-    embeddings: [B, d].  labels: [B] int32 or int64, global class ids or ``ignore_index``.
+    With several positives P_i of a sample, and its negatives N_i the other classes of S::
+
+        loss_i = mean over p of log(exp z_ip + sum over j in N_i of exp z_ij) - z_ip      "average"
+        loss_i = log(1 + sum over N_i of exp z_ij) + log(1 + sum over P_i of exp -z_ip)  "separate"
+
+    embeddings: [B, d].  labels: int32 or int64, global class ids or ``ignore_index``: [B], [B, P],
+    or a pair (ids, offsets).
     prototypes: [C, d].  class_index, feature_index: sorted unique int64 ids, or None for all;
     class_index holds every label.  The keywords are those of `unicom_ext.loss.options.LossOptions`,
     the result is that of `unicom_ext.functional.partial_margin_softmax`.
@@ -109,6 +116,7 @@ def partial_margin_softmax(
         raise NotImplementedError("process_group must be None: the reference runs in one process")
     refuse_unknown("partial_margin_softmax", keywords)
     options = LossOptions(margin, scale, **keywords)
+    labels = dense(labels, options.ignore_index)
     checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
     if options.check_inputs:
         checks.check_finite(embeddings)
@@ -118,8 +126,12 @@ def partial_margin_softmax(
         if len(feature_index) == 0:
             raise ValueError("feature_index must hold at least one dimension, got none")
 
+    shape, positives = labels.shape, _matrix(labels).long()  # [B, P]
+    counts = positives != options.ignore_index
+    for p in range(1, positives.shape[1]):  # a class that stands in its row before counts there
+        counts[:, p] &= (positives[:, :p] != positives[:, p : p + 1]).all(dim=1)
     # [B']: what an ignored row holds, NaN included, must not reach the others.
-    kept = labels != options.ignore_index
+    kept = counts.any(dim=1)
     dtype = torch.promote_types(embeddings.dtype, prototypes.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     if class_index is None:
@@ -132,24 +144,38 @@ def partial_margin_softmax(
             x, w = x[:, feature_index], w[:, feature_index]
         cosine = _unit(x) @ _unit(w).T  # [B', |S|]
 
-        is_target = class_index == labels[kept, None]  # [B', |S|], one True per row
-        target_cosine = cosine[is_target]  # [B']
-        m2, m3 = (_per_sample(m, kept, target_cosine) for m in (margin.m2, margin.m3))
-        psi = _margin(target_cosine, m2, m3, options)
-        target_logit = scale * psi
+        # Labels that do not count stand for any class here, and are left out of all sums.
+        labels, counts = positives.where(counts, class_index[0])[kept], counts[kept]  # [B', P]
+        column = torch.searchsorted(class_index, labels)
+        target_cosine = cosine.gather(1, column)
+        m2, m3 = (_of_each(m, kept, counts, target_cosine) for m in (margin.m2, margin.m3))
+        target_logit = scale * _margin(target_cosine, m2, m3, options)
 
-        if len(class_index) > 1:
-            negative = cosine.masked_fill(is_target, -math.inf)
-            largest_negative = negative.detach().amax(dim=1)
-            if options.interclass_filter is not None:
-                negative = torch.where(negative > options.interclass_filter, 0.0, negative)
-            log_negatives = torch.logsumexp(scale * negative, dim=1)
+        is_positive = torch.zeros_like(cosine, dtype=torch.bool)  # [B', |S|]
+        row, position = counts.nonzero(as_tuple=True)
+        is_positive[row, column[row, position]] = True
+        has_negatives = ~is_positive.all(dim=1)
+        negative = cosine.masked_fill(is_positive, -math.inf)
+        largest_negative = negative.detach().amax(dim=1)
+        if options.interclass_filter is not None:
+            negative = torch.where(negative > options.interclass_filter, 0.0, negative)
+        # Rows without negatives go another way, as their logsumexp has no gradient.
+        negative = torch.where(has_negatives[:, None], scale * negative, 0.0)
+        log_negatives = torch.logsumexp(negative, dim=1)
+
+        def log1p_exp(x: Tensor) -> Tensor:
+            # Above the threshold softplus(t) is t; at 40 that is exact in float64 too.
+            return F.softplus(x, threshold=40)
+
+        if options.multi_label == "average":
+            # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0 altogether.
+            each = log1p_exp(log_negatives[:, None] - target_logit)
+            each = torch.where(counts & has_negatives[:, None], each, 0.0)
+            kept_loss = each.sum(dim=1) / counts.sum(dim=1)
         else:
-            largest_negative = log_negatives = torch.full_like(target_cosine, -math.inf)
-
-        # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0 altogether.
-        # Above the threshold softplus(t) is t; at 40 that is exact in float64 too.
-        kept_loss = F.softplus(log_negatives - target_logit, threshold=40)
+            missed = torch.logsumexp(torch.where(counts, -target_logit, -math.inf), dim=1)
+            pushed = torch.where(has_negatives, log1p_exp(log_negatives), 0.0)
+            kept_loss = pushed + log1p_exp(missed)
 
     loss = _spread(kept_loss, kept, 0.0)
     result = {
@@ -160,11 +186,14 @@ def partial_margin_softmax(
     if not return_metrics:
         return result
     target_cosine = target_cosine.detach()
+    top1 = (counts & (target_cosine >= largest_negative[:, None])).any(dim=1)
+    cosines = target_cosine.new_zeros(positives.shape)
+    cosines[kept] = target_cosine.masked_fill(~counts, 0.0)
     return result, Metrics(
         loss=loss.detach(),
-        target_cosine=_spread(target_cosine, kept, 0.0),
+        target_cosine=cosines.reshape(shape),
         largest_negative=_spread(largest_negative, kept, -math.inf),
-        top1=_spread(target_cosine >= largest_negative, kept, False),
+        top1=_spread(top1, kept, False),
     )
 
 
@@ -180,7 +209,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _margin(cosine: Tensor, m2: Tensor, m3: Tensor, options: LossOptions) -> Tensor:
-    """psi(cosine) [B'], with the chosen derivative."""
+    """psi(cosine) [B', P], with the chosen derivative."""
     m1 = options.margin.m1
     c = cosine.detach().clamp(-1, 1)
     theta = torch.arccos(c)
@@ -199,9 +228,16 @@ def _margin(cosine: Tensor, m2: Tensor, m3: Tensor, options: LossOptions) -> Ten
     return psi + slope * (cosine - cosine.detach())
 
 
-def _per_sample(m: float | Tensor, kept: Tensor, like: Tensor) -> Tensor:
-    """m2 or m3 for the kept samples, [B'] or a scalar tensor, of the arithmetic's dtype."""
-    return m[kept].to(like) if isinstance(m, Tensor) else like.new_tensor(m)
+def _of_each(m: float | Tensor, kept: Tensor, counts: Tensor, like: Tensor) -> Tensor:
+    """m2 or m3 of the kept samples, [B', P] or a scalar, of the arithmetic's dtype."""
+    if not isinstance(m, Tensor):
+        return like.new_tensor(m)
+    return torch.where(counts, _matrix(m)[kept].to(like), 0.0)
+
+
+def _matrix(each: Tensor) -> Tensor:
+    """[B, P] of what is [B, P], or [B]."""
+    return each if each.dim() == 2 else each[:, None]
 
 
 def _spread(values: Tensor, kept: Tensor, fill: float | bool) -> Tensor:
@@ -222,9 +258,10 @@ def _check_values(
 
 def _check_labels(labels: Tensor, bad: Tensor, allowed: str) -> None:
     if bad.any():
-        position = int(bad.nonzero()[0])
+        position = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"labels must be {allowed}, got {int(labels[position])} at position {position}"
+            f"labels must be {allowed}, got {int(labels.flatten()[position])} at position "
+            f"{place(labels, position)}"
         )
 
 

@@ -11,10 +11,17 @@ class Metrics(NamedTuple):
     """Per-sample figures of one call, without gradient; B samples, ignored ones included."""
 
     loss: Tensor  # [B], 0 where ignored
-    target_cosine: Tensor  # [B], before the margin, 0 where ignored
+    target_cosine: Tensor  # like labels, before the margin, 0 where ignored or repeated
     # With a process group the next two are there if they were asked for, and else None.
-    largest_negative: Tensor  # [B], largest cosine of another class in S, before the filter
-    top1: Tensor  # [B] bool, target_cosine >= largest_negative, False where ignored
+    largest_negative: Tensor  # [B], largest cosine of a negative in S, before the filter
+    top1: Tensor  # [B] bool, some target_cosine >= largest_negative, False where ignored
+
+
+def is_top1(counts: Tensor, target_cosine: Tensor, largest_negative: Tensor) -> Tensor:
+    """`Metrics.top1`.  counts: bool like labels, False for those that do not count."""
+    if counts.dim() == 1:
+        return counts & (target_cosine >= largest_negative)
+    return (counts & (target_cosine >= largest_negative[:, None])).any(dim=1)
 
 
 class Selection(NamedTuple):

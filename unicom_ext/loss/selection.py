@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from unicom_ext.loss.labels import once_each
 from unicom_ext.ops import library
 
 
@@ -34,7 +35,7 @@ class Sampling(NamedTuple):
 class Selected(NamedTuple):
     """What takes part, in the order in which the operators take it."""
 
-    slot: Tensor  # [B] int64, each label's position in class_index; -1 ignored, -2 elsewhere
+    slot: Tensor  # int64 like labels: positions in class_index; -1 ignored or repeated, -2 elsewhere
     class_index: Tensor | None  # [bound] int64, sorted; None for all
     num_valid: Tensor | None  # of class_index, int64 scalar; None for all
     feature_index: Tensor | None  # [d'] int64, sorted; None for all
@@ -54,7 +55,7 @@ def select(
     """What is drawn, or else what is given, or else everything.
 
     Args:
-        labels: [B] int32 or int64, of all ranks.
+        labels: [B] or [B, P] int32 or int64, of all ranks.
         sampling: whether classes and dimensions are drawn.
         ignore_index: the label of samples without loss.
         step: int64 scalar tensor, for which they are drawn.
@@ -67,6 +68,8 @@ def select(
         ValueError: a label is no class or not in `class_index`.
     """
     num_valid = None
+    if labels.dim() == 2:
+        labels = once_each(labels, ignore_index)
     owned = start, sampling.num_classes if stop is None else stop
     if sampling.draws_classes:
         class_index, num_valid, slot = library.ops.select_classes(

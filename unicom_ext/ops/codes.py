@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 REDUCTION = {"none": 0, "mean": 1, "sum": 2}
+MULTI_LABEL = {"average": 0, "separate": 1}
 PRECISION = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 
@@ -15,8 +16,8 @@ class Reals(NamedTuple):
     """The list ``reals``, float[]."""
 
     m1: float
-    m2: float  # 0 where there is one for each sample
-    m3: float  # 0 where there is one for each sample
+    m2: float  # 0 where each positive has its own
+    m3: float  # 0 where each positive has its own
     scale: float
     filter: float  # infinity for none
 
@@ -28,5 +29,6 @@ class Codes(NamedTuple):
     linear_beyond_pi: int
     precision: int  # of PRECISION
     reduction: int  # of REDUCTION
+    multi_label: int  # of MULTI_LABEL
     workspace_bytes: int
     sparse_grad: int

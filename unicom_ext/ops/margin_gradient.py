@@ -15,7 +15,9 @@ from unicom_ext.ops.codes import REDUCTION, Codes, Reals
 
 MARGINS = slice(6, 8)  # m2 and m3 among the inputs of the loss operators
 _IGNORED, _INVALID = -1, -3  # slots, in csrc/core/sampler.h
-_COSINE, _MISS = 1, 3  # columns of SampleState in csrc/core/target.h
+# States in csrc/core/target.h: these of a sample, and then of each of its positives
+_OF_SAMPLE, _OF_POSITIVE = 4, 3
+_COSINE, _PULL = 0, 2  # of a positive
 
 
 def learned_margins(
@@ -38,38 +40,52 @@ def margin_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of those of m2 and m3 that are given.
 
-    The target's logit is s psi and the loss falls by 1 - p for each unit of it, so the gradient of
-    a margin m is -s (1 - p) dpsi/dm.
+    A positive's logit is s psi and the loss falls by its pull for each unit of it, so the gradient
+    of its margin m is -s pull dpsi/dm.
 
     Args:
         grad_loss: upstream, [b] for reduction "none", else a scalar.
-        slot: [B] int64, of the samples that the loss is a mean of.
-        state: [B, 6] float64, as forward left it.
-        m2, m3: [b] float64.
+        slot: [B] or [B, P] int64, of the samples that the loss is a mean of.
+        state: [B, 4 + 3 P] float64, as forward left it.
+        m2, m3: [b] or [b, P] float64.
         reals, codes: the options, as the operators take them.
         own: the b samples among them whose margins these are.
 
     Returns:
-        [b] float64 each, exactly 0 for samples without part in the loss.
+        float64 of the margins' shape each, exactly 0 for positives without part in the loss.
     """
     real, code = Reals(*reals), Codes(*codes)
     upstream = grad_loss.to(torch.float64)
     if code.reduction == REDUCTION["mean"]:
-        counted = (slot != _IGNORED) & (slot != _INVALID)
-        upstream = upstream / counted.sum().clamp(min=1)
-    miss = state[own, _MISS]
+        upstream = upstream / counted(slot).sum().clamp(min=1)
+    positive = state[own, _OF_SAMPLE:].unflatten(1, (-1, _OF_POSITIVE))  # [b, P, 3]
+    shape = next(m.shape for m in (m2, m3) if m is not None)
+    if len(shape) == 1:
+        positive = positive[:, 0]
+    else:  # where other ranks have more labels, P is theirs
+        positive = positive[:, : shape[1]]
+        upstream = upstream[:, None] if upstream.dim() == 1 else upstream
+    pull = positive[..., _PULL]
     # A product would let through what such a sample's margin or upstream gradient holds, NaN too.
-    silent = miss == 0
-    to_m3 = (real.scale * miss * upstream).masked_fill(silent, 0.0)
+    silent = pull == 0
+    to_m3 = (real.scale * pull * upstream).masked_fill(silent, 0.0)
     to_m2 = None
     if m2 is not None:
-        falling = _falling(state[own, _COSINE], real.m1, m2, bool(code.linear_beyond_pi))
+        falling = _falling(positive[..., _COSINE], real.m1, m2, bool(code.linear_beyond_pi))
         to_m2 = (to_m3 * falling).masked_fill(silent, 0.0)
     return to_m2, None if m3 is None else to_m3
 
 
+def counted(slot: Tensor) -> Tensor:
+    """Which samples take part in the loss, [B] bool.  slot: [B] or [B, P]"""
+    takes_part = (slot != _IGNORED) & (slot != _INVALID)
+    if slot.dim() == 1:
+        return takes_part
+    return takes_part.any(dim=1) & (slot != _INVALID).all(dim=1)
+
+
 def _falling(cosine: Tensor, m1: float, m2: Tensor, linear: bool) -> Tensor:
-    """-dpsi/dm2 [b]: how fast psi falls as m2 grows.  `evaluate_margin` in csrc/core/margin.h."""
+    """-dpsi/dm2: how fast psi falls as m2 grows.  `evaluate_margin` in csrc/core/margin.h."""
     theta = torch.acos(cosine.clamp(-1, 1))
     falling = torch.sin(m1 * theta + m2)
     if not linear:

@@ -36,6 +36,15 @@ def _smaller(a: int, b: int) -> int:
     return smaller
 
 
+def _width(slot: Tensor) -> int:
+    return slot.shape[1] if slot.dim() == 2 else 1
+
+
+def state_size(slot: Tensor) -> int:
+    """Numbers that forward leaves of each sample: `state_size` in csrc/core/target.h."""
+    return 4 + 3 * _width(slot)
+
+
 def _packed_bytes(num_sampled: int, dim: int, bytes_per_value: int, device_type: str) -> int:
     cuda = device_type == "cuda"
     classes = _round_up(num_sampled, _CUDA_CLASSES if cuda else _LANES)
@@ -76,17 +85,16 @@ def _(
     start: int,
     stop: int,
 ) -> tuple[Tensor, ...]:
-    batch = labels.shape[0]
     # selection_bound in csrc/core/sampler.h
     covered = min((stop + 255) // 256 * 256, num_classes) - start // 256 * 256
     whole = covered == num_classes
     quota = num_sampled if whole else num_sampled * covered // num_classes + 1
-    bound = _smaller(stop - start, quota + _smaller(batch, covered))
+    bound = _smaller(stop - start, quota + _smaller(labels.numel(), covered))
     new = labels.new_empty
     return (
         new((bound,), dtype=torch.int64),
         new((), dtype=torch.int64),
-        new((batch,), dtype=torch.int64),
+        new(labels.shape, dtype=torch.int64),
     )
 
 
@@ -152,9 +160,9 @@ def _(
     return (
         new((batch,) if code.reduction == REDUCTION["none"] else (), dtype=real),
         new((batch,), dtype=real),
+        new(slot.shape, dtype=real),
         new((batch,), dtype=real),
-        new((batch,), dtype=real),
-        new((batch, 6), dtype=torch.float64),
+        new((batch, state_size(slot)), dtype=torch.float64),
         new((packed,), dtype=torch.uint8),
         new((kept,), dtype=torch.uint8),
     )
@@ -176,7 +184,7 @@ def _(
     packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, Codes(*codes))
     new = embeddings.new_empty
     return (
-        new((batch, 2), dtype=torch.float64),
+        new((batch, 1 + _width(slot)), dtype=torch.float64),
         *(new((batch,), dtype=torch.float64) for _ in range(3)),
         new((packed,), dtype=torch.uint8),
         new((kept,), dtype=torch.uint8),
@@ -195,7 +203,7 @@ def _(
     codes: list[int],
 ) -> tuple[Tensor, Tensor]:
     batch = slot.shape[0]
-    return sums.new_empty((batch,)), sums.new_empty((batch, 6))
+    return sums.new_empty((batch,)), sums.new_empty((batch, state_size(slot)))
 
 
 @_of("loss_backward")

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <exception>
 #include <initializer_list>
+#include <string>
 #include <tuple>
 
 #include "../../cpu/host/buffers.h"
@@ -75,9 +76,9 @@ class Backend {
       check(p.class_index[j] >= 0 && p.class_index[j] < p.num_classes,
             "class_index must be in [0, ", p.num_classes, "), got ", p.class_index[j],
             " at position ", j);
-    for (int64_t i = 0; i < p.batch; ++i)
-      check(p.slot[i] < sampled, "slot must be below ", sampled, ", got ", p.slot[i],
-            " at position ", i);
+    for (int64_t i = 0; i < p.batch * p.positives.width; ++i)
+      check(p.positives.slots[i] < sampled, "slot must be below ", sampled, ", got ",
+            p.positives.slots[i], " at position ", i);
     const int64_t* columns = p.embeddings.columns;
     for (int64_t k = 0; k < p.embeddings.dim && columns != nullptr; ++k)
       check(columns[k] >= 0 && columns[k] < p.dim && (k == 0 || columns[k - 1] < columns[k]),
@@ -130,7 +131,7 @@ class Backend {
     const int64_t bad = find_bad_label(labels);
     if (bad >= 0)
       check(false, "labels must be in [0, ", labels.num_classes, ") or ignore_index (",
-            labels.ignore_index, "), got ", label_at(labels, bad), " at position ", bad);
+            labels.ignore_index, "), got ", label_at(labels, bad), " at position ", position(labels, bad));
   }
   static void check_sorted(const SlotSearch& a) {
     const int64_t start = a.labels.start, stop = a.labels.stop;
@@ -146,7 +147,7 @@ class Backend {
     const int64_t bad = cpu::find_slots(a);
     if (bad >= 0)
       check(false, "class_index must hold every label, but ", label_at(a.labels, bad),
-            " at position ", bad, " of labels is not in it");
+            " at position ", position(a.labels, bad), " of labels is not in it");
   }
 
   // ---- the nearest centroid
@@ -185,6 +186,13 @@ class Backend {
  private:
   static int64_t label_at(const Labels& labels, int64_t position) {
     return with_labels(labels, [&](const auto* data) { return int64_t{data[position]}; });
+  }
+
+  // As a user finds it in labels [B], or [B, width].
+  static std::string position(const Labels& labels, int64_t flat) {
+    if (labels.width == 0) return std::to_string(flat);
+    return "[" + std::to_string(flat / labels.width) + ", " + std::to_string(flat % labels.width) +
+           "]";
   }
 
   static RowSgd checked(const SgdRows& rows, const int64_t* ids, int64_t count) {

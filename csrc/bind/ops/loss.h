@@ -43,7 +43,7 @@ struct LossOps {
       const int64_t batch = embeddings.size(0), dim = embeddings.size(1);
       check(prototypes.size(1) == dim, "prototypes must be [C, ", dim,
             "] like the embeddings, got [", prototypes.size(0), ", ", prototypes.size(1), "]");
-      check_vector(slot, "slot", batch, ScalarType::Long);
+      Options::check_slot(slot, batch);
       check_device(prototypes, embeddings, "prototypes");
       check_device(slot, embeddings, "slot");
       if (count) {
@@ -59,7 +59,7 @@ struct LossOps {
                  .class_index = class_index ? index_data(*class_index) : nullptr,
                  .count = count ? index_data(*count) : nullptr,
                  .bound = class_index ? class_index->numel() : prototypes.size(0),
-                 .slot = index_data(slot),
+                 .positives = Options::positives_of(slot),
                  .scale = options.scale,
                  .filter = options.filter,
                  .total_sampled = 0,
@@ -113,13 +113,14 @@ struct LossOps {
                     total_sampled);
     Backend on(call.embeddings);
     const int64_t batch = call.problem.batch;
-    Tensor sums = on.empty({batch, 2}, ScalarType::Double);
+    const int64_t width = call.problem.positives.width;
+    Tensor sums = on.empty({batch, 1 + width}, ScalarType::Double);
     Tensor exponent = on.empty({batch}, ScalarType::Double);
     Tensor largest = on.empty({batch}, ScalarType::Double);
     Tensor inverse_norm = on.empty({batch}, ScalarType::Double);
     SavedTensors out(on, call.problem);
     on.forward(call.problem,
-               shard_sums(sums, exponent, inverse_norm, largest.mutable_data_ptr<double>()),
+               shard_sums(sums, exponent, inverse_norm, largest.mutable_data_ptr<double>(), width),
                out.saved);
     on.finish();
     return {sums, exponent, largest, inverse_norm, out.packed, out.kept};
@@ -129,25 +130,21 @@ struct LossOps {
                                           Tensor slot, MaybeTensor m2, MaybeTensor m3,
                                           std::vector<double> reals, std::vector<int64_t> codes) {
     const Options options(reals, codes);
-    const int64_t batch = slot.numel();
-    check_vector(slot, "slot", batch, ScalarType::Long);
+    const int64_t batch = slot.size(0), width = Options::width_of(slot);
+    Options::check_slot(slot, batch);
     check_vector(exponent, "exponent", batch, ScalarType::Double);
     check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
-    check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 2 &&
+    check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 1 + width &&
               sums.scalar_type() == ScalarType::Double,
-          "sums must be Double of shape [", batch, ", 2]");
+          "sums must be Double of shape [", batch, ", ", 1 + width, "]");
     for (Tensor* t : {&sums, &exponent, &inverse_norm, &slot}) *t = torch::stable::contiguous(*t);
-    const MarginOptions margin = options.margin_of(m2, m3, batch);
     Backend on(sums);
     Tensor loss = on.empty({batch}, ScalarType::Double);
-    Tensor state = on.empty({batch, kSampleStateSize}, ScalarType::Double);
-    on.join_targets({.margin = margin,
-                     .scale = options.scale,
+    Tensor state = on.empty({batch, state_size(width)}, ScalarType::Double);
+    on.join_targets({.of = options.sample_loss(m2, m3, slot, state),
                      .batch = batch,
-                     .slot = index_data(slot),
-                     .sums = shard_sums(sums, exponent, inverse_norm, nullptr),
-                     .loss = loss.mutable_data_ptr<double>(),
-                     .state = state_data(state)});
+                     .sums = shard_sums(sums, exponent, inverse_norm, nullptr, width),
+                     .loss = loss.mutable_data_ptr<double>()});
     on.finish();
     return {loss, state};
   }
@@ -158,39 +155,32 @@ struct LossOps {
       std::vector<int64_t> codes) {
     const Call call(embeddings, slot, prototypes, class_index, count, feature_index, reals, codes);
     const Problem& p = call.problem;
-    const int64_t batch = p.batch;
-    const MarginOptions margin = call.options.margin_of(m2, m3, batch);
+    const int64_t batch = p.batch, width = p.positives.width;
     const Reduction reduction = call.options.reduction;
     Backend on(call.embeddings);
     Tensor loss =
         reduction == Reduction::kNone ? on.empty({batch}, call.real()) : on.empty({}, call.real());
     Tensor sample_loss = on.empty({batch}, call.real());
-    Tensor target_cosine = on.empty({batch}, call.real());
+    Tensor target_cosine = call.slot.dim() == 2 ? on.empty({batch, width}, call.real())
+                                                : on.empty({batch}, call.real());
     Tensor largest = on.empty({batch}, call.real());
-    Tensor state = on.empty({batch, kSampleStateSize}, ScalarType::Double);
+    Tensor state = on.empty({batch, state_size(width)}, ScalarType::Double);
+    const SampleLoss sample = call.options.sample_loss(m2, m3, call.slot, state);
     SavedTensors out(on, p);
-    const auto scratch = on.doubles(6 * batch);
+    const auto scratch = on.doubles((5 + width) * batch);
     double* const values = scratch.get();
-    double* const losses = values + 5 * batch;
-    const ShardSums sums{.sum = values,
-                         .exponent = values + batch,
-                         .target_cosine = values + 2 * batch,
-                         .inverse_norm = values + 3 * batch,
-                         .largest_negative = values + 4 * batch,
-                         .stride = 1};
+    double* const losses = values + 3 * batch;
+    const ShardSums sums{.sums = values + 4 * batch,
+                         .exponent = values,
+                         .inverse_norm = values + batch,
+                         .largest_negative = values + 2 * batch,
+                         .width = width};
     on.forward(p, sums, out.saved);
-    on.join_targets({.margin = margin,
-                     .scale = p.scale,
-                     .batch = batch,
-                     .slot = p.slot,
-                     .sums = sums,
-                     .loss = losses,
-                     .state = state_data(state)});
+    on.join_targets({.of = sample, .batch = batch, .sums = sums, .loss = losses});
     on.write_results({.batch = batch,
-                      .slot = p.slot,
+                      .positives = p.positives,
                       .sample_loss = losses,
-                      .target_cosine = sums.target_cosine,
-                      .largest_negative = sums.largest_negative,
+                      .sums = sums,
                       .reduction = reduction,
                       .loss = loss.mutable_data_ptr(),
                       .sample_loss_out = sample_loss.mutable_data_ptr(),
@@ -264,7 +254,7 @@ struct LossOps {
       const Problem& p = call.problem;
       const Reduction reduction = call.options.reduction;
       check(packed.numel() == Backend::packed_bytes(p) && kept.numel() == Backend::kept_bytes(p) &&
-                state.numel() == p.batch * kSampleStateSize,
+                state.numel() == p.batch * state_size(p.positives.width),
             "state, packed and kept must come from the forward call with the same arguments");
       check(grad_loss.numel() == (reduction == Reduction::kNone ? p.batch : 1),
             "grad_loss must match the loss, got ", grad_loss.numel(), " values");
@@ -274,7 +264,7 @@ struct LossOps {
       check_device(grad_loss, call.embeddings, "grad_loss");
       gradients = {.grad_loss = grad_loss.const_data_ptr(),
                    .reduction = reduction,
-                   .state = static_cast<const SampleState*>(state.const_data_ptr()),
+                   .states = Options::states_of(state, call.slot),
                    .packed = packed.const_data_ptr(),
                    .kept = kept.const_data_ptr(),
                    .embeddings = nullptr,
@@ -313,20 +303,14 @@ struct LossOps {
     return g.embeddings;
   }
 
-  // Sums and target cosines are the columns of one matrix, which ranks add up in one message.
+  // Sums and cosines are the columns of one matrix, which ranks add up in one message.
   static ShardSums shard_sums(Tensor& sums, Tensor& exponent, Tensor& inverse_norm,
-                              double* largest_negative) {
-    double* const pairs = sums.mutable_data_ptr<double>();
-    return {.sum = pairs,
+                              double* largest_negative, int64_t width) {
+    return {.sums = sums.mutable_data_ptr<double>(),
             .exponent = exponent.mutable_data_ptr<double>(),
-            .target_cosine = pairs + 1,
             .inverse_norm = inverse_norm.mutable_data_ptr<double>(),
             .largest_negative = largest_negative,
-            .stride = 2};
-  }
-
-  static SampleState* state_data(Tensor& state) {
-    return static_cast<SampleState*>(state.mutable_data_ptr());
+            .width = width};
   }
 };
 

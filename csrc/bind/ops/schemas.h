@@ -5,8 +5,9 @@ namespace unicom {
 
 // What the loss is asked for, in two lists (Options in options.h):
 //   reals = [m1, m2, m3 (0 where per sample), scale, filter (inf: none)]
-//   codes = [exact_margin_grad, linear_beyond_pi, precision, reduction, workspace_bytes,
-//   sparse_grad]
+//   codes = [exact_margin_grad, linear_beyond_pi, precision, reduction, multi_label,
+//   workspace_bytes, sparse_grad]
+// slot is [B], or [B, P] for samples with several positives; what is told of each positive is like it.
 inline constexpr const char* kLossSchemas[] = {
     "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
     "Tensor? feature_index, Tensor? m2, Tensor? m3, float[] reals, int[] codes) -> (Tensor loss, "

@@ -34,7 +34,7 @@ struct SelectionOps {
     Backend on(labels);
     Tensor class_index = on.empty({bound}, ScalarType::Long);
     Tensor count = on.empty({}, ScalarType::Long);
-    Tensor slot = on.empty({batch}, ScalarType::Long);
+    Tensor slot = like_labels(on, labels);
     on.select_classes({.labels = described,
                        .count = num_sampled,
                        .seed = seed,
@@ -84,7 +84,7 @@ struct SelectionOps {
     Backend::check_sorted(search);
     Backend::check_labels(search.labels);
     Backend on(labels);
-    Tensor slot = on.empty({labels.numel()}, ScalarType::Long);
+    Tensor slot = like_labels(on, labels);
     search.slot = slot.mutable_data_ptr<int64_t>();
     on.find_slots(search);
     on.finish();
@@ -94,7 +94,8 @@ struct SelectionOps {
  private:
   static Labels labels_of(const Tensor& labels, int64_t num_classes, int64_t ignore_index,
                           int64_t start, int64_t stop) {
-    check(labels.dim() == 1, "labels must be a vector, got ", labels.dim(), " dimensions");
+    check(labels.dim() == 1 || labels.dim() == 2, "labels must be [B] or [B, P], got ",
+          labels.dim(), " dimensions");
     const bool is_64_bit = labels.scalar_type() == ScalarType::Long;
     check(is_64_bit || labels.scalar_type() == ScalarType::Int,
           "labels must be int32 or int64, got ", torch::headeronly::toString(labels.scalar_type()));
@@ -105,11 +106,17 @@ struct SelectionOps {
           " and ", stop);
     return {.data = labels.const_data_ptr(),
             .is_64_bit = is_64_bit,
-            .batch = labels.numel(),
+            .count = labels.numel(),
+            .width = labels.dim() == 2 ? labels.size(1) : 0,
             .num_classes = num_classes,
             .ignore_index = ignore_index,
             .start = start,
             .stop = stop};
+  }
+
+  static Tensor like_labels(const Backend& on, const Tensor& labels) {
+    if (labels.dim() == 1) return on.empty({labels.size(0)}, ScalarType::Long);
+    return on.empty({labels.size(0), labels.size(1)}, ScalarType::Long);
   }
 
   static const int64_t* step_data(const Tensor& step) {

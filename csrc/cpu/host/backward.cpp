@@ -11,22 +11,50 @@ namespace unicom::cpu {
 
 namespace {
 
-// The target's part of the gradients of one sample, in double from the rows as they were given:
-// d loss / d cosine = -weight * scale * miss * slope, and d cosine / d x = (w^ - c x^) / |x|.
-// embedding and prototype [dim]: nullptr where not wanted.
+// The positives' part of the gradients of one sample, in double from the rows as they were given:
+// d loss / d cosine = -weight * scale * pull * slope, and d cosine / d x = (w^ - c x^) / |x|.
 template <class Real>
-void target_gradients(const Plan& p, const SampleState& state, double weight, int64_t i, double* x,
-                      double* w, Real* embedding, Real* prototype) {
-  const auto& k = kernels_for<double>();
-  const int64_t dim = p.embeddings.dim;
-  const double x_inverse = k.unit_row(p.embedding_rows, i, x, dim);
-  const double w_inverse = k.unit_row(p.prototype_rows, p.class_of(p.slot[i]), w, dim);
-  const double factor = -weight * p.scale * state.miss * state.slope;
-  for (int64_t d = 0; d < dim && embedding != nullptr; ++d)
-    embedding[d] = static_cast<Real>(factor * x_inverse * (w[d] - state.cosine * x[d]));
-  for (int64_t d = 0; d < dim && prototype != nullptr; ++d)
-    prototype[d] = static_cast<Real>(factor * w_inverse * (x[d] - state.cosine * w[d]));
-}
+class TargetGradients {
+ public:
+  TargetGradients(const Plan& p, const States& states)
+      : p_(p), states_(states), dim_(p.embeddings.dim), x_(dim_), w_(dim_), sum_(dim_) {}
+
+  // embedding [dim], prototypes [width][dim], of which those of other shards are left alone:
+  // nullptr where not wanted.
+  void operator()(int64_t i, double weight, Real* embedding, Real* prototypes) {
+    const auto& k = kernels_for<double>();
+    double x_inverse = 0;
+    bool found = false;
+    for (int64_t q = 0; q < p_.positives.width; ++q) {
+      const int64_t slot = p_.positives.of(i)[q];
+      if (slot < 0) continue;
+      if (!found) x_inverse = k.unit_row(p_.embedding_rows, i, x_.get(), dim_);
+      const double w_inverse = k.unit_row(p_.prototype_rows, p_.class_of(slot), w_.get(), dim_);
+      const PositiveState& state = states_.positive(i, q);
+      const double factor = -weight * p_.scale * state.pull * state.slope;
+      const double *x = x_.get(), *w = w_.get();
+      double* sum = sum_.get();
+      if (embedding != nullptr) {
+        for (int64_t d = 0; d < dim_; ++d) {
+          const double value = factor * x_inverse * (w[d] - state.cosine * x[d]);
+          sum[d] = found ? sum[d] + value : value;
+        }
+      }
+      for (int64_t d = 0; d < dim_ && prototypes != nullptr; ++d)
+        prototypes[q * dim_ + d] =
+            static_cast<Real>(factor * w_inverse * (x[d] - state.cosine * w[d]));
+      found = true;
+    }
+    for (int64_t d = 0; d < dim_ && embedding != nullptr; ++d)
+      embedding[d] = found ? static_cast<Real>(sum_.get()[d]) : Real(0);
+  }
+
+ private:
+  const Plan& p_;
+  const States& states_;
+  const int64_t dim_;
+  Buffer<double> x_, w_, sum_;
+};
 
 // Works through the sampled classes in runs. For each run, over all rows of the batch:
 //   1. the tile of probabilities, in the two layouts the products want;
@@ -66,7 +94,7 @@ class Backward {
         class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
         embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
         target_embedding_(want_embeddings() ? p.batch * s_.dim : 0),
-        target_prototype_(want_prototypes() ? p.batch * s_.dim : 0) {}
+        target_prototype_(want_prototypes() ? p.batch * p.positives.width * s_.dim : 0) {}
 
   void run() {
     prepare_rows();
@@ -102,10 +130,10 @@ class Backward {
   std::vector<double> upstream_weights() const {
     std::vector<double> weights(static_cast<size_t>(p_.batch), 0.0);
     const auto* grad = static_cast<const Real*>(g_.grad_loss);
-    const double factor = reduction_factor(g_.reduction, p_.slot, p_.batch);
+    const double factor = reduction_factor(g_.reduction, p_.positives, p_.batch);
     const bool each = g_.reduction == Reduction::kNone;
     for (int64_t i = 0; i < p_.batch; ++i)
-      if (p_.slot[i] != kIgnoredSlot)
+      if (p_.positives.count(i) > 0)
         weights[static_cast<size_t>(i)] = factor * static_cast<double>(grad[each ? i : 0]);
     return weights;
   }
@@ -117,23 +145,21 @@ class Backward {
     row_scale_.resize(static_cast<size_t>(s_.padded_rows), RowScale{0.0, largest});
     weight_.resize(static_cast<size_t>(s_.padded_rows), 0.0);
     for (int64_t i = 0; i < p_.batch; ++i) {
-      const SampleState& state = g_.state[i];
-      if (p_.slot[i] == kIgnoredSlot || state.factor == 0) continue;
+      const SampleState& state = g_.states.sample(i);
+      if (p_.positives.count(i) == 0 || state.factor == 0) continue;
       row_scale_[static_cast<size_t>(i)] = {state.factor, static_cast<int64_t>(state.exponent)};
-      weight_[static_cast<size_t>(i)] = upstream[static_cast<size_t>(i)] * p_.scale * state.miss;
+      weight_[static_cast<size_t>(i)] = upstream[static_cast<size_t>(i)] * p_.scale * state.push;
     }
     constexpr int64_t kSamplesPerItem = 16;  // targets: now, before prototypes are updated
     parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
-      Buffer<double> x(s_.dim), w(s_.dim);
+      TargetGradients<Real> gradients(p_, g_.states);
       const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
+      const int64_t width = p_.positives.width;
       for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
         Real* embedding = want_embeddings() ? target_embedding_.get() + i * s_.dim : nullptr;
-        Real* prototype = want_prototypes() ? target_prototype_.get() + i * s_.dim : nullptr;
-        if (p_.slot[i] >= 0)
-          target_gradients(p_, g_.state[i], upstream[static_cast<size_t>(i)], i, x.get(), w.get(),
-                           embedding, prototype);
-        else if (want_embeddings())
-          std::fill_n(embedding, s_.dim, Real(0));
+        Real* prototypes =
+            want_prototypes() ? target_prototype_.get() + i * width * s_.dim : nullptr;
+        gradients(i, upstream[static_cast<size_t>(i)], embedding, prototypes);
       }
     });
     if (want_prototypes()) {
@@ -142,21 +168,22 @@ class Backward {
         k_.pack_weighted(rows_.unit.get(), s_.height, weight_.data(), granule * kRows, kRows,
                          row_stride_ * kTile, weighted_.get());
       });
-      // Samples by slot, those of one class in batch order: the order of their sum.
-      by_slot_.resize(static_cast<size_t>(p_.batch));
+      // Positives by slot, those of one class in batch order: the order of their sum.
+      by_slot_.resize(static_cast<size_t>(p_.batch * p_.positives.width));
+      const int64_t* slots = p_.positives.slots;
       std::iota(by_slot_.begin(), by_slot_.end(), int64_t{0});
       std::stable_sort(by_slot_.begin(), by_slot_.end(),
-                       [&](int64_t a, int64_t b) { return p_.slot[a] < p_.slot[b]; });
+                       [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
     }
   }
 
   void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
     const int64_t offset = group * kPanelsPerItem;  // within the run
     const int64_t first_row = block * s_.block_tiles * kTile;
-    int64_t target[kBlockTiles * kTile];
+    StruckLanes struck;
     Probabilities<Unit> a;
     fill_block(p_, s_, rows_, classes_, g_.kept, block, first_panel + offset,
-               std::min(kPanelsPerItem, panels - offset), target, &a);
+               std::min(kPanelsPerItem, panels - offset), &struck, &a);
     a.row = row_scale_.data() + first_row;
     a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
     a.along_rows_stride = row_stride_ * kLanes;
@@ -203,11 +230,12 @@ class Backward {
       k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
                        classes_.inverse_norm + panel * kLanes, rows.get());
       const int64_t lanes = std::min(kLanes, p_.sampled - panel * kLanes);
-      auto sample = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
-                                     [&](int64_t i, int64_t slot) { return p_.slot[i] < slot; });
-      for (; sample != by_slot_.end() && p_.slot[*sample] < panel * kLanes + lanes; ++sample) {
-        const Real* target = target_prototype_.get() + *sample * s_.dim;
-        Real* row = rows.get() + (p_.slot[*sample] - panel * kLanes) * s_.height;
+      const int64_t* slots = p_.positives.slots;
+      auto positive = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
+                                       [&](int64_t i, int64_t slot) { return slots[i] < slot; });
+      for (; positive != by_slot_.end() && slots[*positive] < panel * kLanes + lanes; ++positive) {
+        const Real* target = target_prototype_.get() + *positive * s_.dim;
+        Real* row = rows.get() + (slots[*positive] - panel * kLanes) * s_.height;
         for (int64_t d = 0; d < s_.dim; ++d) row[d] += target[d];
       }
       out.put(panel * kLanes, lanes, rows.get(), s_.height);
@@ -245,12 +273,12 @@ class Backward {
       const Real* lines = embedding_gradient_.get() + panel * s_.height * kLanes;
       const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
       for (int64_t i = panel * kLanes; i < end; ++i) {
-        if (p_.slot[i] == kIgnoredSlot) continue;  // its row stays zero
+        if (p_.positives.count(i) == 0) continue;  // its row stays zero
         const int64_t lane = i - panel * kLanes;
         const Real* x = rows_.unit.get() + i * s_.height;
         for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
         const double dot = k_.dot(gradient.get(), x, s_.dim);
-        const double factor = weight_[static_cast<size_t>(i)] * g_.state[i].inverse_norm;
+        const double factor = weight_[static_cast<size_t>(i)] * g_.states.sample(i).inverse_norm;
         const Real* target = target_embedding_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
           row[d] = static_cast<Real>(factor * (gradient[d] - dot * x[d])) + target[d];
@@ -276,8 +304,8 @@ class Backward {
   Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
   Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
-  Buffer<Real> target_embedding_;    // [batch][dim], the target's part of each sample's gradients
-  Buffer<Real> target_prototype_;    //
+  Buffer<Real> target_embedding_;    // [batch][dim], the positives' part of each sample's gradient
+  Buffer<Real> target_prototype_;    // [batch][width][dim], and of that of each one's prototype
   std::vector<RowScale> row_scale_;
   std::vector<double> weight_;
   std::vector<int64_t> by_slot_;
@@ -293,7 +321,7 @@ void clear_rest(const Plan& p, const Gradients& g, const Parallel& parallel) {
   };
   const bool whole_rows = p.embeddings.columns == nullptr;
   clear(g.embeddings, p.embeddings.dtype, p.batch,
-        whole_rows && count_kept(p.slot, p.batch) == p.batch, p.batch);
+        whole_rows && count_kept(p.positives, p.batch) == p.batch, p.batch);
   if (g.compact)
     clear(g.prototypes, p.prototypes.dtype, p.bound, true, p.sampled);
   else

@@ -46,7 +46,7 @@ class Forward {
         rows_(p, s_, parallel),
         together_(s_.blocks <= kBlocksBesideChunk),
         chunk_panels_(std::clamp<int64_t>(
-            kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, 16)),
+            kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, kBlockPanels)),
         run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
         runs_(ceil_div(s_.panels, run_panels_)),
         partial_(runs_ * s_.padded_rows) {
@@ -70,8 +70,8 @@ class Forward {
     constexpr double kNone = -std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < p_.batch; ++i) {
       const RowSum sum = merged(i);
-      const bool ignored = p_.slot[i] == kIgnoredSlot;
-      out_.sum[i * out_.stride] = ignored ? 0 : sum.sum;
+      const bool ignored = p_.positives.count(i) == 0;
+      out_.sum(i) = ignored ? 0 : sum.sum;
       out_.exponent[i] =
           sum.exponent == kRunningExponent ? kNone : static_cast<double>(sum.exponent);
       out_.largest_negative[i] = !ignored && sum.largest > kNoCosine ? sum.largest : kNone;
@@ -136,9 +136,9 @@ class Forward {
 
   void sum_block(int64_t run, int64_t block, int64_t first_panel, int64_t panels, Ahead ahead,
                  bool flush, Real* sums, Real* largest) {
-    int64_t target[kBlockTiles * kTile];
+    StruckLanes struck;
     SumExp<Unit> args;
-    fill_block(p_, s_, rows_, classes_, saved_.kept, block, first_panel, panels, target, &args);
+    fill_block(p_, s_, rows_, classes_, saved_.kept, block, first_panel, panels, &struck, &args);
     args.exponent = exponent_;
     args.sums = sums;
     args.largest = largest;
@@ -180,8 +180,8 @@ class Forward {
   Buffer<RowSum> partial_;  // [run][padded row]
 };
 
-// Cosine of each sample with its own prototype, in double from the rows as they were given.
-void target_cosines(const Plan& p, double* cosine, int64_t stride, const Parallel& parallel) {
+// Cosines of each sample with its own prototypes, in double from the rows as they were given.
+void target_cosines(const Plan& p, const ShardSums& out, const Parallel& parallel) {
   const auto& k = kernels_for<double>();
   constexpr int64_t kSamplesPerItem = 16;
   parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
@@ -189,12 +189,16 @@ void target_cosines(const Plan& p, double* cosine, int64_t stride, const Paralle
     Buffer<double> x(dim), w(dim);
     const int64_t end = std::min(p.batch, (item + 1) * kSamplesPerItem);
     for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
-      double& sum = cosine[i * stride];
-      sum = 0;
-      if (p.slot[i] < 0) continue;
+      double* cosine = out.cosines(i);
+      std::fill_n(cosine, p.positives.width, 0.0);
+      if (p.positives.count(i) == 0) continue;
       k.unit_row(p.embedding_rows, i, x.get(), dim);
-      k.unit_row(p.prototype_rows, p.class_of(p.slot[i]), w.get(), dim);
-      sum = k.dot(x.get(), w.get(), dim);
+      for (int64_t q = 0; q < p.positives.width; ++q) {
+        const int64_t slot = p.positives.of(i)[q];
+        if (slot < 0) continue;
+        k.unit_row(p.prototype_rows, p.class_of(slot), w.get(), dim);
+        cosine[q] = k.dot(x.get(), w.get(), dim);
+      }
     }
   });
 }
@@ -205,7 +209,7 @@ void forward(const Problem& problem, const ShardSums& out, const Saved& saved,
              const Parallel& parallel) {
   const Plan p(problem);
   with_unit(p, [&](auto unit) { Forward<decltype(unit)>(p, out, saved, parallel).run(); });
-  target_cosines(p, out.target_cosine, out.stride, parallel);
+  target_cosines(p, out, parallel);
 }
 
 }  // namespace unicom::cpu

@@ -233,7 +233,6 @@ class Block {
     args.units = packed_.units;
     args.tiles = count;
     args.panels = packed_.panel_count;
-    args.num_classes = centroids_.count;
     args.class_bias = packed_.bias;
     args.class_scale = packed_.scale;
     args.class_start = packed_.start;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "../../core/sampler.h"
 #include "buffers.h"
 #include "parallel.h"
 #include "plan.h"
@@ -68,7 +67,7 @@ struct PackedRows {
       for (int64_t r = granule * kRows; r < (granule + 1) * kRows; ++r) {
         RealOf<Unit>* row = unit.get() + r * s.height;
         // An ignored row counts as zeros: what it holds, NaN included, must not reach the others.
-        if (r < s.batch && p.slot[r] != kIgnoredSlot) {
+        if (r < s.batch && p.positives.count(r) > 0) {
           inverse_norm[static_cast<size_t>(r)] = k.unit_row(p.embedding_rows, r, row, s.height);
         } else {
           std::fill(row, row + s.height, RealOf<Unit>(0));
@@ -93,12 +92,36 @@ struct PackedClasses {
                                                s.panels * s.panel_units * sizeof(Unit))) {}
 };
 
+// Bits of the lanes that hold no negative, for the rows and panels of a block.
+using StruckLanes = uint16_t[kBlockTiles * kTile * kBlockPanels];
+
+// The positives of each row, and the lanes past the last class.
+template <class Unit>
+void strike(const Plan& p, int64_t first_row, int64_t first_panel, LogitBlock<Unit>* block,
+            uint16_t* struck) {
+  const int64_t rows = block->tiles * kTile, panels = block->panels;
+  const int64_t first = first_panel * kLanes, valid = p.sampled - first;
+  block->struck = struck;
+  std::fill_n(struck, rows * panels, uint16_t{0});
+  for (int64_t j = std::max<int64_t>(valid / kLanes, 0); j < panels; ++j) {
+    const int64_t lanes = std::max<int64_t>(valid - j * kLanes, 0);
+    for (int64_t r = 0; r < rows; ++r)
+      struck[r * panels + j] = static_cast<uint16_t>(0xffffu << lanes);
+  }
+  for (int64_t r = 0; r < std::min(rows, p.batch - first_row); ++r)
+    for (int64_t q = 0; q < p.positives.width; ++q) {
+      const int64_t slot = p.positives.of(first_row + r)[q] - first;
+      if (slot >= 0 && slot < panels * kLanes)
+        struck[r * panels + slot / kLanes] |= static_cast<uint16_t>(1u << (slot % kLanes));
+    }
+}
+
 // What a block of logits takes: rows of the batch against the panels [first_panel, first_panel +
-// panels), and its kept cosines [kept panel][tile][6][16]. `target` has room for the block's rows.
+// panels), and its kept cosines [kept panel][tile][6][16].
 template <class Unit>
 void fill_block(const Plan& p, const Shape<Unit>& s, const PackedRows<Unit>& rows,
                 const PackedClasses<Unit>& classes, const void* kept, int64_t block,
-                int64_t first_panel, int64_t panels, int64_t* target, LogitBlock<Unit>* out) {
+                int64_t first_panel, int64_t panels, StruckLanes* struck, LogitBlock<Unit>* out) {
   const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
   out->rows = rows.tiles.get() + first_row * s.units;
   out->row_tile_stride = kTile * s.units;
@@ -107,12 +130,7 @@ void fill_block(const Plan& p, const Shape<Unit>& s, const PackedRows<Unit>& row
   out->units = s.units;
   out->tiles = s.tiles_in_block(block);
   out->panels = panels;
-  out->num_classes = p.sampled - first_panel * kLanes;
-  for (int64_t r = 0; r < out->tiles * kTile; ++r)
-    target[r] = first_row + r < p.batch && p.slot[first_row + r] >= 0
-                    ? p.slot[first_row + r] - first_panel * kLanes
-                    : -1;
-  out->target = target;
+  strike(p, first_row, first_panel, out, *struck);
   out->scale = static_cast<RealOf<Unit>>(p.scale);
   out->filter = static_cast<RealOf<Unit>>(p.filter);
   out->kept = std::clamp<int64_t>(p.kept_panels - first_panel, 0, panels);

@@ -1,5 +1,7 @@
 #include "samples.h"
 
+#include <algorithm>
+
 #include "loss.h"
 
 namespace unicom::cpu {
@@ -13,26 +15,28 @@ void write(const double* from, int64_t count, void* to) {
 
 template <class Real>
 void write_all(const WriteResults& a) {
+  const int64_t width = a.positives.width;
   write<Real>(a.sample_loss, a.batch, a.sample_loss_out);
-  write<Real>(a.target_cosine, a.batch, a.target_cosine_out);
-  write<Real>(a.largest_negative, a.batch, a.largest_negative_out);
+  for (int64_t i = 0; i < a.batch; ++i)
+    write<Real>(a.sums.cosines(i), width, static_cast<Real*>(a.target_cosine_out) + i * width);
+  write<Real>(a.sums.largest_negative, a.batch, a.largest_negative_out);
   if (a.reduction == Reduction::kNone) return write<Real>(a.sample_loss, a.batch, a.loss);
   double total = 0;
   for (int64_t i = 0; i < a.batch; ++i) total += a.sample_loss[i];
-  total *= reduction_factor(a.reduction, a.slot, a.batch);
+  total *= reduction_factor(a.reduction, a.positives, a.batch);
   write<Real>(&total, 1, a.loss);
 }
 
 }  // namespace
 
 void join_targets(const JoinTargets& a) {
-  const ShardSums& sums = a.sums;
+  const int64_t size = state_size(a.of.positives.width);
   for (int64_t i = 0; i < a.batch; ++i) {
     a.loss[i] = 0;
-    a.state[i] = {};
-    if (a.slot[i] == kIgnoredSlot) continue;
-    a.loss[i] = join_target(a.margin, a.scale, i, sums.sum[i * sums.stride], sums.exponent[i],
-                            sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &a.state[i]);
+    std::fill_n(a.of.states.data + i * size, size, 0.0);
+    if (a.of.positives.count(i) > 0)
+      a.loss[i] = a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i),
+                       a.sums.inverse_norm[i]);
   }
 }
 

@@ -35,7 +35,7 @@ void select(const ClassSelection& a, const Label* labels, const Parallel& parall
   uint64_t* bitmap = workspace.bitmap.data();
   int64_t* offset = workspace.offset.data();
 
-  for (int64_t i = 0; i < a.labels.batch; ++i) {
+  for (int64_t i = 0; i < a.labels.count; ++i) {
     const int64_t label = labels[i];
     if (label == a.labels.ignore_index || label < first_id || label >= last_id) continue;
     block_insert(bitmap + (label - first_id) / kBlockSize * kBlockWords,
@@ -66,7 +66,7 @@ void select(const ClassSelection& a, const Label* labels, const Parallel& parall
     }
   });
 
-  for (int64_t i = 0; i < a.labels.batch; ++i) {
+  for (int64_t i = 0; i < a.labels.count; ++i) {
     const int64_t label = labels[i];
     const bool ignored = label == a.labels.ignore_index;
     a.slot[i] = ignored ? kIgnoredSlot : kElsewhereSlot;
@@ -85,7 +85,7 @@ void select(const ClassSelection& a, const Label* labels, const Parallel& parall
 
 int64_t find_bad_label(const Labels& a) {
   return with_labels(a, [&](const auto* labels) -> int64_t {
-    for (int64_t i = 0; i < a.batch; ++i) {
+    for (int64_t i = 0; i < a.count; ++i) {
       const int64_t label = labels[i];
       if ((label < 0 || label >= a.num_classes) && label != a.ignore_index) return i;
     }
@@ -100,7 +100,7 @@ void select_classes(const ClassSelection& a, const Parallel& parallel) {
 int64_t find_slots(const SlotSearch& a) {
   return with_labels(a.labels, [&](const auto* labels) -> int64_t {
     const int64_t* end = a.class_index + a.count;
-    for (int64_t i = 0; i < a.labels.batch; ++i) {
+    for (int64_t i = 0; i < a.labels.count; ++i) {
       const int64_t label = labels[i];
       if (label == a.labels.ignore_index) {
         a.slot[i] = kIgnoredSlot;

@@ -46,12 +46,11 @@ struct CosineBlock {
   int64_t panel_stride;
   int64_t units;
   int64_t tiles, panels;
-  int64_t num_classes;  // valid classes in the run; the last panel may be padded
 };
 
 template <class Unit>
 struct LogitBlock : CosineBlock<Unit> {
-  const int64_t* target;  // [6 tiles] position of the target class in the run, or out of range
+  const uint16_t* struck;  // [6 tiles][panels] bits of the lanes that hold no negative
   RealOf<Unit> scale;
   RealOf<Unit> filter;  // negative cosines above this count as 0; +inf: none
   // Cosines that the forward pass writes and the backward pass reads instead of multiplying again,
@@ -71,8 +70,9 @@ struct RowSum {
   double largest;  // largest cosine before the filter; kNoCosine when there was no class
 };
 
-// Most tiles a logit block may have: its operands stay in the second-level cache.
+// Most tiles and panels a logit block may have: its operands stay in the second-level cache.
 constexpr int64_t kBlockTiles = 32;
+constexpr int64_t kBlockPanels = 16;
 
 constexpr int64_t kRunningExponent = INT64_MIN;
 

@@ -44,20 +44,19 @@ UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& blo
   return {out, kSize};
 }
 
-// The sixteen cosines of one row and panel, with the target and the padding struck out.
+// The sixteen cosines of one row and panel, with those that are no negatives struck out.
 template <class Unit>
 struct Negatives {
   using Real = RealOf<Unit>;
   Vec<Real> value[kVectors<Real>];
 
-  UNICOM_INLINE Negatives(const Real* cosines, int64_t target, int64_t valid) {
+  UNICOM_INLINE Negatives(const Real* cosines, uint16_t struck) {
     for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(cosines + v * kWidth<Real>);
-    if (static_cast<uint64_t>(target) < kLanes || valid < kLanes) {
+    if (struck != 0) {
       Real edited[kLanes];
       for (int v = 0; v < kVectors<Real>; ++v) store(edited + v * kWidth<Real>, value[v]);
-      if (static_cast<uint64_t>(target) < kLanes) edited[target] = static_cast<Real>(kNoCosine);
-      for (int64_t lane = valid < 0 ? 0 : valid; lane < kLanes; ++lane)
-        edited[lane] = static_cast<Real>(kNoCosine);
+      for (uint32_t rest = struck; rest != 0; rest &= rest - 1)
+        edited[__builtin_ctz(rest)] = static_cast<Real>(kNoCosine);
       for (int v = 0; v < kVectors<Real>; ++v) value[v] = load(edited + v * kWidth<Real>);
     }
   }
@@ -117,9 +116,8 @@ void sum_exp(const SumExp<Unit>& args) {
           sum[v] = load(sums + v * kWidth<Real>);
         }
         for (int p = 0; p < kCount; ++p) {
-          const int64_t first = (panel + p) * kLanes;
-          Negatives<Unit> c(tile.data + p * tile.panel_stride + m * kLanes, args.target[r] - first,
-                            args.num_classes - first);
+          Negatives<Unit> c(tile.data + p * tile.panel_stride + m * kLanes,
+                            args.struck[r * args.panels + panel + p]);
           for (int v = 0; v < kV; ++v) {
             best[v] = larger<Real>(c.value[v], best[v]);
             c.value[v] = c.value[v] > filter ? Vec<Real>{} : c.value[v];
@@ -240,9 +238,8 @@ void probabilities(const Probabilities<Unit>& args) {
         const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
         const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
         for (int i = 0; i < kCount; ++i) {
-          const int64_t first = (panel + i) * kLanes;
           const Negatives<Unit> c(tile.data + i * tile.panel_stride + m * kLanes,
-                                  args.target[r] - first, args.num_classes - first);
+                                  args.struck[r * args.panels + panel + i]);
           for (int v = 0; v < kV; ++v) {
             const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], scale), exponent);
             store(p[i] + r * kLanes + v * kWidth<Real>,

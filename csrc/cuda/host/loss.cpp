@@ -114,18 +114,19 @@ struct BackwardSpace {
     weighted = arena.take<Unit>(want_prototypes ? n.rows * n.depth : 0);
     probabilities = arena.take<Unit>(n.rows * chunk);
     inverse_norm = arena.take<double>(n.rows);
-    target_weight = arena.take<double>(n.rows);
+    target_weight = arena.take<double>(p.batch * p.positives.width);
     negative_weight = arena.take<double>(n.rows);
     folded = arena.take<double>(n.rows);
     largest = arena.take<double>(1);
     row_scale = arena.take<RowScale<RealOf<Unit>>>(n.rows);
     embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
-    by_slot = arena.take<int64_t>(want_prototypes ? p.batch : 0);
+    by_slot = arena.take<int64_t>(want_prototypes ? p.batch * p.positives.width : 0);
     const int64_t value_bytes = take ? bytes_of(p.prototypes.dtype) : 0;
     upstream = arena.take<double>(1);
     taken = arena.take<char>(taken_bytes(p.dim * value_bytes));
-    targets = arena.take<char>(want_embeddings ? p.batch * p.prototypes.dim * value_bytes : 0);
+    const int64_t rows_of_targets = want_embeddings ? p.batch * p.positives.width : 0;
+    targets = arena.take<char>(rows_of_targets * p.prototypes.dim * value_bytes);
   }
   int64_t taken_bytes(int64_t row_bytes) const { return chunk * row_bytes; }
 
@@ -153,7 +154,7 @@ Logits logits_of(const Problem& p, const Padded& n, const Unit* rows, const Unit
           .classes = n.classes,
           .depth = n.depth,
           .batch = p.batch,
-          .slot = p.slot,
+          .positives = p.positives,
           .count = p.count,
           .bound = p.bound,
           .scale = p.scale,
@@ -168,7 +169,7 @@ void pack_embeddings(Queue& queue, const Problem& p, const Padded& n, const doub
                           .ids = nullptr,
                           .count = nullptr,
                           .total = p.batch,
-                          .slot = p.slot,
+                          .positives = p.positives,
                           .factor = factor,
                           .unit = unit,
                           .rows = n.rows,
@@ -200,7 +201,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                           .ids = p.class_index,
                           .count = p.count,
                           .total = p.bound,
-                          .slot = nullptr,
+                          .positives = {},
                           .factor = nullptr,
                           .unit = classes.unit,
                           .rows = n.classes,
@@ -216,7 +217,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
   finish_sums<RealOf<Unit>>(queue, {.embeddings = p.embeddings,
                                     .prototypes = p.prototypes,
                                     .class_index = p.class_index,
-                                    .slot = p.slot,
+                                    .positives = p.positives,
                                     .batch = p.batch,
                                     .rows = n.rows,
                                     .partial = space.partial,
@@ -252,8 +253,8 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
 
   prepare_backward<Real>(queue, {.batch = p.batch,
                                  .rows = n.rows,
-                                 .slot = p.slot,
-                                 .state = g.state,
+                                 .positives = p.positives,
+                                 .states = g.states,
                                  .grad_loss = g.grad_loss,
                                  .reduction = g.reduction,
                                  .scale = p.scale,
@@ -278,21 +279,23 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
   pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
   if (want_prototypes) {
     pack_embeddings<Unit>(queue, p, n, space.folded, space.weighted, nullptr);
-    order_samples(queue, {.batch = p.batch, .slot = p.slot, .by_slot = space.by_slot});
+    order_positives(queue, {.slots = p.positives.slots,
+                            .count = p.batch * p.positives.width,
+                            .by_slot = space.by_slot});
   }
 
   Unpack unpack{.embeddings = p.embeddings,
                 .prototypes = p.prototypes,
                 .by_sample = false,
                 .class_index = p.class_index,
-                .slot = p.slot,
+                .positives = p.positives,
                 .batch = p.batch,
                 .depth = n.depth,
                 .target_weight = space.target_weight,
                 .negative_weight = space.negative_weight,
                 .row_inverse_norm = space.inverse_norm,
                 .class_inverse_norm = classes.inverse_norm,
-                .state = g.state,
+                .states = g.states,
                 .unit = nullptr,
                 .partial = nullptr,
                 .splits = 0,
@@ -302,8 +305,8 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
   if (taken && want_embeddings)
     copy_targets(queue, {.prototypes = p.prototypes,
                          .class_index = p.class_index,
-                         .slot = p.slot,
-                         .batch = p.batch,
+                         .slots = p.positives.slots,
+                         .count = p.batch * p.positives.width,
                          .out = space.targets});
   for (int64_t first = 0; first < n.classes; first += space.chunk) {
     const int64_t chunk = std::min(space.chunk, n.classes - first);

@@ -65,7 +65,7 @@ UNICOM_DEVICE TileRun run_of_block(int64_t classes, int64_t runs) {
   return {first, static_cast<int>(min_of(length, all - first))};
 }
 
-// Puts kNoCosine where there is no negative: at the targets and past the last class.
+// Puts kNoCosine where there is no negative: at the positives and past the last class.
 template <class T>
 UNICOM_DEVICE void mask_tile(T& tile, const Logits& a, int64_t first_row, int64_t first_class,
                              int64_t count) {
@@ -82,11 +82,14 @@ UNICOM_DEVICE void mask_tile(T& tile, const Logits& a, int64_t first_row, int64_
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i) {
     const int64_t row = first_row + tile.row(i);
-    const int64_t target = row < a.batch ? a.slot[row] - first_class : -1;
-    if (target < 0 || target >= T::kCols) continue;
+    if (row >= a.batch) continue;
+    for (int64_t p = 0; p < a.positives.width; ++p) {
+      const int64_t target = a.positives.of(row)[p] - first_class;
+      if (target < 0 || target >= T::kCols) continue;
 #pragma unroll
-    for (int j = 0; j < T::kThreadCols; ++j)
-      if (tile.col(j) == target) tile.at(i, j) = Real(kNoCosine);
+      for (int j = 0; j < T::kThreadCols; ++j)
+        if (tile.col(j) == target) tile.at(i, j) = Real(kNoCosine);
+    }
   }
 }
 

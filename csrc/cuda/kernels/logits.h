@@ -2,6 +2,7 @@
 // probabilities (backward).
 #pragma once
 
+#include "../../core/target.h"
 #include "types.h"
 
 namespace unicom::cuda {
@@ -16,13 +17,13 @@ struct Logits {
   const void* prototypes;  // [classes][depth] unit rows; finite past count
   int64_t rows, classes, depth;
   int64_t batch;
-  const int64_t* slot;   // [batch] the target's position among the classes, negative: none here
+  Positives positives;   // positions among the classes, negative: none here
   const int64_t* count;  // on the device: how many classes there are, or nullptr: bound
   int64_t bound;
   double scale, filter;  // cosines of negatives above filter count as 0; +inf: none
 };
 
-// sum over classes but the target of exp(scale * cosine), as sum * 2^exponent.
+// sum over a row's negatives of exp(scale * cosine), as sum * 2^exponent.
 template <class Real>
 struct RowSum {
   Real sum, exponent;
@@ -37,7 +38,7 @@ struct SumExp {
   int64_t runs;          // the classes are cut into this many runs, which blocks sum apart
   void* out;             // [runs][rows] RowSum<RealOf<Unit>>
   void* kept;            // [rows][kept_classes] cosines of the first classes, for backward; float
-  int64_t kept_classes;  // and double only. kNoCosine for targets and past count. Whole granules
+  int64_t kept_classes;  // and double only. kNoCosine for positives and past count. Whole granules
   TilePlan plan{};       // by the launch
 };
 template <class Unit>
@@ -56,7 +57,7 @@ struct Probabilities {
   int64_t kept_classes;
   int64_t runs;
   const void* row;  // [rows] RowScale<RealOf<Unit>>
-  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for targets and past count,
+  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for positives and past count,
                     // but in tiles that are past it as a whole nothing is written
   TilePlan plan{};  // by the launch
 };

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "../../core/sampler.h"
 #include "rows.cuh"
 
 namespace unicom::cuda {
@@ -20,7 +19,7 @@ __global__ void pack_rows_kernel(__grid_constant__ const PackRows a) {
   const int64_t count = a.count != nullptr ? *a.count : a.total;
   double factor = 0;
   int64_t id = 0;
-  if (row < count && (a.slot == nullptr || is_counted(a.slot[row]))) {
+  if (row < count && (a.positives.slots == nullptr || a.positives.count(row) > 0)) {
     id = a.ids != nullptr ? a.ids[row] : row;
     double sum = 0;
     for (int64_t k = lane; k < a.source.dim; k += kWarp) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../core/rows.h"
+#include "../../core/target.h"
 #include "types.h"
 
 namespace unicom::cuda {
@@ -11,7 +12,7 @@ struct PackRows {
   const int64_t* ids;    // [total] rows to take, or nullptr: rows 0, 1, ...
   const int64_t* count;  // on the device: how many there are, or nullptr: total
   int64_t total;
-  const int64_t* slot;   // rows whose sample does not count become zeros; nullptr: all count
+  Positives positives;   // rows whose sample does not count become zeros; without slots all count
   const double* factor;  // [total] each unit row is multiplied by its own; nullptr: 1
   void* unit;            // [rows][depth] receives the rows; zeros past count and past source.dim
   int64_t rows, depth;

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "../../core/sampler.h"
 #include "rows.cuh"
 
 namespace unicom::cuda {
@@ -17,15 +16,19 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
   const int64_t i = global_warp();
   if (i >= a.batch) return;
   const int lane = lane_index();
-  const int64_t slot = a.slot[i];
-  double cosine = 0;
-  if (slot >= 0) {
-    const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
-    const double x_inverse = a.row_inverse_norm[i], w_inverse = a.class_inverse_norm[slot];
-    for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
-      cosine +=
-          read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
-    cosine = warp_sum(cosine);
+  const bool counted = a.positives.count(i) > 0;
+  for (int64_t p = 0; p < a.positives.width; ++p) {
+    const int64_t slot = a.positives.of(i)[p];
+    double cosine = 0;
+    if (counted && slot >= 0) {
+      const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
+      const double x_inverse = a.row_inverse_norm[i], w_inverse = a.class_inverse_norm[slot];
+      for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
+        cosine +=
+            read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
+      cosine = warp_sum(cosine);
+    }
+    if (lane == 0) a.out.cosines(i)[p] = cosine;
   }
 
   const auto* partial = static_cast<const RowSum<Real>*>(a.partial) + i;
@@ -47,10 +50,8 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
   }
   sum = warp_sum(sum);
   if (lane != 0) return;
-  const bool counted = is_counted(slot);
   const bool none = largest <= kNoCosine;
-  a.out.sum[i * a.out.stride] = counted ? sum : 0.0;
-  a.out.target_cosine[i * a.out.stride] = cosine;
+  a.out.sum(i) = counted ? sum : 0.0;
   a.out.exponent[i] = !is_constant && none ? -INFINITY : target;
   a.out.largest_negative[i] = counted && !none ? largest : -INFINITY;
   a.out.inverse_norm[i] = a.row_inverse_norm[i];
@@ -59,14 +60,14 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
 __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
   const int64_t i = global_thread();
   if (i >= a.batch) return;
-  const int64_t slot = a.slot[i];
-  if (is_counted(slot)) {
-    const ShardSums& sums = a.sums;
-    a.loss[i] = join_target(a.margin, a.scale, i, sums.sum[i * sums.stride], sums.exponent[i],
-                            sums.target_cosine[i * sums.stride], sums.inverse_norm[i], &a.state[i]);
+  const Positives& positives = a.of.positives;
+  if (positives.count(i) > 0) {
+    a.loss[i] = a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i),
+                     a.sums.inverse_norm[i]);
   } else {
-    a.loss[i] = slot == kInvalidSlot ? NAN : 0.0;
-    a.state[i] = SampleState{};
+    a.loss[i] = positives.any_invalid(i) ? NAN : 0.0;
+    a.of.states.sample(i) = {};
+    for (int64_t p = 0; p < positives.width; ++p) a.of.states.positive(i, p) = {};
   }
 }
 
@@ -93,10 +94,11 @@ UNICOM_DEVICE double block_reduce(double value, Operation combine) {
 }
 
 // What each sample's loss is multiplied by in the result.
-UNICOM_DEVICE double reduction_factor(Reduction reduction, const int64_t* slot, int64_t batch) {
+UNICOM_DEVICE double reduction_factor(Reduction reduction, const Positives& positives,
+                                      int64_t batch) {
   if (reduction != Reduction::kMean) return 1.0;
   double kept = 0;
-  for (int64_t i = threadIdx.x; i < batch; i += kWideThreads) kept += is_counted(slot[i]);
+  for (int64_t i = threadIdx.x; i < batch; i += kWideThreads) kept += positives.count(i) > 0;
   return 1.0 / max_of(block_reduce(kept, Sum{}), 1.0);
 }
 
@@ -107,37 +109,45 @@ __global__ void write_results_kernel(__grid_constant__ const WriteResults a) {
     const double loss = a.sample_loss[i];
     total += loss;
     static_cast<Real*>(a.sample_loss_out)[i] = static_cast<Real>(loss);
-    static_cast<Real*>(a.target_cosine_out)[i] = static_cast<Real>(a.target_cosine[i]);
-    static_cast<Real*>(a.largest_negative_out)[i] = static_cast<Real>(a.largest_negative[i]);
+    const int64_t width = a.positives.width;
+    for (int64_t p = 0; p < width; ++p)
+      static_cast<Real*>(a.target_cosine_out)[i * width + p] =
+          static_cast<Real>(a.sums.cosines(i)[p]);
+    static_cast<Real*>(a.largest_negative_out)[i] = static_cast<Real>(a.sums.largest_negative[i]);
     if (a.reduction == Reduction::kNone) static_cast<Real*>(a.loss)[i] = static_cast<Real>(loss);
   }
   if (a.reduction == Reduction::kNone) return;
-  const double factor = reduction_factor(a.reduction, a.slot, a.batch);
+  const double factor = reduction_factor(a.reduction, a.positives, a.batch);
   total = block_reduce(total, Sum{});
   if (threadIdx.x == 0) *static_cast<Real*>(a.loss) = static_cast<Real>(total * factor);
 }
 
 template <class Real>
 __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward a) {
-  const double factor = reduction_factor(a.reduction, a.slot, a.batch);
+  const double factor = reduction_factor(a.reduction, a.positives, a.batch);
   const auto* grad = static_cast<const Real*>(a.grad_loss);
   // Rows without gradient: factor 0, and an exponent that no exponential overflows.
   const double highest = std::ceil(a.scale / kLn2) + 1;
   double largest = 0;
   for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads) {
-    double negative = 0, target = 0;
+    double negative = 0;
     RowScale<Real> row{0, static_cast<Real>(highest)};
-    if (i < a.batch && is_counted(a.slot[i])) {
-      const SampleState state = a.state[i];
-      double weight =
-          factor * static_cast<double>(a.reduction == Reduction::kNone ? grad[i] : grad[0]);
+    const bool counted = i < a.batch && a.positives.count(i) > 0;
+    double weight = 0;
+    if (counted) {
+      weight = factor * static_cast<double>(a.reduction == Reduction::kNone ? grad[i] : grad[0]);
       if (a.upstream != nullptr && grad[0] != Real(1)) weight = NAN;
-      negative = weight * a.scale * state.miss;
-      target = negative * state.slope;
+      weight *= a.scale;
+      const SampleState state = a.states.sample(i);
+      negative = weight * state.push;
       if (state.factor != 0)
         row = {static_cast<Real>(state.factor), static_cast<Real>(state.exponent)};
     }
-    a.target_weight[i] = target;
+    for (int64_t p = 0; p < a.positives.width && i < a.batch; ++p) {
+      const PositiveState state = a.states.positive(i, p);
+      a.target_weight[i * a.positives.width + p] =
+          counted ? weight * state.pull * state.slope : 0.0;
+    }
     a.negative_weight[i] = negative;
     static_cast<RowScale<Real>*>(a.row)[i] = row;
     largest = max_of(largest, std::fabs(negative));
@@ -150,18 +160,18 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
 }
 
-// Every sample counts those that come before it: a lane for each sample, and each warp of the block
-// compares with a part of the batch.
-__global__ void order_samples_kernel(__grid_constant__ const OrderSamples a) {
+// Every positive counts those that come before it: a lane for each, and each warp of the block
+// compares with a part of all.
+__global__ void order_positives_kernel(__grid_constant__ const OrderPositives a) {
   constexpr int kPart = 128, kTile = kPart * kWarpsPerBlock;
   __shared__ int64_t keys[kTile];
   __shared__ int64_t places[kWarpsPerBlock][kWarp];
   const int t = static_cast<int>(threadIdx.x), warp = t / kWarp, lane = lane_index();
   // One comparison orders by slot and then by position.
-  auto key = [&](int64_t i) { return i < a.batch ? a.slot[i] * a.batch + i : INT64_MAX; };
+  auto key = [&](int64_t i) { return i < a.count ? a.slots[i] * a.count + i : INT64_MAX; };
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kWarp + lane, own = key(i);
   int before = 0;
-  for (int64_t first = 0; first < a.batch; first += kTile) {
+  for (int64_t first = 0; first < a.count; first += kTile) {
     __syncthreads();
     for (int j = t; j < kTile; j += kThreads) keys[j] = key(first + j);
     __syncthreads();
@@ -170,7 +180,7 @@ __global__ void order_samples_kernel(__grid_constant__ const OrderSamples a) {
   }
   places[warp][lane] = before;
   __syncthreads();
-  if (warp != 0 || i >= a.batch) return;
+  if (warp != 0 || i >= a.count) return;
   int64_t place = 0;
   for (int w = 0; w < kWarpsPerBlock; ++w) place += places[w][lane];
   a.by_slot[place] = i;
@@ -193,9 +203,9 @@ template <class Real>
 void prepare_backward(Queue& queue, const PrepareBackward& a) {
   queue.launch(prepare_backward_kernel<Real>, dim3(1), kWideThreads, 0, a);
 }
-void order_samples(Queue& queue, const OrderSamples& a) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(a.batch, kWarp)));
-  queue.launch(order_samples_kernel, grid, kThreads, 0, a);
+void order_positives(Queue& queue, const OrderPositives& a) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kWarp)));
+  queue.launch(order_positives_kernel, grid, kThreads, 0, a);
 }
 
 #define UNICOM_INSTANTIATE(Real)                                  \

@@ -6,12 +6,12 @@
 
 namespace unicom::cuda {
 
-// What a shard knows of each sample. The target's cosine is taken in double from the rows as they
+// What a shard knows of each sample. The positives' cosines are taken in double from the rows as they
 // were given.
 struct FinishSums {
   RowSource embeddings, prototypes;
   const int64_t* class_index;  // nullptr: class j is row j
-  const int64_t* slot;
+  Positives positives;
   int64_t batch, rows;
   const void* partial;  // [runs][rows] RowSum<Real>
   int64_t runs;
@@ -24,7 +24,7 @@ struct FinishSums {
 template <class Real>
 void finish_sums(Queue&, const FinishSums&);
 
-// A sample whose label is no class has loss NaN and no gradient.
+// A sample with a label that is no class has loss NaN and no gradient.
 void join_targets(Queue&, const JoinTargets&);
 
 template <class Real>
@@ -33,13 +33,13 @@ void write_results(Queue&, const WriteResults&);
 // The weights of each sample in backward.
 struct PrepareBackward {
   int64_t batch, rows;
-  const int64_t* slot;
-  const SampleState* state;
+  Positives positives;
+  States states;
   const void* grad_loss;  // Real [batch], or [1] for a reduced loss
   Reduction reduction;
   double scale;
-  double* target_weight;    // [rows] upstream gradient * scale * (1 - p) * psi', of the target
-  double* negative_weight;  // [rows] upstream gradient * scale * (1 - p)
+  double* target_weight;    // [batch][width] upstream gradient * scale * pull * psi'
+  double* negative_weight;  // [rows] upstream gradient * scale * push
   double* folded;           // [rows] negative_weight / largest: what the operands can hold
   double* largest;          // [1] absolute value of negative_weight
   void* row;                // [rows] RowScale<Real>
@@ -49,12 +49,12 @@ struct PrepareBackward {
 template <class Real>
 void prepare_backward(Queue&, const PrepareBackward&);
 
-// Samples by slot, those of one class in the order of the batch: the order of their sum.
-struct OrderSamples {
-  int64_t batch;
-  const int64_t* slot;
-  int64_t* by_slot;  // [batch]
+// Positives by slot, those of one class in the order of the batch: the order of their sum.
+struct OrderPositives {
+  const int64_t* slots;  // [count]
+  int64_t count;
+  int64_t* by_slot;  // [count]
 };
-void order_samples(Queue&, const OrderSamples&);
+void order_positives(Queue&, const OrderPositives&);
 
 }  // namespace unicom::cuda

@@ -48,7 +48,7 @@ UNICOM_DEVICE int64_t special_slot(const Labels& l, int64_t label) {
 __global__ void mark_positives_kernel(__grid_constant__ const Drawing a) {
   const Span span(a.labels);
   const int64_t i = global_thread();
-  if (i >= a.labels.batch) return;
+  if (i >= a.labels.count) return;
   const int64_t label = label_at(a.labels, i);
   if (label == a.labels.ignore_index || label < span.first_id || label >= span.last_id) return;
   const int64_t offset = label - span.first_id;
@@ -143,7 +143,7 @@ __global__ void finish_selection_kernel(__grid_constant__ const Drawing a) {
   const int64_t i = global_thread();
   const int64_t selected = span.blocks > 0 ? space.offset[span.blocks] : 0;
   if (i == 0) *a.selected = selected;
-  if (i < a.labels.batch) {
+  if (i < a.labels.count) {
     const int64_t label = label_at(a.labels, i);
     int64_t slot = special_slot(a.labels, label);
     if (slot == 0) {
@@ -159,7 +159,7 @@ __global__ void finish_selection_kernel(__grid_constant__ const Drawing a) {
 
 __global__ void find_slots_kernel(__grid_constant__ const SlotSearch a) {
   const int64_t i = global_thread();
-  if (i >= a.labels.batch) return;
+  if (i >= a.labels.count) return;
   const int64_t label = label_at(a.labels, i);
   int64_t slot = special_slot(a.labels, label);
   if (slot == 0) {
@@ -210,17 +210,17 @@ void select_classes(Queue& queue, const ClassSelection& selection, void* workspa
   const Span span(a.labels);
   queue.fill_zero(a.workspace, span.blocks * kBlockWords * static_cast<int64_t>(sizeof(uint64_t)));
   if (span.blocks > 0) {
-    queue.launch(mark_positives_kernel, thread_grid(a.labels.batch), kThreads, 0, a);
+    queue.launch(mark_positives_kernel, thread_grid(a.labels.count), kThreads, 0, a);
     queue.launch(complete_blocks_kernel, warp_grid(span.blocks), kThreads, 0, a);
     queue.launch(scan_kernel, dim3(1), kScanThreads, 0, a);
     queue.launch(list_classes_kernel, warp_grid(span.blocks), kThreads, 0, a);
   }
-  const int64_t items = max_of(max_of(a.labels.batch, a.bound), int64_t{1});
+  const int64_t items = max_of(max_of(a.labels.count, a.bound), int64_t{1});
   queue.launch(finish_selection_kernel, thread_grid(items), kThreads, 0, a);
 }
 
 void find_slots(Queue& queue, const SlotSearch& a) {
-  queue.launch(find_slots_kernel, thread_grid(a.labels.batch), kThreads, 0, a);
+  queue.launch(find_slots_kernel, thread_grid(a.labels.count), kThreads, 0, a);
 }
 
 void select_features(Queue& queue, const FeatureSelection& a) {

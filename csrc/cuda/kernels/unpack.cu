@@ -1,6 +1,5 @@
 #include "unpack.h"
 
-#include "../../core/sampler.h"
 #include "rows.cuh"
 
 namespace unicom::cuda {
@@ -34,24 +33,23 @@ UNICOM_DEVICE double projection(const Unpack& a, int64_t row) {
 template <class Unit>
 __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
   const int64_t i = global_warp();
-  if (i >= a.batch || !is_counted(a.slot[i])) return;
+  if (i >= a.batch || a.positives.count(i) == 0) return;
   const double dot = projection<Unit>(a, i);
   const double x_inverse = a.row_inverse_norm[i];
   const double factor = a.negative_weight[i] * x_inverse;
-  const int64_t slot = a.slot[i];
-  int64_t id = 0;
-  double w_inverse = 0, cosine = 0, target = 0;
-  if (slot >= 0) {
-    id = a.by_sample ? i : a.class_index != nullptr ? a.class_index[slot] : slot;
-    w_inverse = a.class_inverse_norm[slot];
-    cosine = a.state[i].cosine;
-    target = -a.target_weight[i] * x_inverse;
-  }
+  const int64_t width = a.positives.width;
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
     double value = factor * (total_at<Unit>(a, i, k) - dot * unit_at<Unit>(a, i, k));
-    if (slot >= 0)
-      value += target * (read_any(a.prototypes, id, k) * w_inverse -
-                         cosine * (read_any(a.embeddings, i, k) * x_inverse));
+    for (int64_t p = 0; p < width; ++p) {
+      const int64_t slot = a.positives.of(i)[p], positive = i * width + p;
+      if (slot < 0) continue;
+      const int64_t id = a.by_sample                ? positive
+                         : a.class_index != nullptr ? a.class_index[slot]
+                                                    : slot;
+      value -= a.target_weight[positive] * x_inverse *
+               (read_any(a.prototypes, id, k) * a.class_inverse_norm[slot] -
+                a.states.positive(i, p).cosine * (read_any(a.embeddings, i, k) * x_inverse));
+    }
     write_any(a.sink, i, k, value);
   }
 }
@@ -59,8 +57,8 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
 template <class T>
 __global__ void copy_targets_kernel(__grid_constant__ const CopyTargets a) {
   const int64_t i = global_warp();
-  if (i >= a.batch || a.slot[i] < 0) return;
-  const int64_t id = a.class_index != nullptr ? a.class_index[a.slot[i]] : a.slot[i];
+  if (i >= a.count || a.slots[i] < 0) return;
+  const int64_t id = a.class_index != nullptr ? a.class_index[a.slots[i]] : a.slots[i];
   const T* row = static_cast<const T*>(a.prototypes.data) + id * a.prototypes.row_stride;
   T* out = static_cast<T*>(a.out) + i * a.prototypes.dim;
   for (int64_t k = lane_index(); k < a.prototypes.dim; k += kWarp)
@@ -75,10 +73,12 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
   const int64_t count = p.count != nullptr ? *p.count : p.bound;
   if (row >= p.chunk || slot >= count) return;
 
-  int64_t first = 0;  // of the samples of this class
-  for (int64_t high = a.batch; first < high;) {
+  const int64_t width = a.positives.width, positives = a.batch * width;
+  const int64_t* slots = a.positives.slots;
+  int64_t first = 0;  // of those with this class
+  for (int64_t high = positives; first < high;) {
     const int64_t middle = (first + high) / 2;
-    if (a.slot[p.by_slot[middle]] < slot)
+    if (slots[p.by_slot[middle]] < slot)
       first = middle + 1;
     else
       high = middle;
@@ -89,11 +89,13 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
     double value =
         *p.largest * w_inverse * (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
-    for (int64_t s = first; s < a.batch && a.slot[p.by_slot[s]] == slot; ++s) {
-      const int64_t i = p.by_slot[s];
-      value -= a.target_weight[i] * w_inverse *
+    for (int64_t s = first; s < positives && slots[p.by_slot[s]] == slot; ++s) {
+      const int64_t positive = p.by_slot[s], i = positive / width;
+      if (a.positives.any_invalid(i)) continue;
+      value -= a.target_weight[positive] * w_inverse *
                (read_any(a.embeddings, i, k) * a.row_inverse_norm[i] -
-                a.state[i].cosine * (read_any(a.prototypes, id, k) * w_inverse));
+                a.states.positive(i, positive % width).cosine *
+                    (read_any(a.prototypes, id, k) * w_inverse));
     }
     write_any(a.sink, p.compact ? slot - p.sink_first : id, k, value);
   }
@@ -107,7 +109,7 @@ void unpack_embeddings(Queue& queue, const Unpack& a) {
 }
 void copy_targets(Queue& queue, const CopyTargets& a) {
   with_type(a.prototypes.dtype, [&](auto value) {
-    queue.launch(copy_targets_kernel<decltype(value)>, warp_grid(a.batch), kThreads, 0, a);
+    queue.launch(copy_targets_kernel<decltype(value)>, warp_grid(a.count), kThreads, 0, a);
   });
 }
 template <class Unit>

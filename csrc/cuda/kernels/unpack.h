@@ -8,17 +8,18 @@
 
 namespace unicom::cuda {
 
-// What both gradients need. The target's part is taken in double from the rows as they were given:
+// What both gradients need. The positives' part is taken in double from the rows as they were given:
 // d loss / d cosine = -target_weight, and d cosine / d x = (w^ - c x^) / |x|.
 struct Unpack {
   RowSource embeddings, prototypes;
-  bool by_sample;  // row i of prototypes is the target of sample i, whatever its class
+  bool by_sample;  // the rows of prototypes are those of the positives [batch][width] in turn
   const int64_t* class_index;
-  const int64_t* slot;
+  Positives positives;
   int64_t batch, depth;
-  const double *target_weight, *negative_weight;  // [batch]
+  const double* target_weight;    // [batch][width]
+  const double* negative_weight;  // [batch]
   const double *row_inverse_norm, *class_inverse_norm;
-  const SampleState* state;
+  States states;
   const void* unit;     // [rows or chunk][depth] packed unit rows of what is written
   const void* partial;  // [splits][rows or chunk][depth] RealOf<Unit>
   int64_t splits, split_stride;
@@ -28,13 +29,13 @@ struct Unpack {
 template <class Unit>
 void unpack_embeddings(Queue&, const Unpack&);
 
-// The selected columns of each sample's target, as `by_sample` wants them once prototypes change.
+// The selected columns of each positive, as `by_sample` wants them once prototypes change.
 struct CopyTargets {
   RowSource prototypes;
   const int64_t* class_index;
-  const int64_t* slot;
-  int64_t batch;
-  void* out;  // [batch][prototypes.dim], of its type; samples without a target are left alone
+  const int64_t* slots;  // [count]
+  int64_t count;
+  void* out;  // [count][prototypes.dim], of its type; rows of slots elsewhere are left alone
 };
 void copy_targets(Queue&, const CopyTargets&);
 
@@ -43,7 +44,7 @@ struct UnpackPrototypes {
   int64_t first, chunk;  // classes of this chunk
   const int64_t* count;
   int64_t bound;
-  const int64_t* by_slot;  // [batch]
+  const int64_t* by_slot;  // [batch * width], of OrderPositives
   const double* largest;   // what the weights in the operands were divided by
   bool compact;            // row j of the sink is class sink_first + j of the list, not of all
   int64_t sink_first;

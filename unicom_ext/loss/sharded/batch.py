@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unicom_ext.distributed.failures import agree, check_same
 from unicom_ext.distributed.shard import ClassShard
 from unicom_ext.loss import checks
+from unicom_ext.loss.labels import place, width_of
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.selection import Sampling
@@ -35,8 +37,9 @@ def exchange_sizes(
     sampling: Sampling,
     want_metrics: bool,
     check: Callable[[], Tensor | None],
-) -> tuple[Tensor | None, int, bool]:
-    """The step, the largest batch of a rank, and whether any needs its embeddings' gradient.
+) -> tuple[Tensor | None, int, int, bool]:
+    """The step, the largest batch and the most labels of a sample on any rank, and whether any
+    needs its embeddings' gradient.
 
     Raises ValueError on every rank where they do not agree on the step, the embeddings' dtype, or
     anything else that is the loss's: what was given to its constructor may have been set since.
@@ -53,25 +56,26 @@ def exchange_sizes(
         header[1] = len(embeddings)
         header[2] = _DTYPES.index(embeddings.dtype)
         header[3] = embeddings.requires_grad
+        header[4] = width_of(labels)
         # Hashes of text, unlike those of numbers, differ between processes.
-        header[4] = hash((options.fingerprint, *sampling, want_metrics))
+        header[5] = hash((options.fingerprint, *sampling, want_metrics))
     except Exception as error:
         failure = error
         header[0] = 1
     with transforms.outside():
         message = torch.tensor(header).to(device)
         if step is not None:
-            message[5] = transforms.innermost(step)
+            message[6] = transforms.innermost(step)
         reports = shard.gather(message).view(shard.world_size, -1).tolist()  # the host waits here
         if any(failed for failed, *_ in reports):
             agree({}, failure, shard.group)
-        _, sizes, dtypes, grads, settings, steps = zip(*reports, strict=True)
+        _, sizes, dtypes, grads, widths, settings, steps = zip(*reports, strict=True)
         if len(set(settings)) > 1:
             named = {**sampling._asdict(), "want_metrics": want_metrics}
             agree(named | options.same_on_every_rank(), None, shard.group)
     check_same("embeddings.dtype", [_DTYPES[d] for d in dtypes])
     check_same("step", list(steps))
-    return step, max(sizes), any(grads)
+    return step, max(sizes), max(widths), any(grads)
 
 
 def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -79,12 +83,12 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     if labels.device.type != "cpu":
         return
     with transforms.outside():
-        values = transforms.innermost(labels).detach().contiguous().numpy()
+        values = transforms.innermost(labels).detach().flatten().numpy()
     bad = library.core.find_bad_label(values, num_classes, ignore_index)
     if bad >= 0:
         raise ValueError(
             f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), "
-            f"got {values[bad]} at position {bad}"
+            f"got {values[bad]} at position {place(labels, bad)}"
         )
 
 
@@ -106,9 +110,10 @@ def stand_in(
     x = torch.zeros(size, prototypes.shape[1], dtype=dtype, device=device)
     if usable is not None:
         x = x + _nothing_of(usable).to(device)
-    y = torch.full((size,), options.ignore_index, device=device)
+    width = width_of(labels) if checks.is_local(labels) else 1
+    y = torch.full((size, width), options.ignore_index, device=device)
     m2, m3 = (
-        torch.zeros(size, device=device) + _nothing_of(m).to(device)
+        torch.zeros(size, width, device=device) + _nothing_of(m).to(device)
         if isinstance(m, Tensor)
         else 0.0
         for m in (options.margin.m2, options.margin.m3)
@@ -130,8 +135,8 @@ class GlobalBatch(NamedTuple):
 
     embeddings: Tensor  # [B, d], to be read only after `arrival.wait()`
     arrival: dist.Work
-    labels: Tensor  # [B] int64
-    m2: Tensor | None  # [B] float64, where the margin is per sample
+    labels: Tensor  # [B, P] int64
+    m2: Tensor | None  # [B, P] float64, where there is one for each
     m3: Tensor | None
 
 
@@ -142,23 +147,32 @@ def gather_batch(
     m2: Tensor | None,
     m3: Tensor | None,
     size: int,
+    width: int,
     ignore_index: int,
 ) -> GlobalBatch:
-    """The global batch on every rank.  size: samples of the largest batch of a rank."""
+    """The global batch on every rank.
+
+    labels, m2, m3: [b] or [b, p].
+    size, width: samples of the largest batch of a rank, and the most labels of a sample.
+    """
     missing = size - len(embeddings)
     # One message for labels and per-sample margins: whole numbers and the bits of float64.
     columns = [labels.to(torch.int64)]
     columns += [m.to(torch.float64).view(torch.int64) for m in (m2, m3) if m is not None]
-    rows = torch.stack(columns, dim=1)
+    columns = [column if column.dim() == 2 else column[:, None] for column in columns]
+    absent = width - columns[0].shape[1]
+    if absent or missing:
+        padding = 0, absent, 0, missing
+        columns = [
+            pad(column, padding, value=0 if i else ignore_index) for i, column in enumerate(columns)
+        ]
+    rows = torch.cat(columns, dim=1)
     if missing:
-        padding = rows.new_zeros(missing, rows.shape[1])
-        padding[:, 0] = ignore_index
-        rows = torch.cat([rows, padding])
         embeddings = torch.cat([embeddings, embeddings.new_zeros(missing, embeddings.shape[1])])
     rows, rows_arrival = shard.start_gather(rows)
     x, arrival = shard.start_gather(embeddings)  # on its way while classes are selected
     rows_arrival.wait()
-    columns = [column.contiguous() for column in rows.unbind(dim=1)]
+    columns = [column.contiguous() for column in rows.split(width, dim=1)]
     values = iter([column.view(torch.float64) for column in columns[1:]])
     m2, m3 = (None if m is None else next(values) for m in (m2, m3))
     return GlobalBatch(x, arrival, columns[0], m2, m3)

@@ -15,6 +15,7 @@ class Sizes(NamedTuple):
     """The list ``sizes``."""
 
     batch: int  # samples of the largest batch of a rank
+    width: int  # labels of a sample, P, on the rank that gives most
     ignore_index: int
     num_classes: int  # from here on the fields of `Sampling`
     num_sampled: int
@@ -24,11 +25,11 @@ class Sizes(NamedTuple):
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(*self[2:])
+        return Sampling(*self[3:])
 
-    def most_sampled(self, samples: int) -> int:
-        """At least as many as the sampled classes of all ranks, for samples of all ranks."""
-        most = self.num_sampled + samples
+    def most_sampled(self, labels: int) -> int:
+        """At least as many as the sampled classes of all ranks, for so many labels of all ranks."""
+        most = self.num_sampled + labels
         return self.num_classes if most > self.num_classes else most
 
 
@@ -69,13 +70,14 @@ class Call(NamedTuple):
     def settings(self) -> dict[str, float]:
         """In what ranks must agree, by name; they may compute in different precisions."""
         sizes, codes, flags = self.sizes._asdict(), self.codes, self.flags
-        del sizes["batch"]
+        del sizes["batch"], sizes["width"]
         return {
             **sizes,
             **self.reals._asdict(),
             "exact_margin_grad": codes.exact_margin_grad,
             "linear_beyond_pi": codes.linear_beyond_pi,
             "reduction": codes.reduction,
+            "multi_label": codes.multi_label,
             "want_metrics": flags.want_metrics,
             "grad_average": flags.grad_average,
         }
@@ -85,16 +87,16 @@ class Results(NamedTuple):
     """What forward returns; tensors that are not there are empty."""
 
     loss: Tensor  # a scalar, or [b]
-    sample_loss: Tensor  # [b], of this rank's samples, as the next three
+    sample_loss: Tensor  # [b], of this rank's samples, as the next three (cosines like labels)
     target_cosine: Tensor
     largest_negative: Tensor
     top1: Tensor
     class_index: Tensor  # [bound] rows of this rank's prototypes
     num_valid: Tensor  # of class_index
     feature_index: Tensor  # [d']
-    slot: Tensor  # [B] each label's position in class_index; -1 ignored, -2 elsewhere
+    slot: Tensor  # [B, P] each label's position in class_index; -1 ignored, -2 elsewhere
     x: Tensor  # [B, d] all embeddings; half precision is summed over ranks in float32
-    state: Tensor  # [B, 6]
+    state: Tensor  # [B, numbers of a sample]
     packed: Tensor  # of the sampled prototypes; empty where there are none
     kept: Tensor
 

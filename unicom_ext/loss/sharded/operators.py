@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from unicom_ext.distributed.failures import failures_of
 from unicom_ext.distributed.shard import ClassShard
+from unicom_ext.loss.results import is_top1
 from unicom_ext.loss.selection import Selected, select
 from unicom_ext.loss.sharded.batch import gather_batch
 from unicom_ext.loss.sharded.call import SCHEMA, Call, Results, took_part
 from unicom_ext.ops import library
 from unicom_ext.ops.autograd import once
 from unicom_ext.ops.codes import REDUCTION
-from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_gradients
+from unicom_ext.ops.margin_gradient import MARGINS, counted, learned_margins, margin_gradients
 from unicom_ext.ops.row_sparse import row_sparse
+from unicom_ext.ops.shapes import state_size
 from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
 
 _MANY = 1 << 20
@@ -53,8 +56,10 @@ def forward(
     shard = ClassShard.named(call.group_name, sizes.num_classes)
     failures = failures_of(shard.group)
     failures.raise_earlier()
-    batch = gather_batch(shard, embeddings, labels, m2, m3, sizes.batch, sizes.ignore_index)
-    total = sizes.most_sampled(len(batch.labels))
+    batch = gather_batch(
+        shard, embeddings, labels, m2, m3, sizes.batch, sizes.width, sizes.ignore_index
+    )
+    total = sizes.most_sampled(batch.labels.numel())
     selected = sums = None  # of a rank that has failed
     with failures.kept(prototypes.device):
         if failures.own is None:
@@ -75,25 +80,25 @@ def forward(
             )
     if selected is None or sums is None:
         selected, sums = _nothing(batch.labels, x)
-    pairs, exponent, largest_negative, inverse_norm, packed, kept = sums
+    rows, exponent, largest_negative, inverse_norm, packed, kept = sums
 
     if library.core.constant_exponent(call.reals.scale, total) is None:
         # Beyond the range of a constant shift, sums have exponents of their own.
         common = shard.max(exponent.clone())
-        pairs[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
+        rows[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
         exponent = common
     # Some rows more say how many ranks have failed, and whether all are of one mind.
     step = None if step is None else step.clone()  # which will have gone on when it is told
-    words = _words(call, step, pairs)
-    flag = pairs.new_full((1, 2), float(failures.own is not None))
-    pairs = shard.sum(torch.cat([pairs, flag, words]))
-    pairs, flag, summed = pairs.split([len(pairs) - 3, 1, 2])
+    words = _words(call, step, rows)
+    flag = torch.full_like(words[:1], float(failures.own is not None))
+    rows = shard.sum(torch.cat([rows, flag, words]))
+    rows, flag, summed = rows.split([len(rows) - 3, 1, 2])
     failed = flag[0, 0] + (summed != shard.world_size * words).sum()
     failures.settle(failed, lambda: call.settings() | {"step": None if step is None else int(step)})
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
     sample_loss, state = library.ops.loss_merge(
-        pairs, exponent, inverse_norm, slot, batch.m2, batch.m3, call.reals, call.codes
+        rows, exponent, inverse_norm, slot, batch.m2, batch.m3, call.reals, call.codes
     )
     first = shard.rank * sizes.batch
     own = slice(first, first + len(embeddings))
@@ -102,12 +107,13 @@ def forward(
     else:
         loss = sample_loss.sum()
         if codes.reduction == REDUCTION["mean"]:
-            loss = loss / (slot != _IGNORED).sum().clamp(min=1)
+            loss = loss / counted(slot).sum().clamp(min=1)
     real = _real(x, prototypes)
-    target_cosine = pairs[own, 1].to(real)
+    target_cosine = _like_labels(rows[own, 1:].to(real), labels)
     if call.flags.want_metrics:
         largest_negative = shard.max(largest_negative.to(real))[own].clone()
-        top1 = (slot[own] != _IGNORED) & (target_cosine >= largest_negative)
+        counts = _like_labels(slot[own] != _IGNORED, labels)
+        top1 = is_top1(counts, target_cosine, largest_negative)
     else:
         largest_negative, top1 = target_cosine.new_empty(0), slot.new_empty(0, dtype=torch.bool)
     _, class_index, num_valid, feature_index = selected
@@ -158,22 +164,28 @@ def _select(
 
 
 def _words(call: Call, step: Tensor | None, like: Tensor) -> Tensor:
-    """What must be the same on every rank, float64 [2, 2]: a number of the call and its square, and
-    of the step. The sums over n ranks are n times these only where all have the same. They are
+    """What must be the same on every rank, float64 [2, columns of `like`]: a number of the call and
+    its square, and of the step. The sums over n ranks are n times these only where all have the same. They are
     below 2^20, so that all this is exact."""
     words = like.new_full((2,), float(hash(tuple(call.settings().values())) % _MANY))
     words[1] = 0 if step is None else step % _MANY
-    return torch.stack([words, words * words], dim=1)
+    return pad(torch.stack([words, words * words], dim=1), (0, like.shape[1] - 2))
+
+
+def _like_labels(values: Tensor, labels: Tensor) -> Tensor:
+    """Of values [b, P] those of a rank that has labels [b] or [b, p]."""
+    return values[:, 0].clone() if labels.dim() == 1 else values[:, : labels.shape[1]].clone()
 
 
 def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
     """What a rank that has failed contributes."""
     slot = torch.full_like(labels, _IGNORED)
     selected = Selected(slot, slot.new_empty(0), slot.new_zeros(()), slot.new_empty(0))
-    pairs = torch.zeros((len(labels), 2), dtype=torch.float64, device=x.device)
-    exponent = pairs.new_full((len(labels),), -math.inf)
+    batch, width = labels.shape
+    rows = torch.zeros((batch, 1 + width), dtype=torch.float64, device=x.device)
+    exponent = rows.new_full((batch,), -math.inf)
     saved = x.new_empty(0, dtype=torch.uint8)
-    sums = pairs, exponent, exponent, pairs.new_zeros(len(labels)), saved, saved.clone()
+    sums = rows, exponent, exponent, rows.new_zeros(batch), saved, saved.clone()
     return selected, sums
 
 
@@ -200,15 +212,15 @@ def _(
     call = Call.of(*lists)
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     batch, samples = len(embeddings), shard.world_size * call.sizes.batch
-    all_labels = labels.new_empty(samples, dtype=torch.int64)
+    all_labels = labels.new_empty((samples, call.sizes.width), dtype=torch.int64)
     selected = _select(shard, all_labels, step, class_index, feature_index, call)
     x = _in_float(embeddings.new_empty(samples, embeddings.shape[1]))
-    pairs, *_, packed, kept = library.ops.loss_sums(
+    rows, *_, packed, kept = library.ops.loss_sums(
         x,
         selected.slot,
         prototypes,
         *selected[1:],
-        call.sizes.most_sampled(samples),
+        call.sizes.most_sampled(all_labels.numel()),
         call.reals,
         call.codes,
     )
@@ -219,7 +231,7 @@ def _(
     return Results(
         loss=each.clone() if none else x.new_empty((), dtype=real),
         sample_loss=each,
-        target_cosine=each.clone(),
+        target_cosine=x.new_empty(labels.shape, dtype=real),
         largest_negative=x.new_empty(with_metrics, dtype=real),
         top1=x.new_empty(with_metrics, dtype=torch.bool),
         class_index=slot.new_empty(0) if class_index is None else class_index,
@@ -227,7 +239,7 @@ def _(
         feature_index=slot.new_empty(0) if feature_index is None else feature_index.clone(),
         slot=slot,
         x=x,
-        state=pairs.new_empty(samples, 6),
+        state=rows.new_empty(samples, state_size(slot)),
         packed=packed,
         kept=kept,
     )

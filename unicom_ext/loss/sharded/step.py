@@ -12,6 +12,7 @@ from torch import Tensor
 from unicom_ext.distributed.failures import failures_of
 from unicom_ext.distributed.shard import ClassShard
 from unicom_ext.loss.checks import check_call
+from unicom_ext.loss.labels import Labels, dense, width_of
 from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.results import Metrics
 from unicom_ext.loss.selection import Sampling, Selected
@@ -37,7 +38,7 @@ def call_loss(
 
     Args:
         embeddings: [b, d], of this rank.
-        labels: [b] of this rank.
+        labels: [b] or [b, p] of this rank.
         prototypes: [stop - start, d] of this rank.
         check: looks at this rank's arguments and raises if they are wrong; then all ranks raise.
             Returns the step to draw selections for, or None.
@@ -57,12 +58,13 @@ def call_loss(
     if sampling is None:
         sampling = Sampling.nothing(shard.num_classes, prototypes.shape[1])
     if uneven_batches:
-        step, size, grad_embeddings = exchange_sizes(
+        step, size, width, grad_embeddings = exchange_sizes(
             shard, embeddings, labels, prototypes.device, options, sampling, want_metrics, check
         )
     elif torch.compiler.is_compiling():  # all ranks find the same
         step = check()
         size, grad_embeddings = len(embeddings), embeddings.requires_grad
+        width = width_of(labels)
     else:
         step = None
         try:
@@ -75,14 +77,14 @@ def call_loss(
             failures.raise_earlier()
             failures.keep(error, prototypes.device)
             embeddings, labels, options, grad_embeddings = found
-        size = len(embeddings)
+        size, width = len(embeddings), width_of(labels)
 
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
     wants_grad = grad_embeddings or (grad_enabled and prototypes.requires_grad)
     call = Call.of(
         shard.group_name,
-        Sizes(size, options.ignore_index, *sampling),
+        Sizes(size, width, options.ignore_index, *sampling),
         *options.packed(prototypes.device, wants_grad),
         Flags(want_metrics, grad_embeddings, options.grad_average),
     )
@@ -93,7 +95,7 @@ def call_loss(
         step,
         class_index,
         feature_index,
-        *options.per_sample(),
+        *options.of_each(labels),
         *call,
     )
     metrics = Metrics(
@@ -108,7 +110,7 @@ def call_loss(
 
 def partial_margin_softmax(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Labels,
     prototypes: Tensor,
     given: Mapping[str, Any],
     class_index: Tensor | None,
@@ -123,6 +125,10 @@ def partial_margin_softmax(
     given, num_classes: the options and the number of classes of all ranks, which may be bad.
     """
     options, failure = LossOptions.for_ranks(given)
+    try:
+        labels = dense(labels, options.ignore_index)
+    except (TypeError, ValueError) as error:
+        failure = failure or error
     is_number = isinstance(num_classes, int) and not isinstance(num_classes, bool)
     total = num_classes if is_number and num_classes >= 1 else None
     shard = ClassShard(process_group, total or 1)

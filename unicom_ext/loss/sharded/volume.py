@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-HEADER = 6  # numbers that ranks exchange about uneven batches
+HEADER = 7  # numbers that ranks exchange about uneven batches
 
 
 class Volume(NamedTuple):
@@ -30,6 +30,7 @@ def communication_volume(
     embedding_bytes: int = 4,
     grad_bytes: int = 4,
     per_sample_margins: int = 0,
+    positives: int = 1,
     reduction: str = "mean",
 ) -> Volume:
     """Bytes that one rank sends in one training step of the loss, backward included.
@@ -47,17 +48,18 @@ def communication_volume(
         embedding_bytes: per value of the embeddings, 2 for half precision.
         grad_bytes: per value of their gradient while it is summed: 8 for float64, else 4.
         per_sample_margins: how many of m2 and m3 are per-sample tensors.
+        positives: P of labels [B, P].
         reduction: of the loss; ``"none"`` gathers the upstream gradients too.
     """
     others = world_size - 1
     all_batches = world_size * batch_size
-    labels = others * batch_size * 8 * (1 + per_sample_margins)
+    labels = others * batch_size * 8 * positives * (1 + per_sample_margins)
     if reduction == "none":
         labels += others * batch_size * 4
     return Volume(
         sizes=others * HEADER * 8 if uneven_batches else 0,
         embeddings=others * batch_size * embedding_size * embedding_bytes,
         labels=labels,
-        sums=round(2 * others / world_size * (all_batches + 3) * 16),
+        sums=round(2 * others / world_size * (all_batches + 3) * 8 * (1 + positives)),
         grad_embeddings=others * batch_size * embedding_size * grad_bytes,
     )
