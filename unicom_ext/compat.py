@@ -37,6 +37,7 @@ from torch import Tensor
 
 from unicom_ext.distributed.failures import agree
 from unicom_ext.loss.checks import integer
+from unicom_ext.loss.labels import Labels
 from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace
 from unicom_ext.loss.module import PartialMarginSoftmax
 
@@ -95,7 +96,7 @@ class PartialFC_V2(PartialMarginSoftmax):
     def forward(
         self,
         embeddings: Tensor,
-        labels: Tensor,
+        labels: Labels,
         step: int | Tensor | None = None,
         margin: CombinedMargin | None = None,
     ) -> Tensor:

@@ -41,11 +41,11 @@ struct Problem {
 // What a shard knows of each sample. Shards merge by adding the rows of `sums`, after bringing the
 // first column to a common exponent where exponents are not the constant one.
 struct ShardSums {
-  double* sums;              // [batch][1 + width of Positives]: over this shard's negatives of
-  double* exponent;          //   exp(scale * cosine), as sum * 2^exponent (-inf without classes above
-                             //   the constant range); then the positives' cosines, 0 where ignored
-                             //   or elsewhere
-  double* inverse_norm;      // [batch] of the embedding's selected part
+  double* sums;          // [batch][1 + width of Positives]: over this shard's negatives of
+  double* exponent;      //   exp(scale * cosine), as sum * 2^exponent (-inf without classes above
+                         //   the constant range); then the positives' cosines, 0 where ignored
+                         //   or elsewhere
+  double* inverse_norm;  // [batch] of the embedding's selected part
   double* largest_negative;  // [batch] cosine; -inf where there is none
   int64_t width;
 
@@ -76,10 +76,10 @@ struct WriteResults {
   const double* sample_loss;  // [batch]
   ShardSums sums;
   Reduction reduction;
-  void* loss;                    // [batch] or [1]
-  void* sample_loss_out;         // [batch]
-  void* target_cosine_out;       // [batch][width]
-  void* largest_negative_out;    // [batch]
+  void* loss;                  // [batch] or [1]
+  void* sample_loss_out;       // [batch]
+  void* target_cosine_out;     // [batch][width]
+  void* largest_negative_out;  // [batch]
 };
 
 // What backward reads beside the problem, and the gradients that it writes, every value of them.

@@ -26,7 +26,7 @@ struct ClassSelection {
   int64_t bound;         // selection_bound of sampler.h
   int64_t* class_index;  // [bound] ids in increasing order; past the selection the last is repeated
   int64_t* selected;     // [1] how many there are
-  int64_t* slot;         // [count of labels] each label's position in class_index, or a special slot
+  int64_t* slot;  // [count of labels] each label's position in class_index, or a special slot
 };
 
 // Position of each label in class_index, ascending, or among all classes of the shard where it is

@@ -66,8 +66,8 @@ struct States {
 
 struct MarginOptions {
   double m1;
-  double m2, m3;              // radians; used where the arrays are null
-  const double* m2_of_each;   // [batch][width] or nullptr
+  double m2, m3;             // radians; used where the arrays are null
+  const double* m2_of_each;  // [batch][width] or nullptr
   const double* m3_of_each;
   bool exact_grad;
   bool linear_beyond_pi;
@@ -126,8 +126,7 @@ struct SampleLoss {
   UNICOM_HD double separate(int64_t i, double negatives) const {
     double largest = -INFINITY, sum = 0;
     for (int64_t p = 0; p < positives.width; ++p)
-      if (is_counted(positives.of(i)[p]))
-        largest = max_of(largest, -states.positive(i, p).pull);
+      if (is_counted(positives.of(i)[p])) largest = max_of(largest, -states.positive(i, p).pull);
     for (int64_t p = 0; p < positives.width; ++p)
       if (is_counted(positives.of(i)[p])) sum += std::exp(-states.positive(i, p).pull - largest);
     const double missed = largest + std::log(sum);

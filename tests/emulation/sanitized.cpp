@@ -91,10 +91,11 @@ struct Inputs {
     for (int64_t i = 0; i < c.batch; ++i)  // none of a sample's classes twice
       for (int64_t p = 0; p < c.positives; ++p)
         labels.data[i * c.positives + p] =
-            (i + p) % 7 == 3 ? -100
-                             : static_cast<int64_t>(random() % (c.num_classes / c.positives / 2 + 1)) *
-                                       c.positives +
-                                   p;
+            (i + p) % 7 == 3
+                ? -100
+                : static_cast<int64_t>(random() % (c.num_classes / c.positives / 2 + 1)) *
+                          c.positives +
+                      p;
     const int64_t step = 9;
     cpu::select_classes({.labels = {.data = labels.get(),
                                     .is_64_bit = true,

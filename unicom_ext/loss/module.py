@@ -241,11 +241,12 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
                 have not changed.
         """
         options, failure = self.options, None
+        targets: Any = labels  # a tensor, unless a pair of tensors is bad
         if options.sparse_grad and not self.weight.is_leaf:
             # A function of the parameters, such as weight_norm's: not all take a sparse gradient.
             options = replace(options, sparse_grad=False)
         try:
-            labels = dense(labels, options.ignore_index)
+            targets = dense(labels, options.ignore_index)
             if margin is not None:
                 options = replace(options, margin=margin)
         except (TypeError, ValueError) as error:
@@ -264,7 +265,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             if failure is not None:
                 raise failure
             num_classes = None if self.shard is None else self.num_classes
-            checks.check_call(embeddings, labels, self.weight, options, num_classes=num_classes)
+            checks.check_call(embeddings, targets, self.weight, options, num_classes=num_classes)
             if self._was_meta:
                 self._check_written()
             this_step = self._step_tensor(step)
@@ -272,15 +273,15 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
                 return None
             draws = step is None and (sampling.draws_classes or sampling.draws_features)
             if repeated and draws:
-                return recomputation.repeated_step(self, embeddings, labels)
+                return recomputation.repeated_step(self, embeddings, targets)
             if draws and compiling:
                 return counter.first_draw(this_step)
             if draws:
-                recomputation.note(self, embeddings, labels, this_step)
+                recomputation.note(self, embeddings, targets, this_step)
             return this_step
 
         if self.shard is None:
-            selected = select(labels, sampling, options.ignore_index, step=check())
+            selected = select(targets, sampling, options.ignore_index, step=check())
             weight = self.weight
             if options.sparse_grad and not self.training:
                 # Another tensor of the same values, which no optimizer updates inside backward.
@@ -293,7 +294,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             loss, self._metrics, selected = sharded.call_loss(
                 self.shard,
                 embeddings,
-                labels,
+                targets,
                 self.weight,
                 options,
                 check=check,

@@ -168,7 +168,7 @@ def partial_margin_softmax(
             return F.softplus(x, threshold=40)
 
         if options.multi_label == "average":
-            # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0 altogether.
+            # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0.
             each = log1p_exp(log_negatives[:, None] - target_logit)
             each = torch.where(counts & has_negatives[:, None], each, 0.0)
             kept_loss = each.sum(dim=1) / counts.sum(dim=1)

@@ -35,7 +35,7 @@ class Sampling(NamedTuple):
 class Selected(NamedTuple):
     """What takes part, in the order in which the operators take it."""
 
-    slot: Tensor  # int64 like labels: positions in class_index; -1 ignored or repeated, -2 elsewhere
+    slot: Tensor  # int64 like labels: places in class_index; -1 ignored or repeated, -2 elsewhere
     class_index: Tensor | None  # [bound] int64, sorted; None for all
     num_valid: Tensor | None  # of class_index, int64 scalar; None for all
     feature_index: Tensor | None  # [d'] int64, sorted; None for all

@@ -131,7 +131,8 @@ class Backend {
     const int64_t bad = find_bad_label(labels);
     if (bad >= 0)
       check(false, "labels must be in [0, ", labels.num_classes, ") or ignore_index (",
-            labels.ignore_index, "), got ", label_at(labels, bad), " at position ", position(labels, bad));
+            labels.ignore_index, "), got ", label_at(labels, bad), " at position ",
+            position(labels, bad));
   }
   static void check_sorted(const SlotSearch& a) {
     const int64_t start = a.labels.start, stop = a.labels.stop;

@@ -57,8 +57,8 @@ struct Probabilities {
   int64_t kept_classes;
   int64_t runs;
   const void* row;  // [rows] RowScale<RealOf<Unit>>
-  void* out;        // [rows][chunk] probability * kProbabilityScale; 0 for positives and past count,
-                    // but in tiles that are past it as a whole nothing is written
+  void* out;  // [rows][chunk] probability * kProbabilityScale; 0 for positives and past count,
+              // but in tiles that are past it as a whole nothing is written
   TilePlan plan{};  // by the launch
 };
 template <class Unit>

@@ -62,8 +62,8 @@ __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
   if (i >= a.batch) return;
   const Positives& positives = a.of.positives;
   if (positives.count(i) > 0) {
-    a.loss[i] = a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i),
-                     a.sums.inverse_norm[i]);
+    a.loss[i] =
+        a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i), a.sums.inverse_norm[i]);
   } else {
     a.loss[i] = positives.any_invalid(i) ? NAN : 0.0;
     a.of.states.sample(i) = {};

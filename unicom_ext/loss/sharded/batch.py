@@ -83,7 +83,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     if labels.device.type != "cpu":
         return
     with transforms.outside():
-        values = transforms.innermost(labels).detach().flatten().numpy()
+        values = transforms.innermost(labels).detach().contiguous().flatten().numpy()
     bad = library.core.find_bad_label(values, num_classes, ignore_index)
     if bad >= 0:
         raise ValueError(

@@ -165,8 +165,8 @@ def _select(
 
 def _words(call: Call, step: Tensor | None, like: Tensor) -> Tensor:
     """What must be the same on every rank, float64 [2, columns of `like`]: a number of the call and
-    its square, and of the step. The sums over n ranks are n times these only where all have the same. They are
-    below 2^20, so that all this is exact."""
+    its square, and of the step. The sums over n ranks are n times these only where all have the
+    same. They are below 2^20, so that all this is exact."""
     words = like.new_full((2,), float(hash(tuple(call.settings().values())) % _MANY))
     words[1] = 0 if step is None else step % _MANY
     return pad(torch.stack([words, words * words], dim=1), (0, like.shape[1] - 2))

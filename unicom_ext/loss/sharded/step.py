@@ -125,8 +125,9 @@ def partial_margin_softmax(
     given, num_classes: the options and the number of classes of all ranks, which may be bad.
     """
     options, failure = LossOptions.for_ranks(given)
+    targets: Any = labels  # a tensor, unless a pair of tensors is bad
     try:
-        labels = dense(labels, options.ignore_index)
+        targets = dense(labels, options.ignore_index)
     except (TypeError, ValueError) as error:
         failure = failure or error
     is_number = isinstance(num_classes, int) and not isinstance(num_classes, bool)
@@ -143,7 +144,7 @@ def partial_margin_softmax(
             raise failure
         check_call(
             embeddings,
-            labels,
+            targets,
             prototypes,
             options,
             class_index,
@@ -160,7 +161,7 @@ def partial_margin_softmax(
     loss, metrics, _ = call_loss(
         shard,
         embeddings,
-        labels,
+        targets,
         prototypes,
         options,
         check=check,
