@@ -93,7 +93,7 @@ def test_a_shard_without_classes_contributes_nothing():
     assert (sums == 0).all()
     assert (largest == -math.inf).all()
     assert exponent.isfinite().all()
-    state = torch.zeros(5, 6, dtype=torch.float64)
+    state = torch.zeros(5, 7, dtype=torch.float64)
     dx, dw = ops.loss_backward(
         torch.ones(()), *arguments, state, packed, kept, reals, codes, True, True, False
     )  # fmt: skip
@@ -108,7 +108,7 @@ def test_shards_need_the_bound_of_all():
     with pytest.raises(ValueError, match=r"total_sampled must be at least 9, .* got 8"):
         ops.loss_sums(
             problem.embeddings, slot, problem.prototypes, None, None, None, 8,
-            [1.0, 0.3, 0.0, 64.0, math.inf], [0, 0, 0, 1, 0, 0],
+            [1.0, 0.3, 0.0, 64.0, math.inf], [0, 0, 0, 1, 0, 0, 0],
         )  # fmt: skip
 
 

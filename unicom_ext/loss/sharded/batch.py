@@ -135,8 +135,8 @@ class GlobalBatch(NamedTuple):
 
     embeddings: Tensor  # [B, d], to be read only after `arrival.wait()`
     arrival: dist.Work
-    labels: Tensor  # [B, P] int64
-    m2: Tensor | None  # [B, P] float64, where there is one for each
+    labels: Tensor  # int64, [B] where every sample has one, else [B, P]
+    m2: Tensor | None  # float64 like labels, where there is one for each
     m3: Tensor | None
 
 
@@ -173,6 +173,8 @@ def gather_batch(
     x, arrival = shard.start_gather(embeddings)  # on its way while classes are selected
     rows_arrival.wait()
     columns = [column.contiguous() for column in rows.split(width, dim=1)]
+    if width == 1:
+        columns = [column[:, 0] for column in columns]
     values = iter([column.view(torch.float64) for column in columns[1:]])
     m2, m3 = (None if m is None else next(values) for m in (m2, m3))
     return GlobalBatch(x, arrival, columns[0], m2, m3)

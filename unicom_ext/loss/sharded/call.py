@@ -94,7 +94,7 @@ class Results(NamedTuple):
     class_index: Tensor  # [bound] rows of this rank's prototypes
     num_valid: Tensor  # of class_index
     feature_index: Tensor  # [d']
-    slot: Tensor  # [B, P] each label's position in class_index; -1 ignored, -2 elsewhere
+    slot: Tensor  # [B] or [B, P] each label's position in class_index; -1 ignored, -2 elsewhere
     x: Tensor  # [B, d] all embeddings; half precision is summed over ranks in float32
     state: Tensor  # [B, numbers of a sample]
     packed: Tensor  # of the sampled prototypes; empty where there are none

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from unicom_ext.distributed.failures import failures_of
 from unicom_ext.distributed.shard import ClassShard
+from unicom_ext.loss.labels import width_of
 from unicom_ext.loss.results import is_top1
 from unicom_ext.loss.selection import Selected, select
 from unicom_ext.loss.sharded.batch import gather_batch
@@ -112,7 +113,7 @@ def forward(
     target_cosine = _like_labels(rows[own, 1:].to(real), labels)
     if call.flags.want_metrics:
         largest_negative = shard.max(largest_negative.to(real))[own].clone()
-        counts = _like_labels(slot[own] != _IGNORED, labels)
+        counts = _like_labels((slot != _IGNORED).view(len(slot), -1)[own], labels)
         top1 = is_top1(counts, target_cosine, largest_negative)
     else:
         largest_negative, top1 = target_cosine.new_empty(0), slot.new_empty(0, dtype=torch.bool)
@@ -181,8 +182,8 @@ def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
     """What a rank that has failed contributes."""
     slot = torch.full_like(labels, _IGNORED)
     selected = Selected(slot, slot.new_empty(0), slot.new_zeros(()), slot.new_empty(0))
-    batch, width = labels.shape
-    rows = torch.zeros((batch, 1 + width), dtype=torch.float64, device=x.device)
+    batch = len(labels)
+    rows = torch.zeros((batch, 1 + width_of(labels)), dtype=torch.float64, device=x.device)
     exponent = rows.new_full((batch,), -math.inf)
     saved = x.new_empty(0, dtype=torch.uint8)
     sums = rows, exponent, exponent, rows.new_zeros(batch), saved, saved.clone()
@@ -212,7 +213,8 @@ def _(
     call = Call.of(*lists)
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
     batch, samples = len(embeddings), shard.world_size * call.sizes.batch
-    all_labels = labels.new_empty((samples, call.sizes.width), dtype=torch.int64)
+    shape = (samples, call.sizes.width) if call.sizes.width > 1 else (samples,)
+    all_labels = labels.new_empty(shape, dtype=torch.int64)
     selected = _select(shard, all_labels, step, class_index, feature_index, call)
     x = _in_float(embeddings.new_empty(samples, embeddings.shape[1]))
     rows, *_, packed, kept = library.ops.loss_sums(
