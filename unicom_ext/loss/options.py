@@ -68,7 +68,8 @@ class LossOptions:
         margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
             ``"exact"`` is the true derivative, bounded near |c| = 1.
         beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
-            continuation, so that psi stays monotone.
+            continuation, so that psi stays monotone. Where m1 * theta + m2 < 0, ``"linear"`` holds
+            psi at 1 - m3, as AdaFace does.
         precision: type of the unit vectors that are multiplied: ``"fp32"``, ``"fp16"``,
             ``"bf16"``. Sums, exponentials and the target's logit are float32 or better always.
             On CPUs ``"fp16"`` is computed as fp32.
