@@ -120,10 +120,10 @@ def test_a_bad_option_is_named(make, options, error, message):
 
 def test_a_bad_batch_is_named():
     margins = ElasticArcFace()
-    with pytest.raises(TypeError, match="^labels must be an int32 or int64 tensor, got list"):
+    with pytest.raises(TypeError, match=r"^labels must be an int32 or int64 tensor, got list"):
         margins(X, [1, 2])
-    with pytest.raises(ValueError, match="^labels must be on cpu like the margins, got meta"):
+    with pytest.raises(ValueError, match=r"^labels must be on cpu like the margins, got meta"):
         margins(X, Y.to("meta"))
-    with pytest.raises(TypeError, match="^step must be an integer that fits in int64, got 1.5"):
+    with pytest.raises(TypeError, match=r"^step must be an integer that fits in int64, got 1.5"):
         margins(X, Y, step=1.5)
     assert int(margins.step) == 0

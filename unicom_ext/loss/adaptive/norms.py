@@ -37,7 +37,7 @@ class AdaFace(nn.Module):
             of three numbers. Every rank must call then.
 
     Attributes:
-        mean, std: float64 scalar buffers, the running mean and standard deviation of the norms,
+        mean, std: float64 buffers [1], the running mean and standard deviation of the norms,
             20 and 100 at first. They stay float64 where a model is cast, as a half would not see
             changes of 1 %. A batch without a sample that counts leaves both, one with a single one
             leaves std; rows with NaN or infinity do not count, as their loss is NaN already and
@@ -64,7 +64,8 @@ class AdaFace(nn.Module):
         self.ignore_index = integer("ignore_index", ignore_index)
         self.process_group = process_group
         for name, start in (("mean", 20.0), ("std", 100.0)):
-            self.register_buffer(name, torch.tensor(start, dtype=torch.float64, device=device))
+            # Not a scalar: compiled graphs take one of float64 for a number, and lose its changes.
+            self.register_buffer(name, torch.full((1,), start, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def forward(self, embeddings: Tensor, labels: Tensor) -> CombinedMargin:
