@@ -75,6 +75,13 @@ def test_the_loss_takes_them(make):
     torch.testing.assert_close(value.double(), right, rtol=1e-6, atol=0)
 
 
+@BOTH
+def test_gradcheck_through_the_loss(make):
+    x, margins = X.double().requires_grad_(), make()
+    loss = PartialMarginSoftmax(6, 9, scale=8.0, margin_grad="exact", dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: loss(x, Y, margin=margins(x, Y, step=3)), x)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_repetition_in_backward_needs_the_step(reentrant):
     margins, loss, x = ElasticArcFace(), PartialMarginSoftmax(6, 9), X.clone().requires_grad_()

@@ -83,9 +83,10 @@ class AdaFace(nn.Module):
             RuntimeError: training repeats the call in backward; or another rank has failed.
         """
         if self.training:
-            of_this_rank = self._summary_of(embeddings, labels)
-            self._take_up(batch.of_all_ranks(of_this_rank, 3, self.mean.device, self.process_group))
-        quality = (self._norms(embeddings, labels)[0] - self.mean) / (self.std + 1e-3)
+            norms = self._take_up(embeddings, labels)
+        else:
+            norms, _ = self._norms(embeddings, labels)
+        quality = (norms - self.mean) / (self.std + 1e-3)
         quality = (self.h * quality).clamp(-1, 1)
         return CombinedMargin(m2=-self.m * quality, m3=self.m + self.m * quality)
 
@@ -97,10 +98,13 @@ class AdaFace(nn.Module):
         norms = batch.norms(embeddings, kept)
         return norms.to(torch.float64).clamp(0.001, 100.0), kept & norms.isfinite()
 
-    def _summary_of(self, embeddings: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-        """Of one rank's norms: their number, mean, and sum of squared distances from it."""
+    def _take_up(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """Change mean and std by a batch, whose clipped norms are returned."""
+        norms: Tensor
 
         def summary() -> Tensor:
+            """Of this rank's norms: their number, mean, and sum of squared distances from it."""
+            nonlocal norms
             batch.refuse_repetition(self)
             norms, counted = self._norms(embeddings, labels)
             count = counted.sum()
@@ -108,17 +112,16 @@ class AdaFace(nn.Module):
             distance = (norms - mean).where(counted, 0.0)
             return torch.stack([count.to(mean.dtype), mean, distance.square().sum()])
 
-        return summary
-
-    def _take_up(self, summaries: Tensor) -> None:
-        # Sums of squares about each rank's own mean lose no digits, and come in one message.
-        counts, means, squares = summaries.unbind(dim=1)
+        # Squares about each rank's own mean lose no digits, and all comes in one message.
+        of_ranks = batch.of_all_ranks(summary, 3, self.mean.device, self.process_group)
+        counts, means, squares = of_ranks.unbind(dim=1)
         count = counts.sum()
         mean = (counts * means).sum() / count.clamp(min=1)
         squares = squares + counts * (means - mean).square()
         std = (squares.sum() / (count - 1).clamp(min=1)).sqrt()
         self.mean.lerp_(mean, self.t_alpha * (count > 0).to(mean.dtype))
         self.std.lerp_(std, self.t_alpha * (count > 1).to(std.dtype))
+        return norms
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.mean, self.std
