@@ -24,7 +24,9 @@ struct Margin {
 //
 // With `linear`, psi goes on as a line of slope 1 where m1 * theta + m2 passes pi. The line starts
 // at or below -1 - m3, so that psi never rises with the angle (for m2 in [0, pi]). For m1 = 1 and
-// m2 up to 2.33 it is ArcFace's own continuation, c - m2 * sin(m2).
+// m2 up to 2.33 it is ArcFace's own continuation, c - m2 * sin(m2). Where m1 * theta + m2 is below 0,
+// as a negative m2 makes it, psi stays at its largest value 1 - m3, as AdaFace (arXiv:2204.00964)
+// clips the angle; else it would fall towards theta = 0.
 template <class Real>
 UNICOM_HD inline Margin<Real> evaluate_margin(Real cosine, Real m1, Real m2, Real m3, bool exact,
                                               bool linear) {
@@ -40,7 +42,8 @@ UNICOM_HD inline Margin<Real> evaluate_margin(Real cosine, Real m1, Real m2, Rea
       return {c - drop - m3, one};
     }
   }
-  const Real angle = m1 * theta + m2;
+  Real angle = m1 * theta + m2;
+  if (linear && angle < 0) angle = 0;
   const Real psi = std::cos(angle) - m3;
   if (!exact) return {psi, one};
   const Real sine = std::sqrt((one - c) * (one + c));

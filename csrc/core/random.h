@@ -7,6 +7,7 @@ namespace unicom {
 
 // Uses of randomness that must not share keys. The values are part of what a seed means: changing
 // one changes the selections of resumed runs.
+// 4 is taken by unicom_ext/loss/adaptive/noise.py.
 enum class Stream : uint64_t { kQuotaPhase = 1, kClassOrder = 2, kFeatureOrder = 3 };
 
 constexpr uint64_t kGoldenRatio = 0x9e3779b97f4a7c15u;  // 2^64 / phi, odd

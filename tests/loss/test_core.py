@@ -28,8 +28,9 @@ def mp_margin(cosine, m1, m2, m3, exact, linear):
         if linear and theta > joint:
             drop = max((pi - joint) * mpmath.sin(joint), 1 + mpmath.cos(joint))
             return float(c - drop - m3), 1.0
-        psi = mpmath.cos(m1 * theta + m2) - m3
-        slope = m1 * mpmath.sin(m1 * theta + m2) / max(mpmath.sin(theta), mpmath.mpf("1e-6"))
+        angle = max(m1 * theta + m2, 0) if linear else m1 * theta + m2
+        psi = mpmath.cos(angle) - m3
+        slope = m1 * mpmath.sin(angle) / max(mpmath.sin(theta), mpmath.mpf("1e-6"))
         return float(psi), float(slope) if exact else 1.0
 
 
@@ -84,8 +85,9 @@ def test_exact_slope_is_the_derivative(cosine, m1, m2, m3):
     assert slope[0] == pytest.approx((high - low) / (2 * h), rel=1e-6, abs=1e-6)
 
 
-@given(m1=st.floats(0.25, 5), m2=st.floats(0, 3.14), m3=st.floats(0, 1))
+@given(m1=st.floats(0.25, 5), m2=st.floats(-3.14, 3.14), m3=st.floats(0, 1))
 @example(m1=1.0, m2=0.5, m3=0.0)
+@example(m1=1.0, m2=-0.4, m3=0.0)
 @example(m1=4.0, m2=0.0, m3=0.0)
 def test_linear_continuation_is_monotone(m1, m2, m3):
     cosine = np.cos(np.linspace(np.pi, 0, 2001))
@@ -97,6 +99,15 @@ def test_linear_continuation_is_monotone(m1, m2, m3):
 def test_keep_is_not_monotone_where_linear_is():
     cosine = np.cos(np.linspace(np.pi, 0, 2001))
     assert np.any(np.diff(_core.margin(cosine, 1.0, 0.5)[0]) < -1e-6)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_linear_holds_psi_where_the_angle_is_negative(exact):
+    theta = np.array([0.0, 0.1, 0.39, 0.41, 0.8])
+    psi, slope = _core.margin(np.cos(theta), 1.0, -0.4, 0.1, exact=exact, linear=True)
+    np.testing.assert_array_equal(psi[:3], 1 - 0.1)
+    np.testing.assert_array_equal(slope[:3], 0.0 if exact else 1.0)
+    np.testing.assert_allclose(psi[3:], np.cos(theta[3:] - 0.4) - 0.1, rtol=0, atol=1e-15)
 
 
 def test_linear_is_the_continuation_of_arcface():

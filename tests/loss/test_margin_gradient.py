@@ -138,6 +138,18 @@ def test_margins_at_which_psi_is_flat():
     assert row_errors(to_m3, right(problem, **margins)[1]).max() < 1e-6
 
 
+def test_margins_at_which_the_angle_is_negative():
+    # At angles of 0.1, 0.3 and 0.5, of which only the last is beyond 0.4.
+    problem = corner(torch.tensor([0.1, 0.3, 0.5]).cos(), 2.0, beyond_pi="linear")
+    margins = {"m2": torch.full((3,), -0.4), "m3": torch.zeros(3)}
+    for a, b in zip(margins_of(problem, **margins), right(problem, **margins), strict=True):
+        assert row_errors(a, b).max() < 1e-5
+    to_m2, to_m3 = margins_of(problem, **margins)
+    assert to_m2[:2].tolist() == [0.0, 0.0]
+    assert to_m2[2] > 0
+    assert (to_m3 > 0).all()
+
+
 def test_what_ignored_samples_hold_reaches_nobody(any_backend):
     problem = random_problem(9, 17, 8, reduction="none")
     clean = margins_of(problem, m2=uniform(9, 0.1, 0.5), m3=uniform(9, 0.0, 0.3))

@@ -42,6 +42,7 @@ MARGINS = [
     CosFace(0.35),
     SphereFace(1.35),
     CombinedMargin(1.1, 0.3, 0.2),
+    CombinedMargin(1.0, -0.8, 0.1),
     per_sample_margin(40),
 ]
 

@@ -134,10 +134,10 @@ def test_straight_through_takes_the_slope_of_the_margin_as_one():
 
 @pytest.mark.parametrize(
     "margin",
-    [ArcFace(0.5), ArcFace(2.0), SphereFace(1.35), SphereFace(4.0), ArcFace(0.0)],
+    [ArcFace(0.5), ArcFace(2.0), SphereFace(1.35), SphereFace(4.0), ArcFace(0.0), ArcFace(-0.4)],
     ids=repr,
 )
-def test_the_linear_continuation_is_monotone_and_changes_nothing_before_pi(margin):
+def test_the_linear_continuation_is_monotone_and_changes_nothing_between_0_and_pi(margin):
     theta = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
     x = torch.stack([theta.cos(), theta.sin()], dim=1)
     w = torch.eye(2, dtype=torch.float64)
@@ -149,7 +149,9 @@ def test_the_linear_continuation_is_monotone_and_changes_nothing_before_pi(margi
         return theta.sin() - loss.expm1().log()
 
     before = margin.m1 * theta + margin.m2 <= math.pi
-    torch.testing.assert_close(psi("linear")[before], psi("keep")[before])
+    held = margin.m1 * theta + margin.m2 < 0
+    torch.testing.assert_close(psi("linear")[before & ~held], psi("keep")[before & ~held])
+    torch.testing.assert_close(psi("linear")[held], torch.ones_like(theta[held]))
     assert (psi("linear").diff() <= 1e-12).all()
     if not before.all():
         after = ~before

@@ -92,7 +92,8 @@ def eager_partial_fc(
         cosine = cosine.masked_fill(cosine > interclass_filter, 0.0)
 
     inner = target if margin_grad == "straight_through" else target.clamp(-1 + 1e-7, 1 - 1e-7)
-    psi = torch.cos(margin.m1 * inner.arccos() + m2) - m3
+    angle = margin.m1 * inner.arccos() + m2
+    psi = torch.cos(angle.clamp(min=0) if beyond_pi == "linear" else angle) - m3
     if beyond_pi == "linear":
         last = ((math.pi - torch.as_tensor(m2)) / margin.m1).clamp(0, math.pi)
         drop = torch.maximum((math.pi - last) * last.sin(), 1 + last.cos()).to(x)

@@ -32,6 +32,7 @@ from unicom_ext import (
 )
 from unicom_ext.cluster import ClusterConfig, cluster
 from unicom_ext.compat import PartialFC_V2
+from unicom_ext.margins import AdaFace, ClassSizeMargin, ElasticArcFace, ElasticCosFace, MagFace
 from unicom_ext.optim import RowAdamW, RowSGD
 
 
@@ -43,6 +44,20 @@ def margins() -> list[CombinedMargin]:
         SphereFace(1.35),
         CombinedMargin(1.0, m2=0.3, m3=0.1),
     ]
+
+
+def adaptive_margins(x: Tensor, labels: Tensor) -> Tensor:
+    margins: list[nn.Module] = [
+        AdaFace(m=0.4, h=0.333, t_alpha=0.01),
+        ElasticArcFace(0.5, std=0.05, seed=1),
+        ElasticCosFace(),
+        ClassSizeMargin(torch.ones(10, dtype=torch.int64), exponent=0.25),
+        ClassSizeMargin.from_labels(labels, 10),
+    ]
+    margins.append(MagFace(u_m="0.8"))  # type: ignore[arg-type]
+    loss_fn = PartialMarginSoftmax(512, 10)
+    loss: Tensor = loss_fn(x, labels, margin=margins[0](x, labels))
+    return loss + MagFace().regularizer(x, labels)
 
 
 def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:

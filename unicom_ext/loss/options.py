@@ -71,7 +71,8 @@ class LossOptions:
         margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
             ``"exact"`` is the true derivative, bounded near |c| = 1.
         beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
-            continuation, so that psi stays monotone.
+            continuation, so that psi stays monotone. Where m1 * theta + m2 < 0, ``"linear"`` holds
+            psi at 1 - m3, as AdaFace does.
         multi_label: what becomes of the positives of a sample, of which labels [B, P] may name
             several. ``"average"`` is the mean of their cross entropies, each against the negatives
             alone; with one positive it is the softmax cross entropy. ``"separate"`` is MLCD's loss

@@ -213,8 +213,11 @@ def _margin(cosine: Tensor, m2: Tensor, m3: Tensor, options: LossOptions) -> Ten
     m1 = options.margin.m1
     c = cosine.detach().clamp(-1, 1)
     theta = torch.arccos(c)
-    psi = torch.cos(m1 * theta + m2) - m3
-    slope = m1 * torch.sin(m1 * theta + m2) / torch.sin(theta).clamp(min=1e-6)
+    angle = m1 * theta + m2
+    if options.beyond_pi == "linear":
+        angle = angle.clamp(min=0)  # psi stays at 1 - m3
+    psi = torch.cos(angle) - m3
+    slope = m1 * torch.sin(angle) / torch.sin(theta).clamp(min=1e-6)
     if options.beyond_pi == "linear":
         # Past the angle where the argument of the cosine reaches pi, psi goes on with slope 1. The
         # drop makes it at least as low as psi at that angle, and is m2 * sin(m2) when m1 is 1.

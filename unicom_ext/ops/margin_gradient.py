@@ -87,9 +87,10 @@ def counted(slot: Tensor) -> Tensor:
 def _falling(cosine: Tensor, m1: float, m2: Tensor, linear: bool) -> Tensor:
     """-dpsi/dm2: how fast psi falls as m2 grows.  `evaluate_margin` in csrc/core/margin.h."""
     theta = torch.acos(cosine.clamp(-1, 1))
-    falling = torch.sin(m1 * theta + m2)
+    angle = m1 * theta + m2
     if not linear:
-        return falling
+        return torch.sin(angle)
+    falling = torch.sin(angle.clamp(min=0))  # 0 where psi stays at 1 - m3
     # Past the joint psi is c - drop(joint) - m3, and the joint moves with m2 where it can.
     free = (math.pi - m2) / m1
     joint = free.clamp(0, math.pi)
