@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unicom_ext.retrieval import Result, evaluate, search, topk
+from unicom_ext.retrieval import Result, evaluate, topk
+from unicom_ext.utils import search
 
 BLOCK_BYTES = st.sampled_from([1500, 4000, 20_000, search.DEFAULT_BLOCK_BYTES])
 
