@@ -18,6 +18,7 @@ from unicom_ext import (
     CombinedMargin,
     CosFace,
     Metrics,
+    NearestClasses,
     PartialMarginSoftmax,
     Selection,
     SphereFace,
@@ -64,6 +65,8 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     assert_type(loss_fn.num_sampled, int)
     assert_type(loss_fn.scale, float)
     assert_type(loss_fn.weight, nn.Parameter)
+    assert_type(loss_fn.topk(images, 5), NearestClasses)
+    assert_type(loss_fn.logits(images, class_index=labels), Tensor)
     assert_type(loss_fn.last_metrics, Metrics | None)
     assert_type(loss_fn.last_selection, Selection | None)
     assert_type(loss_fn.forward(images, labels, step=3, margin=ArcFace(0.2)), Tensor)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from unicom_ext.loss import checks, recomputation
 from unicom_ext.loss.functional import call_loss
+from unicom_ext.loss.inference import InferenceCalls
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
-from unicom_ext.loss.owner import PrototypeOwner
 from unicom_ext.loss.prototypes import fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
@@ -25,7 +25,7 @@ from unicom_ext.ops import counter, memory, transforms
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
 
-class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
+class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     """Margin softmax cross entropy in which each step uses some classes and some dimensions.
 
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to

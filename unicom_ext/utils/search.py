@@ -46,6 +46,7 @@ def best_keys(
     groups: tuple[Tensor, Tensor] | None = None,
     block_bytes: int,
     dim: int | None = None,
+    names: tuple[str, str] = ("queries", "gallery"),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (query ids [q], keys int64 [q, k], largest first) until all of `order` is done.
 
@@ -54,6 +55,7 @@ def best_keys(
     groups       integers [Nq] and [Ng]: a query does not meet the items of its own group; a
                  negative one is none
     dim          number of leading dimensions to use; rows are normalised over these alone
+    names        of queries and gallery, for the error where a row is not finite
     """
     dim = dim or queries.shape[1]
     start = 0
@@ -61,7 +63,7 @@ def best_keys(
         k = list_length(start)
         q, g = block_shape(len(order) - start, len(gallery), k, dim, block_bytes)
         ids = order[start : start + q]
-        yield ids, _search(queries, gallery, ids, k, g, dim, tie, exclude_self, groups)
+        yield ids, _search(queries, gallery, ids, k, g, dim, tie, exclude_self, groups, names)
         start += q
 
 
@@ -100,12 +102,13 @@ def _search(
     tie: TieRank,
     exclude_self: bool,
     groups: tuple[Tensor, Tensor] | None,
+    names: tuple[str, str],
 ) -> Tensor:
     """Keys int64 [q, k] of the best gallery rows for the queries `ids` [q], largest first."""
-    x = unit_rows("queries", queries[ids, :dim], ids)
+    x = unit_rows(names[0], queries[ids, :dim], ids)
     best = torch.full((len(ids), k), NOTHING, dtype=torch.int64, device=x.device)
     for begin in range(0, len(gallery), block):
-        y = unit_rows("gallery", gallery[begin : begin + block, :dim], begin)
+        y = unit_rows(names[1], gallery[begin : begin + block, :dim], begin)
         with torch.autocast(x.device.type, enabled=False):
             # In double: products of fp32 round otherwise in a column at the edge than in one inside
             # a block, and equal rows must have equal cosines.
