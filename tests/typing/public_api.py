@@ -129,6 +129,8 @@ def several_ranks(encoder: nn.Module, group: dist.ProcessGroup) -> dict[str, Any
 def the_rest(embeddings: Tensor, labels: Tensor) -> None:
     assert_type(sampling.select_classes(100, 0.1, labels, seed=0, step=0), Tensor)
     assert_type(sampling.select_features(512, 0.5, seed=0, step=0), Tensor)
+    sampling.select_features(512, 0.5, seed=0, step=0, feature_selection="nested")
+    sampling.select_features(512, 0.5, seed=0, step=0, feature_selection="first")  # type: ignore[arg-type]
     for result in retrieval.evaluate(embeddings, labels, dims=[64, 512], ks=[1, 5]):
         assert_type(result.recall, dict[int, float])
     cosine, index = retrieval.topk(embeddings, k=5)
