@@ -65,6 +65,24 @@ def test_it_is_what_one_process_does(ranks, sizes, options):
         torch.testing.assert_close(together, grad_w, rtol=1e-4, atol=1e-4 * float(grad_w.norm()))
 
 
+def compiled(group):
+    """Why a whole graph is refused; the losses of one compiled in parts, and of one that is not."""
+    x, labels = torch.ones(4, DIM), torch.arange(4)
+    with pytest.raises(Exception, match="nested") as refused:
+        torch.compile(make(group, uneven_batches=False), fullgraph=True, backend="eager")(x, labels)
+    in_parts = torch.compile(make(group, uneven_batches=False), backend="eager")
+    eager = make(group, uneven_batches=False)
+    losses = [(in_parts(x, labels).item(), eager(x, labels).item()) for _ in range(STEPS)]
+    return str(refused.value), losses
+
+
+def test_a_graph_cannot_hold_it(ranks):
+    for refused, losses in ranks.run(2, compiled):
+        assert 'to compile the loss whole use feature_selection="random"' in refused
+        for in_parts, eager in losses:
+            assert in_parts == pytest.approx(eager, rel=1e-6)
+
+
 def disagree(group, uneven_batches):
     rank = dist.get_rank(group)
     found = []

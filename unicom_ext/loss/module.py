@@ -346,7 +346,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             )
         step = checks.integer("step", step)
         tensor = torch.full_like(self.step, step)
-        counter.known_on_host(tensor, step)
+        if self.feature_selection == "nested":
+            counter.known_on_host(tensor, step)
         return tensor
 
     @property

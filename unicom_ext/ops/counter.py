@@ -81,11 +81,12 @@ def advance(step: Tensor) -> None:
         with outside():
             step.add_(1)
     else:
-        known = None if step.device.type == "cpu" else _on_host.get(step)
-        before = None if known is None else step._version
+        known = None if step.device.type == "cpu" or not _on_host else _on_host.get(step)
+        value, version = known or (0, None)
+        is_current = version == step._version
         step.add_(1)
-        if known is not None and known[1] == before:
-            known_on_host(step, known[0] + 1)
+        if is_current:
+            known_on_host(step, value + 1)
 
 
 @torch.library.impl(_LIBRARY, "first_draw", "CompositeExplicitAutograd")
