@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from unicom_ext.loss.functional import partial_margin_softmax
     from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace, SphereFace
     from unicom_ext.loss.module import PartialMarginSoftmax
-    from unicom_ext.loss.results import Metrics, Selection
+    from unicom_ext.loss.results import Metrics, NearestClasses, Selection
     from unicom_ext.ops.cpu import cpu_capability, set_cpu_capability
 
 __version__ = VERSION
@@ -44,6 +44,7 @@ __all__ = [
     "CombinedMargin",
     "CosFace",
     "Metrics",
+    "NearestClasses",
     "PartialMarginSoftmax",
     "Selection",
     "SphereFace",
@@ -59,6 +60,7 @@ _HOME = {
     "CombinedMargin": "loss.margins",
     "CosFace": "loss.margins",
     "Metrics": "loss.results",
+    "NearestClasses": "loss.results",
     "PartialMarginSoftmax": "loss.module",
     "Selection": "loss.results",
     "SphereFace": "loss.margins",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 
 import numpy as np
 import pytest
@@ -12,10 +11,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import LiveBytes
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from unicom_ext.retrieval import Result, evaluate, search, topk
+from unicom_ext.retrieval import Result, evaluate, topk
+from unicom_ext.utils import search
 
 BLOCK_BYTES = st.sampled_from([1500, 4000, 20_000, search.DEFAULT_BLOCK_BYTES])
 
@@ -338,7 +338,7 @@ def test_rows_are_normalised_again_after_truncation():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_are_computed_in_fp32(dtype):
+def test_values_in_other_dtypes_give_the_same_cosines(dtype):
     torch.manual_seed(0)
     x, labels = torch.randn(50, 12).to(dtype), torch.arange(50) % 7
     assert evaluate(x, labels.int()) == evaluate(x.float(), labels)
@@ -487,31 +487,6 @@ def test_ranks_share_the_queries(ranks):
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes in tensors that were made inside and are still alive: their largest sum."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.known = {t.untyped_storage()._cdata for t in inputs}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
-        return out
-
-    def _free(self, key, nbytes):
-        self.known.discard(key)
-        self.live -= nbytes
 
 
 def rows_of_kind(kind, n, d):

@@ -18,6 +18,7 @@ from unicom_ext import (
     CombinedMargin,
     CosFace,
     Metrics,
+    NearestClasses,
     PartialMarginSoftmax,
     Selection,
     SphereFace,
@@ -79,6 +80,8 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     assert_type(loss_fn.num_sampled, int)
     assert_type(loss_fn.scale, float)
     assert_type(loss_fn.weight, nn.Parameter)
+    assert_type(loss_fn.topk(images, 5), NearestClasses)
+    assert_type(loss_fn.logits(images, class_index=labels), Tensor)
     assert_type(loss_fn.last_metrics, Metrics | None)
     assert_type(loss_fn.last_selection, Selection | None)
     assert_type(loss_fn.forward(images, labels, step=3, margin=ArcFace(0.2)), Tensor)
@@ -141,6 +144,8 @@ def several_ranks(encoder: nn.Module, group: dist.ProcessGroup) -> dict[str, Any
 def the_rest(embeddings: Tensor, labels: Tensor) -> None:
     assert_type(sampling.select_classes(100, 0.1, labels, seed=0, step=0), Tensor)
     assert_type(sampling.select_features(512, 0.5, seed=0, step=0), Tensor)
+    sampling.select_features(512, 0.5, seed=0, step=0, feature_selection="nested")
+    sampling.select_features(512, 0.5, seed=0, step=0, feature_selection="first")  # type: ignore[arg-type]
     for result in retrieval.evaluate(embeddings, labels, dims=[64, 512], ks=[1, 5]):
         assert_type(result.recall, dict[int, float])
     cosine, index = retrieval.topk(embeddings, k=5)

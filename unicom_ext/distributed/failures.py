@@ -29,12 +29,20 @@ def agree(
     Slow (it sends Python objects): for construction, checkpoints, and to say what went wrong.
     group: None for one process alone.
     """
-    reports = exchange(dict(settings), failure, group)
+    reports = words_of_all(dict(settings), failure, group)
+    for name in settings:
+        check_same(name, [theirs.get(name) for theirs in reports])
+
+
+def words_of_all(
+    word: object, failure: BaseException | None, group: dist.ProcessGroup | None
+) -> list[Any]:
+    """Each rank's `word`, in rank order; or raise on every rank if one has failed."""
+    reports = exchange(word, failure, group)
     for rank, (reason, _) in enumerate(reports):
         if reason is not None:
             raise RankFailed(f"rank {rank} of the process group raised {reason}")
-    for name in settings:
-        check_same(name, [theirs.get(name) for _, theirs in reports])
+    return [theirs for _, theirs in reports]
 
 
 def exchange(

@@ -102,15 +102,22 @@ class Ranks:
         """[world_size * n, ...] on each rank, summed over ranks -> this rank's [n, ...]."""
         if self.group is None:
             return rows
-        shape = (self.world_size, len(rows) // self.world_size, *rows.shape[1:])
         if backend(self.group, rows.device) == "gloo":
             # Its reduce-scatter is an all-reduce of everything: twice the bytes of this.
-            parts = torch.empty_like(rows, memory_format=torch.contiguous_format)
-            dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
-            return parts.view(shape).sum(dim=0)
-        result = rows.new_empty(shape[1:])
+            return self.swap(rows).sum(dim=0)
+        result = rows.new_empty((len(rows) // self.world_size, *rows.shape[1:]))
         _reduce_scatter(result, rows.contiguous(), group=self.group)
         return result
+
+    def swap(self, rows: Tensor) -> Tensor:
+        """[world_size * n, ...], n rows for each rank -> [world_size, n, ...], each rank's for this
+        one."""
+        parts = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        if self.group is None:
+            parts.copy_(rows)
+        else:
+            dist.all_to_all_single(parts, rows.contiguous(), group=self.group)
+        return parts.view(self.world_size, len(rows) // self.world_size, *rows.shape[1:])
 
     def sends_from(self, device: torch.device) -> torch.device:
         """Where large tensors of `device` are best sent from: there, or from the CPU if it would be

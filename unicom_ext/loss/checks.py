@@ -85,6 +85,35 @@ def check_call(
         check_values(embeddings, labels, total, options.ignore_index)
 
 
+def _check_own(name: str, value: object) -> None:
+    if isinstance(value, Tensor) and not is_local(value):
+        raise TypeError(
+            f"{name} must be this rank's own, got a DTensor: give its to_local() if it is "
+            "sharded by rows like the batch, or else its full_tensor()"
+        )
+
+
+def check_rows(embeddings: Tensor, prototypes: Tensor, *, min_classes: int = 1) -> None:
+    """That they are [B, d] and [C, d]; without a look at devices."""
+    for name, value in (("embeddings", embeddings), ("prototypes", prototypes)):
+        _check_own(name, value)
+    for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind(tensor)}"
+            )
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
+    num_classes, dim = prototypes.shape
+    if embeddings.shape[1] != dim:
+        raise ValueError(
+            f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
+            f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
+        )
+    if num_classes < min_classes or dim < 1:
+        raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
+
+
 def check_tensors(
     embeddings: Tensor,
     labels: Tensor,
@@ -96,27 +125,9 @@ def check_tensors(
     num_classes: int | None = None,
 ) -> None:
     """num_classes: as `check_call` has it."""
-    for name, value in (("embeddings", embeddings), ("labels", labels), ("prototypes", prototypes)):
-        if isinstance(value, Tensor) and not is_local(value):
-            raise TypeError(
-                f"{name} must be this rank's own, got a DTensor: give its to_local() if it is "
-                "sharded by rows like the batch, or else its full_tensor()"
-            )
-    for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
-        if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATING:
-            raise TypeError(
-                f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {kind(tensor)}"
-            )
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
-    batch, dim = embeddings.shape
-    if prototypes.shape[1] != dim:
-        raise ValueError(
-            f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
-            f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
-        )
-    if (len(prototypes) < 1 and num_classes is None) or dim < 1:
-        raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
+    _check_own("labels", labels)
+    check_rows(embeddings, prototypes, min_classes=1 if num_classes is None else 0)
+    batch = len(embeddings)
     num_classes = len(prototypes) if num_classes is None else num_classes
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(

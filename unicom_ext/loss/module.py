@@ -13,20 +13,25 @@ from torch import Tensor, nn
 
 from unicom_ext.loss import checks, recomputation
 from unicom_ext.loss.functional import call_loss
+from unicom_ext.loss.inference import InferenceCalls
 from unicom_ext.loss.labels import Labels, dense
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
-from unicom_ext.loss.owner import PrototypeOwner
 from unicom_ext.loss.prototypes import fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
-from unicom_ext.loss.sampling import num_sampled_classes, num_selected_features
+from unicom_ext.loss.sampling import (
+    FeatureSelection,
+    check_feature_selection,
+    num_sampled_classes,
+    num_selected_features,
+)
 from unicom_ext.loss.selection import Sampling, select
 from unicom_ext.ops import counter, memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
 
 
-class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
+class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     """Margin softmax cross entropy in which each step uses some classes and some dimensions.
 
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
@@ -47,6 +52,10 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         scale: s, default 64.
         sample_rate: share of the classes, in [0, 1].
         feature_rate: share of the dimensions, in (0, 1]; must leave at least one.
+        feature_selection: which dimensions a step takes: ``"random"`` ones, or ``"nested"``, the
+            first ones, as Matryoshka representations are trained (arXiv:2205.13147): up to d of
+            them, and as many on average as ``"random"`` takes. The number is drawn on the host, by
+            (seed, step): ``torch.compile(fullgraph=True)`` and CUDA graphs refuse it.
         process_group: share the prototypes with the other ranks of this group, such as
             ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
             rank calls the loss with a batch of its own; see
@@ -67,8 +76,8 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
 
     Attributes:
         options: the `LossOptions`. Each of them is an attribute too: ``loss.scale = 32`` makes new
-            options, checked, for the calls to come. So are `sample_rate` and `feature_rate`. With a
-            process group all ranks must set the same.
+            options, checked, for the calls to come. So are `sample_rate`, `feature_rate` and
+            `feature_selection`. With a process group all ranks must set the same.
         weight: Parameter [C, d], the prototypes (with a process group those of this rank);
             initialised from a normal distribution with standard deviation 0.01, as PartialFC does.
             Only the directions matter. A class's initial prototype depends on (seed, class id, d)
@@ -89,6 +98,8 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
     so does ``_ddp_params_and_buffers_to_ignore`` of a model for `DistributedDataParallel`.
     """
 
+    _feature_selection: FeatureSelection = "random"  # of losses pickled before there was another
+
     def __init__(
         self,
         embedding_size: int,
@@ -98,6 +109,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         scale: float = 64.0,
         sample_rate: float = 1.0,
         feature_rate: float = 1.0,
+        feature_selection: FeatureSelection = "random",
         process_group: dist.ProcessGroup | None = None,
         want_metrics: bool = False,
         seed: int = 0,
@@ -120,12 +132,14 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             self.options = LossOptions(margin, scale, **keywords)
             num_sampled_classes(num_classes, sample_rate)
             num_selected_features(embedding_size, feature_rate)
+            check_feature_selection(feature_selection)
             settings = {
                 "embedding_size": embedding_size,
                 "num_classes": num_classes,
                 "seed": seed,
                 "sample_rate": sample_rate,
                 "feature_rate": feature_rate,
+                "feature_selection": feature_selection,
                 "dtype": str(dtype or torch.get_default_dtype()),
                 **self.options.same_on_every_rank(),
                 "want_metrics": want_metrics,
@@ -146,6 +160,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
         self.num_classes = num_classes
         self.sample_rate = sample_rate
         self.feature_rate = feature_rate
+        self.feature_selection = feature_selection
         self.want_metrics = want_metrics
         self.seed = seed
         self.full_state_dict = full_state_dict
@@ -201,6 +216,15 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
     def feature_rate(self, rate: float) -> None:
         self.num_features = num_selected_features(self.embedding_size, rate)
         self._feature_rate = rate
+
+    @property
+    def feature_selection(self) -> FeatureSelection:
+        """Which dimensions each training call takes, "random" or "nested" ones; may be set."""
+        return self._feature_selection
+
+    @feature_selection.setter
+    def feature_selection(self, value: FeatureSelection) -> None:
+        self._feature_selection = check_feature_selection(value)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -259,6 +283,7 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
             self.embedding_size,
             self.num_features if self.training else self.embedding_size,
             self.seed,
+            int(self.feature_selection == "nested"),
         )
 
         def check() -> Tensor | None:
@@ -328,7 +353,10 @@ class PartialMarginSoftmax(OptionAttributes, PrototypeOwner):
                 "and takes none"
             )
         step = checks.integer("step", step)
-        return torch.full_like(self.step, step)
+        tensor = torch.full_like(self.step, step)
+        if self.feature_selection == "nested":
+            counter.known_on_host(tensor, step)
+        return tensor
 
     @property
     def last_selection(self) -> Selection | None:

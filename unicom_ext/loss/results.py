@@ -29,3 +29,10 @@ class Selection(NamedTuple):
 
     class_index: Tensor  # [|S|] int64, sorted class ids; with a process group this rank's part
     feature_index: Tensor  # [d'] int64, sorted dimensions
+
+
+class NearestClasses(NamedTuple):
+    """What `PartialMarginSoftmax.topk` finds for each of b samples, without gradient."""
+
+    cosine: Tensor  # [b, k] float32, falling
+    class_index: Tensor  # [b, k] int64, the lower id first where cosines are equal

@@ -2,20 +2,25 @@
 
 Both selections are pure functions of ``(seed, step)`` and, for classes, of the positives: nothing
 is communicated between ranks and nothing is stored but the step. Class sampling with positives
-kept is PartialFC (arXiv:2203.15565); feature selection is UNICOM (arXiv:2304.05884).
+kept is PartialFC (arXiv:2203.15565); feature selection is UNICOM (arXiv:2304.05884), nested it is
+Matryoshka's (arXiv:2205.13147).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unicom_ext.loss.checks import integer
+from unicom_ext.loss.nested import prefix_length
 from unicom_ext.ops import library
+
+FeatureSelection = Literal["random", "nested"]
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 
@@ -81,7 +86,14 @@ def select_classes(
     return torch.from_numpy(class_index)
 
 
-def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
+def select_features(
+    dim: int,
+    rate: float,
+    *,
+    seed: int,
+    step: int,
+    feature_selection: FeatureSelection = "random",
+) -> Tensor:
     """Draw the feature dimensions that take part in one step, the same on every rank.
 
     Args:
@@ -89,9 +101,11 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
         rate: share of dimensions to draw, in (0, 1]; d' = round(rate * dim) must not be 0.
         seed: any int64.
         step: any int64.
+        feature_selection: ``"random"`` draws any d' dimensions, ``"nested"`` the first ones: as
+            many as it draws, at least an eighth of d', and d' on average.
 
     Returns:
-        d' sorted unique dimensions in [0, dim), int64 on the CPU.
+        Sorted unique dimensions in [0, dim), int64 on the CPU; d' of them if not nested.
 
     Raises:
         ValueError: a value is out of range, or the rate gives zero dimensions.
@@ -99,9 +113,10 @@ def select_features(dim: int, rate: float, *, seed: int, step: int) -> Tensor:
     """
     dim = integer("dim", dim, 1)
     count = num_selected_features(dim, rate, name="rate")
-    feature_index = library.core.select_features(
-        dim, count, seed=integer("seed", seed), step=integer("step", step)
-    )
+    seed, step = integer("seed", seed), integer("step", step)
+    if check_feature_selection(feature_selection) == "nested":
+        return torch.arange(prefix_length(dim, count, seed, step))
+    feature_index = library.core.select_features(dim, count, seed=seed, step=step)
     return torch.from_numpy(feature_index)
 
 
@@ -120,6 +135,13 @@ def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") 
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count
+
+
+def check_feature_selection(value: FeatureSelection) -> FeatureSelection:
+    allowed = get_args(FeatureSelection)
+    if value not in allowed:
+        raise ValueError(f"feature_selection must be one of {allowed}, got {value!r}")
+    return value
 
 
 def _rate(name: str, value: float, *, zero: bool) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from unicom_ext.loss.labels import once_each
-from unicom_ext.ops import library
+from unicom_ext.loss.nested import prefix_length
+from unicom_ext.ops import counter, library
 
 
 class Sampling(NamedTuple):
@@ -16,8 +18,9 @@ class Sampling(NamedTuple):
     num_classes: int  # of all ranks
     num_sampled: int  # classes to draw; `num_classes` for none
     dim: int
-    num_features: int  # dimensions to draw; `dim` for none
+    num_features: int  # dimensions to draw, on average where nested; `dim` for none
     seed: int
+    nested: int = 0  # 1: the first ones, of a number that is drawn
 
     @classmethod
     def nothing(cls, num_classes: int, dim: int) -> Sampling:
@@ -30,6 +33,13 @@ class Sampling(NamedTuple):
     @property
     def draws_features(self) -> bool:
         return self.num_features < self.dim
+
+    def draw_features(self, step: Tensor) -> Tensor:
+        """The dimensions of a step, sorted."""
+        if not self.nested:
+            return library.ops.select_features(step, self.dim, self.num_features, self.seed)
+        length = prefix_length(self.dim, self.num_features, self.seed, counter.on_host(step))
+        return torch.arange(length, device=step.device)
 
 
 class Selected(NamedTuple):
@@ -60,7 +70,7 @@ def select(
         ignore_index: the label of samples without loss.
         step: int64 scalar tensor, for which they are drawn.
         class_index: sorted ids of the classes that take part; not with classes that are drawn.
-        feature_index: sorted dimensions; not with dimensions that are drawn.
+        feature_index: sorted dimensions, also those that were drawn before.
         start, stop: only of the classes in [start, stop), which this rank owns. Past what
             is valid `class_index` may hold others.
 
@@ -85,8 +95,7 @@ def select(
         slot = library.ops.label_slots(
             labels, class_index, sampling.num_classes, ignore_index, *owned
         )
-    if sampling.draws_features:
-        feature_index = library.ops.select_features(
-            step, sampling.dim, sampling.num_features, sampling.seed
-        )
+    if sampling.draws_features and feature_index is None:
+        assert step is not None
+        feature_index = sampling.draw_features(step)
     return Selected(slot, class_index, num_valid, feature_index)

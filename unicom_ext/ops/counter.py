@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from unicom_ext.ops import library
-from unicom_ext.ops.transforms import outside, transforming
+from unicom_ext.ops.transforms import innermost, outside, transforming
 
 MUST_DRAW_AGAIN = (
     "the loss is called in backward, as activation checkpointing does, and must draw what it drew "
@@ -31,6 +32,43 @@ def first_draw(step: Tensor) -> Tensor:
     return library.ops.first_draw(step)
 
 
+# Of steps on devices: what the host knows their value to be, as long as nobody else writes them.
+_on_host: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # -> (value, version)
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason='feature_selection="nested" draws how many dimensions take part on the host, and no '
+    'graph can hold that: to compile the loss whole use feature_selection="random"'
+)
+def on_host(step: Tensor) -> int:
+    """The value of a step. Waits for the device only where the host cannot know it: at first, and
+    when somebody else has written it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, which would draw the same at each replay.
+    """
+    if transforming():
+        step = innermost(step)
+    if step.device.type == "cpu":
+        return int(step)
+    if step.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            'feature_selection="nested" draws how many dimensions take part on the host, and a '
+            'CUDA graph would replay the first draw: use feature_selection="random" in graphs'
+        )
+    value, version = _on_host.get(step, (0, None))
+    if version != step._version:
+        value = int(step)
+        known_on_host(step, value)
+    return value
+
+
+def known_on_host(step: Tensor, value: int) -> None:
+    """So that nobody needs to wait for it."""
+    if step.device.type != "cpu" and not torch.compiler.is_compiling():
+        _on_host[step] = value, step._version
+
+
 def advance(step: Tensor) -> None:
     """Add 1 in place, once for a call, also where backward repeats a compiled one.
 
@@ -43,7 +81,11 @@ def advance(step: Tensor) -> None:
         with outside():
             step.add_(1)
     else:
+        value, version = _on_host.get(step, (0, None)) if _on_host else (0, None)
+        is_known = version == step._version
         step.add_(1)
+        if is_known:
+            known_on_host(step, value + 1)
 
 
 @torch.library.impl(_LIBRARY, "first_draw", "CompositeExplicitAutograd")

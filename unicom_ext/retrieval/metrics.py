@@ -26,16 +26,15 @@ from torch import Tensor
 
 from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks
-from unicom_ext.retrieval.search import (
+from unicom_ext.retrieval.search import check_block_bytes, check_gallery, check_rows
+from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
     LAST_ROW,
     NOTHING,
     TieRank,
     best_keys,
-    check_block_bytes,
     check_finite,
-    check_gallery,
-    check_rows,
+    id_of,
     score_of,
     unit_rows,
 )
@@ -248,9 +247,9 @@ def _num_copies(
     near = (score_of(nearest) > 1 - torch.finfo(torch.bfloat16).eps ** 2).nonzero().flatten()
     count = 0
     for part in near.split(max(1, block_bytes // (32 * queries.shape[1]))):
-        own, other = ids[part], LAST_ROW - (nearest[part] & LAST_ROW)
-        x = unit_rows("queries", queries[own], own)
-        y = unit_rows("gallery", gallery[other], other)
+        own, other = ids[part], id_of(nearest[part])
+        x = unit_rows("queries", queries[own], own).float()
+        y = unit_rows("gallery", gallery[other], other).float()
         # What one of them has lost where it was stored in fewer bits.
         rounding = torch.maximum(_rounding(queries[own]), _rounding(gallery[other]))
         far = (x - y).abs() > _SAME + rounding[:, None] * torch.maximum(x.abs(), y.abs())

@@ -58,6 +58,10 @@ class Config(Settings):
         "a number in [0, 1]", lambda v: 0 <= v <= 1,
     )  # fmt: skip
     feature_rate: float = rate(0.75, "share of the dimensions in each step's softmax")
+    feature_selection: str = one_of(
+        "random", "which dimensions: any, or the first ones, as many on average",
+        ("random", "nested"),
+    )  # fmt: skip
     precision: str = one_of("auto", "operands of the loss", PRECISIONS)
     prototype_update: str = one_of(
         "dense", "all prototypes in each step (AdamW), or the sampled ones (RowAdamW)", UPDATES

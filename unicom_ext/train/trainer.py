@@ -24,6 +24,7 @@ from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.loss.options import Precision
+from unicom_ext.loss.sampling import FeatureSelection
 from unicom_ext.optim import RowAdamW
 from unicom_ext.train.augment import distort
 from unicom_ext.train.config import Config
@@ -67,6 +68,7 @@ class Trainer:
                 scale=config.scale,
                 sample_rate=config.sample_rate,
                 feature_rate=config.feature_rate,
+                feature_selection=cast(FeatureSelection, config.feature_selection),
                 precision=cast(Precision, config.precision),
                 sparse_grad=config.prototype_update == "rows",
                 seed=config.seed,

@@ -22,6 +22,7 @@ class Sizes(NamedTuple):
     dim: int
     num_features: int
     seed: int
+    nested: int
 
     @property
     def sampling(self) -> Sampling:

@@ -79,6 +79,9 @@ def call_loss(
             embeddings, labels, options, grad_embeddings = found
         size, width = len(embeddings), width_of(labels)
 
+    if sampling.nested and sampling.draws_features and step is not None:
+        # Before the operator, whose shapes must not depend on what is drawn.
+        feature_index = sampling.draw_features(step)
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
     wants_grad = grad_embeddings or (grad_enabled and prototypes.requires_grad)
