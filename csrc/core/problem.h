@@ -26,6 +26,7 @@ struct Problem {
   Positives positives;         // of each sample, as positions in class_index
   double scale;
   double filter = std::numeric_limits<double>::infinity();  // infinity: none
+  double label_smoothing = 0;
   // At least the sampled classes of all shards together: fixes the constant exponent.
   int64_t total_sampled;
   Precision precision = Precision::kFp32;
@@ -36,26 +37,35 @@ struct Problem {
   bool is_double() const {
     return embeddings.dtype == DType::kFloat64 || prototypes.dtype == DType::kFloat64;
   }
+  bool smooths() const { return label_smoothing > 0; }
 };
 
 // What a shard knows of each sample. Shards merge by adding the rows of `sums`, after bringing the
 // first column to a common exponent where exponents are not the constant one.
 struct ShardSums {
-  double* sums;          // [batch][1 + width of Positives]: over this shard's negatives of
+  double* sums;          // [batch][row_size()]: over this shard's negatives of
   double* exponent;      //   exp(scale * cosine), as sum * 2^exponent (-inf without classes above
                          //   the constant range); then the positives' cosines, 0 where ignored
-                         //   or elsewhere
+                         //   or elsewhere; then Negatives, 0 without label smoothing
   double* inverse_norm;  // [batch] of the embedding's selected part
   double* largest_negative;  // [batch] cosine; -inf where there is none
-  int64_t width;
+  int64_t width;             // of Positives
 
-  UNICOM_HD double& sum(int64_t i) const { return sums[i * (1 + width)]; }
-  UNICOM_HD double* cosines(int64_t i) const { return sums + i * (1 + width) + 1; }
+  // The same with label smoothing and without, so that shards can tell each other that they differ.
+  UNICOM_HD static constexpr int64_t row_size(int64_t width) {
+    return 1 + width + static_cast<int64_t>(sizeof(Negatives) / sizeof(double));
+  }
+  UNICOM_HD double* row(int64_t i) const { return sums + i * row_size(width); }
+  UNICOM_HD double& sum(int64_t i) const { return *row(i); }
+  UNICOM_HD double* cosines(int64_t i) const { return row(i) + 1; }
+  UNICOM_HD Negatives& negatives(int64_t i) const {
+    return *reinterpret_cast<Negatives*>(row(i) + 1 + width);
+  }
 };
 
 // What forward leaves for backward, in the device's own layout.
 struct Saved {
-  void* packed;  // unit prototypes, and their inverse norms
+  void* packed;  // unit prototypes, their inverse norms and, with label smoothing, their sum
   void* kept;    // cosines
 };
 

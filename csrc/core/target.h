@@ -39,6 +39,7 @@ struct SampleState {
   double push;          // how fast the loss rises with the log of the sum over the negatives
   double factor;        // a negative's softmax among negatives is
   double exponent;      //   factor * 2^-exponent * exp(scale * cosine)
+  double smooth;        // how fast label smoothing makes it fall with each negative's logit
 };
 struct PositiveState {
   double cosine;  // with its prototype
@@ -64,6 +65,12 @@ struct States {
   }
 };
 
+// The negatives of a sample as label smoothing sees them, all alike.
+struct Negatives {
+  double count;
+  double cosines;  // their sum
+};
+
 struct MarginOptions {
   double m1;
   double m2, m3;             // radians; used where the arrays are null
@@ -83,17 +90,18 @@ struct SampleLoss {
   MarginOptions margin;
   double scale;
   MultiLabel multi_label;
+  double label_smoothing;
   Positives positives;
   States states;
 
   // Sample i, whose negatives sum to sum * 2^exponent (0: there are none).  cosine: [width]
   UNICOM_HD double operator()(int64_t i, double sum, double exponent, const double* cosine,
-                              double inverse_norm) const {
+                              double inverse_norm, const Negatives& alike) const {
     const bool empty = sum == 0;
     int power = 0;
     const double mantissa = std::frexp(sum, &power);
     states.sample(i) = {inverse_norm, 0.0, empty ? 0.0 : 1.0 / mantissa,
-                        empty ? 0.0 : exponent + static_cast<double>(power)};
+                        empty ? 0.0 : exponent + static_cast<double>(power), 0.0};
     const double negatives = empty ? -INFINITY : exponent * kLn2 + std::log(sum);
     for (int64_t p = 0; p < positives.width; ++p) {
       PositiveState& state = states.positive(i, p);
@@ -102,23 +110,33 @@ struct SampleLoss {
       const Margin<double> psi = margin(cosine[p], i * positives.width + p);
       state = {cosine[p], psi.slope, scale * psi.psi};  // its logit, for now
     }
-    return multi_label == MultiLabel::kAverage ? average(i, negatives) : separate(i, negatives);
+    return multi_label == MultiLabel::kAverage ? average(i, negatives, alike)
+                                               : separate(i, negatives);
   }
 
  private:
-  // The mean over the positives of their cross entropies, each against the negatives alone.
-  UNICOM_HD double average(int64_t i, double negatives) const {
+  // The mean over the positives of their cross entropies, each against the negatives alone. Label
+  // smoothing adds label_smoothing * (the positive's logit - the mean of its own and the negatives').
+  UNICOM_HD double average(int64_t i, double negatives, const Negatives& alike) const {
     const auto count = static_cast<double>(positives.count(i));
+    const bool smooths = label_smoothing > 0 && alike.count > 0;
+    const double smooth = smooths ? label_smoothing / (alike.count + 1.0) : 0.0;
     double loss = 0, push = 0;
     for (int64_t p = 0; p < positives.width; ++p) {
       if (!is_counted(positives.of(i)[p])) continue;
       double& pull = states.positive(i, p).pull;
-      const TargetLoss one = target_loss(negatives, pull);
+      const double logit = pull;
+      const TargetLoss one = target_loss(negatives, logit);
       pull = one.miss / count;
       loss += one.loss / count;
       push += pull;
+      if (smooths) {
+        pull -= smooth * alike.count / count;
+        loss += smooth * (alike.count * logit - scale * alike.cosines) / count;
+      }
     }
     states.sample(i).push = push;
+    states.sample(i).smooth = smooth;
     return loss;
   }
 

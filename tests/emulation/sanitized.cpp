@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -39,6 +40,7 @@ struct Case {
   bool compact;
   int64_t positives = 1;
   MultiLabel multi_label = MultiLabel::kAverage;
+  double label_smoothing = 0;
 };
 
 // Exactly as large as asked for, so that the sanitizer sees the first byte beyond.
@@ -134,7 +136,8 @@ struct Inputs {
             .bound = bound,
             .positives = positives(),
             .scale = c.scale,
-            .filter = 0.4,
+            .filter = c.label_smoothing > 0 ? std::numeric_limits<double>::infinity() : 0.4,
+            .label_smoothing = c.label_smoothing,
             .total_sampled = bound,
             .precision = precision,
             .keep_bytes = keep_bytes};
@@ -163,17 +166,18 @@ struct Forward {
   Forward(const Problem& p, int64_t packed_bytes, int64_t kept_bytes)
       : batch(p.batch),
         width(p.positives.width),
-        sums((4 + width) * batch),
+        sums((3 + ShardSums::row_size(width)) * batch),
         state(state_size(width) * batch),
         packed(packed_bytes),
         kept(kept_bytes) {}
 
   ShardSums shard() const {
     double* const s = sums.get();
+    double* const rest = s + ShardSums::row_size(width) * batch;
     return {.sums = s,
-            .exponent = s + (1 + width) * batch,
-            .inverse_norm = s + (2 + width) * batch,
-            .largest_negative = s + (3 + width) * batch,
+            .exponent = rest,
+            .inverse_norm = rest + batch,
+            .largest_negative = rest + 2 * batch,
             .width = width};
   }
   States states() const { return {.data = state.get(), .width = width}; }
@@ -182,6 +186,7 @@ struct Forward {
     return {.of = {.margin = kMargin,
                    .scale = in.c.scale,
                    .multi_label = in.c.multi_label,
+                   .label_smoothing = in.c.label_smoothing,
                    .positives = in.positives(),
                    .states = states()},
             .batch = in.c.batch,
@@ -548,6 +553,8 @@ int main() {
       {3, 151, 300, 20, 256, 200, false},
       {9, 310, 17, 120, 15, 64, true, 3, MultiLabel::kAverage},
       {40, 700, 150, 10, 129, 30, false, 5, MultiLabel::kSeparate},
+      {7, 65, 17, 30, 9, 64, true, 1, MultiLabel::kAverage, 0.1},
+      {9, 310, 70, 120, 66, 30, false, 3, MultiLabel::kAverage, 0.3},
   };
   for (const Case& c : cases) {
     const Inputs in(c);

@@ -70,6 +70,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         sample_rate=0.1,
         feature_rate=0.5,
         interclass_filter=0.8,
+        label_smoothing=0.0,
         margin_grad="exact",
         precision="bf16",
         sparse_grad=True,

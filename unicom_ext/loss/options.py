@@ -45,6 +45,7 @@ class LossKwargs(TypedDict, total=False):
     """
 
     interclass_filter: float | None
+    label_smoothing: float
     margin_grad: MarginGrad
     beyond_pi: BeyondPi
     multi_label: MultiLabel
@@ -68,6 +69,11 @@ class LossOptions:
         scale: s > 0, the inverse temperature.
         interclass_filter: a negative cosine above this counts as 0 and gets no gradient (UNICOM's
             and PartialFC's filter for conflicting classes); None for no filter.
+        label_smoothing: epsilon in [0, 1): the share of the target distribution that is spread
+            evenly over the classes that take part, the label's own among them (Szegedy et al.,
+            arXiv:1512.00567), as ``torch.nn.functional.cross_entropy`` has it. With several
+            positives each one's cross entropy is smoothed over it and the negatives. Not together
+            with `interclass_filter` or ``multi_label="separate"``.
         margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
             ``"exact"`` is the true derivative, bounded near |c| = 1.
         beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
@@ -112,6 +118,7 @@ class LossOptions:
     margin: CombinedMargin
     scale: float
     interclass_filter: float | None = None
+    label_smoothing: float = 0.0
     margin_grad: MarginGrad = "straight_through"
     beyond_pi: BeyondPi = "keep"
     multi_label: MultiLabel = "average"
@@ -129,7 +136,7 @@ class LossOptions:
             raise TypeError(
                 f"margin must be a CombinedMargin such as ArcFace(0.3), got {self.margin!r}"
             )
-        for name in ("scale", "interclass_filter"):
+        for name in ("scale", "interclass_filter", "label_smoothing"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, _REAL)):
                 raise TypeError(f"{name} must be a number, got {kind(value)}: {value!r}")
@@ -146,9 +153,22 @@ class LossOptions:
                 "interclass_filter must be None or a cosine in [-1, 1], got "
                 f"{self.interclass_filter}"
             )
+        if self.label_smoothing is None or not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if self.label_smoothing > 0:
+            if self.interclass_filter is not None:
+                raise ValueError(
+                    "interclass_filter must be None with label_smoothing, which needs the logits "
+                    f"of all classes, got {self.interclass_filter}"
+                )
+            if self.multi_label == "separate":
+                raise ValueError(
+                    'label_smoothing must be 0 with multi_label="separate", which has no softmax '
+                    f"over classes, got {self.label_smoothing}"
+                )
 
     @classmethod
     def for_ranks(cls, given: Mapping[str, Any]) -> tuple[LossOptions, Exception | None]:
@@ -203,6 +223,7 @@ class LossOptions:
             0.0 if isinstance(m3, Tensor) else m3,
             float(self.scale),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
+            float(self.label_smoothing),
         )
         codes = Codes(
             self.margin_grad == "exact",
@@ -254,6 +275,7 @@ class OptionAttributes:
     margin = _Option[CombinedMargin]()
     scale = _Option[float]()
     interclass_filter = _Option[float | None]()
+    label_smoothing = _Option[float]()
     margin_grad = _Option[MarginGrad]()
     beyond_pi = _Option[BeyondPi]()
     multi_label = _Option[MultiLabel]()

@@ -91,6 +91,7 @@ def partial_margin_softmax(
         loss_i = log(sum over j in S of exp z_ij) - z_iy
         z_ij = s * c_ij  for j != y_i,    z_iy = s * psi(c_iy)  with psi the margin
 
+    With label smoothing epsilon, ``epsilon * (z_iy - mean over j in S of z_ij)`` is added.
     With several positives P_i of a sample, and its negatives N_i the other classes of S::
 
         loss_i = mean over p of log(exp z_ip + sum over j in N_i of exp z_ij) - z_ip      "average"
@@ -170,6 +171,11 @@ def partial_margin_softmax(
         if options.multi_label == "average":
             # log(exp a + exp z) - z without forming the sum, which would lose z - a >> 0.
             each = log1p_exp(log_negatives[:, None] - target_logit)
+            if options.label_smoothing > 0:
+                number = (~is_positive).sum(dim=1, keepdim=True)
+                mean = scale * cosine.masked_fill(is_positive, 0.0).sum(dim=1, keepdim=True)
+                mean = (target_logit + mean) / (1 + number)
+                each = each + options.label_smoothing * (target_logit - mean)
             each = torch.where(counts & has_negatives[:, None], each, 0.0)
             kept_loss = each.sum(dim=1) / counts.sum(dim=1)
         else:

@@ -20,6 +20,7 @@ class Reals(NamedTuple):
     m3: float  # 0 where each positive has its own
     scale: float
     filter: float  # infinity for none
+    label_smoothing: float
 
 
 class Codes(NamedTuple):

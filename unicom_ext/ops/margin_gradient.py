@@ -16,7 +16,7 @@ from unicom_ext.ops.codes import REDUCTION, Codes, Reals
 MARGINS = slice(6, 8)  # m2 and m3 among the inputs of the loss operators
 _IGNORED, _INVALID = -1, -3  # slots, in csrc/core/sampler.h
 # States in csrc/core/target.h: these of a sample, and then of each of its positives
-_OF_SAMPLE, _OF_POSITIVE = 4, 3
+_OF_SAMPLE, _OF_POSITIVE = 5, 3
 _COSINE, _PULL = 0, 2  # of a positive
 
 
@@ -46,7 +46,7 @@ def margin_gradients(
     Args:
         grad_loss: upstream, [b] for reduction "none", else a scalar.
         slot: [B] or [B, P] int64, of the samples that the loss is a mean of.
-        state: [B, 4 + 3 P] float64, as forward left it.
+        state: [B, 5 + 3 P] float64, as forward left it.
         m2, m3: [b] or [b, P] float64.
         reals, codes: the options, as the operators take them.
         own: the b samples among them whose margins these are.

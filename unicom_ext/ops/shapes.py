@@ -42,14 +42,19 @@ def _width(slot: Tensor) -> int:
 
 def state_size(slot: Tensor) -> int:
     """Numbers that forward leaves of each sample: `state_size` in csrc/core/target.h."""
-    return 4 + 3 * _width(slot)
+    return 5 + 3 * _width(slot)
+
+
+def sums_size(labels: Tensor) -> int:
+    """Numbers of each sample that shards sum up: `ShardSums` in csrc/core/problem.h."""
+    return 3 + _width(labels)
 
 
 def _packed_bytes(num_sampled: int, dim: int, bytes_per_value: int, device_type: str) -> int:
     cuda = device_type == "cuda"
     classes = _round_up(num_sampled, _CUDA_CLASSES if cuda else _LANES)
     height = _round_up(dim, _CUDA_DEPTH if cuda else _TILE)
-    return classes * height * bytes_per_value + classes * 8
+    return classes * height * bytes_per_value + (classes + height) * 8
 
 
 def _kept_bytes(
@@ -184,7 +189,7 @@ def _(
     packed, kept = _saved_sizes(embeddings, prototypes, class_index, feature_index, Codes(*codes))
     new = embeddings.new_empty
     return (
-        new((batch, 1 + _width(slot)), dtype=torch.float64),
+        new((batch, sums_size(slot)), dtype=torch.float64),
         *(new((batch,), dtype=torch.float64) for _ in range(3)),
         new((packed,), dtype=torch.uint8),
         new((kept,), dtype=torch.uint8),

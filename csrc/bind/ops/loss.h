@@ -62,6 +62,7 @@ struct LossOps {
                  .positives = Options::positives_of(slot),
                  .scale = options.scale,
                  .filter = options.filter,
+                 .label_smoothing = options.label_smoothing,
                  .total_sampled = 0,
                  .precision = options.precision,
                  .keep_bytes = options.workspace_bytes};
@@ -114,7 +115,7 @@ struct LossOps {
     Backend on(call.embeddings);
     const int64_t batch = call.problem.batch;
     const int64_t width = call.problem.positives.width;
-    Tensor sums = on.empty({batch, 1 + width}, ScalarType::Double);
+    Tensor sums = on.empty({batch, ShardSums::row_size(width)}, ScalarType::Double);
     Tensor exponent = on.empty({batch}, ScalarType::Double);
     Tensor largest = on.empty({batch}, ScalarType::Double);
     Tensor inverse_norm = on.empty({batch}, ScalarType::Double);
@@ -134,9 +135,10 @@ struct LossOps {
     Options::check_slot(slot, batch);
     check_vector(exponent, "exponent", batch, ScalarType::Double);
     check_vector(inverse_norm, "inverse_norm", batch, ScalarType::Double);
-    check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == 1 + width &&
+    const int64_t row_size = ShardSums::row_size(width);
+    check(sums.dim() == 2 && sums.size(0) == batch && sums.size(1) == row_size &&
               sums.scalar_type() == ScalarType::Double,
-          "sums must be Double of shape [", batch, ", ", 1 + width, "]");
+          "sums must be Double of shape [", batch, ", ", row_size, "]");
     for (Tensor* t : {&sums, &exponent, &inverse_norm, &slot}) *t = torch::stable::contiguous(*t);
     Backend on(sums);
     Tensor loss = on.empty({batch}, ScalarType::Double);
@@ -167,7 +169,7 @@ struct LossOps {
     Tensor state = on.empty({batch, state_size(width)}, ScalarType::Double);
     const SampleLoss sample = call.options.sample_loss(m2, m3, call.slot, state);
     SavedTensors out(on, p);
-    const auto scratch = on.doubles((5 + width) * batch);
+    const auto scratch = on.doubles((4 + ShardSums::row_size(width)) * batch);
     double* const values = scratch.get();
     double* const losses = values + 3 * batch;
     const ShardSums sums{.sums = values + 4 * batch,

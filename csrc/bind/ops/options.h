@@ -16,6 +16,7 @@ struct Options {
   MarginOptions margin;  // without its per-sample arrays
   double scale;
   double filter;  // infinity: none
+  double label_smoothing;
   Precision precision;
   Reduction reduction;
   MultiLabel multi_label;
@@ -25,8 +26,8 @@ struct Options {
   bool sparse_grad;
 
   Options(const std::vector<double>& reals, const std::vector<int64_t>& codes) {
-    check(reals.size() == 5, "reals must be [m1, m2, m3, scale, filter], got ", reals.size(),
-          " values");
+    check(reals.size() == 6, "reals must be [m1, m2, m3, scale, filter, label_smoothing], got ",
+          reals.size(), " values");
     check(codes.size() == 7,
           "codes must be [exact_margin_grad, linear_beyond_pi, precision, reduction, multi_label, "
           "workspace_bytes, sparse_grad], got ",
@@ -40,6 +41,9 @@ struct Options {
               .linear_beyond_pi = codes[1] != 0};
     scale = reals[3];
     filter = reals[4];
+    label_smoothing = reals[5];
+    check(label_smoothing >= 0 && label_smoothing < 1, "label_smoothing must be in [0, 1), got ",
+          label_smoothing);
     check(codes[2] >= 0 && codes[2] <= 2, "precision must be 0, 1 or 2, got ", codes[2]);
     check(codes[3] >= 0 && codes[3] <= 2, "reduction must be 0, 1 or 2, got ", codes[3]);
     check(scale > 0 && scale < std::numeric_limits<double>::infinity(),
@@ -59,6 +63,7 @@ struct Options {
     SampleLoss all{.margin = margin,
                    .scale = scale,
                    .multi_label = multi_label,
+                   .label_smoothing = label_smoothing,
                    .positives = positives_of(slot),
                    .states = states_of(state, slot)};
     all.margin.m2_of_each = of_each(m2, "m2", slot);

@@ -13,25 +13,42 @@ namespace {
 
 // The positives' part of the gradients of one sample, in double from the rows as they were given:
 // d loss / d cosine = -weight * scale * pull * slope, and d cosine / d x = (w^ - c x^) / |x|.
+// And label smoothing's, which takes all classes alike: the positives, which are none of the
+// negatives, get theirs back.
 template <class Real>
 class TargetGradients {
  public:
-  TargetGradients(const Plan& p, const States& states)
-      : p_(p), states_(states), dim_(p.embeddings.dim), x_(dim_), w_(dim_), sum_(dim_) {}
+  // class_sum: of the unit prototypes; nullptr without label smoothing.
+  TargetGradients(const Plan& p, const States& states, const double* class_sum)
+      : p_(p),
+        states_(states),
+        class_sum_(class_sum),
+        dim_(p.embeddings.dim),
+        x_(dim_),
+        w_(dim_),
+        sum_(dim_) {}
 
   // embedding [dim], prototypes [width][dim], of which those of other shards are left alone:
   // nullptr where not wanted.
   void operator()(int64_t i, double weight, Real* embedding, Real* prototypes) {
     const auto& k = kernels_for<double>();
-    double x_inverse = 0;
+    double x_inverse = 0, smooth = 0;
     bool found = false;
+    if (class_sum_ != nullptr && states_.sample(i).smooth > 0) {
+      found = true;
+      smooth = weight * p_.scale * states_.sample(i).smooth;
+      x_inverse = k.unit_row(p_.embedding_rows, i, x_.get(), dim_);
+      const double dot = k.dot(x_.get(), class_sum_, dim_);
+      for (int64_t d = 0; d < dim_; ++d)
+        sum_[d] = -smooth * x_inverse * (class_sum_[d] - dot * x_[d]);
+    }
     for (int64_t q = 0; q < p_.positives.width; ++q) {
       const int64_t slot = p_.positives.of(i)[q];
       if (slot < 0) continue;
       if (!found) x_inverse = k.unit_row(p_.embedding_rows, i, x_.get(), dim_);
       const double w_inverse = k.unit_row(p_.prototype_rows, p_.class_of(slot), w_.get(), dim_);
       const PositiveState& state = states_.positive(i, q);
-      const double factor = -weight * p_.scale * state.pull * state.slope;
+      const double factor = smooth - weight * p_.scale * state.pull * state.slope;
       const double *x = x_.get(), *w = w_.get();
       double* sum = sum_.get();
       if (embedding != nullptr) {
@@ -52,6 +69,7 @@ class TargetGradients {
  private:
   const Plan& p_;
   const States& states_;
+  const double* class_sum_;
   const int64_t dim_;
   Buffer<double> x_, w_, sum_;
 };
@@ -94,7 +112,8 @@ class Backward {
         class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
         embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
         target_embedding_(want_embeddings() ? p.batch * s_.dim : 0),
-        target_prototype_(want_prototypes() ? p.batch * p.positives.width * s_.dim : 0) {}
+        target_prototype_(want_prototypes() ? p.batch * p.positives.width * s_.dim : 0),
+        smooth_(p.smooths() && want_prototypes() ? s_.height : 0) {}
 
   void run() {
     prepare_rows();
@@ -152,7 +171,7 @@ class Backward {
     }
     constexpr int64_t kSamplesPerItem = 16;  // targets: now, before prototypes are updated
     parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
-      TargetGradients<Real> gradients(p_, g_.states);
+      TargetGradients<Real> gradients(p_, g_.states, p_.smooths() ? classes_.sum : nullptr);
       const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
       const int64_t width = p_.positives.width;
       for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
@@ -163,6 +182,7 @@ class Backward {
       }
     });
     if (want_prototypes()) {
+      if (p_.smooths()) sum_smoothed(upstream);
       constexpr int64_t kRows = Shape<Unit>::kRowGranule;
       parallel_.run(s_.padded_rows / kRows, [&](int64_t granule) {
         k_.pack_weighted(rows_.unit.get(), s_.height, weight_.data(), granule * kRows, kRows,
@@ -175,6 +195,20 @@ class Backward {
       std::stable_sort(by_slot_.begin(), by_slot_.end(),
                        [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
     }
+  }
+
+  // What label smoothing adds to the gradient of each unit prototype.
+  void sum_smoothed(const std::vector<double>& upstream) {
+    std::vector<double> sum(static_cast<size_t>(s_.height), 0.0);
+    for (int64_t i = 0; i < p_.batch; ++i) {
+      const double weight =
+          -upstream[static_cast<size_t>(i)] * p_.scale * g_.states.sample(i).smooth;
+      const Real* x = rows_.unit.get() + i * s_.height;
+      if (weight != 0)
+        for (int64_t d = 0; d < s_.height; ++d) sum[static_cast<size_t>(d)] += weight * x[d];
+    }
+    for (int64_t d = 0; d < s_.height; ++d)
+      smooth_[d] = static_cast<Real>(sum[static_cast<size_t>(d)]);
   }
 
   void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
@@ -211,7 +245,9 @@ class Backward {
     a.out_panel_stride = size;
     a.panels = count;
     a.units = row_units_;
-    a.accumulate = false;
+    a.accumulate = p_.smooths();
+    for (int64_t k = 0; k < count * s_.height && p_.smooths(); ++k)
+      std::fill_n(gradient.get() + k * kLanes, kLanes, smooth_[k % s_.height]);
     a.tiles = s_.height / kTile;
     a.a = weighted_.get();
     a.out = gradient.get();
@@ -306,6 +342,7 @@ class Backward {
   Buffer<Real> embedding_gradient_;  // [row panel][height][16]
   Buffer<Real> target_embedding_;    // [batch][dim], the positives' part of each sample's gradient
   Buffer<Real> target_prototype_;    // [batch][width][dim], and of that of each one's prototype
+  Buffer<Real> smooth_;              // [height], label smoothing's part of each one's
   std::vector<RowScale> row_scale_;
   std::vector<double> weight_;
   std::vector<int64_t> by_slot_;

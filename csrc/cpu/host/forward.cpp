@@ -12,7 +12,7 @@ int64_t packed_bytes(const Problem& p) {
   const int64_t bytes_per_value = p.is_double() ? 8 : p.precision == Precision::kBf16 ? 2 : 4;
   const int64_t lanes = round_up(p.bound, kLanes);
   return lanes * panel_height(p.embeddings.dim) * bytes_per_value +
-         lanes * static_cast<int64_t>(sizeof(double));
+         (lanes + panel_height(p.embeddings.dim)) * static_cast<int64_t>(sizeof(double));
 }
 
 int64_t kept_bytes(const Problem& p) { return kept_panels(p) * kept_panel_bytes(p); }
@@ -49,18 +49,20 @@ class Forward {
             kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, kBlockPanels)),
         run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
         runs_(ceil_div(s_.panels, run_panels_)),
-        partial_(runs_ * s_.padded_rows) {
+        partial_(runs_ * s_.padded_rows),
+        class_sums_(p.smooths() ? runs_ * s_.height : 0) {
     if (!constant_exponent(p.scale, static_cast<double>(p.total_sampled), &exponent_))
       exponent_ = kRunningExponent;
   }
 
   void run() {
+    std::fill_n(class_sums_.get(), p_.smooths() ? runs_ * s_.height : 0, 0.0);
     if (together_) {
       parallel_.run(runs_, [&](int64_t run) { sum_run(run, 0, s_.blocks); });
     } else {
-      parallel_.run(ceil_div(s_.panels, chunk_panels_), [&](int64_t chunk) {
-        const int64_t first = chunk * chunk_panels_;
-        pack(first, std::min(chunk_panels_, s_.panels - first));
+      parallel_.run(runs_, [&](int64_t run) {
+        const int64_t first = run * run_panels_;
+        pack(run, first, std::min(run_panels_, s_.panels - first));
       });
       parallel_.run(s_.blocks * runs_, [&](int64_t item) {
         const int64_t block = item % s_.blocks;
@@ -77,15 +79,20 @@ class Forward {
       out_.largest_negative[i] = !ignored && sum.largest > kNoCosine ? sum.largest : kNone;
       out_.inverse_norm[i] = rows_.inverse_norm[static_cast<size_t>(i)];
     }
+    if (p_.smooths()) add_up_classes();
   }
 
+  const double* class_sum() const { return p_.smooths() ? classes_.sum : nullptr; }
+
  private:
-  void pack(int64_t first, int64_t panels) {
+  void pack(int64_t run, int64_t first, int64_t panels) {
     Buffer<Real> scratch(kLanes * s_.height);
-    for (int64_t j = first; j < first + panels; ++j)
+    for (int64_t j = first; j < first + panels; ++j) {
+      Unit* panel = classes_.panels + j * s_.panel_units;
       k_.pack_panel(p_.prototype_rows, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
-                    scratch.get(), classes_.panels + j * s_.panel_units,
-                    classes_.inverse_norm + j * kLanes);
+                    scratch.get(), panel, classes_.inverse_norm + j * kLanes);
+      if (p_.smooths()) k_.add_lanes(panel, s_.height, class_sums_.get() + run * s_.height);
+    }
   }
 
   // One run of classes and some blocks of the batch, chunk after chunk. Packs each chunk right
@@ -108,7 +115,7 @@ class Forward {
       if (flush) unflushed = 0;
       std::vector<Span> spans;
       if (together_) {
-        pack(first, panels);
+        pack(run, first, panels);
         // After the last chunk of a run comes the first of the run that this thread may get.
         spans =
             spans_of((last ? (run + parallel_.threads()) * run_panels_ : first + panels) * kLanes);
@@ -148,6 +155,12 @@ class Forward {
     k_.sum_exp(args);
   }
 
+  void add_up_classes() {
+    std::fill_n(classes_.sum, s_.height, 0.0);
+    for (int64_t run = 0; run < runs_; ++run)
+      for (int64_t d = 0; d < s_.height; ++d) classes_.sum[d] += class_sums_[run * s_.height + d];
+  }
+
   RowSum merged(int64_t row) const {
     RowSum total{0.0, exponent_, kNoCosine};
     for (int64_t run = 0; run < runs_; ++run) {
@@ -177,11 +190,14 @@ class Forward {
   const bool together_;  // packing and multiplying
   const int64_t chunk_panels_, run_panels_, runs_;
   int64_t exponent_;
-  Buffer<RowSum> partial_;  // [run][padded row]
+  Buffer<RowSum> partial_;     // [run][padded row]
+  Buffer<double> class_sums_;  // [run][height], with label smoothing
 };
 
-// Cosines of each sample with its own prototypes, in double from the rows as they were given.
-void target_cosines(const Plan& p, const ShardSums& out, const Parallel& parallel) {
+// Cosines of each sample with its own prototypes, in double from the rows as they were given; with
+// label smoothing also the sum of those with the others, which is a product with class_sum.
+void target_cosines(const Plan& p, const ShardSums& out, const double* class_sum,
+                    const Parallel& parallel) {
   const auto& k = kernels_for<double>();
   constexpr int64_t kSamplesPerItem = 16;
   parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
@@ -191,13 +207,20 @@ void target_cosines(const Plan& p, const ShardSums& out, const Parallel& paralle
     for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
       double* cosine = out.cosines(i);
       std::fill_n(cosine, p.positives.width, 0.0);
+      Negatives& negatives = out.negatives(i);
+      negatives = {};
       if (p.positives.count(i) == 0) continue;
       k.unit_row(p.embedding_rows, i, x.get(), dim);
+      if (class_sum != nullptr)
+        negatives = {static_cast<double>(p.sampled), k.dot(x.get(), class_sum, dim)};
       for (int64_t q = 0; q < p.positives.width; ++q) {
         const int64_t slot = p.positives.of(i)[q];
         if (slot < 0) continue;
         k.unit_row(p.prototype_rows, p.class_of(slot), w.get(), dim);
         cosine[q] = k.dot(x.get(), w.get(), dim);
+        if (class_sum == nullptr) continue;
+        negatives.count -= 1;
+        negatives.cosines -= cosine[q];
       }
     }
   });
@@ -208,8 +231,11 @@ void target_cosines(const Plan& p, const ShardSums& out, const Parallel& paralle
 void forward(const Problem& problem, const ShardSums& out, const Saved& saved,
              const Parallel& parallel) {
   const Plan p(problem);
-  with_unit(p, [&](auto unit) { Forward<decltype(unit)>(p, out, saved, parallel).run(); });
-  target_cosines(p, out, parallel);
+  with_unit(p, [&](auto unit) {
+    Forward<decltype(unit)> pass(p, out, saved, parallel);
+    pass.run();
+    target_cosines(p, out, pass.class_sum(), parallel);
+  });
 }
 
 }  // namespace unicom::cpu

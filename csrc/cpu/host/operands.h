@@ -85,11 +85,13 @@ template <class Unit>
 struct PackedClasses {
   Unit* panels;
   double* inverse_norm;
+  double* sum;  // [height] of the unit vectors, with label smoothing
 
   PackedClasses(void* packed, const Shape<Unit>& s)
       : panels(static_cast<Unit*>(packed)),
         inverse_norm(reinterpret_cast<double*>(static_cast<char*>(packed) +
-                                               s.panels * s.panel_units * sizeof(Unit))) {}
+                                               s.panels * s.panel_units * sizeof(Unit))),
+        sum(inverse_norm + s.panels * kLanes) {}
 };
 
 // Bits of the lanes that hold no negative, for the rows and panels of a block.

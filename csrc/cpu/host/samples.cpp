@@ -35,8 +35,8 @@ void join_targets(const JoinTargets& a) {
     a.loss[i] = 0;
     std::fill_n(a.of.states.data + i * size, size, 0.0);
     if (a.of.positives.count(i) > 0)
-      a.loss[i] =
-          a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i), a.sums.inverse_norm[i]);
+      a.loss[i] = a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i),
+                       a.sums.inverse_norm[i], a.sums.negatives(i));
   }
 }
 

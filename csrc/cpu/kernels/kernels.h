@@ -136,6 +136,9 @@ struct Kernels {
   void (*pack_panel)(const SourceRows&, const int64_t* ids, int64_t first, int64_t total, Rounding,
                      Real* scratch /* [16][height] */, Unit* panel, double* inverse_norm);
 
+  // sums[k] += value k of all sixteen lanes of a panel, for k < height.
+  void (*add_lanes)(const Unit* panel, int64_t height, double* sums);
+
   // Row id of the source divided by its norm, in Real without rounding, zeros past dim up to
   // height. Returns the inverse norm; a zero row gives zeros and 0.
   double (*unit_row)(const SourceRows&, int64_t id, Real* row, int64_t height);

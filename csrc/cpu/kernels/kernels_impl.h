@@ -15,6 +15,7 @@ template <class Unit>
 constexpr Kernels<Unit> make_kernels() {
   Kernels<Unit> k{};
   k.pack_panel = pack_panel<Unit>;
+  k.add_lanes = add_lanes<Unit>;
   k.unit_row = unit_row<RealOf<Unit>>;
   k.pack_tile = pack_tile<Unit>;
   k.pack_weighted = pack_weighted<Unit>;

@@ -405,21 +405,34 @@ void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
 
 // ---- normalisation backward
 
+// The values k of a class panel's lanes, of vector v of them.
+template <class Unit>
+UNICOM_INLINE Vec<RealOf<Unit>> panel_values(const Unit* panel, int64_t k, int v) {
+  if constexpr (UnitTraits<Unit>::kValues == 2) {
+    const WordVec line = load_words(panel + k / 2 * kLanes + v * kWidth<float>);
+    return k % 2 ? odd_half(line) : even_half(line);
+  } else {
+    return load(panel + k * kLanes + v * kWidth<RealOf<Unit>>);
+  }
+}
+
+template <class Unit>
+void add_lanes(const Unit* panel, int64_t height, double* sums) {
+  using Real = RealOf<Unit>;
+  for (int64_t k = 0; k < height; ++k) {
+    Vec<Real> sum = panel_values(panel, k, 0);
+    for (int v = 1; v < kVectors<Real>; ++v) sum += panel_values(panel, k, v);
+    sums[k] += static_cast<double>(horizontal_sum<Real>(sum));
+  }
+}
+
 template <class Unit>
 void unit_backward(const RealOf<Unit>* gradient, const Unit* panel, int64_t dim,
                    const double* scale, RealOf<Unit>* rows) {
   using Real = RealOf<Unit>;
-  constexpr int64_t kValues = UnitTraits<Unit>::kValues;
   constexpr int kV = kVectors<Real>;
   const int64_t height = panel_height(dim);
-  auto unit = [&](int64_t k, int v) -> Vec<Real> {
-    if constexpr (kValues == 2) {
-      const WordVec line = load_words(panel + k / 2 * kLanes + v * kWidth<float>);
-      return k % 2 ? odd_half(line) : even_half(line);
-    } else {
-      return load(panel + k * kLanes + v * kWidth<Real>);
-    }
-  };
+  auto unit = [&](int64_t k, int v) { return panel_values(panel, k, v); };
   Vec<Real> dot[kV] = {}, square[kV] = {}, factor[kV];
   for (int64_t k = 0; k < dim; ++k)
     for (int v = 0; v < kV; ++v) {

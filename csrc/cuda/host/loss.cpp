@@ -61,11 +61,13 @@ template <class Unit>
 struct PackedClasses {
   Unit* unit;            // [classes][depth]
   double* inverse_norm;  // [classes]
+  double* sum;           // [depth] of the unit vectors, with label smoothing
 
   PackedClasses(void* packed, const Padded& n)
       : unit(static_cast<Unit*>(packed)),
         inverse_norm(reinterpret_cast<double*>(static_cast<char*>(packed) +
-                                               n.classes * n.depth * kUnitBytes<Unit>)) {}
+                                               n.classes * n.depth * kUnitBytes<Unit>)),
+        sum(inverse_norm + n.classes) {}
 };
 
 template <class Unit>
@@ -74,13 +76,15 @@ struct ForwardSpace {
   Unit* rows;
   double* inverse_norm;
   RowSum<RealOf<Unit>>* partial;
+  double* class_sums;  // [kSumParts][depth], with label smoothing
 
-  ForwardSpace(Arena& arena, const Padded& n)
+  ForwardSpace(Arena& arena, const Problem& p, const Padded& n)
       : runs(std::clamp<int64_t>(kWantedBlocks * kRowGranule / std::max<int64_t>(n.rows, 1), 1,
                                  std::max<int64_t>(n.classes / kClassGranule, 1))),
         rows(arena.take<Unit>(n.rows * n.depth)),
         inverse_norm(arena.take<double>(n.rows)),
-        partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)) {}
+        partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)),
+        class_sums(arena.take<double>(p.smooths() ? kSumParts * n.depth : 0)) {}
 };
 
 template <class Unit>
@@ -98,6 +102,7 @@ struct BackwardSpace {
   int64_t row_splits, class_splits;
   Unit *rows, *weighted, *probabilities;
   double *inverse_norm, *target_weight, *negative_weight, *folded, *largest;
+  double *smooth_weight, *smooth_sum;  // of label smoothing
   RowScale<RealOf<Unit>>* row_scale;
   RealOf<Unit>*embedding_sums, *prototype_sums;
   int64_t* by_slot;
@@ -118,6 +123,8 @@ struct BackwardSpace {
     negative_weight = arena.take<double>(n.rows);
     folded = arena.take<double>(n.rows);
     largest = arena.take<double>(1);
+    smooth_weight = arena.take<double>(p.smooths() ? n.rows : 0);
+    smooth_sum = arena.take<double>(p.smooths() && want_prototypes ? n.depth : 0);
     row_scale = arena.take<RowScale<RealOf<Unit>>>(n.rows);
     embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
@@ -194,7 +201,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                  void* workspace) {
   const Padded n(p);
   Arena arena(workspace);
-  const ForwardSpace<Unit> space(arena, n);
+  const ForwardSpace<Unit> space(arena, p, n);
   const PackedClasses<Unit> classes(saved.packed, n);
 
   pack_rows<Unit>(queue, {.source = p.prototypes,
@@ -207,6 +214,12 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                           .rows = n.classes,
                           .depth = n.depth,
                           .inverse_norm = classes.inverse_norm});
+  if (p.smooths())
+    sum_rows<Unit>(queue, {.unit = classes.unit,
+                           .rows = n.classes,
+                           .depth = n.depth,
+                           .partial = space.class_sums,
+                           .out = classes.sum});
   if (p.batch == 0) return;
   pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
   sum_exp<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
@@ -226,6 +239,9 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                                     .total_sampled = static_cast<double>(p.total_sampled),
                                     .row_inverse_norm = space.inverse_norm,
                                     .class_inverse_norm = classes.inverse_norm,
+                                    .class_sum = p.smooths() ? classes.sum : nullptr,
+                                    .count = p.count,
+                                    .bound = p.bound,
                                     .out = out});
 }
 
@@ -262,6 +278,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                  .negative_weight = space.negative_weight,
                                  .folded = space.folded,
                                  .largest = space.largest,
+                                 .smooth_weight = p.smooths() ? space.smooth_weight : nullptr,
                                  .row = space.row_scale,
                                  .upstream = taken ? space.upstream : nullptr});
   // Columns that were not selected stay zero.
@@ -282,6 +299,13 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
     order_positives(queue, {.slots = p.positives.slots,
                             .count = p.batch * p.positives.width,
                             .by_slot = space.by_slot});
+    if (p.smooths())
+      sum_smoothed(queue, {.embeddings = p.embeddings,
+                           .batch = p.batch,
+                           .depth = n.depth,
+                           .row_inverse_norm = space.inverse_norm,
+                           .smooth_weight = space.smooth_weight,
+                           .out = space.smooth_sum});
   }
 
   Unpack unpack{.embeddings = p.embeddings,
@@ -295,6 +319,9 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                 .negative_weight = space.negative_weight,
                 .row_inverse_norm = space.inverse_norm,
                 .class_inverse_norm = classes.inverse_norm,
+                .smooth_weight = p.smooths() ? space.smooth_weight : nullptr,
+                .class_sum = classes.sum,
+                .smooth_sum = space.smooth_sum,
                 .states = g.states,
                 .unit = nullptr,
                 .partial = nullptr,
@@ -383,7 +410,8 @@ int64_t packed_bytes(const Problem& p) {
   const Padded n(p);
   const int64_t unit_bytes =
       with_unit(p, [](auto unit) { return static_cast<int64_t>(sizeof(unit)); });
-  return n.classes * (n.depth * unit_bytes + static_cast<int64_t>(sizeof(double)));
+  return n.classes * n.depth * unit_bytes +
+         (n.classes + n.depth) * static_cast<int64_t>(sizeof(double));
 }
 
 int64_t kept_bytes(const Problem& p) {
@@ -395,7 +423,7 @@ int64_t kept_bytes(const Problem& p) {
 
 int64_t forward_workspace(const Problem& p) {
   Arena arena(nullptr);
-  with_unit(p, [&](auto unit) { ForwardSpace<decltype(unit)>(arena, Padded(p)); });
+  with_unit(p, [&](auto unit) { ForwardSpace<decltype(unit)>(arena, p, Padded(p)); });
   return arena.used();
 }
 

@@ -41,7 +41,34 @@ __global__ void pack_rows_kernel(__grid_constant__ const PackRows a) {
   }
 }
 
+// A block takes one part, a thread some of its columns.
+template <class Unit>
+__global__ void sum_parts_kernel(__grid_constant__ const SumRows a) {
+  const int64_t rows = (a.rows + kSumParts - 1) / kSumParts;
+  const int64_t first = blockIdx.x * rows, end = min_of(first + rows, a.rows);
+  const auto* unit = static_cast<const Unit*>(a.unit);
+  for (int64_t k = threadIdx.x; k < a.depth; k += kThreads) {
+    double sum = 0;
+    for (int64_t row = first; row < end; ++row) sum += widen(unit[row * a.depth + k]);
+    a.partial[blockIdx.x * a.depth + k] = sum;
+  }
+}
+
+__global__ void add_parts_kernel(__grid_constant__ const SumRows a) {
+  const int64_t k = global_thread();
+  if (k >= a.depth) return;
+  double sum = 0;
+  for (int64_t part = 0; part < kSumParts; ++part) sum += a.partial[part * a.depth + k];
+  a.out[k] = sum;
+}
+
 }  // namespace
+
+template <class Unit>
+void sum_rows(Queue& queue, const SumRows& a) {
+  queue.launch(sum_parts_kernel<Unit>, dim3(kSumParts), kThreads, 0, a);
+  queue.launch(add_parts_kernel, thread_grid(a.depth), kThreads, 0, a);
+}
 
 template <class Unit>
 void pack_rows(Queue& queue, const PackRows& a) {
@@ -50,9 +77,13 @@ void pack_rows(Queue& queue, const PackRows& a) {
   });
 }
 
-template void pack_rows<float>(Queue&, const PackRows&);
-template void pack_rows<double>(Queue&, const PackRows&);
-template void pack_rows<Half>(Queue&, const PackRows&);
-template void pack_rows<BFloat>(Queue&, const PackRows&);
+#define UNICOM_INSTANTIATE(Unit)                          \
+  template void pack_rows<Unit>(Queue&, const PackRows&); \
+  template void sum_rows<Unit>(Queue&, const SumRows&)
+UNICOM_INSTANTIATE(float);
+UNICOM_INSTANTIATE(double);
+UNICOM_INSTANTIATE(Half);
+UNICOM_INSTANTIATE(BFloat);
+#undef UNICOM_INSTANTIATE
 
 }  // namespace unicom::cuda

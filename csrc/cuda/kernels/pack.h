@@ -21,4 +21,16 @@ struct PackRows {
 template <class Unit>
 void pack_rows(Queue&, const PackRows&);
 
+// The sum of packed rows, in double and in an order that does not depend on the device: that of
+// parts, and then of the parts'.
+constexpr int64_t kSumParts = 512;
+struct SumRows {
+  const void* unit;  // [rows][depth]
+  int64_t rows, depth;
+  double* partial;  // [kSumParts][depth]
+  double* out;      // [depth]
+};
+template <class Unit>
+void sum_rows(Queue&, const SumRows&);
+
 }  // namespace unicom::cuda

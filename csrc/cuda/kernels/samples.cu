@@ -17,6 +17,14 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
   if (i >= a.batch) return;
   const int lane = lane_index();
   const bool counted = a.positives.count(i) > 0;
+  Negatives negatives{};
+  const bool smooths = a.class_sum != nullptr;
+  if (smooths && counted) {
+    for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
+      negatives.cosines += read_any(a.embeddings, i, k) * a.row_inverse_norm[i] * a.class_sum[k];
+    negatives.cosines = warp_sum(negatives.cosines);
+    negatives.count = static_cast<double>(a.count != nullptr ? *a.count : a.bound);
+  }
   for (int64_t p = 0; p < a.positives.width; ++p) {
     const int64_t slot = a.positives.of(i)[p];
     double cosine = 0;
@@ -27,9 +35,12 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
         cosine +=
             read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
       cosine = warp_sum(cosine);
+      negatives.count -= 1;
+      negatives.cosines -= cosine;
     }
     if (lane == 0) a.out.cosines(i)[p] = cosine;
   }
+  if (lane == 0) a.out.negatives(i) = smooths && counted ? negatives : Negatives{};
 
   const auto* partial = static_cast<const RowSum<Real>*>(a.partial) + i;
   double exponent = kNoExponent, largest = kNoCosine, sum = 0;
@@ -62,8 +73,8 @@ __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
   if (i >= a.batch) return;
   const Positives& positives = a.of.positives;
   if (positives.count(i) > 0) {
-    a.loss[i] =
-        a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i), a.sums.inverse_norm[i]);
+    a.loss[i] = a.of(i, a.sums.sum(i), a.sums.exponent[i], a.sums.cosines(i),
+                     a.sums.inverse_norm[i], a.sums.negatives(i));
   } else {
     a.loss[i] = positives.any_invalid(i) ? NAN : 0.0;
     a.of.states.sample(i) = {};
@@ -130,7 +141,7 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   const double highest = std::ceil(a.scale / kLn2) + 1;
   double largest = 0;
   for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads) {
-    double negative = 0;
+    double negative = 0, smooth = 0;
     RowScale<Real> row{0, static_cast<Real>(highest)};
     const bool counted = i < a.batch && a.positives.count(i) > 0;
     double weight = 0;
@@ -140,6 +151,7 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
       weight *= a.scale;
       const SampleState state = a.states.sample(i);
       negative = weight * state.push;
+      smooth = weight * state.smooth;
       if (state.factor != 0)
         row = {static_cast<Real>(state.factor), static_cast<Real>(state.exponent)};
     }
@@ -149,6 +161,7 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
           counted ? weight * state.pull * state.slope : 0.0;
     }
     a.negative_weight[i] = negative;
+    if (a.smooth_weight != nullptr) a.smooth_weight[i] = smooth;
     static_cast<RowScale<Real>*>(a.row)[i] = row;
     largest = max_of(largest, std::fabs(negative));
   }
@@ -158,6 +171,18 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   if (threadIdx.x != 0) return;
   *a.largest = largest;
   if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
+}
+
+__global__ void sum_smoothed_kernel(__grid_constant__ const SumSmoothed a) {
+  const int64_t k = global_thread();
+  if (k >= a.depth) return;
+  double sum = 0;
+  for (int64_t i = 0; i < a.batch && k < a.embeddings.dim; ++i) {
+    // Samples without part: what they hold, NaN included, must not reach the others.
+    const double weight = a.smooth_weight[i] * a.row_inverse_norm[i];
+    if (weight != 0) sum += weight * read_any(a.embeddings, i, k);
+  }
+  a.out[k] = sum;
 }
 
 // Every positive counts those that come before it: a lane for each, and each warp of the block
@@ -202,6 +227,9 @@ void write_results(Queue& queue, const WriteResults& a) {
 template <class Real>
 void prepare_backward(Queue& queue, const PrepareBackward& a) {
   queue.launch(prepare_backward_kernel<Real>, dim3(1), kWideThreads, 0, a);
+}
+void sum_smoothed(Queue& queue, const SumSmoothed& a) {
+  queue.launch(sum_smoothed_kernel, thread_grid(a.depth), kThreads, 0, a);
 }
 void order_positives(Queue& queue, const OrderPositives& a) {
   const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kWarp)));

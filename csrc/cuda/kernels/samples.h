@@ -19,6 +19,9 @@ struct FinishSums {
   double total_sampled;              // of all shards: fixes the constant exponent
   const double* row_inverse_norm;    // [rows]
   const double* class_inverse_norm;  // [bound]
+  const double* class_sum;           // of the unit prototypes; nullptr without label smoothing
+  const int64_t* count;              // of classes; nullptr: bound
+  int64_t bound;
   ShardSums out;
 };
 template <class Real>
@@ -42,12 +45,23 @@ struct PrepareBackward {
   double* negative_weight;  // [rows] upstream gradient * scale * push
   double* folded;           // [rows] negative_weight / largest: what the operands can hold
   double* largest;          // [1] absolute value of negative_weight
+  double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
   void* row;                // [rows] RowScale<Real>
   double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
                      // all weights become NaN
 };
 template <class Real>
 void prepare_backward(Queue&, const PrepareBackward&);
+
+// What label smoothing takes from the gradient of each unit prototype: the unit embeddings, each by
+// its smooth_weight.
+struct SumSmoothed {
+  RowSource embeddings;
+  int64_t batch, depth;
+  const double *row_inverse_norm, *smooth_weight;  // [batch]
+  double* out;                                     // [depth]
+};
+void sum_smoothed(Queue&, const SumSmoothed&);
 
 // Positives by slot, those of one class in the order of the batch: the order of their sum.
 struct OrderPositives {

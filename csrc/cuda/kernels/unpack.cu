@@ -38,15 +38,25 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
   const double x_inverse = a.row_inverse_norm[i];
   const double factor = a.negative_weight[i] * x_inverse;
   const int64_t width = a.positives.width;
+  const double smooth = a.smooth_weight != nullptr ? a.smooth_weight[i] : 0.0;
+  double class_sum = 0;  // along the embedding
+  if (smooth != 0) {
+    for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp)
+      class_sum += a.class_sum[k] * read_any(a.embeddings, i, k) * x_inverse;
+    class_sum = warp_sum(class_sum);
+  }
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
     double value = factor * (total_at<Unit>(a, i, k) - dot * unit_at<Unit>(a, i, k));
+    if (smooth != 0)
+      value -= smooth * x_inverse *
+               (a.class_sum[k] - class_sum * (read_any(a.embeddings, i, k) * x_inverse));
     for (int64_t p = 0; p < width; ++p) {
       const int64_t slot = a.positives.of(i)[p], positive = i * width + p;
       if (slot < 0) continue;
       const int64_t id = a.by_sample                ? positive
                          : a.class_index != nullptr ? a.class_index[slot]
                                                     : slot;
-      value -= a.target_weight[positive] * x_inverse *
+      value -= (a.target_weight[positive] - smooth) * x_inverse *
                (read_any(a.prototypes, id, k) * a.class_inverse_norm[slot] -
                 a.states.positive(i, p).cosine * (read_any(a.embeddings, i, k) * x_inverse));
     }
@@ -84,15 +94,22 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
       high = middle;
   }
   const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
+  const bool smooths = a.smooth_weight != nullptr;
   const double dot = projection<Unit>(a, row);
   const double w_inverse = a.class_inverse_norm[slot];
+  double smooth_dot = 0;
+  for (int64_t k = lane_index(); k < a.sink.dim && smooths; k += kWarp)
+    smooth_dot += a.smooth_sum[k] * unit_at<Unit>(a, row, k);
+  if (smooths) smooth_dot = warp_sum(smooth_dot);
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
     double value =
         *p.largest * w_inverse * (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
+    if (smooths) value -= w_inverse * (a.smooth_sum[k] - smooth_dot * unit_at<Unit>(a, row, k));
     for (int64_t s = first; s < positives && slots[p.by_slot[s]] == slot; ++s) {
       const int64_t positive = p.by_slot[s], i = positive / width;
       if (a.positives.any_invalid(i)) continue;
-      value -= a.target_weight[positive] * w_inverse *
+      const double smooth = smooths ? a.smooth_weight[i] : 0.0;
+      value -= (a.target_weight[positive] - smooth) * w_inverse *
                (read_any(a.embeddings, i, k) * a.row_inverse_norm[i] -
                 a.states.positive(i, positive % width).cosine *
                     (read_any(a.prototypes, id, k) * w_inverse));

@@ -19,6 +19,11 @@ struct Unpack {
   const double* target_weight;    // [batch][width]
   const double* negative_weight;  // [batch]
   const double *row_inverse_norm, *class_inverse_norm;
+  // Label smoothing takes all classes alike; the positives, which are none of the negatives, get
+  // theirs back.
+  const double* smooth_weight;  // [batch], or nullptr: none
+  const double* class_sum;      // [depth] of the unit prototypes
+  const double* smooth_sum;     // [depth] of unit embeddings, each by its smooth_weight
   States states;
   const void* unit;     // [rows or chunk][depth] packed unit rows of what is written
   const void* partial;  // [splits][rows or chunk][depth] RealOf<Unit>

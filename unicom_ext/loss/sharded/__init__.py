@@ -1,7 +1,7 @@
 """The loss with prototypes sharded over the ranks of a process group.
 
 `torch.distributed` is the engine. A step costs one gather of the ranks' embeddings and labels, one
-sum of two numbers per sample between the shards of the classes, and in backward one sum of the
+sum of a few numbers per sample between the shards of the classes, and in backward one sum of the
 embedding gradients that leaves each rank its own rows; `volume` counts the bytes.
 
 Every rank makes the same calls in the same order, so a rank that fails must not leave the others

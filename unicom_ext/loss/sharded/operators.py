@@ -24,7 +24,7 @@ from unicom_ext.ops.autograd import once
 from unicom_ext.ops.codes import REDUCTION
 from unicom_ext.ops.margin_gradient import MARGINS, counted, learned_margins, margin_gradients
 from unicom_ext.ops.row_sparse import row_sparse
-from unicom_ext.ops.shapes import state_size
+from unicom_ext.ops.shapes import state_size, sums_size
 from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
 
 _MANY = 1 << 20
@@ -110,7 +110,7 @@ def forward(
         if codes.reduction == REDUCTION["mean"]:
             loss = loss / counted(slot).sum().clamp(min=1)
     real = _real(x, prototypes)
-    target_cosine = _like_labels(rows[own, 1:].to(real), labels)
+    target_cosine = _like_labels(rows[own, 1 : 1 + width_of(slot)].to(real), labels)
     if call.flags.want_metrics:
         largest_negative = shard.max(largest_negative.to(real))[own].clone()
         counts = _like_labels((slot != _IGNORED).view(len(slot), -1)[own], labels)
@@ -183,7 +183,7 @@ def _nothing(labels: Tensor, x: Tensor) -> tuple[Selected, tuple[Tensor, ...]]:
     slot = torch.full_like(labels, _IGNORED)
     selected = Selected(slot, slot.new_empty(0), slot.new_zeros(()), slot.new_empty(0))
     batch = len(labels)
-    rows = torch.zeros((batch, 1 + width_of(labels)), dtype=torch.float64, device=x.device)
+    rows = x.new_zeros(batch, sums_size(labels), dtype=torch.float64)
     exponent = rows.new_full((batch,), -math.inf)
     saved = x.new_empty(0, dtype=torch.uint8)
     sums = rows, exponent, exponent, rows.new_zeros(batch), saved, saved.clone()

@@ -60,6 +60,6 @@ def communication_volume(
         sizes=others * HEADER * 8 if uneven_batches else 0,
         embeddings=others * batch_size * embedding_size * embedding_bytes,
         labels=labels,
-        sums=round(2 * others / world_size * (all_batches + 3) * 8 * (1 + positives)),
+        sums=round(2 * others / world_size * (all_batches + 3) * 8 * (3 + positives)),
         grad_embeddings=others * batch_size * embedding_size * grad_bytes,
     )
