@@ -72,8 +72,11 @@ def test_the_gradients_are_those_of_backward(training, sparse_grad, any_backend)
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @each_layout
-def test_jacrev_and_vmap(sparse_grad, any_backend):
-    problem = random_problem(5, 20, 8, reduction="none", sparse_grad=sparse_grad)
+@pytest.mark.parametrize("positives", [None, 3])
+def test_jacrev_and_vmap(sparse_grad, positives, any_backend):
+    problem = random_problem(
+        5, 20, 8, positives=positives, reduction="none", sparse_grad=sparse_grad
+    )
 
     def call(x, w):
         return partial_margin_softmax(x, problem.labels, w, **problem.options)
