@@ -99,13 +99,14 @@ class PartialFC_V2(PartialMarginSoftmax):
         labels: Labels,
         step: int | Tensor | None = None,
         margin: CombinedMargin | None = None,
+        scale: float | Tensor | None = None,
     ) -> Tensor:
         """The loss, as `PartialMarginSoftmax` has it; labels may be [B, 1] and of any integers but
         uint64, which may not fit."""
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             labels = labels.squeeze(1) if labels.dim() == 2 else labels
             labels = labels if labels.dtype == torch.uint64 else labels.long()
-        return super().forward(embeddings, labels, step, margin)
+        return super().forward(embeddings, labels, step, margin, scale)
 
 
 def _feature_rate(sample_num_feat: int, embedding_size: int) -> float:

@@ -99,6 +99,8 @@ struct Gradients {
   States states;
   const void *packed, *kept;  // see Saved
   void* embeddings;           // [batch, d] of the embeddings' type; nullptr: not wanted
+  double* radial;    // [batch] push * the mean of the negatives' cosines by their softmax, of which
+                     // this shard's part; nullptr: not wanted
   void* prototypes;  // [num_classes, d] of theirs, or [bound, d], class by class, when compact;
                      // nullptr: not wanted, or taken by an optimizer
   bool compact;

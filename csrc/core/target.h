@@ -40,6 +40,8 @@ struct SampleState {
   double factor;        // a negative's softmax among negatives is
   double exponent;      //   factor * 2^-exponent * exp(scale * cosine)
   double smooth;        // how fast label smoothing makes it fall with each negative's logit
+  double of_scale;      // how fast it rises with the scale, but for what the sum over the negatives
+                        //   has in it: push * their mean cosine by their softmax
 };
 struct PositiveState {
   double cosine;  // with its prototype
@@ -100,8 +102,12 @@ struct SampleLoss {
     const bool empty = sum == 0;
     int power = 0;
     const double mantissa = std::frexp(sum, &power);
-    states.sample(i) = {inverse_norm, 0.0, empty ? 0.0 : 1.0 / mantissa,
-                        empty ? 0.0 : exponent + static_cast<double>(power), 0.0};
+    states.sample(i) = {inverse_norm,
+                        0.0,
+                        empty ? 0.0 : 1.0 / mantissa,
+                        empty ? 0.0 : exponent + static_cast<double>(power),
+                        0.0,
+                        0.0};
     const double negatives = empty ? -INFINITY : exponent * kLn2 + std::log(sum);
     for (int64_t p = 0; p < positives.width; ++p) {
       PositiveState& state = states.positive(i, p);
@@ -121,7 +127,7 @@ struct SampleLoss {
     const auto count = static_cast<double>(positives.count(i));
     const bool smooths = label_smoothing > 0 && alike.count > 0;
     const double smooth = smooths ? label_smoothing / (alike.count + 1.0) : 0.0;
-    double loss = 0, push = 0;
+    double loss = 0, push = 0, of_scale = 0;
     for (int64_t p = 0; p < positives.width; ++p) {
       if (!is_counted(positives.of(i)[p])) continue;
       double& pull = states.positive(i, p).pull;
@@ -134,9 +140,12 @@ struct SampleLoss {
         pull -= smooth * alike.count / count;
         loss += smooth * (alike.count * logit - scale * alike.cosines) / count;
       }
+      of_scale -= pull * logit / scale;
     }
+    if (smooths) of_scale -= smooth * alike.cosines;
     states.sample(i).push = push;
     states.sample(i).smooth = smooth;
+    states.sample(i).of_scale = of_scale;
     return loss;
   }
 
@@ -150,8 +159,11 @@ struct SampleLoss {
     const double missed = largest + std::log(sum);
     const TargetLoss pushed = target_loss(negatives, 0.0), pulled = target_loss(missed, 0.0);
     for (int64_t p = 0; p < positives.width; ++p) {
+      if (!is_counted(positives.of(i)[p])) continue;
       double& pull = states.positive(i, p).pull;
-      if (is_counted(positives.of(i)[p])) pull = pulled.miss * std::exp(-pull - missed);
+      const double logit = pull;
+      pull = pulled.miss * std::exp(-logit - missed);
+      states.sample(i).of_scale -= pull * logit / scale;
     }
     states.sample(i).push = pushed.miss;
     return pushed.loss + pulled.loss;

@@ -149,8 +149,18 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, dtype, emu
     problem = random_problem(33, 131, 70, sampled=80, features=65, dtype=dtype)
     classes, features = problem.options["class_index"], problem.options["feature_index"]
     slot = torch.searchsorted(classes, problem.labels)
-    tensors = (problem.embeddings, slot, problem.prototypes, classes, None, features, None, None)
-    options = [1.0, 0.3, 0.0, 64.0, 2.0], [False, False, precision, 1, 0, 1 << 20, False]
+    tensors = (
+        problem.embeddings,
+        slot,
+        problem.prototypes,
+        classes,
+        None,
+        features,
+        None,
+        None,
+        None,
+    )
+    options = [1.0, 0.3, 0.0, 64.0, 2.0, 0.0], [False, False, precision, 1, 0, 1 << 20, False]
     real = library.ops.loss(*tensors, *options)
     with FakeTensorMode():
         fake = torch.ops.unicom_ext.loss(

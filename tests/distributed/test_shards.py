@@ -20,9 +20,10 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     scale, margin = options.get("scale", 64.0), options["margin"]
     threshold = options.get("interclass_filter")
     threshold = math.inf if threshold is None else threshold
+    smoothing = options.get("label_smoothing", 0.0)
     classes, features = options.get("class_index"), options.get("feature_index")
     total = num_classes if classes is None else len(classes)
-    reals = [margin.m1, margin.m2, margin.m3, scale, threshold]
+    reals = [margin.m1, margin.m2, margin.m3, scale, threshold, smoothing]
     exact, linear = options.get("margin_grad") == "exact", options.get("beyond_pi") == "linear"
     codes = [exact, linear, precision, 1, 0, workspace_bytes, False]
     shards, saved = [], []
@@ -45,7 +46,7 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
         saved.append((arguments, packed, kept))
     exponent = torch.stack([e for _, e, _, _ in shards]).amax(0)
     factors = [torch.exp2(e - exponent).nan_to_num(0.0) for _, e, _, _ in shards]
-    columns = [torch.stack([s[:, 0] * f, s[:, 1]], 1)
+    columns = [torch.cat([s[:, :1] * f[:, None], s[:, 1:]], 1)
                for (s, *_), f in zip(shards, factors, strict=True)]  # fmt: skip
     inverse_norm = shards[0][3]
     slot = torch.where(problem.labels == -100, -1, -2)
@@ -54,9 +55,9 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     )
     grad_embeddings, grad_prototypes = 0.0, []
     for arguments, packed, kept in saved:
-        dx, dw = ops.loss_backward(
+        dx, dw, _ = ops.loss_backward(
             torch.ones((), dtype=torch.float32), *arguments, state, packed, kept, reals, codes,
-            True, True, False,
+            True, False, True, False,
         )  # fmt: skip
         grad_embeddings = grad_embeddings + dx
         grad_prototypes.append(dw)
@@ -70,10 +71,11 @@ BORDERS = [[0, 151], [0, 0, 151], [0, 50, 151], [0, 16, 17, 140, 151, 151], [0, 
 @pytest.mark.parametrize("selected", [False, True])
 @pytest.mark.parametrize("scale", [30.0, 64.0, 200.0])
 @pytest.mark.parametrize("workspace_bytes", [0, 1 << 20])
-def test_shards_together_are_the_whole(borders, selected, scale, workspace_bytes):
+@pytest.mark.parametrize("form", [{"interclass_filter": 0.6}, {"label_smoothing": 0.1}], ids=str)
+def test_shards_together_are_the_whole(borders, selected, scale, workspace_bytes, form):
     selection = {"sampled": 120, "features": 11} if selected else {}
     problem = random_problem(37, 151, 16, closeness=1.0, ignored=3, **selection).having(
-        scale=scale, interclass_filter=0.6
+        scale=scale, **form
     )
     whole = solve(functional.partial_margin_softmax, problem)
     sample_loss, dx, dw = solve_in_shards(problem, borders, workspace_bytes=workspace_bytes)
@@ -88,18 +90,19 @@ def test_a_shard_without_classes_contributes_nothing():
     problem = random_problem(5, 9, 4)
     slot = torch.full((5,), -2)
     arguments = (problem.embeddings, slot, problem.prototypes[:0], None, None, None)
-    reals, codes = [1.0, 0.3, 0.0, 64.0, math.inf], [False, False, 0, 1, 0, 1 << 20, False]
+    reals, codes = [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [False, False, 0, 1, 0, 1 << 20, False]
     sums, exponent, largest, _, packed, kept = ops.loss_sums(*arguments, 9, reals, codes)
     assert (sums == 0).all()
     assert (largest == -math.inf).all()
     assert exponent.isfinite().all()
-    state = torch.zeros(5, 7, dtype=torch.float64)
-    dx, dw = ops.loss_backward(
-        torch.ones(()), *arguments, state, packed, kept, reals, codes, True, True, False
+    state = torch.zeros(5, 9, dtype=torch.float64)
+    dx, dw, radial = ops.loss_backward(
+        torch.ones(()), *arguments, state, packed, kept, reals, codes, True, True, True, False
     )  # fmt: skip
     assert dx.shape == problem.embeddings.shape
     assert (dx == 0).all()
     assert dw.shape == (0, 4)
+    assert torch.equal(radial, torch.zeros(5, dtype=torch.float64))
 
 
 def test_shards_need_the_bound_of_all():
@@ -108,7 +111,7 @@ def test_shards_need_the_bound_of_all():
     with pytest.raises(ValueError, match=r"total_sampled must be at least 9, .* got 8"):
         ops.loss_sums(
             problem.embeddings, slot, problem.prototypes, None, None, None, 8,
-            [1.0, 0.3, 0.0, 64.0, math.inf], [0, 0, 0, 1, 0, 0, 0],
+            [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [0, 0, 0, 1, 0, 0, 0],
         )  # fmt: skip
 
 

@@ -201,6 +201,7 @@ struct Forward {
             .packed = packed.get(),
             .kept = kept.get(),
             .embeddings = out.grad_embeddings.get(),
+            .radial = nullptr,
             .prototypes = out.grad_prototypes.get(),
             .compact = in.c.compact};
   }

@@ -276,8 +276,18 @@ def loss_arguments(
     slot = ops.label_slots(problem.labels, classes, len(w), -100, 0, len(w))
     features = problem.options.get("feature_index")
     return (
-        *(x, slot, w, classes, None, features, None, None),
-        [1.0, 0.3, 0.1, 64.0, float("inf")],
+        *(
+            x,
+            slot,
+            w,
+            classes,
+            None,
+            features,
+            None,
+            None,
+            torch.tensor(64.0).double().requires_grad_(),
+        ),
+        [1.0, 0.3, 0.1, 64.0, float("inf"), 0.1],
         [False, False, 0, reduction, 0, workspace_bytes, sparse],
     )
 
@@ -302,20 +312,20 @@ def test_opcheck_of_the_backward_operator():
     x, slot, w, classes, count, features = (
         a.detach() if torch.is_tensor(a) else a for a in arguments[:6]
     )
-    reals, codes = arguments[8:]
+    reals, codes = arguments[9:]
     for compact in (False, True):
         opcheck(
             ops.loss_backward,
             (
                 *(torch.ones(()), x, slot, w, classes, count, features, state, packed, kept),
-                *(reals, codes, True, True, compact),
+                *(reals, codes, True, True, True, compact),
             ),
         )
 
 
 def test_opcheck_of_the_operators_between_collectives():
     problem = random_problem(7, 11, 6, sampled=9, features=5)
-    x, slot, w, classes, count, features, _, _, reals, codes = loss_arguments(problem)
+    x, slot, w, classes, count, features, _, _, _, reals, codes = loss_arguments(problem)
     tensors = (x.detach(), slot, w.detach(), classes, count, features)
     arguments = (*tensors, 20, reals, codes)
     opcheck(ops.loss_sums, arguments)

@@ -18,11 +18,13 @@ from unicom_ext.loss.options import OptionAttributes
 C, D = 50, 6
 NAMES = [field.name for field in fields(LossOptions)]
 
-# One value that is not the default, and one that is refused, of each option that has any.
+# One value that is not the default, and one that is refused, of each option that has any. (With
+# label smoothing some of these others are refused; it has tests of its own.)
 OTHER = {
     "margin": CosFace(0.2),
     "scale": 32.0,
     "interclass_filter": 0.1,
+    "label_smoothing": 0.0,
     "margin_grad": "exact",
     "beyond_pi": "linear",
     "multi_label": "separate",
@@ -39,6 +41,7 @@ BAD = {
     "margin": 0.3,
     "scale": -1.0,
     "interclass_filter": 2.0,
+    "label_smoothing": 1.0,
     "margin_grad": "none",
     "beyond_pi": True,
     "multi_label": "mean",
@@ -59,7 +62,7 @@ def test_keywords_are_the_options_that_have_defaults():
     assert {name: options[name] for name in keywords} == keywords
     attributes = {name: value for name, value in vars(OptionAttributes).items() if name in NAMES}
     assert {name: value.__orig_class__.__args__ for name, value in attributes.items()} == {
-        name: (option,) for name, option in options.items()
+        name: (option,) for name, option in {**options, "scale": float}.items()
     }
     assert list(OTHER) == NAMES
 
@@ -96,8 +99,8 @@ def test_options_do_not_change():
 def test_what_ranks_agree_on_is_told_in_this_order():
     options = LossOptions(ArcFace(0.3), 64.0)
     assert list(options.same_on_every_rank()) == [
-        "margin", "scale", "interclass_filter", "margin_grad", "beyond_pi", "multi_label",
-        "precision", "reduction", "ignore_index", "grad_average", "uneven_batches",
+        "margin", "scale", "interclass_filter", "label_smoothing", "margin_grad", "beyond_pi",
+        "multi_label", "precision", "reduction", "ignore_index", "grad_average", "uneven_batches",
     ]  # fmt: skip
     assert options.same_on_every_rank()["margin"] == "ArcFace(0.3)"
 

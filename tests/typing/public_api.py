@@ -86,6 +86,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     assert_type(loss_fn.last_metrics, Metrics | None)
     assert_type(loss_fn.last_selection, Selection | None)
     assert_type(loss_fn.forward(images, labels, step=3, margin=ArcFace(0.2)), Tensor)
+    assert_type(loss_fn.forward(images, labels, scale=torch.tensor(30.0)), Tensor)
     if (metrics := loss_fn.last_metrics) is not None:
         assert_type(metrics.top1, Tensor)
     if loss_fn.shard is not None:

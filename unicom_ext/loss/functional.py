@@ -27,7 +27,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -44,7 +44,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -61,7 +61,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -77,7 +77,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
@@ -108,7 +108,8 @@ def partial_margin_softmax(
             done in float64.
         margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B]
             (or [B, P] like labels), which get a gradient where they require one.
-        scale: s > 0, the inverse temperature.
+        scale: s > 0, the inverse temperature: a number, or a tensor of one floating value, which
+            gets a gradient where it requires one. The host reads it, so on CUDA it waits.
         class_index: int64, sorted unique class ids that contain every label, or None for all.
         feature_index: int64, sorted unique dimensions, at least one, or None for all.
         process_group: share the classes with the other ranks of this group, see below.
@@ -180,7 +181,9 @@ def call_loss(
 ) -> tuple[Tensor, Metrics]:
     """The operator in one process, its tensors already checked."""
     grad_enabled = torch.is_grad_enabled()
-    wants_pass = grad_enabled and (embeddings.requires_grad or prototypes.requires_grad)
+    wants_pass = grad_enabled and (
+        embeddings.requires_grad or prototypes.requires_grad or options.learns_scale
+    )
     wants_grad = wants_pass or (grad_enabled and options.margin.requires_grad)
     slot, *of_classes = selected
     loss, sample_loss, target_cosine, largest_negative, *_ = library.run(
@@ -190,6 +193,7 @@ def call_loss(
         prototypes,
         *of_classes,
         *options.of_each(slot),
+        options.scale_on(prototypes.device),
         *options.packed(prototypes.device, wants_pass),
     )
     top1 = is_top1(slot >= 0, target_cosine, largest_negative)

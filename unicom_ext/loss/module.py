@@ -16,7 +16,13 @@ from unicom_ext.loss.functional import call_loss
 from unicom_ext.loss.inference import InferenceCalls
 from unicom_ext.loss.labels import Labels, dense
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
-from unicom_ext.loss.options import LossKwargs, LossOptions, OptionAttributes, refuse_unknown
+from unicom_ext.loss.options import (
+    LossKwargs,
+    LossOptions,
+    OptionAttributes,
+    refuse_tensor,
+    refuse_unknown,
+)
 from unicom_ext.loss.prototypes import fill_with_centroids, read_centroids
 from unicom_ext.loss.results import Metrics, Selection
 from unicom_ext.loss.sampling import (
@@ -129,6 +135,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             full_state_dict = checks.boolean("full_state_dict", full_state_dict)
             checks.check_dtype(dtype)
             margin = ArcFace(0.3) if margin is None else margin
+            refuse_tensor("scale", scale)
             self.options = LossOptions(margin, scale, **keywords)
             num_sampled_classes(num_classes, sample_rate)
             num_selected_features(embedding_size, feature_rate)
@@ -236,6 +243,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         labels: Labels,
         step: int | Tensor | None = None,
         margin: CombinedMargin | None = None,
+        scale: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch.
 
@@ -251,6 +259,9 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             margin: instead of the module's, for margins that change from batch to batch; m2 and m3
                 may be per-sample tensors [B] (or [B, P] like labels), which get a gradient where
                 they require one.
+            scale: instead of the module's, for one that changes from batch to batch. A tensor of
+                one floating value gets a gradient where it requires one. With a process group it
+                must be the same on every rank.
 
         Returns:
             The loss: a scalar, or [B] for ``reduction="none"``.
@@ -273,8 +284,10 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             targets = dense(labels, options.ignore_index)
             if margin is not None:
                 options = replace(options, margin=margin)
+            if scale is not None:
+                options = replace(options, scale=scale)
         except (TypeError, ValueError) as error:
-            failure = error
+            failure, options = error, options.with_scale_like(scale)
         compiling = torch.compiler.is_compiling()
         repeated = not compiling and counter.in_backward()
         sampling = Sampling(

@@ -66,7 +66,8 @@ class LossOptions:
     Args:
         margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B],
             or tensors [B, P] like labels with several positives.
-        scale: s > 0, the inverse temperature.
+        scale: s > 0, the inverse temperature: a number, or for a call a tensor of one floating
+            value, which gets a gradient where it requires one.
         interclass_filter: a negative cosine above this counts as 0 and gets no gradient (UNICOM's
             and PartialFC's filter for conflicting classes); None for no filter.
         label_smoothing: epsilon in [0, 1): the share of the target distribution that is spread
@@ -116,7 +117,7 @@ class LossOptions:
     """
 
     margin: CombinedMargin
-    scale: float
+    scale: float | Tensor
     interclass_filter: float | None = None
     label_smoothing: float = 0.0
     margin_grad: MarginGrad = "straight_through"
@@ -136,8 +137,19 @@ class LossOptions:
             raise TypeError(
                 f"margin must be a CombinedMargin such as ArcFace(0.3), got {self.margin!r}"
             )
-        for name in ("scale", "interclass_filter", "label_smoothing"):
-            value = getattr(self, name)
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            if not scale.is_floating_point() or scale.numel() != 1:
+                raise TypeError(
+                    "scale must be a number or a tensor of one floating value, got "
+                    f"{kind(scale)} of the shape {list(scale.shape)}"
+                )
+            scale = float(scale.detach())  # where it is on a device, the host waits
+        for name, value in (
+            ("scale", scale),
+            ("interclass_filter", self.interclass_filter),
+            ("label_smoothing", self.label_smoothing),
+        ):
             if value is not None and (isinstance(value, bool) or not isinstance(value, _REAL)):
                 raise TypeError(f"{name} must be a number, got {kind(value)}: {value!r}")
         for name, lowest in (("ignore_index", ""), ("workspace_bytes", " >= 0")):
@@ -146,8 +158,8 @@ class LossOptions:
                 raise TypeError(f"{name} must be an int{lowest}, got {kind(value)}: {value!r}")
         if self.workspace_bytes < 0:
             raise ValueError(f"workspace_bytes must be an int >= 0, got {self.workspace_bytes}")
-        if self.scale is None or not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be a finite number > 0, got {self.scale}")
+        if scale is None or not 0 < scale < math.inf:
+            raise ValueError(f"scale must be a finite number > 0, got {scale}")
         if self.interclass_filter is not None and not -1 <= self.interclass_filter <= 1:
             raise ValueError(
                 "interclass_filter must be None or a cosine in [-1, 1], got "
@@ -184,11 +196,22 @@ class LossOptions:
             for name, value in given.items():
                 with suppress(TypeError, ValueError):
                     usable = replace(usable, **{name: value})
+            if usable.scale is not given.get("scale"):
+                usable = usable.with_scale_like(given.get("scale"))
             return usable, error
+
+    def with_scale_like(self, bad: object) -> LossOptions:
+        """For a rank whose scale is bad: another, through which autograd reaches it as the other
+        ranks expect."""
+        if isinstance(bad, Tensor) and bad.is_floating_point():
+            return replace(self, scale=1.0 + bad.flatten()[:0].sum())
+        return self
 
     def same_on_every_rank(self) -> dict[str, object]:
         """The options in which the ranks of a process group must agree, as they compare them."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata}
+        if isinstance(self.scale, Tensor):  # which they compare with each step's numbers
+            values["scale"] = "a tensor" + self.learns_scale * " that requires a gradient"
         m1, m2, m3 = self.margin.m1, self.margin.m2, self.margin.m3
         if not isinstance(m2, Tensor) and not isinstance(m3, Tensor):
             return {**values, "margin": repr(self.margin)}
@@ -209,6 +232,17 @@ class LossOptions:
         """
         return _of_each(self.margin.m2, labels), _of_each(self.margin.m3, labels)
 
+    @property
+    def learns_scale(self) -> bool:
+        return isinstance(self.scale, Tensor) and self.scale.requires_grad
+
+    def scale_on(self, device: torch.device) -> Tensor | None:
+        """The scale where it wants a gradient: a float64 scalar, as the operators take it."""
+        if not self.learns_scale:
+            return None
+        assert isinstance(self.scale, Tensor)
+        return self.scale.to(device, torch.float64).reshape(())
+
     def packed(self, device: torch.device, wants_grad: bool) -> tuple[list[float], list[int]]:
         """`Reals` and `Codes`, the lists that the operators take.
 
@@ -221,7 +255,7 @@ class LossOptions:
             self.margin.m1,
             0.0 if isinstance(m2, Tensor) else m2,
             0.0 if isinstance(m3, Tensor) else m3,
-            float(self.scale),
+            float(self.scale.detach() if isinstance(self.scale, Tensor) else self.scale),
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
             float(self.label_smoothing),
         )
@@ -263,6 +297,7 @@ class _Option(Generic[_T]):
         return value
 
     def __set__(self, instance: OptionAttributes, value: _T) -> None:
+        refuse_tensor(self.name, value)
         changes: dict[str, Any] = {self.name: value}
         instance.options = replace(instance.options, **changes)
 
@@ -298,6 +333,15 @@ _ALLOWED = {
     for name, its_type in get_type_hints(LossOptions).items()
     if get_origin(its_type) is Literal or its_type in _CHOICES
 }
+
+
+def refuse_tensor(name: str, value: object) -> None:
+    """TypeError where an option of the module is a tensor, whose value goes with its call."""
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a number, got {kind(value)}: give a tensor to each call, as "
+            f"loss_fn(embeddings, labels, {name}=...)"
+        )
 
 
 def refuse_unknown(function: str, options: Mapping[str, object]) -> None:

@@ -29,7 +29,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: object | None = None,
@@ -45,7 +45,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: object | None = None,
@@ -61,7 +61,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: object | None = None,
@@ -76,7 +76,7 @@ def partial_margin_softmax(
     prototypes: Tensor,
     *,
     margin: CombinedMargin,
-    scale: float,
+    scale: float | Tensor,
     class_index: Tensor | None = None,
     feature_index: Tensor | None = None,
     process_group: object | None = None,
@@ -156,12 +156,13 @@ def partial_margin_softmax(
         row, position = counts.nonzero(as_tuple=True)
         is_positive[row, column[row, position]] = True
         has_negatives = ~is_positive.all(dim=1)
-        negative = cosine.masked_fill(is_positive, -math.inf)
-        largest_negative = negative.detach().amax(dim=1)
+        negative = cosine.masked_fill(is_positive, 0.0)
+        largest_negative = negative.detach().masked_fill(is_positive, -math.inf).amax(dim=1)
         if options.interclass_filter is not None:
             negative = torch.where(negative > options.interclass_filter, 0.0, negative)
+        negative = (scale * negative).masked_fill(is_positive, -math.inf)
         # Rows without negatives go another way, as their logsumexp has no gradient.
-        negative = torch.where(has_negatives[:, None], scale * negative, 0.0)
+        negative = torch.where(has_negatives[:, None], negative, 0.0)
         log_negatives = torch.logsumexp(negative, dim=1)
 
         def log1p_exp(x: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from unicom_ext.ops import library
 from unicom_ext.ops.codes import Codes
-from unicom_ext.ops.margin_gradient import MARGINS, learned_margins, margin_gradients
+from unicom_ext.ops.option_gradients import (
+    MARGINS,
+    SCALE,
+    learned_margins,
+    margin_gradients,
+    scale_gradient,
+)
 from unicom_ext.ops.row_sparse import row_sparse, updater_of
 from unicom_ext.ops.transforms import in_forward_mode, is_batched, transformable, transforming
 
@@ -18,7 +24,7 @@ _PROTOTYPES = 2  # among the operator's inputs
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, m2, m3, reals, codes = inputs
+    *tensors, m2, m3, _scale, reals, codes = inputs
     _loss, *metrics, state, packed, kept = output
     ctx.mark_non_differentiable(*metrics, state)
     learned = learned_margins(ctx.needs_input_grad, m2, m3)
@@ -40,32 +46,32 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
         operands = (grad_loss, slot, state, m2, m3, *ctx.options)
         grads[MARGINS] = once(margin_gradients, *operands)
     wants_embeddings, _, wants_prototypes, *_rest = ctx.needs_input_grad
-    if not (wants_embeddings or wants_prototypes):
+    wants_scale = ctx.needs_input_grad[SCALE]
+    if not (wants_embeddings or wants_prototypes or wants_scale):
         return tuple(grads)
+    wanted = wants_embeddings, wants_scale
     sparse = ctx.sparse and wants_prototypes and not is_batched(grad_loss)
     updater = updater_of(prototypes) if sparse else None
     if updater is not None and _is_accumulated(ctx):
-        operands = (*saved, *ctx.options, wants_embeddings)
-        grad_embeddings = updater(grad_loss, operands, ctx)
-        grads[0] = grad_embeddings if wants_embeddings else None
-        return tuple(grads)
-    compact = sparse and class_index is not None
-    grad_embeddings, grad_prototypes = library.run(
-        once,
-        library.ops.loss_backward,
-        grad_loss,
-        *saved,
-        *ctx.options,
-        wants_embeddings,
-        wants_prototypes,
-        compact,
-    )
-    if wants_embeddings:
-        grads[0] = grad_embeddings
-    if wants_prototypes:
-        grads[_PROTOTYPES] = grad_prototypes
+        grad_embeddings, radial = updater(grad_loss, (*saved, *ctx.options, *wanted), ctx)
+    else:
+        grad_embeddings, grad_prototypes, radial = library.run(
+            once,
+            library.ops.loss_backward,
+            grad_loss,
+            *saved,
+            *ctx.options,
+            *wanted,
+            wants_prototypes,
+            sparse and class_index is not None,
+        )
         if sparse:
-            grads[_PROTOTYPES] = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+            grad_prototypes = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+        grads[_PROTOTYPES] = grad_prototypes if wants_prototypes else None
+    grads[0] = grad_embeddings if wants_embeddings else None
+    if wants_scale:
+        codes = ctx.options[1]
+        grads[SCALE] = once(scale_gradient, grad_loss, slot, state, radial, codes)
     return tuple(grads)
 
 

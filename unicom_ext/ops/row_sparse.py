@@ -87,8 +87,10 @@ class Updater(Protocol):
     pending: bool
     nodes: WeakSet[Any]
 
-    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any) -> Tensor:
-        """Update, and return the gradient of the embeddings.
+    def __call__(
+        self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Update, and return the gradient of the embeddings and what that of the scale needs.
 
         operands: what the operator takes after grad_loss and before the optimizer's state.
         node: of the graph, which calls.

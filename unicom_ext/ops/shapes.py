@@ -42,7 +42,7 @@ def _width(slot: Tensor) -> int:
 
 def state_size(slot: Tensor) -> int:
     """Numbers that forward leaves of each sample: `state_size` in csrc/core/target.h."""
-    return 5 + 3 * _width(slot)
+    return 6 + 3 * _width(slot)
 
 
 def sums_size(labels: Tensor) -> int:
@@ -153,6 +153,7 @@ def _(
     feature_index: Tensor | None,
     m2: Tensor | None,
     m3: Tensor | None,
+    scale: Tensor | None,
     reals: list[float],
     codes: list[int],
 ) -> tuple[Tensor, ...]:
@@ -226,12 +227,14 @@ def _(
     reals: list[float],
     codes: list[int],
     want_embeddings: bool,
+    want_radial: bool,
     want_prototypes: bool,
     compact: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = class_index if compact and class_index is not None else prototypes
     dim = embeddings.shape[1]
     return (
         embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0)),
         prototypes.new_empty((rows.shape[0], dim) if want_prototypes else (0, 0)),
+        embeddings.new_empty(embeddings.shape[0] if want_radial else 0, dtype=torch.float64),
     )

@@ -25,7 +25,9 @@ class UpdateInBackward:
     """
 
     def __init__(
-        self, param: Tensor, update: Callable[[Tensor, Tensor, tuple[Any, ...]], Tensor]
+        self,
+        param: Tensor,
+        update: Callable[[Tensor, Tensor, tuple[Any, ...]], tuple[Tensor, Tensor]],
     ) -> None:
         self.param = param
         # Weak, so that the update goes with its optimizer: what backward calls then is gone too.
@@ -46,14 +48,16 @@ class UpdateInBackward:
                 "an optimizer without update_in_backward for this"
             )
 
-    def __call__(self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any) -> Tensor:
+    def __call__(
+        self, grad_loss: Tensor, operands: tuple[Any, ...], node: Any
+    ) -> tuple[Tensor, Tensor]:
         self._refuse_all_but_plain_steps(grad_loss, node)
         update = self._update()
         assert update is not None  # the optimizer keeps this
         with torch.no_grad():
-            grad_embeddings = update(self.param, grad_loss, operands)
+            rest = update(self.param, grad_loss, operands)
         self.pending = True
-        return grad_embeddings
+        return rest
 
     def _refuse_all_but_plain_steps(self, grad_loss: Tensor, node: Any) -> None:
         param, problem = self.param, None

@@ -210,16 +210,18 @@ class RowOptimizer(RowStateOptimizer):
 
     def _update_in_backward(
         self, param: Tensor, grad_loss: Tensor, operands: tuple[Any, ...]
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         group = self._group_of("the weight of the loss", param)
         self._check_group(group)
         self._init_row_state(group, param)
         tensors, numbers = self._row_operands(group, param)
         operator = getattr(library.ops, self._backward_operator)
-        grad_embeddings = library.run(operator, grad_loss, *operands, *tensors, *numbers)
+        rest: tuple[Tensor, Tensor] = library.run(
+            operator, grad_loss, *operands, *tensors, *numbers
+        )
         increment_version(param)
         self._finish_row_step(group, param, numbers)
-        return grad_embeddings
+        return rest
 
     def _group_of(self, name: str, param: Tensor) -> dict[str, Any]:
         for group in self.param_groups:

@@ -153,8 +153,8 @@ struct LossOps {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> loss(
       Tensor embeddings, Tensor slot, Tensor prototypes, MaybeTensor class_index, MaybeTensor count,
-      MaybeTensor feature_index, MaybeTensor m2, MaybeTensor m3, std::vector<double> reals,
-      std::vector<int64_t> codes) {
+      MaybeTensor feature_index, MaybeTensor m2, MaybeTensor m3, MaybeTensor /* scale */,
+      std::vector<double> reals, std::vector<int64_t> codes) {
     const Call call(embeddings, slot, prototypes, class_index, count, feature_index, reals, codes);
     const Problem& p = call.problem;
     const int64_t batch = p.batch, width = p.positives.width;
@@ -193,46 +193,43 @@ struct LossOps {
     return {loss, sample_loss, target_cosine, largest, state, out.packed, out.kept};
   }
 
-  static std::tuple<Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings, Tensor slot,
-                                             Tensor prototypes, MaybeTensor class_index,
-                                             MaybeTensor count, MaybeTensor feature_index,
-                                             Tensor state, Tensor packed, Tensor kept,
-                                             std::vector<double> reals, std::vector<int64_t> codes,
-                                             bool want_embeddings, bool want_prototypes,
-                                             bool compact) {
+  static std::tuple<Tensor, Tensor, Tensor> backward(
+      Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, MaybeTensor class_index,
+      MaybeTensor count, MaybeTensor feature_index, Tensor state, Tensor packed, Tensor kept,
+      std::vector<double> reals, std::vector<int64_t> codes, bool want_embeddings, bool want_radial,
+      bool want_prototypes, bool compact) {
     const Call call(embeddings, slot, prototypes, class_index, count, feature_index, reals, codes);
     check(!compact || call.class_index, "compact needs class_index");
     GradientTensors g(call, grad_loss, state, packed, kept);
     Backend on(call.embeddings);
     g.want_embeddings(on, call, want_embeddings);
+    g.want_radial(on, call, want_radial);
     g.want_prototypes(on, call, want_prototypes, compact);
     on.backward(call.problem, g.gradients);
     on.finish();
-    return {g.embeddings, g.prototypes};
+    return {g.embeddings, g.prototypes, g.radial};
   }
 
-  static Tensor backward_adamw(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
-                               MaybeTensor class_index, MaybeTensor count,
-                               MaybeTensor feature_index, Tensor state, Tensor packed, Tensor kept,
-                               std::vector<double> reals, std::vector<int64_t> codes,
-                               bool want_embeddings, Tensor exp_avg, Tensor exp_avg_sq,
-                               Tensor row_step, Tensor log_decay, double total_log_decay, double lr,
-                               double beta1, double beta2, double eps, bool maximize) {
+  static std::tuple<Tensor, Tensor> backward_adamw(
+      Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, MaybeTensor class_index,
+      MaybeTensor count, MaybeTensor feature_index, Tensor state, Tensor packed, Tensor kept,
+      std::vector<double> reals, std::vector<int64_t> codes, bool want_embeddings, bool want_radial,
+      Tensor exp_avg, Tensor exp_avg_sq, Tensor row_step, Tensor log_decay, double total_log_decay,
+      double lr, double beta1, double beta2, double eps, bool maximize) {
     const Call call(embeddings, slot, prototypes, class_index, count, feature_index, reals, codes);
     const AdamWRows rows =
         adamw_rows(prototypes, exp_avg, exp_avg_sq, row_step, log_decay, total_log_decay,
                    {.lr = lr, .beta1 = beta1, .beta2 = beta2, .eps = eps, .maximize = maximize});
-    return backward_with(call, grad_loss, state, packed, kept, want_embeddings, rows);
+    return backward_with(call, grad_loss, state, packed, kept, want_embeddings, want_radial, rows);
   }
 
-  static Tensor backward_sgd(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes,
-                             MaybeTensor class_index, MaybeTensor count, MaybeTensor feature_index,
-                             Tensor state, Tensor packed, Tensor kept, std::vector<double> reals,
-                             std::vector<int64_t> codes, bool want_embeddings,
-                             MaybeTensor momentum_buffer, MaybeTensor log_decay,
-                             MaybeTensor last_step, MaybeTensor history, double decay_before,
-                             double decay_after, int64_t step, double lr, double momentum,
-                             double weight_decay, bool nesterov, bool maximize) {
+  static std::tuple<Tensor, Tensor> backward_sgd(
+      Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, MaybeTensor class_index,
+      MaybeTensor count, MaybeTensor feature_index, Tensor state, Tensor packed, Tensor kept,
+      std::vector<double> reals, std::vector<int64_t> codes, bool want_embeddings, bool want_radial,
+      MaybeTensor momentum_buffer, MaybeTensor log_decay, MaybeTensor last_step,
+      MaybeTensor history, double decay_before, double decay_after, int64_t step, double lr,
+      double momentum, double weight_decay, bool nesterov, bool maximize) {
     const Call call(embeddings, slot, prototypes, class_index, count, feature_index, reals, codes);
     const SgdRows rows = sgd_rows(prototypes, momentum_buffer, log_decay, last_step, history,
                                   decay_before, decay_after, step,
@@ -241,13 +238,13 @@ struct LossOps {
                                    .weight_decay = weight_decay,
                                    .nesterov = nesterov,
                                    .maximize = maximize});
-    return backward_with(call, grad_loss, state, packed, kept, want_embeddings, rows);
+    return backward_with(call, grad_loss, state, packed, kept, want_embeddings, want_radial, rows);
   }
 
  private:
   // What backward is given and what it fills; tensors that are not wanted are empty.
   struct GradientTensors {
-    Tensor grad_loss, embeddings, prototypes;
+    Tensor grad_loss, embeddings, prototypes, radial;
     Gradients gradients;
 
     GradientTensors(const Call& call, const Tensor& grad_loss_in, const Tensor& state,
@@ -270,12 +267,17 @@ struct LossOps {
                    .packed = packed.const_data_ptr(),
                    .kept = kept.const_data_ptr(),
                    .embeddings = nullptr,
+                   .radial = nullptr,
                    .prototypes = nullptr,
                    .compact = false};
     }
     void want_embeddings(Backend& on, const Call& call, bool wanted) {
       embeddings = make(on, call.embeddings, call.problem.batch, wanted);
       if (wanted) gradients.embeddings = embeddings.mutable_data_ptr();
+    }
+    void want_radial(Backend& on, const Call& call, bool wanted) {
+      radial = on.empty({wanted ? call.problem.batch : 0}, ScalarType::Double);
+      if (wanted) gradients.radial = radial.mutable_data_ptr<double>();
     }
     void want_prototypes(Backend& on, const Call& call, bool wanted, bool compact) {
       const Problem& p = call.problem;
@@ -292,17 +294,19 @@ struct LossOps {
   };
 
   template <class Rows>
-  static Tensor backward_with(const Call& call, const Tensor& grad_loss, const Tensor& state,
-                              const Tensor& packed, const Tensor& kept, bool want_embeddings,
-                              const Rows& rows) {
+  static std::tuple<Tensor, Tensor> backward_with(const Call& call, const Tensor& grad_loss,
+                                                  const Tensor& state, const Tensor& packed,
+                                                  const Tensor& kept, bool want_embeddings,
+                                                  bool want_radial, const Rows& rows) {
     check(call.options.reduction != Reduction::kNone,
           "prototypes are updated in the backward of a loss that is reduced");
     GradientTensors g(call, grad_loss, state, packed, kept);
     Backend on(call.embeddings);
     g.want_embeddings(on, call, want_embeddings);
+    g.want_radial(on, call, want_radial);
     on.backward_with_update(call.problem, g.gradients, rows);
     on.finish();
-    return g.embeddings;
+    return {g.embeddings, g.radial};
   }
 
   // Sums and cosines are the columns of one matrix, which ranks add up in one message.

@@ -4,19 +4,22 @@
 namespace unicom {
 
 // What the loss is asked for, in two lists (Options in options.h):
-//   reals = [m1, m2, m3 (0 where per sample), scale, filter (inf: none)]
+//   reals = [m1, m2, m3 (0 where per sample), scale, filter (inf: none), label_smoothing]
 //   codes = [exact_margin_grad, linear_beyond_pi, precision, reduction, multi_label,
 //   workspace_bytes, sparse_grad]
+// The tensor `scale` is there for its gradient alone; its value is in reals.
 // slot is [B], or [B, P] for samples with several positives; what is told of each positive is like it.
 inline constexpr const char* kLossSchemas[] = {
     "loss(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, Tensor? count, "
-    "Tensor? feature_index, Tensor? m2, Tensor? m3, float[] reals, int[] codes) -> (Tensor loss, "
+    "Tensor? feature_index, Tensor? m2, Tensor? m3, Tensor? scale, float[] reals, int[] codes) -> "
+    "(Tensor loss, "
     "Tensor sample_loss, Tensor target_cosine, Tensor largest_negative, Tensor state, "
     "Tensor packed, Tensor kept)",
     "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor prototypes, "
     "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, bool want_prototypes, "
-    "bool compact) -> (Tensor grad_embeddings, Tensor grad_prototypes)",
+    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, bool want_radial, "
+    "bool want_prototypes, bool compact) -> (Tensor grad_embeddings, Tensor grad_prototypes, "
+    "Tensor radial)",
     "loss_sums(Tensor embeddings, Tensor slot, Tensor prototypes, Tensor? class_index, "
     "Tensor? count, Tensor? feature_index, int total_sampled, float[] reals, int[] codes) -> "
     "(Tensor sums, Tensor exponent, Tensor largest_negative, Tensor inverse_norm, Tensor packed, "
@@ -26,15 +29,17 @@ inline constexpr const char* kLossSchemas[] = {
     "loss_backward_adamw_(Tensor grad_loss, Tensor embeddings, Tensor slot, "
     "Tensor(a!) prototypes, Tensor? class_index, Tensor? count, Tensor? feature_index, "
     "Tensor state, Tensor packed, Tensor kept, float[] reals, int[] codes, bool want_embeddings, "
-    "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, Tensor(e!) log_decay, "
+    "bool want_radial, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) row_step, Tensor(e!) "
+    "log_decay, "
     "float total_log_decay, float lr, float beta1, float beta2, float eps, bool maximize) "
-    "-> Tensor grad_embeddings",
+    "-> (Tensor grad_embeddings, Tensor radial)",
     "loss_backward_sgd_(Tensor grad_loss, Tensor embeddings, Tensor slot, Tensor(a!) prototypes, "
     "Tensor? class_index, Tensor? count, Tensor? feature_index, Tensor state, Tensor packed, "
-    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, Tensor(b!)? momentum_buffer, "
+    "Tensor kept, float[] reals, int[] codes, bool want_embeddings, bool want_radial, Tensor(b!)? "
+    "momentum_buffer, "
     "Tensor(c!)? log_decay, Tensor(d!)? last_step, Tensor? history, float decay_before, "
     "float decay_after, int step, float lr, float momentum, float weight_decay, bool nesterov, "
-    "bool maximize) -> Tensor grad_embeddings"};
+    "bool maximize) -> (Tensor grad_embeddings, Tensor radial)"};
 
 inline constexpr const char* kUpdateSchemas[] = {
     "merge_rows(Tensor(a) ids, Tensor(b) rows) -> (Tensor(a) ids, Tensor(b) rows)",

@@ -143,7 +143,7 @@ class Backward {
 
  private:
   bool want_prototypes() const { return g_.prototypes != nullptr || update_ != nullptr; }
-  bool want_embeddings() const { return g_.embeddings != nullptr; }
+  bool want_embeddings() const { return g_.embeddings != nullptr || g_.radial != nullptr; }
 
   // Upstream gradient of each sample's loss.
   std::vector<double> upstream_weights() const {
@@ -314,6 +314,8 @@ class Backward {
         const Real* x = rows_.unit.get() + i * s_.height;
         for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
         const double dot = k_.dot(gradient.get(), x, s_.dim);
+        if (g_.radial != nullptr) g_.radial[i] = g_.states.sample(i).push * dot;
+        if (g_.embeddings == nullptr) continue;
         const double factor = weight_[static_cast<size_t>(i)] * g_.states.sample(i).inverse_norm;
         const Real* target = target_embedding_.get() + i * s_.dim;
         for (int64_t d = 0; d < s_.dim; ++d)
@@ -356,6 +358,7 @@ void clear_rest(const Plan& p, const Gradients& g, const Parallel& parallel) {
                   bytes = p.dim * bytes_of(dtype);
     fill_zero(static_cast<char*>(data) + skipped * bytes, (rows - skipped) * bytes, parallel);
   };
+  if (g.radial != nullptr) std::fill_n(g.radial, p.batch, 0.0);
   const bool whole_rows = p.embeddings.columns == nullptr;
   clear(g.embeddings, p.embeddings.dtype, p.batch,
         whole_rows && count_kept(p.positives, p.batch) == p.batch, p.batch);

@@ -110,7 +110,7 @@ struct BackwardSpace {
   char *taken, *targets;  // gradient rows of one chunk, and the samples' targets, if rows are taken
 
   BackwardSpace(Arena& arena, const Problem& p, const Gradients& g, bool take, const Padded& n) {
-    const bool want_embeddings = g.embeddings != nullptr;
+    const bool want_embeddings = g.embeddings != nullptr || g.radial != nullptr;
     const bool want_prototypes = g.prototypes != nullptr || take;
     chunk = chunk_of<Unit>(p);
     row_splits = splits(n.rows, n.depth, chunk);
@@ -259,7 +259,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                   void* workspace) {
   using Real = RealOf<Unit>;
   const bool taken = take_rows != nullptr;
-  const bool want_embeddings = g.embeddings != nullptr;
+  const bool want_embeddings = g.embeddings != nullptr || g.radial != nullptr;
   const bool want_prototypes = g.prototypes != nullptr || taken;
   if (!(want_embeddings || want_prototypes) || (p.batch == 0 && !taken)) return;
   const Padded n(p);
@@ -323,6 +323,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                 .class_sum = classes.sum,
                 .smooth_sum = space.smooth_sum,
                 .states = g.states,
+                .radial = g.radial,
                 .unit = nullptr,
                 .partial = nullptr,
                 .splits = 0,

@@ -33,8 +33,14 @@ UNICOM_DEVICE double projection(const Unpack& a, int64_t row) {
 template <class Unit>
 __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
   const int64_t i = global_warp();
-  if (i >= a.batch || a.positives.count(i) == 0) return;
+  if (i >= a.batch) return;
+  if (a.positives.count(i) == 0) {
+    if (a.radial != nullptr) a.radial[i] = 0;
+    return;
+  }
   const double dot = projection<Unit>(a, i);
+  if (a.radial != nullptr) a.radial[i] = a.states.sample(i).push * dot;
+  if (a.sink.data == nullptr) return;
   const double x_inverse = a.row_inverse_norm[i];
   const double factor = a.negative_weight[i] * x_inverse;
   const int64_t width = a.positives.width;

@@ -25,10 +25,11 @@ struct Unpack {
   const double* class_sum;      // [depth] of the unit prototypes
   const double* smooth_sum;     // [depth] of unit embeddings, each by its smooth_weight
   States states;
+  double* radial;       // see Gradients
   const void* unit;     // [rows or chunk][depth] packed unit rows of what is written
   const void* partial;  // [splits][rows or chunk][depth] RealOf<Unit>
   int64_t splits, split_stride;
-  RowSink sink;
+  RowSink sink;  // of embeddings: data may be nullptr, then only radial is wanted
 };
 
 template <class Unit>

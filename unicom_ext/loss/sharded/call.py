@@ -40,6 +40,7 @@ class Flags(NamedTuple):
     want_metrics: bool
     grad_embeddings: bool  # some rank needs the gradient of its embeddings
     grad_average: bool
+    grad_scale: bool  # the scale is a tensor that wants one
 
 
 # Lists, because torch looks at every argument of a Python operator at a cost that grows with the
@@ -81,6 +82,7 @@ class Call(NamedTuple):
             "multi_label": codes.multi_label,
             "want_metrics": flags.want_metrics,
             "grad_average": flags.grad_average,
+            "scale.requires_grad": flags.grad_scale,
         }
 
 

@@ -22,7 +22,14 @@ from unicom_ext.loss.sharded.call import SCHEMA, Call, Results, took_part
 from unicom_ext.ops import library
 from unicom_ext.ops.autograd import once
 from unicom_ext.ops.codes import REDUCTION
-from unicom_ext.ops.margin_gradient import MARGINS, counted, learned_margins, margin_gradients
+from unicom_ext.ops.option_gradients import (
+    MARGINS,
+    SCALE,
+    counted,
+    learned_margins,
+    margin_gradients,
+    scale_gradient,
+)
 from unicom_ext.ops.row_sparse import row_sparse
 from unicom_ext.ops.shapes import state_size, sums_size
 from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
@@ -35,7 +42,7 @@ _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
 
 _FORWARD = (
     "(Tensor embeddings, Tensor labels, Tensor prototypes, Tensor? step, Tensor? class_index, "
-    f"Tensor? feature_index, Tensor? m2_each, Tensor? m3_each, {SCHEMA}) -> "
+    f"Tensor? feature_index, Tensor? m2_each, Tensor? m3_each, Tensor? scale, {SCHEMA}) -> "
     f"({', '.join(['Tensor'] * len(Results._fields))})"
 )
 
@@ -50,6 +57,7 @@ def forward(
     feature_index: Tensor | None,
     m2: Tensor | None,
     m3: Tensor | None,
+    scale: Tensor | None,
     *lists: Any,
 ) -> Results:
     call = Call.of(*lists)
@@ -208,6 +216,7 @@ def _(
     feature_index: Tensor | None,
     m2: Tensor | None,
     m3: Tensor | None,
+    scale: Tensor | None,
     *lists: Any,
 ) -> Results:
     call = Call.of(*lists)
@@ -252,7 +261,7 @@ def _(
 _BACKWARD = (
     "(Tensor grad_loss, Tensor x, Tensor slot, Tensor prototypes, Tensor? class_index, "
     "Tensor? num_valid, Tensor? feature_index, Tensor state, Tensor packed, Tensor kept, "
-    f"SymInt batch, bool grad_prototypes, {SCHEMA}) -> (Tensor, Tensor)"
+    f"SymInt batch, bool grad_prototypes, {SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -271,7 +280,7 @@ def _backward(
     batch: int,
     grad_prototypes: bool,
     *lists: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(*lists)
     codes, flags = call.codes, call.flags
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
@@ -280,7 +289,7 @@ def _backward(
         grad_loss = shard.gather(torch.cat([grad_loss, padding]))
     sampled = class_index if codes.sparse_grad else None
     if len(packed) > 0:
-        to_embeddings, to_prototypes = library.run(
+        to_embeddings, to_prototypes, radial = library.run(
             library.ops.loss_backward,
             grad_loss.contiguous(),
             x,
@@ -295,6 +304,7 @@ def _backward(
             call.reals,
             call.codes,
             flags.grad_embeddings,
+            flags.grad_scale,
             grad_prototypes,
             sampled is not None,
         )
@@ -302,11 +312,14 @@ def _backward(
         rows = prototypes if sampled is None else sampled
         to_embeddings = torch.zeros_like(x)
         to_prototypes = prototypes.new_zeros(len(rows) * grad_prototypes, x.shape[1])
+        radial = state.new_zeros(len(x) * flags.grad_scale)
     if flags.grad_embeddings:
         to_embeddings = shard.sum_scatter(to_embeddings)[:batch]
         if flags.grad_average:
             to_embeddings *= shard.world_size
-    return to_embeddings, to_prototypes
+    if flags.grad_scale:
+        radial = shard.sum_scatter(radial)[:batch]
+    return to_embeddings, to_prototypes, radial
 
 
 @_backward.register_fake
@@ -324,17 +337,18 @@ def _(
     batch: int,
     grad_prototypes: bool,
     *lists: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(*lists)
     rows = class_index if call.codes.sparse_grad and class_index is not None else prototypes
     return (
         x.new_empty((batch, x.shape[1]) if call.flags.grad_embeddings else (0, 0)),
         prototypes.new_empty((len(rows), x.shape[1]) if grad_prototypes else (0, 0)),
+        state.new_empty(batch if call.flags.grad_scale else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, _, prototypes, _, class_index, feature_index, m2, m3, *lists = inputs
+    embeddings, _, prototypes, _, class_index, feature_index, m2, m3, _, *lists = inputs
     ctx.call = Call.of(*lists)
     results = Results(*output)
     slot, *of_classes = took_part(ctx.call, class_index, feature_index, results)
@@ -363,9 +377,10 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
     if m2 is not None or m3 is not None:
         operands = (grad_loss, slot, state, m2, m3)
         grads[MARGINS] = once(_margin_gradients, ctx.call, ctx.batch, *operands)
-        if not (ctx.call.flags.grad_embeddings or ctx.needs_input_grad[2]):
+        flags = ctx.call.flags
+        if not (flags.grad_embeddings or flags.grad_scale or ctx.needs_input_grad[2]):
             return tuple(grads)  # no rank has anything else to derive
-    to_embeddings, to_prototypes = once(
+    to_embeddings, to_prototypes, radial = once(
         _backward, grad_loss, *saved, ctx.batch, ctx.needs_input_grad[2], *ctx.call
     )
     if ctx.needs_input_grad[0]:
@@ -374,6 +389,8 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
         if ctx.call.codes.sparse_grad:
             to_prototypes = row_sparse(to_prototypes, class_index, num_valid, prototypes.shape)
         grads[2] = to_prototypes
+    if ctx.needs_input_grad[SCALE]:
+        grads[SCALE] = once(_scale_gradient, ctx.call, ctx.batch, grad_loss, slot, state, radial)
     return tuple(grads)
 
 
@@ -387,12 +404,26 @@ def _margin_gradients(
     m3: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of this rank's samples, which needs no message."""
+    grad_loss, own = _own_part(call, batch, grad_loss)
+    return margin_gradients(grad_loss, slot, state, m2, m3, call.reals, call.codes, own)
+
+
+def _scale_gradient(
+    call: Call, batch: int, grad_loss: Tensor, slot: Tensor, state: Tensor, radial: Tensor
+) -> Tensor:
+    """Of this rank's samples; what trains the scale adds up the ranks'."""
+    grad_loss, own = _own_part(call, batch, grad_loss)
+    return scale_gradient(grad_loss, slot, state, radial, call.codes, own)
+
+
+def _own_part(call: Call, batch: int, grad_loss: Tensor) -> tuple[Tensor, slice]:
+    """What this rank's samples are among all, and the upstream gradient of what made their options,
+    which may be wrapped as what made the embeddings is."""
     shard = ClassShard.named(call.group_name, call.sizes.num_classes)
-    if call.flags.grad_average:  # what makes margins may be wrapped as what makes embeddings is
+    if call.flags.grad_average:
         grad_loss = grad_loss * shard.world_size
     first = shard.rank * call.sizes.batch
-    own = slice(first, first + batch)
-    return margin_gradients(grad_loss, slot, state, m2, m3, call.reals, call.codes, own)
+    return grad_loss, slice(first, first + batch)
 
 
 torch.library.register_autograd(

@@ -84,12 +84,19 @@ def call_loss(
         feature_index = sampling.draw_features(step)
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
-    wants_grad = grad_embeddings or (grad_enabled and prototypes.requires_grad)
+    wants_grad = grad_embeddings or (
+        grad_enabled and (prototypes.requires_grad or options.learns_scale)
+    )
     call = Call.of(
         shard.group_name,
         Sizes(size, width, options.ignore_index, *sampling),
         *options.packed(prototypes.device, wants_grad),
-        Flags(want_metrics, grad_embeddings, options.grad_average),
+        Flags(
+            want_metrics,
+            grad_embeddings,
+            options.grad_average,
+            grad_enabled and options.learns_scale,
+        ),
     )
     results = sharded_loss(
         embeddings,
@@ -99,6 +106,7 @@ def call_loss(
         class_index,
         feature_index,
         *options.of_each(labels),
+        options.scale_on(prototypes.device),
         *call,
     )
     metrics = Metrics(

@@ -1,6 +1,7 @@
-"""The gradient of the loss with respect to margins that differ from sample to sample.
+"""The gradients of the loss with respect to margins and scale, as far as they are tensors.
 
-It needs no pass over the classes: what forward saves of each sample is enough.
+They need no pass of their own over the classes: what forward saves of each sample is enough, and
+for the scale what the gradient of the embeddings leaves out, its part along them.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from torch import Tensor
 from unicom_ext.ops.codes import REDUCTION, Codes, Reals
 
 MARGINS = slice(6, 8)  # m2 and m3 among the inputs of the loss operators
+SCALE = 8
 _IGNORED, _INVALID = -1, -3  # slots, in csrc/core/sampler.h
 # States in csrc/core/target.h: these of a sample, and then of each of its positives
-_OF_SAMPLE, _OF_POSITIVE = 5, 3
+_OF_SAMPLE, _OF_POSITIVE = 6, 3
+_OF_SCALE = 5  # of a sample
 _COSINE, _PULL = 0, 2  # of a positive
 
 
@@ -46,7 +49,7 @@ def margin_gradients(
     Args:
         grad_loss: upstream, [b] for reduction "none", else a scalar.
         slot: [B] or [B, P] int64, of the samples that the loss is a mean of.
-        state: [B, 5 + 3 P] float64, as forward left it.
+        state: [B, 6 + 3 P] float64, as forward left it.
         m2, m3: [b] or [b, P] float64.
         reals, codes: the options, as the operators take them.
         own: the b samples among them whose margins these are.
@@ -55,9 +58,7 @@ def margin_gradients(
         float64 of the margins' shape each, exactly 0 for positives without part in the loss.
     """
     real, code = Reals(*reals), Codes(*codes)
-    upstream = grad_loss.to(torch.float64)
-    if code.reduction == REDUCTION["mean"]:
-        upstream = upstream / counted(slot).sum().clamp(min=1)
+    upstream = _upstream(grad_loss, slot, code)
     positive = state[own, _OF_SAMPLE:].unflatten(1, (-1, _OF_POSITIVE))  # [b, P, 3]
     shape = next(m.shape for m in (m2, m3) if m is not None)
     if len(shape) == 1:
@@ -74,6 +75,33 @@ def margin_gradients(
         falling = _falling(positive[..., _COSINE], real.m1, m2, bool(code.linear_beyond_pi))
         to_m2 = (to_m3 * falling).masked_fill(silent, 0.0)
     return to_m2, None if m3 is None else to_m3
+
+
+def scale_gradient(
+    grad_loss: Tensor,
+    slot: Tensor,
+    state: Tensor,
+    radial: Tensor,
+    codes: Sequence[int],
+    own: slice = slice(None),
+) -> Tensor:
+    """The part of the scale's gradient, a float64 scalar, that comes from the samples `own`.
+
+    Args:
+        grad_loss, slot, state, codes: as above.
+        radial: [b] float64, of these samples, as backward leaves it, of all shards.
+    """
+    each = radial + state[own, _OF_SCALE]
+    each = each * _upstream(grad_loss, slot, Codes(*codes))
+    return each.masked_fill(~counted(slot)[own], 0.0).sum()
+
+
+def _upstream(grad_loss: Tensor, slot: Tensor, code: Codes) -> Tensor:
+    """Of each sample's loss, float64: [b] for reduction "none", else a scalar."""
+    upstream = grad_loss.to(torch.float64)
+    if code.reduction == REDUCTION["mean"]:
+        upstream = upstream / counted(slot).sum().clamp(min=1)
+    return upstream
 
 
 def counted(slot: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""A scale with a gradient, with classes on several ranks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.problems import random_problem, relative_error
+
+from unicom_ext import PartialMarginSoftmax, functional, reference, sharding
+
+pytestmark = pytest.mark.slow
+
+CLASSES, DIM = 70, 8
+SIZES = {1: [12], 2: [7, 5], 3: [5, 0, 7], 4: [3, 4, 1, 4]}
+
+
+def errors_of(group, sizes, options, num_classes=CLASSES, only_scale=False):
+    """Relative errors of what this rank gets, against one process in float64."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    problem = random_problem(sum(sizes), num_classes, DIM, ignored=2, **options)
+    upstream = torch.tensor(1.5) if problem.upstream is None else problem.upstream
+    x, w = (t.double().requires_grad_() for t in (problem.embeddings, problem.prototypes))
+    scale = torch.tensor(float(problem.options.pop("scale")), requires_grad=True)
+    one = {name: v for name, v in problem.options.items() if name != "uneven_batches"}
+    loss = reference.partial_margin_softmax(x, problem.labels, w, scale=scale.double(), **one)
+    loss.backward(upstream.to(loss))
+
+    start, stop = sharding.class_range(num_classes, world_size, rank)
+    my_x = problem.embeddings[part].clone().requires_grad_(not only_scale)
+    my_w = problem.prototypes[start:stop].clone().requires_grad_(not only_scale)
+    my_scale = scale.detach().clone().requires_grad_()
+    my_loss = functional.partial_margin_softmax(
+        my_x,
+        problem.labels[part],
+        my_w,
+        scale=my_scale,
+        **problem.options,
+        process_group=group,
+        num_classes=num_classes,
+    )
+    my_loss.backward(upstream[part] if upstream.dim() else upstream)
+    # As DistributedDataParallel does; that the loss multiplies by the number of ranks.
+    dist.all_reduce(my_scale.grad, group=group)
+    pairs = [
+        (my_loss, loss[part] if loss.dim() else loss),
+        (my_scale.grad / world_size, scale.grad),
+    ]
+    if not only_scale:
+        pairs.append((my_x.grad / world_size, x.grad[part]))
+        pairs.append((my_w.grad, w.grad[start:stop]))
+    return [relative_error(a.detach(), b.detach()) for a, b in pairs]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 16.0},
+        {"scale": 30.0, "positives": 3, "reduction": "none", "multi_label": "separate"},
+        {"scale": 200.0, "features": 5, "label_smoothing": 0.2},
+    ],
+    ids=str,
+)
+def test_any_number_of_ranks_is_one_process(ranks, world_size, options):
+    for errors in ranks.run(world_size, errors_of, SIZES[world_size], options):
+        assert max(errors) < 2e-5
+
+
+def test_without_other_gradients_and_classes(ranks):
+    for errors in ranks.run(3, errors_of, SIZES[3], {"scale": 8.0}, 2, True):
+        assert max(errors) < 2e-5
+
+
+def test_equal_batches_need_no_message_before(ranks):
+    options = {"scale": 16.0, "uneven_batches": False}
+    for errors in ranks.run(3, errors_of, [4, 4, 4], options):
+        assert max(errors) < 2e-5
+
+
+def what_it_says(group, scales, uneven_batches):
+    loss_fn = PartialMarginSoftmax(DIM, CLASSES, process_group=group, uneven_batches=uneven_batches)
+    scale = scales[dist.get_rank(group)]
+    if isinstance(scale, tuple):
+        scale = torch.tensor(*scale, requires_grad=True)
+    x = torch.randn(3, DIM, requires_grad=True)
+    try:
+        loss_fn(x, torch.arange(3), scale=scale).backward()
+        loss_fn(x, torch.arange(3))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+@pytest.mark.parametrize("uneven_batches", [True, False])
+@pytest.mark.parametrize("other", [16.5, (16.5,), 16.0])
+def test_every_rank_raises_where_one_has_another(ranks, uneven_batches, other):
+    for message in ranks.run(2, what_it_says, [(16.0,), other], uneven_batches):
+        assert "scale" in message
+
+
+@pytest.mark.parametrize("uneven_batches", [True, False])
+def test_every_rank_raises_where_ones_is_bad(ranks, uneven_batches):
+    messages = ranks.run(2, what_it_says, [(16.0,), (math.nan,)], uneven_batches)
+    assert messages[1].startswith("ValueError: scale must be a finite number > 0, got nan")
+    assert "rank 1" in messages[0]
+    assert "scale must be a finite number > 0, got nan" in messages[0]
