@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class _Elastic(nn.Module):
 
     seed: Tensor
     step: Tensor
+    _margin: Callable[[float | Tensor], CombinedMargin]  # of a value that was drawn
 
     def __init__(
         self,
@@ -93,9 +95,6 @@ class _Elastic(nn.Module):
             counter.advance(self.step)
         return margin
 
-    def _margin(self, value: float | Tensor) -> CombinedMargin:
-        raise NotImplementedError
-
     def extra_repr(self) -> str:
         return f"mean={self.mean:g}, std={self.std:g}"
 
@@ -106,6 +105,8 @@ class ElasticArcFace(_Elastic):
     Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition", arXiv:2109.09416.
     Args and Attributes as `_Elastic`.
     """
+
+    _margin = staticmethod(ArcFace)
 
     def __init__(
         self,
@@ -118,9 +119,6 @@ class ElasticArcFace(_Elastic):
     ) -> None:
         super().__init__(mean, std, seed=seed, process_group=process_group, device=device)
 
-    def _margin(self, value: float | Tensor) -> CombinedMargin:
-        return ArcFace(value)
-
 
 class ElasticCosFace(_Elastic):
     """ElasticFace-Cos: m3 from N(mean, std), 0.35 and 0.05 in the paper.
@@ -128,6 +126,8 @@ class ElasticCosFace(_Elastic):
     Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition", arXiv:2109.09416.
     Args and Attributes as `_Elastic`.
     """
+
+    _margin = staticmethod(CosFace)
 
     def __init__(
         self,
@@ -139,6 +139,3 @@ class ElasticCosFace(_Elastic):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(mean, std, seed=seed, process_group=process_group, device=device)
-
-    def _margin(self, value: float | Tensor) -> CombinedMargin:
-        return CosFace(value)

@@ -38,7 +38,8 @@ def communication_volume(
     The collectives' own minimum, which ring algorithms reach: n - 1 times its part in a gather or a
     reduce-scatter, and 2 (n - 1) / n times the whole in an all-reduce. It depends neither on the
     number of classes nor on the rates. Beyond the range of a constant shift (scale above about 79)
-    and with `return_metrics`, one more all-reduce of B numbers comes to `sums`.
+    and with `return_metrics`, one more all-reduce of B numbers comes to `sums`. A scale with a
+    gradient adds 8 bytes for each sample to what is summed and scattered in backward.
 
     Args:
         batch_size: b, samples of one rank.

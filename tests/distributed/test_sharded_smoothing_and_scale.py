@@ -1,4 +1,4 @@
-"""A scale with a gradient, with classes on several ranks."""
+"""Label smoothing and a scale with a gradient, with classes on several ranks."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ def errors_of(group, sizes, options, num_classes=CLASSES, only_scale=False):
     my_x = problem.embeddings[part].clone().requires_grad_(not only_scale)
     my_w = problem.prototypes[start:stop].clone().requires_grad_(not only_scale)
     my_scale = scale.detach().clone().requires_grad_()
+    index = problem.options.pop("class_index", None)
+    if index is not None:
+        index = index[(index >= start) & (index < stop)]
     my_loss = functional.partial_margin_softmax(
         my_x,
         problem.labels[part],
         my_w,
         scale=my_scale,
         **problem.options,
+        class_index=index,
         process_group=group,
         num_classes=num_classes,
     )
@@ -59,7 +63,9 @@ def errors_of(group, sizes, options, num_classes=CLASSES, only_scale=False):
 @pytest.mark.parametrize(
     "options",
     [
-        {"scale": 16.0},
+        {"scale": 16.0, "sampled": 40},
+        {"scale": 64.0, "sampled": 40, "label_smoothing": 0.15},
+        {"scale": 64.0, "positives": 3, "reduction": "none", "label_smoothing": 0.15},
         {"scale": 30.0, "positives": 3, "reduction": "none", "multi_label": "separate"},
         {"scale": 200.0, "features": 5, "label_smoothing": 0.2},
     ],
@@ -70,13 +76,15 @@ def test_any_number_of_ranks_is_one_process(ranks, world_size, options):
         assert max(errors) < 2e-5
 
 
-def test_without_other_gradients_and_classes(ranks):
-    for errors in ranks.run(3, errors_of, SIZES[3], {"scale": 8.0}, 2, True):
+@pytest.mark.parametrize("only_scale", [False, True])
+def test_a_rank_without_classes(ranks, only_scale):
+    options = {"scale": 8.0, "label_smoothing": 0.15}
+    for errors in ranks.run(3, errors_of, SIZES[3], options, 2, only_scale):
         assert max(errors) < 2e-5
 
 
 def test_equal_batches_need_no_message_before(ranks):
-    options = {"scale": 16.0, "uneven_batches": False}
+    options = {"scale": 16.0, "uneven_batches": False, "label_smoothing": 0.15, "sampled": 40}
     for errors in ranks.run(3, errors_of, [4, 4, 4], options):
         assert max(errors) < 2e-5
 
@@ -108,3 +116,20 @@ def test_every_rank_raises_where_ones_is_bad(ranks, uneven_batches):
     assert messages[1].startswith("ValueError: scale must be a finite number > 0, got nan")
     assert "rank 1" in messages[0]
     assert "scale must be a finite number > 0, got nan" in messages[0]
+
+
+def one_rank_smooths(group, uneven_batches):
+    loss_fn = PartialMarginSoftmax(DIM, CLASSES, process_group=group, uneven_batches=uneven_batches)
+    if dist.get_rank(group) == 1:
+        loss_fn.label_smoothing = 0.1
+    try:
+        loss_fn(torch.randn(3, DIM), torch.arange(3))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing raised"
+
+
+@pytest.mark.parametrize("uneven_batches", [True, False])
+def test_on_one_rank_alone_every_rank_raises(ranks, uneven_batches):
+    for message in ranks.run(2, one_rank_smooths, uneven_batches):
+        assert "label_smoothing" in message
