@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from support.training import DATA, TINY, run
+from support.training import DATA, TINY, assert_same_bits, run, saved
 
-from unicom_ext import PartialMarginSoftmax
+from unicom_ext import CombinedMargin, PartialMarginSoftmax, reference
 from unicom_ext.cli.main import main
 from unicom_ext.data import glyphs
 from unicom_ext.data.dump import captions, name_features
+from unicom_ext.data.labels import read_labels, read_positives
+from unicom_ext.train.interrupt import Interrupted
+from unicom_ext.train.trainer import Trainer
+from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.settings import ConfigError
 
 TRAIN = DATA[0]
@@ -82,6 +88,157 @@ def test_training_on_pseudo_classes(tmp_path):
     assert both[0]["data"]["train_classes"] == 5
     assert both[0]["data"]["train_images"] == np.count_nonzero(labels >= 0)
     assert both[0]["loss"] == both[1]["loss"]
+
+
+def test_relabelled_with_several():
+    labels = np.full((len(TRAIN), 3), -1)
+    labels[0] = [7, -5, 3]
+    labels[2] = [-1, 9, -1]
+    labels[5] = [3, 3, 7]
+    new = glyphs.relabelled(TRAIN, labels)
+    assert new.labels.tolist() == [[1, 0, -1], [2, -1, -1], [0, 0, 1]]
+    assert new.first_labels.tolist() == [1, 2, 0]
+    assert new.captions == ["pseudo-class 3", "pseudo-class 7", "pseudo-class 9"]
+    assert np.array_equal(new.images, TRAIN.images[[0, 2, 5]])
+
+
+def several_labels(seed=0):
+    """Of random classes, rows filled up with -1; some images have none."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permuted(np.tile(np.arange(9), (len(TRAIN), 1)), axis=1)[:, :4].astype(np.int32)
+    labels[rng.integers(5, size=len(TRAIN))[:, None] <= np.arange(4)] = -1
+    return labels
+
+
+def test_steps_have_the_loss_of_several_labels(tmp_path):
+    """The driver's loss is that of the module with these labels; one label is as it was."""
+    train_set = glyphs.relabelled(TRAIN, several_labels())
+    config = replace(TINY, labels="x", multi_label="separate", sample_rate=1.0, feature_rate=1.0)
+    trainer = Trainer(config, train_set)
+    images, labels = trainer._batch(0)
+    assert labels.shape == (16, 4)
+    trainer.encoder.train()
+    with torch.no_grad():
+        embeddings = trainer.encoder(images)
+    right = reference.partial_margin_softmax(
+        embeddings.double(), labels, trainer.loss.weight.detach().double(),
+        margin=CombinedMargin(config.m1, config.m2, config.m3), scale=config.scale,
+        multi_label="separate", ignore_index=-1,
+    )  # fmt: skip
+    assert trainer.step_once() == pytest.approx(float(right), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_training_on_several_labels(tmp_path):
+    labels = several_labels()
+    (tmp_path / "clusters").mkdir()
+    for kind, array in (("positives", labels), ("labels", labels[:, 0])):
+        np.save(tmp_path / "clusters" / f"{kind}_0000.npy", array[:20])
+        np.save(tmp_path / "clusters" / f"{kind}_0001.npy", array[20:])
+    np.save(tmp_path / "several.npy", labels)
+    np.save(tmp_path / "one.npy", labels[:, 0])
+    config = replace(TINY, epochs=2, evaluate_every=0, checkpoint_every=3)
+
+    def losses(labels, output, text=None, **settings):
+        settings = {"labels": str(tmp_path / labels), **settings}
+        return run(tmp_path / output, config=replace(config, **settings), text=text)["loss"]
+
+    text = io.StringIO()
+    several = losses("clusters", "a", text)
+    images = np.count_nonzero((labels >= 0).any(axis=1))
+    said = f"Training on {images} images of 9 characters, up to 4 of them each, testing on"
+    assert said in " ".join(text.getvalue().split())
+    assert losses("several.npy", "b") == several
+    assert losses("several.npy", "c", multi_label="separate") != several
+    assert losses("clusters", "d", positives=2) != several
+    assert losses("clusters", "e", positives=1) == losses("one.npy", "f")
+
+    def stop(done):
+        if done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    settings = replace(config, labels=str(tmp_path / "clusters"))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", config=settings, on_step=stop)
+    assert run(tmp_path / "parts", config=settings, resume=True)["loss"] == several
+    assert_same_bits(saved(tmp_path / "parts"), saved(tmp_path / "a"))
+
+
+def train_on_several(group, path):
+    """The losses of an epoch; its batches do not divide by the ranks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unicom_ext.train.trainer.Encoder", Flat)
+        labels = read_positives("labels", path, len(TRAIN))
+        config = replace(TINY, batch_size=16, labels=str(path))
+        trainer = Trainer(config, glyphs.relabelled(TRAIN, labels), group)
+    return [trainer.step_once() for _ in range(trainer.steps_per_epoch)]
+
+
+class Flat(torch.nn.Sequential):
+    """Without batch normalisation, which would see a rank's part alone."""
+
+    def __init__(self, embedding_size, width):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(1024, embedding_size))
+
+
+def test_ranks_train_on_several_labels(ranks, tmp_path):
+    np.save(tmp_path / "several.npy", several_labels())
+    right = train_on_several(None, tmp_path / "several.npy")
+    for losses in ranks.run(3, train_on_several, tmp_path / "several.npy"):
+        assert losses == pytest.approx(right, rel=1e-4)
+
+
+def test_several_labels_of_files(tmp_path):
+    several = np.array([[1, 2], [3, -1], [-1, -1]], ">i2")
+    path = tmp_path / "l.npy"
+    np.save(path, several)
+    assert read_positives("labels", path, 3).tolist() == several.tolist()
+    assert read_positives("labels", path, 3, 1).tolist() == [1, 3, -1]
+    np.save(path, several[:, :1])
+    assert read_positives("labels", path, 3).tolist() == [1, 3, -1]
+    np.save(tmp_path / "labels_0.npy", several[:, 0])
+    assert read_positives("labels", tmp_path, 3).tolist() == [1, 3, -1]
+    np.save(tmp_path / "positives_0.npy", several)
+    assert read_positives("labels", tmp_path, 3).tolist() == several.tolist()
+    assert read_labels("labels", tmp_path, 3).tolist() == [1, 3, -1]  # of `evaluate`
+
+
+@pytest.mark.parametrize(
+    ("arrays", "most", "message"),
+    [
+        ([np.zeros((3, 2, 2), int)], 0, "0.npy: holds int64 [3, 2, 2], must be integers [n], one "
+         "for each row, or [n, P], at least one for each row"),
+        ([np.zeros((3, 0), int)], 0, "0.npy: holds int64 [3, 0], must be integers [n], one"),
+        ([np.zeros((3, 2))], 0, "0.npy: holds float64 [3, 2], must be integers"),
+        ([np.full((3, 2), -1)], 0, ": holds negative labels only, must be not all negative"),
+        ([np.zeros((2, 2), int)], 0, ": holds 2 labels, must be 3, one for each row"),
+        ([np.zeros((2, 2), int), np.zeros((1, 3), int)], 0,
+         "1.npy: holds integers [1, 3], and {}/positives_0.npy [2, 2]; must be as many"),
+        ([np.zeros((3, 2), int)], 4, "positives: got 4, but {} has 2 labels for each row"),
+        ([np.array([[0, 1], [2, 2**63], [3, 4]], np.uint64)], 0,
+         "0.npy: row 1 has the label 9223372036854775808, must be below 2^63"),
+    ],
+)  # fmt: skip
+def test_bad_several_labels(tmp_path, arrays, most, message):
+    for number, array in enumerate(arrays):
+        np.save(tmp_path / f"positives_{number}.npy", array)
+    with pytest.raises(SourceError) as caught:
+        read_positives("labels", tmp_path, 3, most)
+    assert message.format(tmp_path) in str(caught.value)
+
+
+def test_several_labels_that_are_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="positives: got 2, but no labels, which have several"):
+        replace(TINY, positives=2)
+    np.save(tmp_path / "l.npy", np.zeros(len(TRAIN), int))
+    for settings in ({}, {"labels": str(tmp_path / "l.npy")}):
+        config = replace(TINY, multi_label="separate", **settings)
+        with pytest.raises(ConfigError) as caught:
+            run(tmp_path / "run", config=config)
+        assert str(caught.value) == (
+            "multi_label: got 'separate', but the images have one label each"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ ENGINES = ("unicom", "faiss")
 DEVICES = ("auto", "cpu", "cuda")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
-FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_cosine")
+FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_cosine", "positives")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,9 @@ class ClusterConfig(Settings):
         0.0, "so are clusters whose mean cosine to the centroid is below this",
         "a number in [0, 1]", lambda v: 0 <= v <= 1,
     )  # fmt: skip
+    positives: int = whole(
+        1, "above 1: write so many nearest clusters of each row too, positives_XXXX.npy", 1
+    )
     seed: int = setting(0, "of every draw", "0 .. 2^32 - 1", lambda v: 0 <= v < 2**32)
     engine: str = one_of("unicom", "what finds the nearest centroid", ENGINES)
     device: str = one_of(
@@ -75,6 +78,10 @@ class ClusterConfig(Settings):
             raise ConfigError(
                 f"early_passes: got {self.early_passes}, must be fewer than passes, which is "
                 f"{self.passes}"
+            )
+        if self.positives > self.clusters:
+            raise ConfigError(
+                f"positives: got {self.positives}, must be from 1 to clusters = {self.clusters}"
             )
         if self.method != "lloyd" and self.early_passes:
             raise ConfigError(f"early_passes: is for method lloyd only, got {self.method}")

@@ -1,7 +1,8 @@
 """A clustering from feature files to labels, resumable after each pass.
 
-The output directory gets labels_XXXX.npy (int32, one per shard), centroids.npy (fp32 [k, d]),
-clusters.json and pictures; `state/` in it holds what is needed to go on.
+The output directory gets labels_XXXX.npy (int32 [rows], one per shard), centroids.npy (fp32 [k,
+d]), clusters.json and pictures, and if wanted positives_XXXX.npy (int32 [rows, P]); `state/` in it
+holds what is needed to go on.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from unicom_ext.cluster.lloyd import (
     minibatch_pass,
     sampled,
 )
+from unicom_ext.cluster.positives import Several, write_positives
 from unicom_ext.cluster.progress import PassProgress
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
@@ -316,6 +318,8 @@ class _Run:
                 self.console.print(f"{merged} near-duplicate clusters merged.")
                 centroids = fewer
                 totals, sizes, scores = self._label(centroids, labels)
+        numbers = refine.dissolve(sizes, scores, config.min_size, config.min_cosine)
+        positives = self._find_positives(centroids, numbers, labels)
         result: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.is_first:
@@ -326,15 +330,18 @@ class _Run:
                     "converged": self._converged(),
                     "init_seconds": self.state.get("init_seconds"),
                     "label_seconds": self._label_seconds,
+                    "positives_seconds": self._positives_seconds,
                     "passes": self.state["passes"],
                     "two_level": self._two_level_facts(),
                 }
                 outputs.remove_results(self.output, self.state.get("earlier", ()))
                 result = results.write(
                     self.output, self.source, config, labels, centroids, totals, sizes, scores,
-                    facts, self.true_labels, self.images, self.console,
+                    numbers, positives, facts, self.true_labels, self.images, self.console,
                 )  # fmt: skip
-                shutil.rmtree(labels.directory)
+                for used in (labels, positives):
+                    if used is not None:
+                        shutil.rmtree(used.directory)
                 if self.state.pop("earlier", ()):  # they have been removed, once
                     state.save(self.state_dir / outputs.STATE_FILE, self.state)
         if self.ranks.world_size > 1:
@@ -342,6 +349,35 @@ class _Run:
             torch.distributed.broadcast_object_list(shared, 0)
             result = shared[0]
         return result
+
+    def _find_positives(
+        self, centroids: Tensor, numbers: np.ndarray, labels: LabelFiles
+    ) -> LabelFiles | None:
+        """The several nearest clusters of each row that has one, out of those that are left.
+
+        numbers: of the clusters, new, -1 for those that are dissolved. labels: by the old ones.
+        """
+        self._positives_seconds: float | None = None
+        columns = self.config.positives
+        if columns == 1:
+            return None
+        kept = np.flatnonzero(numbers >= 0)
+        if len(kept) < columns:
+            self.console.print(f"{len(kept)} clusters are left: positives are filled up with -1.")
+        found = LabelFiles(self.state_dir / outputs.UNFINISHED, columns)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                found.create(self.source.shards)
+        if len(kept):
+            with self.ranks.together():
+                several = Several(centroids[kept].to(self.device), min(columns, len(kept)))
+            with self._progress("positives", 0) as progress:
+                totals = write_positives(
+                    self.source, several, self.ranks, progress.watch, labels, numbers, found
+                )
+            progress.report(totals)
+            self._positives_seconds = progress.seconds
+        return found
 
     def _two_level_facts(self) -> dict[str, Any] | None:
         if "coarse" not in self.state:

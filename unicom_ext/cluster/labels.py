@@ -1,4 +1,5 @@
-"""Labels on disk: one `labels_XXXX.npy` (int32) per shard, written piece by piece.
+"""Labels on disk: one `labels_XXXX.npy` (int32) per shard, written piece by piece; the several
+positives of a row, if there are any, are in `positives_XXXX.npy` (int32 [rows, P]).
 
 Written with plain writes, not through memory maps: a full disk is then an error and not the end of
 the process, and room for the whole file is taken when it is made.
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unicom_ext.data.labels import LABELS, POSITIVES
 from unicom_ext.data.source import Shard
 
 DTYPE = np.dtype("<i4")
@@ -20,11 +22,16 @@ HEADER_BYTES = 128  # what the header of such an array is padded to, whatever it
 
 
 class LabelFiles:
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    """The files of a directory; columns: of positives, None for labels [rows]."""
+
+    def __init__(self, directory: Path, columns: int | None = None) -> None:
+        self.directory, self.columns = directory, columns
+        self._prefix = LABELS if columns is None else POSITIVES
+        self._row = () if columns is None else (columns,)
+        self._row_bytes = DTYPE.itemsize * (columns or 1)
 
     def path(self, shard: Shard) -> Path:
-        return self.directory / f"labels_{shard.name}.npy"
+        return self.directory / f"{self._prefix}{shard.name}.npy"
 
     def create(self, shards: Sequence[Shard]) -> None:
         """Files of the right size with labels -1; what is there already is replaced."""
@@ -34,18 +41,23 @@ class LabelFiles:
             try:
                 with open(path, "wb") as file:
                     np.lib.format.write_array_header_1_0(
-                        file, {"descr": DTYPE.str, "fortran_order": False, "shape": (shard.rows,)}
+                        file,
+                        {
+                            "descr": DTYPE.str,
+                            "fortran_order": False,
+                            "shape": (shard.rows, *self._row),
+                        },
                     )
                     for start in range(0, shard.rows, 1 << 20):
                         count = min(1 << 20, shard.rows - start)
-                        file.write(np.full(count, -1, DTYPE).tobytes())
+                        file.write(np.full((count, *self._row), -1, DTYPE).tobytes())
             except OSError as error:
                 raise _named(error, path) from None
 
     def exist(self, shards: Sequence[Shard]) -> bool:
         return all(
             self.path(s).is_file()
-            and self.path(s).stat().st_size == HEADER_BYTES + s.rows * DTYPE.itemsize
+            and self.path(s).stat().st_size == HEADER_BYTES + s.rows * self._row_bytes
             for s in shards
         )
 
@@ -53,15 +65,17 @@ class LabelFiles:
         path = self.path(shard)
         try:
             with open(path, "r+b") as file:
-                file.seek(HEADER_BYTES + start * DTYPE.itemsize)
+                file.seek(HEADER_BYTES + start * self._row_bytes)
                 file.write(labels.astype(DTYPE).tobytes())
         except OSError as error:
             raise _named(error, path) from None
 
     def read(self, shard: Shard, start: int = 0, stop: int | None = None) -> np.ndarray:
         stop = shard.rows if stop is None else stop
-        offset = HEADER_BYTES + start * DTYPE.itemsize
-        return np.fromfile(self.path(shard), DTYPE, stop - start, offset=offset)
+        offset = HEADER_BYTES + start * self._row_bytes
+        count = (stop - start) * (self.columns or 1)
+        values = np.fromfile(self.path(shard), DTYPE, count, offset=offset)
+        return values.reshape(-1, *self._row)
 
     def sync(self, shards: Sequence[Shard]) -> None:
         """Bring everything written to the disk."""

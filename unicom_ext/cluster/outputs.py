@@ -11,24 +11,27 @@ from typing import Any
 import torch
 
 from unicom_ext.cluster.pictures import PICTURES
+from unicom_ext.data.labels import LABELS, POSITIVES
 from unicom_ext.data.source import Source
 from unicom_ext.utils.settings import ConfigError
 
 STATE = "state"  # directory of what is needed to go on
 STATE_FILE, PASSES, COARSE, FINAL = "state.pt", ("pass-0", "pass-1"), "coarse", "final"
+UNFINISHED = "positives"  # directory of the positives until all are there
 
 
 def written(output: Path, shards: Iterable[str]) -> list[Path]:
     """The files of a run over shards of these names. The state, without which none is known, is the
     last."""
-    names = [*(f"labels_{name}.npy" for name in shards), "centroids.npy", *PICTURES]
+    labels = [f"{kind}{name}.npy" for name in shards for kind in (LABELS, POSITIVES)]
+    names = [*labels, "centroids.npy", *PICTURES]
     return [output / name for name in (*names, "clusters.json", f"{STATE}/{STATE_FILE}")]
 
 
 def remove_state(output: Path) -> list[str]:
     """Remove what an earlier run there would need to go on; returns the names of its shards."""
     names = shards_of(output)
-    for directory in (*PASSES, COARSE, FINAL):
+    for directory in (*PASSES, COARSE, FINAL, UNFINISHED):
         shutil.rmtree(output / STATE / directory, ignore_errors=True)
     return names
 

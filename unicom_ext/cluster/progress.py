@@ -51,7 +51,7 @@ class PassProgress:
             self._task,
             completed=totals.seen,
             rate=f"{rate:,.0f}",
-            objective=f"{totals.objective:.5f}",
+            objective=f"{totals.objective:.5f}" if totals.score else "-",
             changed=changed_text(totals),
             left=str(timedelta(seconds=round(todo / rate))) if rate else "-",
         )
@@ -59,7 +59,7 @@ class PassProgress:
     def report(self, totals: Totals, note: str = "") -> None:
         """A line about the finished pass, from the totals of all processes."""
         parts = [
-            f"{self._title}: objective {totals.objective:.6f}",
+            f"{self._title}:" + (f" objective {totals.objective:.6f}" if totals.score else ""),
             changed_text(totals),
             f"{totals.seen / max(self.seconds, 1e-9):,.0f} rows/s",
             f"{self.seconds:.1f} s",

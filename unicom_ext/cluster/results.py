@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from unicom_ext.cluster import pictures, refine
+from unicom_ext.cluster import pictures
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.labels import LabelFiles, sha256
 from unicom_ext.cluster.lloyd import Totals
@@ -33,26 +33,35 @@ def write(
     totals: Totals,
     sizes: Tensor,
     scores: Tensor,
+    numbers: np.ndarray,
+    positives: LabelFiles | None,
     facts: dict[str, Any],
     true_labels: np.ndarray | None,
     images: np.ndarray | None,
     console: Console,
 ) -> dict[str, Any]:
-    """Dissolve what is too small or too loose, write every file, and return clusters.json.
+    """Write every file, and return clusters.json.
 
-    labels  of every row, by centroid; sizes and scores [k] float64: rows, and sum of cosines
-    facts   goes into clusters.json as it is
+    labels     of every row, by centroid; sizes and scores [k] float64: rows, and sum of cosines
+    numbers    the new number of each centroid, -1 for those that are dissolved
+    positives  where they were written, by the new numbers; they are moved from there
+    facts      goes into clusters.json as it is
     """
-    numbers = refine.dissolve(sizes, scores, config.min_size, config.min_cosine)
     kept = torch.from_numpy(numbers >= 0)
     final = LabelFiles(output)
     checksums = {}
+    own_positives = LabelFiles(output, config.positives)
+    for shard in source.shards:  # of other labels, where a run goes on
+        own_positives.path(shard).unlink(missing_ok=True)
     for shard in source.shards:
         own = labels.read(shard)
         own = np.where(own >= 0, numbers[own], -1).astype(own.dtype)
         path = final.path(shard)
         write_file(path, partial(np.save, arr=own))
         checksums[path.name] = sha256(path)
+        if positives is not None:
+            path = positives.path(shard).replace(own_positives.path(shard))
+            checksums[path.name] = sha256(path)
     values = centroids[kept].numpy()
     write_file(output / "centroids.npy", lambda file: np.save(file, values))
     checksums["centroids.npy"] = sha256(output / "centroids.npy")
@@ -95,6 +104,8 @@ def summary(result: dict[str, Any]) -> list[str]:
         f"objective {result['objective']:.6f} after {len(result['passes'])} passes"
         + (", converged" if result["converged"] else ""),
     ]
+    if (several := result["config"].get("positives", 1)) > 1:
+        lines.append(f"the {several} nearest clusters of each row: positives_*.npy")
     if (two := result["two_level"]) is not None:
         lines.append(
             f"two levels: {100 * two['loss']:.3f} % below the nearest of all centroids, measured "

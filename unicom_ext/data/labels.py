@@ -11,7 +11,7 @@ from unicom_ext.data.formats import by_number, numbered_files
 from unicom_ext.data.source import Shard
 from unicom_ext.utils.arrays import SourceError, check_labels, check_some_label, open_array
 
-PREFIX = "labels_"
+LABELS, POSITIVES = "labels_", "positives_"  # how the files of a directory begin
 
 
 def read_labels(
@@ -21,6 +21,30 @@ def read_labels(
     labels = read_integers(name, path, count, shards)
     check_some_label(f"{name}: {path}", labels)
     return labels
+
+
+def read_positives(name: str, path: str | Path, count: int, most: int = 0) -> np.ndarray:
+    """Labels of rows that may have several: integers int64 [count, P], or [count] if P is 1.
+
+    Args:
+        name: what a SourceError calls them.
+        path: a .npy file of integers [count] or [count, P], or a directory of positives_*.npy or,
+            without these, of labels_*.npy.
+        count: how many rows have some.
+        most: take the first so many columns; 0 for all.
+    """
+    path = Path(path)
+    prefix = POSITIVES if path.is_dir() and numbered_files(path, POSITIVES) else LABELS
+    labels = _read(name, path, count, (), prefix, several=True)
+    columns = 1 if labels.ndim == 1 else labels.shape[1]
+    if most > columns:
+        raise SourceError(
+            f"positives: got {most}, but {path} has {columns} label{'s' * (columns > 1)} for each "
+            "row"
+        )
+    labels = labels.reshape(count, columns)[:, : most or columns]
+    check_some_label(f"{name}: {path}", labels)
+    return labels[:, 0] if labels.shape[1] == 1 else labels
 
 
 def read_integers(
@@ -35,17 +59,30 @@ def read_integers(
         count: how many rows have one.
         shards: of the features whose labels they are.
     """
-    path = Path(path)
+    return _read(name, Path(path), count, shards, LABELS, several=False)
+
+
+def _read(
+    name: str, path: Path, count: int, shards: Sequence[Shard], prefix: str, several: bool
+) -> np.ndarray:
+    """int64 [count]; with `several` also [count, P]."""
     rows: list[int | None] = [count]
     files = [path]
     if path.is_dir():
-        found = numbered_files(path, PREFIX)
+        found = numbered_files(path, prefix)
         if not found:
-            raise SourceError(f"{name}: {path}: there is no {PREFIX}*.npy")
+            raise SourceError(f"{name}: {path}: there is no {prefix}*.npy")
         files, rows = list(found.values()), [None] * len(found)
         if len(shards) > 1:
             files, rows = _of_shards(name, path, found, shards), [shard.rows for shard in shards]
-    labels = np.concatenate([_of_file(name, *each) for each in zip(files, rows, strict=True)])
+    parts = [_of_file(name, *each, several) for each in zip(files, rows, strict=True)]
+    for file, part in zip(files, parts, strict=True):
+        if part.shape[1:] != parts[0].shape[1:]:
+            raise SourceError(
+                f"{name}: {file}: holds integers {list(part.shape)}, and {files[0]} "
+                f"{list(parts[0].shape)}; must be as many for each row"
+            )
+    labels = np.concatenate(parts)
     if len(labels) != count:
         raise SourceError(
             f"{name}: {path}: holds {len(labels)} labels, must be {count}, one for each row"
@@ -53,9 +90,9 @@ def read_integers(
     return labels
 
 
-def _of_file(name: str, file: Path, rows: int | None) -> np.ndarray:
+def _of_file(name: str, file: Path, rows: int | None, several: bool) -> np.ndarray:
     labels = open_array(file, name)
-    check_labels(f"{name}: {file}", labels, rows)
+    check_labels(f"{name}: {file}", labels, rows, several=several)
     return labels.astype(np.int64)
 
 
@@ -67,7 +104,7 @@ def _of_shards(
     for number, (shard_name, shard) in of_shards.items():
         if number not in of_files:
             raise SourceError(
-                f"{name}: {directory}: there is no {PREFIX}{shard_name}.npy for "
+                f"{name}: {directory}: there is no {LABELS}{shard_name}.npy for "
                 f"{shard.files[0].path}"
             )
     for number, (_, file) in of_files.items():

@@ -20,6 +20,7 @@ from unicom_ext.utils.settings import (
 )
 
 BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.data.baselines has them
+MULTI_LABEL = ("average", "separate")
 UPDATES = ("dense", "rows")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
@@ -42,8 +43,13 @@ class Config(Settings):
 
     labels: str = setting(
         "", "pseudo-classes to train on instead of the true classes: a .npy file, or the output of "
-        "`unicom-ext cluster`, with one label for each training image, -1 for none",
+        "`unicom-ext cluster`, with one or several labels for each training image, -1 for none",
         "the name of a .npy file or of a directory", lambda v: True,
+    )  # fmt: skip
+    positives: int = whole(0, "so many labels of each image, the first; 0 for all there are", 0)
+    multi_label: str = one_of(
+        "average", "loss of an image with several labels: mean of their cross entropies, or MLCD's",
+        MULTI_LABEL,
     )  # fmt: skip
 
     embedding_size: int = whole(128, "dimensions of an embedding", 1)
@@ -96,6 +102,8 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positives > 1 and not self.labels:
+            raise ConfigError(f"positives: got {self.positives}, but no labels, which have several")
         if self.dims[-1] > self.embedding_size:
             raise ConfigError(
                 f"dims: got {list(self.dims)}, must not go beyond embedding_size, which is "

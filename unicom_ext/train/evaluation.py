@@ -50,7 +50,7 @@ def evaluate_baselines(
     for name in config.baselines:
         try:
             embeddings = baselines.BASELINES[name](
-                train_set.images, train_set.labels, test_set.images, config.dims[-1]
+                train_set.images, train_set.first_labels, test_set.images, config.dims[-1]
             )
         except ValueError as error:
             raise ConfigError(f"baselines: {name} is not possible here: {error}") from error

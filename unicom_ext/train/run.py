@@ -21,7 +21,7 @@ from rich.console import Console
 from unicom_ext import checkpoint
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
-from unicom_ext.data.labels import read_labels
+from unicom_ext.data.labels import read_positives
 from unicom_ext.distributed.failures import agree
 from unicom_ext.train import checkpoints, report
 from unicom_ext.train.config import Config
@@ -30,6 +30,7 @@ from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import EXAMPLES, Trainer, random_numbers
 from unicom_ext.utils.files import CheckpointError, write_atomically
+from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import versions
 
 
@@ -68,8 +69,11 @@ def train(
             data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
         train_set, test_set = data
         if config.labels:
-            train_set = glyphs.relabelled(
-                train_set, read_labels("labels", config.labels, len(train_set))
+            labels = read_positives("labels", config.labels, len(train_set), config.positives)
+            train_set = glyphs.relabelled(train_set, labels)
+        if config.multi_label != "average" and train_set.labels.ndim == 1:
+            raise ConfigError(
+                f"multi_label: got {config.multi_label!r}, but the images have one label each"
             )
     except Exception as error:
         failure = error
@@ -77,9 +81,11 @@ def train(
     if config.threads:
         torch.set_num_threads(config.threads)
     facts = _facts(train_set, test_set)
+    several = train_set.labels[0].size
     console.print(
         f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
-        f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
+        + (f"up to {several} of them each, " if several > 1 else "")
+        + f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
     )
     trainer = Trainer(config, train_set, group)
     metrics: dict[str, Any] = {

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from unicom_ext import checkpoint
-from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.glyphs import NO_CLASS, Glyphs
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
-from unicom_ext.loss.options import Precision
+from unicom_ext.loss.options import MultiLabel, Precision
 from unicom_ext.loss.sampling import FeatureSelection
 from unicom_ext.optim import RowAdamW
 from unicom_ext.train.augment import distort
@@ -68,6 +68,8 @@ class Trainer:
                 scale=config.scale,
                 sample_rate=config.sample_rate,
                 feature_rate=config.feature_rate,
+                multi_label=cast(MultiLabel, config.multi_label),
+                ignore_index=NO_CLASS,
                 feature_selection=cast(FeatureSelection, config.feature_selection),
                 precision=cast(Precision, config.precision),
                 sparse_grad=config.prototype_update == "rows",
@@ -150,7 +152,8 @@ class Trainer:
             self.ranks.broadcast(buffer)
 
     def _batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Images float [b, 1, 32, 32] and labels int64 [b]: a rank's part of the step's batch.
+        """Images float [b, 1, 32, 32] and labels int64 [b] or [b, P]: a rank's part of the
+        step's batch.
 
         A rank without a part has no labels, but two images all the same: its encoder must run for
         the gradients to be exchanged.

@@ -105,23 +105,30 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 
 def check_labels(
-    where: str, labels: np.ndarray, rows: int | None = None, below: int = 2**63
+    where: str,
+    labels: np.ndarray,
+    rows: int | None = None,
+    below: int = 2**63,
+    several: bool = False,
 ) -> None:
     """Raises SourceError unless they are integers [rows], of any integer dtype, below a bound.
 
-    where: what the message calls them.  rows: None for any number.
+    where: what the message calls them.  rows: None for any number.  several: [rows, P] will do too.
     """
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or rows not in (None, len(labels)):
-        wanted = "[n]" if rows is None else f"[{rows}]"
+    shaped = labels.ndim == 1 or (several and labels.ndim == 2 and labels.shape[1] > 0)
+    if labels.dtype.kind not in "iu" or not shaped or rows not in (None, len(labels)):
+        n = "n" if rows is None else rows
+        wanted = f"[{n}], one for each row"
+        if several:
+            wanted = f"[{n}], one for each row, or [{n}, P], at least one for each row"
         raise SourceError(
-            f"{where}: holds {labels.dtype} {list(labels.shape)}, must be integers {wanted}, one "
-            "for each row"
+            f"{where}: holds {labels.dtype} {list(labels.shape)}, must be integers {wanted}"
         )
     # Only where the dtype has larger ones: files may be long.
     if np.iinfo(labels.dtype).max >= below and len(labels) and labels.max() >= below:
-        row = int(labels.argmax())
+        row = int(labels.argmax()) // (labels.size // len(labels))
         raise SourceError(
-            f"{where}: row {row} has the label {labels[row]}, must be below "
+            f"{where}: row {row} has the label {labels.max()}, must be below "
             f"2^{below.bit_length() - 1}; np.unique(labels, return_inverse=True) numbers them anew "
             "(negative ones too, which stand for none: keep these)"
         )
