@@ -181,6 +181,7 @@ class Flat(torch.nn.Sequential):
         super().__init__(torch.nn.Flatten(), torch.nn.Linear(1024, embedding_size))
 
 
+@pytest.mark.slow
 def test_ranks_train_on_several_labels(ranks, tmp_path):
     np.save(tmp_path / "several.npy", several_labels())
     right = train_on_several(None, tmp_path / "several.npy")
