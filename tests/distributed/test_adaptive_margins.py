@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -81,3 +84,27 @@ def test_every_rank_raises(ranks, name):
     assert own == "TypeError: labels must be an int32 or int64 tensor, got a torch.float32 tensor"
     assert good
     assert fine
+
+
+def copied(group, name):
+    margins = make(name, group)
+    x, y = batch(0)
+    margins(x, y)
+    copies = copy.deepcopy(margins), copy.deepcopy(torch.nn.ModuleList([margins]))[0]
+    with pytest.raises(TypeError) as caught:
+        pickle.dumps(margins)
+    x, y = batch(1)
+    right = margins(x, y)
+    same = [
+        other.process_group is group
+        and other(x, y) == right
+        and all(map(torch.equal, other.buffers(), margins.buffers()))
+        for other in copies
+    ]
+    return same, str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["AdaFace", "ElasticArcFace"])
+def test_a_copy_is_of_the_same_group(ranks, name):
+    message = f"{name} with a process_group cannot be pickled: save its state_dict instead"
+    assert ranks.run(2, copied, name) == [([True, True], message)] * 2

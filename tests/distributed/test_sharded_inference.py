@@ -87,6 +87,8 @@ def failures(group):
         lambda: loss.logits(x, torch.tensor([0, 41 * rank])),
         lambda: broken.topk(x, 1),
         lambda: other.logits(x),
+        lambda: loss.logits(x, scale=8.0 + rank),
+        lambda: loss.logits(x, scale=-float(rank) or 8.0),
     ):
         with pytest.raises((ValueError, RuntimeError)) as raised:
             call()
@@ -100,15 +102,18 @@ def test_every_rank_raises(ranks):
         "ValueError: embeddings: row 0 holds NaN or a value outside fp32, it has no cosine",
         "ValueError: k must be an integer in [1, 41], got 42",
         "ValueError: class_index must be in [0, 41), got 41 at position 1",
+        "ValueError: scale must be a finite number > 0, got -1.0",
     ]
     broken = "ValueError: prototypes: row 2 holds NaN or a value outside fp32, it has no cosine"
     same = [
         "ValueError: k must be the same on every rank, got 1 on rank 0, 2 on rank 1",
         "ValueError: scale must be the same on every rank, got 64.0 on rank 0, 32.0 on rank 1",
+        "ValueError: scale must be the same on every rank, got 8.0 on rank 0, 9.0 on rank 1",
     ]
     told = [f"RankFailed: rank 1 of the process group raised {reason}" for reason in own]
     others, failed = ranks.run(2, failures)
-    assert failed == [own[0], own[1], same[0], own[2], broken, same[1]]
+    assert failed == [own[0], own[1], same[0], own[2], broken, *same[1:], own[3]]
     assert others == [
-        told[0], told[1], same[0], told[2], f"RankFailed: process 1 of 2 failed: {broken}", same[1],
+        told[0], told[1], same[0], told[2], f"RankFailed: process 1 of 2 failed: {broken}",
+        *same[1:], told[3],
     ]  # fmt: skip

@@ -118,6 +118,24 @@ def test_logits_are_scaled_cosines():
     assert loss.logits(x[:0]).shape == (0, 300)
 
 
+@pytest.mark.parametrize("scale", [7.5, torch.tensor([7.5], requires_grad=True)], ids=str)
+def test_logits_of_a_scale_of_the_call(scale):
+    loss, x = make(), torch.randn(5, 24)
+    ids = torch.tensor([7, 299])
+    found = loss.logits(x, ids, scale=scale)
+    right = torch.from_numpy(7.5 * all_cosines(x, loss)[:, ids]).float()
+    torch.testing.assert_close(found, right, rtol=1e-7, atol=1e-7)
+    assert not found.requires_grad
+    assert loss.scale == 30.0
+
+
+def test_a_bad_scale_of_logits_is_named():
+    with pytest.raises(ValueError, match=r"^scale must be a finite number > 0, got -1\.0$"):
+        make().logits(torch.randn(5, 24), scale=torch.tensor(-1.0))
+    with pytest.raises(TypeError, match=r"^scale must be a number, got str: 'a'$"):
+        make().logits(torch.randn(5, 24), scale="a")
+
+
 def test_logits_do_not_depend_on_blocks(monkeypatch):
     loss, x = make(), torch.randn(5, 24)
     whole = loss.logits(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 
 import numpy as np
@@ -261,7 +262,13 @@ def test_compiled_whole_it_is_refused_and_in_parts_it_is_the_same():
     with pytest.raises(Exception, match='to compile the loss whole use feature_selection="random"'):
         torch.compile(make(), fullgraph=True, backend="eager")(x, labels)
     eager, compiled = make(), make()
-    step = torch.compile(compiled, backend="eager")
+
+    def backend(module, inputs):
+        # The length is drawn by integers of more than 64 bits, which no kernel has.
+        assert operator.xor not in [node.target for node in module.graph.nodes]
+        return module.forward
+
+    step = torch.compile(compiled, backend=backend)
     for _ in range(4):
         assert torch.allclose(step(x, labels), eager(x, labels))
         assert torch.equal(compiled._drawn[2], eager._drawn[2])

@@ -216,6 +216,50 @@ def test_topk_on_any_rows(queries, gallery, data, block_bytes):
         assert (index != torch.arange(len(queries))[:, None]).all()
 
 
+@st.composite
+def rows_of_any_kind(draw):
+    """Clusters of rows as near as may be, or equal, of norms from one end to the other."""
+    n, dim = draw(st.integers(4, 40)), draw(st.sampled_from([1, 3, 16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    centers = torch.randn(draw(st.integers(1, 4)), dim, generator=generator, dtype=torch.float64)
+    away = draw(st.sampled_from([0.0, 1e-9, 3e-8, 1e-6, 1e-3, 1.0]))
+    x = centers[torch.randint(len(centers), (n,), generator=generator)]
+    x = x + away * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    x = x[torch.randint(n, (n,), generator=generator)]  # some of them equal
+    low, high = draw(st.sampled_from([(0, 0), (-3, 3), (-30, 30), (-250, 37)]))
+    # Powers of two, so that equal rows stay it.
+    power = torch.randint(low, high + 1, (n, 1), generator=generator) * 3
+    x = x * torch.exp2(power.clamp(max=120).double())
+    x[torch.rand(n, generator=generator) < 0.1] = 0
+    return x if low < -30 else x.to(draw(st.sampled_from([torch.float32, torch.float64])))
+
+
+def double_search(x, groups=None):
+    """fp32 cosines of all rows with one another, by one product in double; -inf where not met."""
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    x = x.double() / largest.where(largest > 0, 1)
+    x = x / x.norm(dim=1, keepdim=True).clamp(min=1)
+    cosine = (x @ x.T).float().fill_diagonal_(-torch.inf)
+    if groups is not None:
+        own = (groups[:, None] == groups) & (groups >= 0)
+        cosine.masked_fill_(own, -torch.inf)
+    return cosine
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows_of_any_kind(), st.data(), BLOCK_BYTES)
+def test_the_best_are_those_of_a_search_in_double(x, data, block_bytes):
+    k = data.draw(st.integers(1, len(x) - 1))
+    cosine, index = topk(x, k=k, block_bytes=block_bytes)
+    right, order = double_search(x).sort(dim=1, descending=True, stable=True)
+    # A double in the middle of two floats may have been rounded to either.
+    torch.testing.assert_close(cosine, right[:, :k].clamp(-1, 1), rtol=2e-7, atol=1e-15)
+    differ = index != order[:, :k]
+    if differ.any():
+        found = double_search(x).gather(1, index)
+        assert (found - right[:, :k])[differ].abs().max() <= 6e-8
+
+
 def test_a_copy_of_the_query_is_an_ordinary_item():
     x = torch.tensor([[3.0, 4.0], [3.0, 4.0], [-4.0, 3.0], [-4.0, 3.0]])
     assert topk(x, k=1)[1].flatten().tolist() == [1, 0, 3, 2]
@@ -493,6 +537,8 @@ def rows_of_kind(kind, n, d):
     torch.manual_seed(0)
     if kind == "all equal":
         return torch.ones(n, d)
+    if kind == "zero":
+        return torch.zeros(n, d)
     if kind == "getting closer":  # every block of the gallery beats the one before
         angle = torch.linspace(3.0, 0.0, n)
         return torch.stack([angle.cos(), angle.sin()], 1).repeat(1, d // 2)
@@ -501,7 +547,7 @@ def rows_of_kind(kind, n, d):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [5, 80])  # lists of R = 159 candidates, and of 10
-@pytest.mark.parametrize("kind", ["random", "float64", "all equal", "getting closer"])
+@pytest.mark.parametrize("kind", ["random", "float64", "all equal", "zero", "getting closer"])
 def test_memory_does_not_grow_with_gallery_times_queries(kind, classes):
     n, d, block_bytes = 800, 8, 1 << 19
     assert n * n * 4 > 4 * block_bytes  # a full matrix of scores would be seen at once

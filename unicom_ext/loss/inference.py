@@ -7,6 +7,7 @@ neither on the number of ranks nor on which other classes are in a block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,7 +97,12 @@ class InferenceCalls(PrototypeOwner):
         return NearestClasses(score_of(keys), id_of(keys))
 
     @torch.no_grad()
-    def logits(self, embeddings: Tensor, class_index: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        embeddings: Tensor,
+        class_index: Tensor | None = None,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
         """scale * cosine of each embedding with some classes, or with all: no margin, no filter.
 
         All dimensions take part, in training mode too. With a process group every rank calls this
@@ -108,6 +114,8 @@ class InferenceCalls(PrototypeOwner):
             class_index: [n] int32 or int64, ids in [0, C), in any order, repeated or not. None: all
                 classes in their order, which makes a matrix [b, C] of what may be millions; `topk`
                 does not.
+            scale: instead of the module's, for one that is learned; a number or a tensor of one
+                floating value. With a process group the same on every rank.
 
         Returns:
             [b, n], or [b, C]: float64 if embeddings or prototypes are, else float32. Computed in
@@ -120,14 +128,15 @@ class InferenceCalls(PrototypeOwner):
                 RuntimeError that names the rank.
         """
         ranks, weight = self._ranks(), self.weight.detach()
-        scale = float(self.options.scale)
 
         def check() -> tuple[int, int | None, bool, float]:
+            options = self.options if scale is None else replace(self.options, scale=scale)
             self._check_embeddings(embeddings, weight)
             if class_index is not None:
                 _check_ids(class_index, self.num_classes, weight.device)
             wide = torch.float64 in (embeddings.dtype, weight.dtype)
-            return len(embeddings), None if class_index is None else len(class_index), wide, scale
+            count = None if class_index is None else len(class_index)
+            return len(embeddings), count, wide, float(options.scale)
 
         sizes, counts, wide, scales = zip(*_agree(check, ranks), strict=True)
         check_same("scale", list(scales))
@@ -143,7 +152,8 @@ class InferenceCalls(PrototypeOwner):
             else:
                 wanted = ids[rank, :count]
             with ranks.together():
-                part = _own_cosines(x[rank, :size], weight, self._start, wanted, scale, wide[rank])
+                x_of_rank = x[rank, :size]
+                part = _own_cosines(x_of_rank, weight, self._start, wanted, scales[0], wide[rank])
             if part.numel():
                 ranks.sum(part)  # of which all but one are 0
             if rank == ranks.rank:

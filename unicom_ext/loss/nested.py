@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 _MASK = 2**64 - 1
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15
 _STREAM = 0x6E65737465642121  # this draw's own, apart from those of classes and dimensions
 
 
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="a graph has no integers of more than 64 bits"
+)
 def prefix_length(dim: int, mean: int, seed: int, step: int) -> int:
     """A length in [shortest, dim] whose mean over steps is `mean`, in [1, dim].
 

@@ -75,8 +75,9 @@ def block_shape(
     q g PAIR_BYTES + q k BEST_BYTES + (q + g) dim VALUE_BYTES <= block_bytes
     """
     row = dim * VALUE_BYTES
-    g = min(int((block_bytes / (2 * PAIR_BYTES)) ** 0.5), block_bytes // (4 * row), num_items)
-    g = max(g, 1)
+    pairs = block_bytes // (2 * PAIR_BYTES)
+    g = max(int(pairs**0.5), pairs // max(num_queries, 1))  # few queries meet more rows at once
+    g = max(1, min(g, block_bytes // (4 * row), num_items))
     q = (block_bytes - g * row) // (g * PAIR_BYTES + k * BEST_BYTES + row)
     return max(1, min(q, num_queries)), g
 
@@ -133,7 +134,13 @@ def _merge(best: Tensor, score: Tensor, ids: Tensor, begin: int, tie: TieRank) -
     below = torch.nextafter(floor, torch.full_like(floor, -torch.inf))
     floor = torch.where((last & LOW_HALF) < tie.most(begin), below, floor)
     floor = torch.where(last == NOTHING, -2.0, floor)  # takes all that the query may meet
-    row, column = (score > floor[:, None]).nonzero(as_tuple=True)  # sorted by row
+    above = score > floor[:, None]
+    if k < score.shape[1] and int(above.sum()) > 2 * q * k:
+        # At first all are above, and so they are where each block beats the one before: of these
+        # only the k best of the block matter, and what equals the last of them.
+        own = score.topk(k, dim=1).values[:, -1:]
+        above &= score >= own
+    row, column = above.nonzero(as_tuple=True)  # sorted by row
     if len(row) == 0:
         return best
     key = _key_of(score[row, column], tie.of(ids[row], column + begin))
@@ -164,13 +171,17 @@ def unit_rows(name: str, x: Tensor, ids: Tensor | int) -> Tensor:
 
     name, ids: for the error message; ids [n] of the rows, or the id of the first.
     """
-    check_finite(name, x, ids)
-    x = x.to(torch.float64, copy=True)
-    # Dividing by the largest value first, so that no square overflows or vanishes.
-    largest = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True)
-    x /= largest.masked_fill_(largest == 0, 1)
-    # A row with a 1 in it has norm >= 1.
-    return x.div_(torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1))
+    unit = x.to(torch.float64, copy=True)
+    norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+    # Else no square has overflowed or vanished, and all values are finite in fp32.
+    extreme = ~((norm > 1e-140) & (norm < 1e38))
+    if extreme.any():
+        check_finite(name, x, ids)
+        largest = torch.linalg.vector_norm(unit, ord=torch.inf, dim=1, keepdim=True)
+        unit /= largest.masked_fill_(~extreme | (largest == 0), 1)  # others keep their bits
+        norm = torch.linalg.vector_norm(unit, dim=1, keepdim=True)
+        norm.masked_fill_(norm == 0, 1)
+    return unit.div_(norm)
 
 
 def check_finite(name: str, x: Tensor, ids: Tensor | int = 0) -> None:

@@ -90,6 +90,14 @@ def test_a_compiled_graph_gives_nan_for_what_is_no_class():
     assert m2(torch.tensor([0, 5, -100, -1])).isnan().tolist() == [False, True, False, True]
 
 
+def test_vmap_has_the_margins_of_each_batch():
+    margins = ClassSizeMargin(COUNTS)
+    y = torch.tensor([[0, 1], [-100, 4], [5, 2]])
+    given = torch.func.vmap(lambda y: margins(y, y).m2)(y)
+    assert torch.equal(given[:2], torch.stack([margins(y, y).m2 for y in y[:2]]))
+    assert given[2].isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("counts", "options", "error", "message"),
     [

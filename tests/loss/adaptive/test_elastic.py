@@ -54,6 +54,17 @@ def test_goes_on_from_its_state_dict(make):
     assert {name: int(v) for name, v in resumed.state_dict().items()} == {"seed": 3, "step": 2}
 
 
+@BOTH
+def test_made_on_the_meta_device_starts_as_any_other(make):
+    with torch.device("meta"):
+        margins = make(seed=3)
+    margins.to_empty(device="cpu")
+    for buffer in margins.buffers():
+        buffer.fill_(77)  # what may have been in the memory before
+    margins.reset_parameters()
+    assert torch.equal(drawn(margins), drawn(make(seed=3)))
+
+
 def test_the_mean_in_eval_mode():
     assert ElasticArcFace().eval()(X, Y) == ArcFace(0.5)
     margins = ElasticCosFace(0.2).eval()

@@ -152,6 +152,30 @@ def test_adaface_keeps_float64_where_a_model_is_cast():
     assert AdaFace().to("meta").mean.device.type == "meta"
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_adaface_keeps_float64_where_less_was_saved(assign):
+    x, y, _ = problem()
+    saved = {"mean": torch.tensor([24.0]), "std": torch.tensor([96.0], dtype=torch.bfloat16)}
+    margins, right = AdaFace(), AdaFace()
+    margins.load_state_dict(saved, assign=assign)
+    right.mean.fill_(24.0)
+    right.std.fill_(96.0)
+    assert margins(x, y) == right(x, y)
+    assert margins.mean.dtype == margins.std.dtype == torch.float64
+    assert torch.equal(margins.mean, right.mean)
+
+
+def test_adaface_made_on_the_meta_device_starts_as_any_other():
+    x, y, _ = problem()
+    with torch.device("meta"):
+        margins = AdaFace()
+    margins.to_empty(device="cpu")
+    for buffer in margins.buffers():
+        buffer.fill_(math.nan)  # what may have been in the memory before
+    margins.reset_parameters()
+    assert margins(x, y) == AdaFace()(x, y)
+
+
 def test_adaface_takes_several_labels_for_a_sample():
     x, y, _ = problem()
     several = torch.stack([torch.full_like(y, -100), y], dim=1)

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Real
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from unicom_ext.loss.options import kind
 from unicom_ext.ops import counter
+
+
+class OfRanks(nn.Module):
+    """A margin made of the batches of all ranks of a `process_group`, or of one process."""
+
+    process_group: dist.ProcessGroup | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.process_group)] = self.process_group  # the copy is on the same rank of it
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.process_group is not None:
+            raise TypeError(
+                f"{type(self).__name__} with a process_group cannot be pickled: save its "
+                "state_dict instead"
+            )
+        return super().__reduce_ex__(protocol)
 
 
 def number(name: str, value: object, low: float, high: float, *, low_too: bool = True) -> float:
@@ -62,7 +84,7 @@ def norms(embeddings: Tensor, kept: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
 
 
-def refuse_repetition(margin: torch.nn.Module) -> None:
+def refuse_repetition(margin: nn.Module) -> None:
     """RuntimeError where activation checkpointing repeats a call that has changed buffers."""
     if not torch.compiler.is_compiling() and counter.in_backward():
         raise RuntimeError(

@@ -12,6 +12,7 @@ from unicom_ext.loss.adaptive import batch
 from unicom_ext.loss.checks import integer
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 from unicom_ext.loss.options import kind
+from unicom_ext.ops.transforms import transforming
 
 
 class ClassSizeMargin(nn.Module):
@@ -88,8 +89,9 @@ class ClassSizeMargin(nn.Module):
                 `ignore_index`.
 
         Returns:
-            m2, float32 like labels. On a GPU and in a compiled graph, where to look would be to
-            wait, it is NaN for a label that is no class, as its loss is.
+            m2, float32 like labels. On a GPU, where to look would be to wait, and in a compiled
+            graph or a transform of `torch.func`, which cannot look, it is NaN for a label that is
+            no class, as its loss is.
 
         Raises:
             TypeError, ValueError: an argument is wrong.
@@ -98,7 +100,8 @@ class ClassSizeMargin(nn.Module):
         num_classes = len(self.margins)
         ignored = labels == self.ignore_index
         bad = ((labels < 0) | (labels >= num_classes)) & ~ignored
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+        values_are_here = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if values_are_here and not transforming() and bad.any():
             raise ValueError(
                 f"labels must be in [0, {num_classes}) or ignore_index ({self.ignore_index}), got "
                 f"{int(labels[bad][0])} at position {bad.nonzero()[0].tolist()}"

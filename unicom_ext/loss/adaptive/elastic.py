@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from unicom_ext.loss.adaptive import batch
 from unicom_ext.loss.adaptive.noise import standard_normal
@@ -16,7 +16,7 @@ from unicom_ext.loss.margins import ArcFace, CombinedMargin, CosFace
 from unicom_ext.ops import counter
 
 
-class _Elastic(nn.Module):
+class _Elastic(batch.OfRanks):
     """For each label of a batch a margin from N(mean, std), as ElasticFace draws them.
 
     A draw is a function of (seed, step, place of the label among those of all ranks): a resumed run
@@ -50,8 +50,15 @@ class _Elastic(nn.Module):
         self.mean = batch.number("mean", mean, 0, math.inf)
         self.std = batch.number("std", std, 0, math.inf)
         self.process_group = process_group
-        for name, start in (("seed", integer("seed", seed)), ("step", 0)):
-            self.register_buffer(name, torch.tensor(start, dtype=torch.int64, device=device))
+        self._first_seed = integer("seed", seed)
+        for name in ("seed", "step"):
+            self.register_buffer(name, torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the seed that it was made with, and to step 0. To be called after `to_empty`."""
+        self.seed.fill_(self._first_seed)
+        self.step.zero_()
 
     def forward(
         self, embeddings: Tensor, labels: Tensor, step: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from unicom_ext.loss.checks import integer
 from unicom_ext.loss.margins import ArcFace, CombinedMargin
 
 
-class AdaFace(nn.Module):
+class AdaFace(batch.OfRanks):
     """Kim, Jain, Liu, "AdaFace: Quality Adaptive Margin for Face Recognition", arXiv:2204.00964.
 
     The norm of an embedding, against the norms of late, says how good its image is. Good images
@@ -63,9 +63,15 @@ class AdaFace(nn.Module):
         self.t_alpha = batch.number("t_alpha", t_alpha, 0, 1, low_too=False)
         self.ignore_index = integer("ignore_index", ignore_index)
         self.process_group = process_group
-        for name, start in (("mean", 20.0), ("std", 100.0)):
+        for name in ("mean", "std"):
             # Not a scalar: compiled graphs take one of float64 for a number, and lose its changes.
-            self.register_buffer(name, torch.full((1,), start, dtype=torch.float64, device=device))
+            self.register_buffer(name, torch.empty(1, dtype=torch.float64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the first mean and std. To be called after `to_empty`."""
+        self.mean.fill_(20.0)
+        self.std.fill_(100.0)
 
     @torch.no_grad()
     def forward(self, embeddings: Tensor, labels: Tensor) -> CombinedMargin:
@@ -132,6 +138,11 @@ class AdaFace(nn.Module):
             for old, new in zip(before, (self.mean, self.std), strict=True)
         )
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        # With assign=True they are what was saved, perhaps of a model that was cast.
+        self.mean, self.std = self.mean.double(), self.std.double()
 
     def extra_repr(self) -> str:
         return f"m={self.m:g}, h={self.h:g}, t_alpha={self.t_alpha:g}"
