@@ -21,7 +21,8 @@ def test_the_engine():
 
 
 @pytest.mark.parametrize(
-    "name", ["functional", "gradients", "margins", "reference", "sampling", "sharding"]
+    "name",
+    ["functional", "gradients", "margins", "reference", "sampling", "sharding", "subcenters"],
 )
 def test_public_paths_hold_nothing_of_their_own(name):
     assert layers.reexports_only(layers.ROOT / layers.PACKAGE / f"{name}.py")

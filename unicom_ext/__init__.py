@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         retrieval as retrieval,
         sampling as sampling,
         sharding as sharding,
+        subcenters as subcenters,
     )
 
     # isort: on
@@ -82,6 +83,7 @@ _SUBMODULES = (
     "retrieval",
     "sampling",
     "sharding",
+    "subcenters",
 )
 
 

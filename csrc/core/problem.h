@@ -16,11 +16,14 @@ enum class Precision : int64_t { kFp32, kFp16, kBf16 };
 // The operation on one shard of the classes.
 struct Problem {
   RowSource embeddings;  // [batch, d] with the selected columns
-  RowSource prototypes;  // [num_classes, d] with the selected columns
+  RowSource prototypes;  // [num_classes * centers, d] with the selected columns
   int64_t batch;
-  int64_t num_classes;         // C, of this shard
+  int64_t num_classes;  // C, of this shard
+  // Sub-centres: class j has the prototypes [j * centers, (j + 1) * centers), of which the nearest
+  // to a sample counts, of equals the first. Not with label smoothing.
+  int64_t centers = 1;
   int64_t dim;                 // d, selected or not
-  const int64_t* class_index;  // [bound] ascending class ids, or nullptr: class j is row j
+  const int64_t* class_index;  // [bound] ascending class ids, or nullptr: all classes
   const int64_t* count;        // [1] how many of them are valid, or nullptr: all
   int64_t bound;               // length of class_index, num_classes without one
   Positives positives;         // of each sample, as positions in class_index
@@ -38,6 +41,13 @@ struct Problem {
     return embeddings.dtype == DType::kFloat64 || prototypes.dtype == DType::kFloat64;
   }
   bool smooths() const { return label_smoothing > 0; }
+  // Row j is that centre of class j.
+  RowSource rows_of_center(int64_t center) const {
+    RowSource rows = prototypes;
+    rows.data = row_of(prototypes, center);
+    rows.row_stride *= centers;
+    return rows;
+  }
 };
 
 // What a shard knows of each sample. Shards merge by adding the rows of `sums`, after bringing the
@@ -101,8 +111,8 @@ struct Gradients {
   void* embeddings;           // [batch, d] of the embeddings' type; nullptr: not wanted
   double* radial;    // [batch] push * the mean of the negatives' cosines by their softmax, of which
                      // this shard's part; nullptr: not wanted
-  void* prototypes;  // [num_classes, d] of theirs, or [bound, d], class by class, when compact;
-                     // nullptr: not wanted, or taken by an optimizer
+  void* prototypes;  // [num_classes * centers, d] of theirs, or [bound * centers, d], class by
+                     // class, when compact; nullptr: not wanted, or taken by an optimizer
   bool compact;
 };
 

@@ -67,6 +67,12 @@ struct States {
   }
 };
 
+// Whether a prototype takes the place of one of its class that came before: NaN is not passed over.
+template <class Real>
+UNICOM_HD bool is_nearer(Real cosine, Real before) {
+  return cosine > before || cosine != cosine;
+}
+
 // The negatives of a sample as label smoothing sees them, all alike.
 struct Negatives {
   double count;

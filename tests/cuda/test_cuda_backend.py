@@ -144,9 +144,10 @@ def test_twenty_steps_draw_what_the_cpu_draws(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", [0, 1, 2])
+@pytest.mark.parametrize("centers", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_shapes_for_the_compiler_are_those_of_the_operator(precision, dtype, emulated):
-    problem = random_problem(33, 131, 70, sampled=80, features=65, dtype=dtype)
+def test_shapes_for_the_compiler_are_those_of_the_operator(precision, centers, dtype, emulated):
+    problem = random_problem(33, 131, 70, sampled=80, features=65, dtype=dtype, num_centers=centers)
     classes, features = problem.options["class_index"], problem.options["feature_index"]
     slot = torch.searchsorted(classes, problem.labels)
     tensors = (
@@ -160,7 +161,8 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, dtype, emu
         None,
         None,
     )
-    options = [1.0, 0.3, 0.0, 64.0, 2.0, 0.0], [False, False, precision, 1, 0, 1 << 20, False]
+    codes = [False, False, precision, 1, 0, 1 << 20, False, centers]
+    options = [1.0, 0.3, 0.0, 64.0, 2.0, 0.0], codes
     real = library.ops.loss(*tensors, *options)
     with FakeTensorMode():
         fake = torch.ops.unicom_ext.loss(

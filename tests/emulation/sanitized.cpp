@@ -41,6 +41,7 @@ struct Case {
   int64_t positives = 1;
   MultiLabel multi_label = MultiLabel::kAverage;
   double label_smoothing = 0;
+  int64_t centers = 1;
 };
 
 // Exactly as large as asked for, so that the sanitizer sees the first byte beyond.
@@ -80,7 +81,7 @@ struct Inputs {
   explicit Inputs(const Case& c_)
       : c(c_),
         embeddings(c.batch * c.dim),
-        prototypes(c.num_classes * c.dim),
+        prototypes(c.num_classes * c.centers * c.dim),
         labels(c.batch * c.positives),
         class_index(selection_bound(c.num_classes, c.sampled, labels.size, 0, c.num_classes)),
         slot(labels.size),
@@ -130,6 +131,7 @@ struct Inputs {
             .prototypes = source(prototypes),
             .batch = c.batch,
             .num_classes = c.num_classes,
+            .centers = c.centers,
             .dim = c.dim,
             .class_index = class_index.get(),
             .count = &count,
@@ -145,7 +147,7 @@ struct Inputs {
   Positives positives() const { return {.slots = slot.get(), .width = c.positives}; }
   Outcome outcome() const {
     return {Array<double>(c.batch), Array<float>(c.batch * c.dim),
-            Array<float>((c.compact ? bound : c.num_classes) * c.dim)};
+            Array<float>((c.compact ? bound : c.num_classes) * c.centers * c.dim)};
   }
 };
 
@@ -230,8 +232,11 @@ Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool t
   }
   join_targets(queue, saved.join(in, out));
   const TakeRows take_rows = [&](Queue&, const GradientRows& part) {
-    for (int64_t j = 0; j < part.count && part.first + j < in.count; ++j) {
-      const int64_t slot = part.first + j, row = in.c.compact ? slot : in.class_index.data[slot];
+    const int64_t centers = in.c.centers;
+    for (int64_t j = 0; j < part.count && part.first + j < in.count * centers; ++j) {
+      const int64_t place = part.first + j, slot = place / centers;
+      const int64_t row =
+          in.c.compact ? place : in.class_index.data[slot] * centers + place % centers;
       std::copy_n(static_cast<const float*>(part.rows) + j * p.dim, p.dim,
                   out.grad_prototypes.get() + row * p.dim);
     }
@@ -556,6 +561,8 @@ int main() {
       {40, 700, 150, 10, 129, 30, false, 5, MultiLabel::kSeparate},
       {7, 65, 17, 30, 9, 64, true, 1, MultiLabel::kAverage, 0.1},
       {9, 310, 70, 120, 66, 30, false, 3, MultiLabel::kAverage, 0.3},
+      {40, 310, 70, 120, 66, 16, false, 3, MultiLabel::kAverage, 0, 3},
+      {7, 65, 40, 30, 36, 16, true, 1, MultiLabel::kAverage, 0, 8},
   };
   for (const Case& c : cases) {
     const Inputs in(c);

@@ -273,7 +273,9 @@ def loss_arguments(
 ) -> tuple:
     x, w = leaves(problem)
     classes = problem.options.get("class_index")
-    slot = ops.label_slots(problem.labels, classes, len(w), -100, 0, len(w))
+    centers = problem.options.get("num_centers", 1)
+    num_classes = len(w) // centers
+    slot = ops.label_slots(problem.labels, classes, num_classes, -100, 0, num_classes)
     features = problem.options.get("feature_index")
     return (
         *(
@@ -287,8 +289,8 @@ def loss_arguments(
             None,
             torch.tensor(64.0).double().requires_grad_(),
         ),
-        [1.0, 0.3, 0.1, 64.0, float("inf"), 0.1],
-        [False, False, 0, reduction, 0, workspace_bytes, sparse],
+        [1.0, 0.3, 0.1, 64.0, float("inf"), 0.1 if centers == 1 else 0.0],
+        [False, False, 0, reduction, 0, workspace_bytes, sparse, centers],
     )
 
 
@@ -303,8 +305,16 @@ def test_opcheck_of_the_loss(selected, reduction, workspace_bytes, dtype):
     opcheck(ops.loss, loss_arguments(problem, reduction, workspace_bytes))
 
 
-def test_opcheck_of_the_backward_operator():
-    problem = random_problem(7, 11, 6, sampled=9, features=5)
+@pytest.mark.parametrize("workspace_bytes", [0, 1500, 1 << 20])
+@pytest.mark.parametrize("sampled", [None, 20])
+def test_shapes_of_several_centers(sampled, workspace_bytes):
+    problem = random_problem(7, 90, 6, sampled=sampled, num_centers=3)
+    opcheck(ops.loss, loss_arguments(problem, 1, workspace_bytes), test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("centers", [1, 3])
+def test_opcheck_of_the_backward_operator(centers):
+    problem = random_problem(7, 11, 6, sampled=9, features=5, num_centers=centers)
     arguments = loss_arguments(problem)
     *_, state, packed, kept = ops.loss(
         *(a.detach() if torch.is_tensor(a) else a for a in arguments)

@@ -350,19 +350,27 @@ def test_finite_embeddings_pass_the_check():
 @pytest.mark.parametrize(
     ("reals", "codes", "message"),
     [
-        ([1.0] * 5, [0] * 7, r"reals must be \[m1, .*, label_smoothing\], got 5 values"),
-        ([1.0] * 7, [0] * 7, r"reals must be .*, got 7 values"),
-        ([0.5] * 6, [0] * 6, r"codes must be \[exact_margin_grad, .*, got 6 values"),
-        ([0.5] * 6, [0, 0, 3, 0, 0, 0, 0], r"precision must be 0, 1 or 2, got 3"),
-        ([0.5] * 6, [0, 0, 0, -1, 0, 0, 0], r"reduction must be 0, 1 or 2, got -1"),
+        ([1.0] * 5, [0] * 7 + [1], r"reals must be \[m1, .*, label_smoothing\], got 5 values"),
+        ([1.0] * 7, [0] * 7 + [1], r"reals must be .*, got 7 values"),
+        ([0.5] * 6, [0] * 7, r"codes must be \[exact_margin_grad, .*, got 7 values"),
+        ([0.5] * 6, [0, 0, 3, 0, 0, 0, 0, 1], r"precision must be 0, 1 or 2, got 3"),
+        ([0.5] * 6, [0, 0, 0, -1, 0, 0, 0, 1], r"reduction must be 0, 1 or 2, got -1"),
         (
             [0.5, 0.0, 0.0, math.nan, 2.0, 0.0],
-            [0] * 7,
+            [0] * 7 + [1],
             r"scale must be a finite number > 0, got nan",
         ),
-        ([1.0] * 6, [0] * 7, r"label_smoothing must be in \[0, 1\), got 1"),
-        ([0.5] * 6, [0, 0, 0, 0, 2, 0, 0], r"multi_label must be 0 or 1, got 2"),
-        ([0.5] * 6, [0, 0, 0, 0, 0, -5, 0], r"workspace_bytes must be at least 0, got -5"),
+        ([1.0] * 6, [0] * 7 + [1], r"label_smoothing must be in \[0, 1\), got 1"),
+        ([0.5] * 6, [0, 0, 0, 0, 2, 0, 0, 1], r"multi_label must be 0 or 1, got 2"),
+        ([0.5] * 6, [0, 0, 0, 0, 0, -5, 0, 1], r"workspace_bytes must be at least 0, got -5"),
+        ([0.5] * 6, [0] * 8, r"num_centers must be at least 1, got 0"),
+        ([0.5] * 6, [0] * 7 + [2], r"label_smoothing must be 0 with several centers, got 0\.5"),
+        ([0.5] * 5 + [0.0], [0] * 7 + [7], r"prototypes must have num_centers = 7 rows for each "),
+        (
+            [0.5] * 5 + [0.0],
+            [0] * 7 + [25],
+            r"num_centers must be at most 16 in this .*, got 25",
+        ),
     ],
 )
 def test_lists_of_options_that_operators_take(reals, codes, message):

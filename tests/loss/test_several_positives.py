@@ -402,3 +402,20 @@ def test_a_bad_label_on_a_device_spoils_its_own_sample_alone(emulated):
     right = solve(reference.partial_margin_softmax, replace(problem, labels=without, upstream=None))
     torch.testing.assert_close(x.grad, right.grad_embeddings, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(w.grad, right.grad_prototypes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [2**40, -(2**40)])
+def test_int32_labels_with_an_ignore_index_beyond_them(ignore_index):
+    problem = random_problem(5, 9, 4)
+    call = {**problem.options, "ignore_index": ignore_index}
+    labels = torch.tensor([[0, 1], [3, 3], [5, 2], [1, 1], [8, 7]], dtype=torch.int32)
+    pair = (
+        torch.tensor([0, 1, 3, 5, 2, 1, 8, 7], dtype=torch.int32),
+        torch.tensor([0, 2, 3, 5, 6, 8]),
+    )
+    right = partial_margin_softmax(
+        problem.embeddings, labels.long(), problem.prototypes, **problem.options
+    )
+    for either in (labels, pair):
+        got = partial_margin_softmax(problem.embeddings, either, problem.prototypes, **call)
+        assert torch.equal(got, right)

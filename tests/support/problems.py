@@ -21,7 +21,7 @@ class Problem:
 
     embeddings: Tensor  # [B, d]
     labels: Tensor  # [B] or [B, P]
-    prototypes: Tensor  # [C, d]
+    prototypes: Tensor  # [C * num_centers, d]
     options: dict = field(default_factory=dict)
     upstream: Tensor | None = None  # [B] for reduction="none", else a scalar or None for 1
 
@@ -71,6 +71,7 @@ def eager_partial_fc(
     beyond_pi: str = "keep",
     reduction: str = "mean",
     ignore_index: int = -100,
+    num_centers: int = 1,
     **_of_the_engine,
 ) -> Tensor:
     """The loss as trainers write it: normalise, multiply, arccos, cross entropy, autograd.
@@ -81,11 +82,13 @@ def eager_partial_fc(
     kept = labels != ignore_index
     x, y = embeddings[kept], labels[kept].long()
     m2, m3 = (m[kept].to(x) if isinstance(m, Tensor) else m for m in (margin.m2, margin.m3))
+    prototypes = prototypes.unflatten(0, (-1, num_centers))
     if class_index is not None:
         prototypes, y = prototypes[class_index], torch.searchsorted(class_index, y)
     if feature_index is not None:
-        x, prototypes = x[:, feature_index], prototypes[:, feature_index]
-    cosine = (F.normalize(x) @ F.normalize(prototypes).T).clamp(-1, 1)
+        x, prototypes = x[:, feature_index], prototypes[..., feature_index]
+    cosine = (F.normalize(x) @ F.normalize(prototypes, dim=2).flatten(0, 1).T).clamp(-1, 1)
+    cosine = cosine.unflatten(1, (-1, num_centers)).max(dim=2).values
     rows = torch.arange(len(y))
     target = cosine[rows, y]
     if interclass_filter is not None:
@@ -216,7 +219,7 @@ def check_conditioned(outcome: Outcome, problem: Problem) -> None:
     if (features := problem.options.get("feature_index")) is not None:
         x, w = x[:, features], w[:, features]
     if (classes := problem.options.get("class_index")) is not None:
-        w = w[classes]
+        w = w.unflatten(0, (-1, problem.options.get("num_centers", 1)))[classes].flatten(0, 1)
     sizes = (
         smallest,
         float((scale * weight / x.norm(dim=1)).norm()),
@@ -246,16 +249,17 @@ def random_problem(
 ) -> Problem:
     """Gaussian embeddings and prototypes, representable in dtype.
 
-    closeness: how much of its own prototype each embedding holds, 0 for none.
+    closeness: how much of its own prototype, of several the first, each embedding holds.
     sampled: number of classes in class_index (the labels', filled up at random); None for all.
     features: number of dimensions in feature_index; None for all.
     ignored: number of samples with the label -100.
     positives: P of labels [B, P], of which some are -100 and some stand twice; None for [B].
     """
     generator = torch.Generator().manual_seed(seed)
-    prototypes = torch.randn(num_classes, dim, generator=generator)
+    centers = options.get("num_centers", 1)
+    prototypes = torch.randn(num_classes * centers, dim, generator=generator)
     labels = torch.randint(num_classes, (batch, positives or 1), generator=generator)
-    own = prototypes[labels].mean(dim=1)
+    own = prototypes[labels * centers].mean(dim=1)
     embeddings = torch.randn(batch, dim, generator=generator) + closeness * own
     if positives is None:
         labels = labels[:, 0]

@@ -344,7 +344,7 @@ def test_about_a_checkpoint(saved):
     about = checkpoint.read_about(saved)
     assert about["extra"] == {"step": 1, "note": "é"}
     assert about["classes"]["modules.loss.weight"] == {
-        "num_classes": CLASSES, "embedding_size": DIM, "seed": 5,
+        "num_classes": CLASSES, "num_centers": 1, "embedding_size": DIM, "seed": 5,
     }  # fmt: skip
     assert json.dumps(about)
     (saved.parent / "torn").mkdir(exist_ok=True)

@@ -35,6 +35,7 @@ from unicom_ext.cluster import ClusterConfig, cluster
 from unicom_ext.compat import PartialFC_V2
 from unicom_ext.margins import AdaFace, ClassSizeMargin, ElasticArcFace, ElasticCosFace, MagFace
 from unicom_ext.optim import RowAdamW, RowSGD
+from unicom_ext.subcenters import SubCenters
 
 
 def margins() -> list[CombinedMargin]:
@@ -71,6 +72,7 @@ def the_module(encoder: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         feature_rate=0.5,
         interclass_filter=0.8,
         label_smoothing=0.0,
+        num_centers=3,
         margin_grad="exact",
         precision="bf16",
         sparse_grad=True,
@@ -132,6 +134,15 @@ def optimizers(encoder: nn.Module, loss_fn: PartialMarginSoftmax) -> None:
     RowSGD(loss_fn.parameters(), lr=0.1, momentum=0.9, exact=True).zero_grad()
     assert_type(optim.clip_grad_norm_(encoder.parameters(), 5.0), Tensor)
     torch.optim.lr_scheduler.StepLR(rows, 10)
+
+
+def cleaning(loss_fn: PartialMarginSoftmax, x: Tensor, labels: Tensor) -> PartialMarginSoftmax:
+    centers = SubCenters(loss_fn)
+    assert_type(centers.add(x, labels), Tensor)
+    assert_type(centers.is_clean(x, labels, max_angle=1.2), Tensor)
+    assert_type(centers.counts, Tensor)
+    SubCenters(nn.Linear(2, 2))  # type: ignore[arg-type]
+    return centers.to_single_center()
 
 
 def several_ranks(encoder: nn.Module, group: dist.ProcessGroup) -> dict[str, Any]:

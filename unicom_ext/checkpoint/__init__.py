@@ -6,8 +6,9 @@
 
 A checkpoint is a directory of `torch.distributed.checkpoint`: every rank writes and reads its
 own rows. Prototypes, and the optimizer state that belongs to them row by row, are global tensors
-[C, ...]: eight ranks save, three load. `class_map` loads into a loss of other classes. Everything
-in it is a tensor (plain values are JSON in a tensor of bytes), so reading one runs no code.
+[C, ...], of classes with several centres [C, K, ...]: eight ranks save, three load. `class_map`
+loads into a loss of other classes. Everything in it is a tensor (plain values are JSON in a tensor
+of bytes), so reading one runs no code.
 """
 
 from __future__ import annotations
@@ -132,7 +133,8 @@ def load(
             optimizer state is the mean of theirs (of steps that a row has had, the maximum), when
             they have been brought up to date as by `RowAdamW.catch_up`. The same on every rank.
             ``torch.arange(C)`` with -1 past the old classes appends classes;
-            ``torch.tensor(kept_ids)`` drops those that are not in it.
+            ``torch.tensor(kept_ids)`` drops those that are not in it. With `num_centers` > 1 a
+            class takes all centres of another; classes cannot be merged.
 
     Raises CheckpointError, or ValueError for the class_map, on every rank, if something does not
     fit; nothing has changed then. (Bytes that are damaged within a file are met when it is read,

@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 
 from unicom_ext.checkpoint.names import PlainNames, clash, joined
 from unicom_ext.distributed.ranks import Ranks, default_group
+from unicom_ext.distributed.shard import by_class
+from unicom_ext.loss.checks import is_local
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
@@ -52,11 +54,13 @@ class Parts:
                     f"{key.removeprefix('modules.')} must be a tensor to be saved, got "
                     f"{type(value).__name__}"
                 )
-            state[key] = value
+            loss = self.losses.get(key)
+            state[key] = value if loss is None else in_checkpoint(loss, value)
         about: dict[str, Any] = {"classes": {}, "optimizers": {}}
         for key, loss in self.losses.items():
             about["classes"][key] = {
                 "num_classes": loss.num_classes,
+                "num_centers": loss.options.num_centers,
                 "embedding_size": loss.embedding_size,
                 "seed": loss.seed,
             }
@@ -167,12 +171,20 @@ def as_option(value: Any, here: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def in_checkpoint(loss: PartialMarginSoftmax, value: Tensor) -> Tensor:
+    """What has a row for each prototype, as it is in a checkpoint: [C, ...], or with K > 1 centres
+    [C, K, ...], as ranks share it (`ClassShard.as_global`)."""
+    return by_class(value, loss.options.num_centers) if is_local(value) else value
+
+
 def _as_global(loss: PartialMarginSoftmax | None, param: Tensor, key: str, value: Tensor) -> Tensor:
-    if loss is None or loss.shard is None:
+    if loss is None:
         return value
+    if loss.shard is None:
+        return in_checkpoint(loss, value)
     if value.shape[0] != len(param):
         raise CheckpointError(
             f"the optimizer's {key} of the prototypes must have a row for each of this rank's "
-            f"{len(param)} classes, or be a scalar, to be saved; got {list(value.shape)}"
+            f"{len(param)} prototypes, or be a scalar, to be saved; got {list(value.shape)}"
         )
     return loss.shard.as_global(value)

@@ -22,7 +22,8 @@ from unicom_ext.checkpoint.classes import (
 )
 from unicom_ext.checkpoint.directory import read
 from unicom_ext.checkpoint.names import SavedNames, joined, plain_name
-from unicom_ext.checkpoint.parts import Parts, as_option
+from unicom_ext.checkpoint.parts import Parts, as_option, in_checkpoint
+from unicom_ext.distributed.shard import each_row
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.utils.files import CheckpointError
 
@@ -51,7 +52,9 @@ class Plan:
         self.states: dict[str, dict[str, dict[str, Tensor]]] = {}  # of optimizers' parameters
         self._check_classes(class_map)
         for key, value in parts.named(self.module_states):
-            self._add(key, self.old.get(key), value)
+            loss = parts.losses.get(key)
+            target = value if loss is None else in_checkpoint(loss, value)
+            self._add(key, self.old.get(key), target)
         for name, optimizer in parts.optimizers.items():
             self._add_optimizer(name, optimizer)
 
@@ -67,6 +70,12 @@ class Plan:
             saved = classes[name]
             there = [saved["num_classes"], saved["embedding_size"]]
             here = [loss.num_classes, loss.embedding_size]
+            centers = saved.get("num_centers", 1), loss.options.num_centers
+            if centers[0] != centers[1]:
+                raise CheckpointError(
+                    f"{self.directory}: {key} has {centers[0]} centers of each class there, but "
+                    f"the loss here has num_centers={centers[1]}"
+                )
             if there[1] != here[1] or (class_map is None and there != here):
                 hint = "" if there[1] != here[1] else " (class_map loads other classes)"
                 raise CheckpointError(
@@ -75,8 +84,13 @@ class Plan:
                 )
             if class_map is not None:
                 check_class_map(class_map, here[0], there[0])
+                if centers[1] > 1 and ((class_map.view(here[0], -1) >= 0).sum(1) > 1).any():
+                    raise ValueError(
+                        "class_map can merge classes only where each has one center, as none of "
+                        f"{centers[1]} is another's counterpart; got several for one class"
+                    )
                 start = 0 if loss.shard is None else loss.shard.start
-                self.old[key] = OldClasses(class_map, start, len(loss.weight))
+                self.old[key] = OldClasses(class_map, start, len(loss.weight) // centers[1])
 
     def _saved_classes(self, weight: str) -> int:
         """How many classes the prototypes of this name have there; 0 of other parameters."""
@@ -139,9 +153,11 @@ class Plan:
                 entry = self.saved.state_dict_metadata[key]
                 classes = self._saved_classes(param_name)
                 loss = self.parts.loss_of(optimizer, param_name, short, entry.size, classes)
-                states[param_name][short] = _room(loss, param, entry)
-                old = None if loss is None else self.old.get(param_name)
-                self._add(plain_name(key), old, states[param_name][short])
+                target = states[param_name][short] = _room(loss, param, entry)
+                old = None
+                if loss is not None:
+                    target, old = in_checkpoint(loss, target), self.old.get(param_name)
+                self._add(plain_name(key), old, target)
         if of_rows:
             try:
                 optimizer.own_state_dict(self._state_dict(name, optimizer))  # type: ignore[attr-defined]
@@ -196,9 +212,12 @@ class Plan:
         for index, (param_name, saved_name, _) in enumerate(self._optimized(name, optimizer)):
             values = {**saved["values"].get(saved_name, {}), **self.states[name][param_name]}
             # A row optimizer takes them as they are, and is told so which classes they are of.
-            if param_name in self.parts.losses and not of_rows:
+            loss = self.parts.losses.get(param_name)
+            if loss is not None and not of_rows:
+                centers = loss.options.num_centers
                 for key, value in values.items():
-                    values[key] = value.to_local() if isinstance(value, DTensor) else value
+                    if isinstance(value, DTensor):
+                        values[key] = each_row(value.to_local(), centers)
             if values:
                 state[index] = values
         groups, first = [], 0
@@ -228,8 +247,8 @@ def _room(loss: PartialMarginSoftmax | None, param: Tensor, entry: TensorStorage
     """Room for a state tensor, laid out as its parameter is.  loss: whose classes have rows."""
     dtype = entry.properties.dtype
     if loss is not None:
-        shape = torch.Size([len(param), *entry.size[1:]])
-        rows = _zeros(shape, param, dtype)
+        of_row = entry.size[1 if loss.options.num_centers == 1 else 2 :]
+        rows = _zeros(torch.Size([len(param), *of_row]), param, dtype)
         return rows if loss.shard is None else loss.shard.as_global(rows)
     if param.shape == entry.size:
         return _zeros(entry.size, param, dtype)

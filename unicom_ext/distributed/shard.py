@@ -33,15 +33,26 @@ def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
     return start, min(start + chunk, num_classes)
 
 
+def by_class(rows: Tensor, num_centers: int) -> Tensor:
+    """Rows [n * K, ...] of the prototypes of n classes as [n, K, ...]; as they are if K is 1."""
+    return rows if num_centers == 1 else rows.unflatten(0, (-1, num_centers))
+
+
+def each_row(classes: Tensor, num_centers: int) -> Tensor:
+    """The inverse of `by_class`."""
+    return classes if num_centers == 1 else classes.flatten(0, 1)
+
+
 class ClassShard(Ranks):
     """One rank's part of the classes, and the group it shares them with.
 
     group: the process group, group_name: by which operators find it.
     rank, world_size: this process in it and its size.
     num_classes: C, of all ranks.  start, stop: this rank owns the classes in [start, stop).
+    num_centers: rows that a class has in the tensors of its prototypes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_classes: int) -> None:
+    def __init__(self, group: dist.ProcessGroup, num_classes: int, num_centers: int = 1) -> None:
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(
                 "process_group must be a torch.distributed.ProcessGroup that this rank is in, "
@@ -49,7 +60,7 @@ class ClassShard(Ranks):
             )
         super().__init__(group)
         self.group_name: str = group.group_name
-        self.num_classes = num_classes
+        self.num_classes, self.num_centers = num_classes, num_centers
         self.start, self.stop = class_range(num_classes, self.world_size, self.rank)
         self._meshes: dict[str, DeviceMesh] = {}
 
@@ -87,16 +98,20 @@ class ClassShard(Ranks):
         return self._meshes[device_type]
 
     def as_global(self, rows: Tensor) -> DTensor:
-        """This rank's rows [stop - start, ...] as a part of the tensor of all classes [C, ...].
+        """This rank's rows as a part of the tensor of all classes.
+
+        rows: [(stop - start) * K, ...], of a tensor [C, ...], or with K > 1 centres [C, K, ...]:
+        classes, not rows, are what ranks share.
 
         They share memory.
         """
         from torch.distributed.tensor import DTensor, Shard
 
+        rows = by_class(rows.detach(), self.num_centers)
         shape = torch.Size([self.num_classes, *rows.shape[1:]])
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            rows.detach(),
+            rows,
             self.mesh(rows.device.type),
             [Shard(0)],
             run_check=False,
@@ -105,7 +120,7 @@ class ClassShard(Ranks):
         )
 
     def own_rows(self, name: str, value: Tensor) -> Tensor:
-        """This rank's rows of a tensor of all classes: a `DTensor`, or a plain tensor.
+        """This rank's rows of a tensor of all classes: what `as_global` makes, or a plain tensor.
 
         Raises ValueError where a `DTensor` holds other classes: one that another rank has pickled
         looks like this rank's own, but its mesh remembers where it was.
@@ -114,9 +129,9 @@ class ClassShard(Ranks):
 
         if isinstance(value, DTensor):
             if value.placements == (Shard(0),):
-                return self._checked_rows(name, value)
-            value = value.full_tensor()
-        return value[self.start : self.stop]
+                return each_row(self._checked_rows(name, value), self.num_centers)
+            value = each_row(value.full_tensor(), self.num_centers)
+        return value[self.start * self.num_centers : self.stop * self.num_centers]
 
     def _checked_rows(self, name: str, value: DTensor) -> Tensor:
         mesh, rows = value.device_mesh, value.to_local()
@@ -132,8 +147,8 @@ class ClassShard(Ranks):
         return rows
 
     def all_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks [C, ...] from this rank's; every rank calls this at once."""
-        return self.as_global(rows).full_tensor()
+        """The rows of all ranks [C * K, ...] from this rank's; every rank calls this at once."""
+        return each_row(self.as_global(rows).full_tensor(), self.num_centers)
 
     def meet(self, what: str) -> None:
         """Wait until every rank is here, before a message that a rank might be left alone with.

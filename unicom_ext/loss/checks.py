@@ -78,10 +78,13 @@ def check_call(
         class_index,
         feature_index,
         num_classes=num_classes,
+        num_centers=options.num_centers,
     )
     check_device(embeddings.device)
     if options.check_inputs:
-        total = len(prototypes) if num_classes is None else num_classes
+        total = num_classes
+        if total is None:
+            total = len(prototypes) // options.num_centers
         check_values(embeddings, labels, total, options.ignore_index)
 
 
@@ -93,8 +96,10 @@ def _check_own(name: str, value: object) -> None:
         )
 
 
-def check_rows(embeddings: Tensor, prototypes: Tensor, *, min_classes: int = 1) -> None:
-    """That they are [B, d] and [C, d]; without a look at devices."""
+def check_rows(
+    embeddings: Tensor, prototypes: Tensor, *, min_classes: int = 1, num_centers: int = 1
+) -> None:
+    """That they are [B, d] and [C * num_centers, d]; without a look at devices."""
     for name, value in (("embeddings", embeddings), ("prototypes", prototypes)):
         _check_own(name, value)
     for name, tensor in (("embeddings", embeddings), ("prototypes", prototypes)):
@@ -104,14 +109,17 @@ def check_rows(embeddings: Tensor, prototypes: Tensor, *, min_classes: int = 1) 
             )
         if tensor.dim() != 2:
             raise ValueError(f"{name} must be a matrix, got the shape {list(tensor.shape)}")
-    num_classes, dim = prototypes.shape
+    rows, dim = prototypes.shape
     if embeddings.shape[1] != dim:
         raise ValueError(
             f"embeddings must be [B, {prototypes.shape[1]}] like the prototypes "
             f"{list(prototypes.shape)}, got {list(embeddings.shape)}"
         )
-    if num_classes < min_classes or dim < 1:
-        raise ValueError(f"prototypes must be [C, d] with C, d >= 1, got {list(prototypes.shape)}")
+    if rows < min_classes or dim < 1 or rows % num_centers:
+        wanted = "[C, d]" if num_centers == 1 else f"[C * {num_centers}, d]"
+        raise ValueError(
+            f"prototypes must be {wanted} with C, d >= 1, got {list(prototypes.shape)}"
+        )
 
 
 def check_tensors(
@@ -123,12 +131,18 @@ def check_tensors(
     feature_index: Tensor | None = None,
     *,
     num_classes: int | None = None,
+    num_centers: int = 1,
 ) -> None:
     """num_classes: as `check_call` has it."""
     _check_own("labels", labels)
-    check_rows(embeddings, prototypes, min_classes=1 if num_classes is None else 0)
+    check_rows(
+        embeddings,
+        prototypes,
+        min_classes=1 if num_classes is None else 0,
+        num_centers=num_centers,
+    )
     batch = len(embeddings)
-    num_classes = len(prototypes) if num_classes is None else num_classes
+    num_classes = len(prototypes) // num_centers if num_classes is None else num_classes
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int32, torch.int64):
         raise TypeError(
             "labels must be an int32 or int64 tensor, or a pair (ids, offsets) of such, got "
@@ -180,6 +194,10 @@ def check_finite(embeddings: Tensor) -> None:
 def check_values(embeddings: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """What only `check_inputs` looks at; waits for the device."""
     check_finite(embeddings)
+    check_labels(labels, num_classes, ignore_index)
+
+
+def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     bad = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
     if bad.any():
         position = int(bad.flatten().nonzero()[0])

@@ -104,8 +104,8 @@ def partial_margin_softmax(
             of each sample [B, P], rows filled up with `ignore_index`, or a pair (ids, offsets) in
             which sample i has ``ids[offsets[i]:offsets[i + 1]]``. A class that stands twice in a
             row counts once; a sample without a label that counts has no loss.
-        prototypes: [C, d], floating point as above. If either matrix is float64 all arithmetic is
-            done in float64.
+        prototypes: [C, d], floating point as above; with `num_centers` K > 1 [C * K, d], the K of a
+            class beside each other. If either matrix is float64 all arithmetic is done in float64.
         margin: psi, such as ``ArcFace(0.3)`` (radians); m2 and m3 may be per-sample tensors [B]
             (or [B, P] like labels), which get a gradient where they require one.
         scale: s > 0, the inverse temperature: a number, or a tensor of one floating value, which
@@ -123,7 +123,8 @@ def partial_margin_softmax(
         (0 where ignored). With `return_metrics` a pair of it and `Metrics` (without gradient).
         Gradients have the dtype of their input.
 
-    Corners: a zero row has unit vector 0 and gradient 0. Without another class in S, and when every
+    Corners: a zero row has unit vector 0 and gradient 0; the norms of other rows must lie between
+    1e-150 and 1e150, as those of all float32 rows do. Without another class in S, and when every
     label is ignored, loss and gradients are 0. Results do not depend on the number of threads.
 
     Raises:
@@ -167,7 +168,7 @@ def partial_margin_softmax(
         check_call(embeddings, labels, prototypes, options, class_index, feature_index)
         selected = select(
             labels,
-            Sampling.nothing(*prototypes.shape),
+            Sampling.nothing(len(prototypes) // options.num_centers, prototypes.shape[1]),
             options.ignore_index,
             class_index=class_index,
             feature_index=feature_index,

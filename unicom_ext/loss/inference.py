@@ -27,6 +27,7 @@ from unicom_ext.utils.search import (
     check_finite,
     first_of_equals,
     id_of,
+    key_of,
     score_of,
     unit_rows,
 )
@@ -39,7 +40,8 @@ class InferenceCalls(PrototypeOwner):
 
     @torch.no_grad()
     def topk(self, embeddings: Tensor, k: int) -> NearestClasses:
-        """The k classes whose prototypes have the largest cosine with each embedding.
+        """The k classes whose prototypes have the largest cosine with each embedding; of several
+        centres of a class the nearest counts.
 
         All classes and all dimensions take part, in training mode too; margin and scale do not.
         The matrix of all cosines is never in memory: beyond inputs and outputs there are at most 64
@@ -63,34 +65,39 @@ class InferenceCalls(PrototypeOwner):
                 process group every rank raises, the others a RuntimeError that names the rank.
         """
         ranks, weight = self._ranks(), self.weight.detach()
+        centers = self.options.num_centers
 
         def check() -> tuple[int, int]:
-            if self.num_classes > LAST_ROW + 1:
-                raise ValueError(f"topk takes at most 2^31 classes, got {self.num_classes}")
+            if self.num_classes * centers > LAST_ROW + 1:
+                raise ValueError(
+                    f"topk takes at most 2^31 prototypes, got {self.num_classes * centers}"
+                )
             number = checks.integer("k", k, 1, self.num_classes)
             self._check_embeddings(embeddings, weight)
             return len(embeddings), number
 
-        sizes, numbers = zip(*_agree(check, ranks), strict=True)
+        sizes, numbers = zip(*agreed(check, ranks), strict=True)
         check_same("k", list(numbers))
         k, size = numbers[0], max(sizes)
-        x = embeddings if ranks.group is None else _gather(embeddings.double(), size, ranks)
+        x = embeddings if ranks.group is None else gathered(embeddings.double(), size, ranks)
         filled = torch.tensor(sizes, device=x.device)[:, None] > torch.arange(size, device=x.device)
         order = filled.flatten().nonzero().flatten()
         keys = torch.full((len(x), k), NOTHING, dtype=torch.int64, device=x.device)
-        found = min(k, len(weight))
+        found = min(k, len(weight) // centers)
+        # The k-th class is at best behind all centres of k - 1 others.
+        rows = (found - 1) * centers + 1 if found else 0
         with ranks.together():
             for ids, of_block in best_keys(
                 x,
                 weight,
                 order[: len(order) if found else 0],
-                lambda _: found,
-                first_of_equals(self._start),
+                lambda _: rows,
+                first_of_equals(self._start * centers),
                 exclude_self=False,
                 block_bytes=DEFAULT_BLOCK_BYTES,
                 names=("embeddings", "prototypes"),
             ):
-                keys[ids, :found] = of_block
+                keys[ids, :found] = _best_classes(of_block, centers, found)
         # Each rank gets the keys of its own samples: k of each rank, of which the best k stay.
         keys = ranks.swap(keys).transpose(0, 1).flatten(1)[: sizes[ranks.rank]]
         keys = keys.topk(k, dim=1).values
@@ -128,6 +135,7 @@ class InferenceCalls(PrototypeOwner):
                 RuntimeError that names the rank.
         """
         ranks, weight = self._ranks(), self.weight.detach()
+        centers = self.options.num_centers
 
         def check() -> tuple[int, int | None, bool, float]:
             options = self.options if scale is None else replace(self.options, scale=scale)
@@ -138,13 +146,13 @@ class InferenceCalls(PrototypeOwner):
             count = None if class_index is None else len(class_index)
             return len(embeddings), count, wide, float(options.scale)
 
-        sizes, counts, wide, scales = zip(*_agree(check, ranks), strict=True)
+        sizes, counts, wide, scales = zip(*agreed(check, ranks), strict=True)
         check_same("scale", list(scales))
         x = unit_rows("embeddings", embeddings, 0)
-        x = _gather(x, max(sizes), ranks).view(ranks.world_size, max(sizes), x.shape[1])
+        x = gathered(x, max(sizes), ranks).view(ranks.world_size, max(sizes), x.shape[1])
         most = max(count or 0 for count in counts)
         ids = weight.new_empty(0, dtype=torch.int64) if class_index is None else class_index.long()
-        ids = _gather(ids, most, ranks).view(ranks.world_size, most)
+        ids = gathered(ids, most, ranks).view(ranks.world_size, most)
         result = weight.new_empty(0)
         for rank, (size, count) in enumerate(zip(sizes, counts, strict=True)):
             if count is None:
@@ -152,8 +160,9 @@ class InferenceCalls(PrototypeOwner):
             else:
                 wanted = ids[rank, :count]
             with ranks.together():
-                x_of_rank = x[rank, :size]
-                part = _own_cosines(x_of_rank, weight, self._start, wanted, scales[0], wide[rank])
+                part = _own_cosines(
+                    x[rank, :size], weight, self._start, wanted, scales[0], wide[rank], centers
+                )
             if part.numel():
                 ranks.sum(part)  # of which all but one are 0
             if rank == ranks.rank:
@@ -177,7 +186,21 @@ class InferenceCalls(PrototypeOwner):
         check_finite("embeddings", embeddings)
 
 
-def _agree(check: Callable[[], Any], ranks: Ranks) -> list[Any]:
+def _best_classes(keys: Tensor, centers: int, count: int) -> Tensor:
+    """Keys [q, count] of the best classes, from [q, n] of the best prototypes, both falling."""
+    if centers == 1:
+        return keys
+    class_ids = id_of(keys) // centers
+    _, order = class_ids.sort(dim=1, stable=True)  # the best prototype of each class comes first
+    ordered = class_ids.gather(1, order)
+    again = torch.zeros_like(ordered, dtype=torch.bool)
+    again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    again = torch.empty_like(again).scatter_(1, order, again)
+    keys = key_of(score_of(keys), LAST_ROW - class_ids).masked_fill(again, NOTHING)
+    return keys.topk(count, dim=1).values
+
+
+def agreed(check: Callable[[], Any], ranks: Ranks) -> list[Any]:
     """What `check` returns on each rank; if it raises on one, every rank does."""
     found = failure = None
     try:
@@ -187,7 +210,7 @@ def _agree(check: Callable[[], Any], ranks: Ranks) -> list[Any]:
     return words_of_all(found, failure, ranks.group)
 
 
-def _gather(rows: Tensor, size: int, ranks: Ranks) -> Tensor:
+def gathered(rows: Tensor, size: int, ranks: Ranks) -> Tensor:
     """The rows of all ranks, each rank's filled up to `size` with zeros."""
     padding = rows.new_zeros(size - len(rows), *rows.shape[1:])
     return ranks.gather(torch.cat([rows, padding]) if len(padding) else rows)
@@ -213,7 +236,13 @@ def _check_ids(class_index: Tensor, num_classes: int, device: torch.device) -> N
 
 
 def _own_cosines(
-    x: Tensor, weight: Tensor, start: int, class_index: Tensor, scale: float, wide: bool
+    x: Tensor,
+    weight: Tensor,
+    start: int,
+    class_index: Tensor,
+    scale: float,
+    wide: bool,
+    centers: int,
 ) -> Tensor:
     """scale * cosine [b, n] with the classes in `weight`, of which the first is `start`; 0 with
     others.
@@ -223,11 +252,14 @@ def _own_cosines(
     size, dim = x.shape
     dtype = torch.float64 if wide else torch.float32
     result = x.new_zeros(size, len(class_index), dtype=dtype)
-    own = ((class_index >= start) & (class_index < start + len(weight))).nonzero().flatten()
+    stop = start + len(weight) // centers
+    own = ((class_index >= start) & (class_index < stop)).nonzero().flatten()
+    center = torch.arange(centers, device=weight.device)
     for columns in own.split(
-        max(1, DEFAULT_BLOCK_BYTES // (VALUE_BYTES * dim + _LOGIT_BYTES * size))
+        max(1, DEFAULT_BLOCK_BYTES // (VALUE_BYTES * dim + _LOGIT_BYTES * size) // centers)
     ):
-        rows = class_index[columns] - start
-        y = unit_rows("prototypes", weight[rows], rows)
-        result[:, columns] = (scale * (x @ y.T)).to(dtype)
+        rows = ((class_index[columns, None] - start) * centers + center).flatten()
+        y = unit_rows("prototypes", weight[rows], rows + start * centers)
+        cosine = (x @ y.T).unflatten(1, (len(columns), centers)).amax(2)
+        result[:, columns] = (scale * cosine).to(dtype)
     return result

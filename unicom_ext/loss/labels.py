@@ -46,6 +46,7 @@ def dense(labels: Any, ignore_index: int) -> Tensor:
     width = max(int(counts.max()), 1) if len(counts) else 1
     row = torch.repeat_interleave(counts)
     column = torch.arange(len(ids), device=ids.device) - offsets[:-1].long()[row]
+    ids = _with_room(ids, ignore_index)
     matrix = ids.new_full((len(counts), width), ignore_index)
     matrix[row, column] = ids
     return matrix
@@ -55,10 +56,16 @@ def once_each(labels: Tensor, ignore_index: int) -> Tensor:
     """Labels [B, P] with `ignore_index` where a class stands in its row for a second time."""
     if labels.shape[1] == 1:
         return labels
+    labels = _with_room(labels, ignore_index)
     ordered, order = labels.sort(dim=1, stable=True)
     repeats = torch.zeros_like(labels, dtype=torch.bool)
     repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     return labels.masked_fill(torch.zeros_like(repeats).scatter(1, order, repeats), ignore_index)
+
+
+def _with_room(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels of a type that can hold `ignore_index`."""
+    return labels if -(2**31) <= ignore_index < 2**31 else labels.long()
 
 
 def width_of(labels: Tensor) -> int:

@@ -84,19 +84,21 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         options: the `LossOptions`. Each of them is an attribute too: ``loss.scale = 32`` makes new
             options, checked, for the calls to come. So are `sample_rate`, `feature_rate` and
             `feature_selection`. With a process group all ranks must set the same.
-        weight: Parameter [C, d], the prototypes (with a process group those of this rank);
-            initialised from a normal distribution with standard deviation 0.01, as PartialFC does.
-            Only the directions matter. A class's initial prototype depends on (seed, class id, d)
-            and the kind of device: it is the same at any number of ranks and classes.
+        weight: Parameter [C, d], the prototypes (with a process group those of this rank), or with
+            `num_centers` K > 1 [C * K, d], those of a class beside each other; initialised from a
+            normal distribution with standard deviation 0.01, as PartialFC does. Only the directions
+            matter. A class's initial prototypes depend on (seed, class id, d, K) and the kind of
+            device: they are the same at any number of ranks and classes.
         shard: the classes of this rank, a `sharding.ClassShard`; None without a process group.
         step: int64 scalar buffer, how many training steps were drawn.
         seed: int.
 
     `state_dict` carries weight, step and seed, so that a resumed run draws what an uninterrupted
-    one would. With a process group its weight is a `DTensor` of all classes, which
-    `torch.distributed.checkpoint` saves and loads at any number of ranks (`unicom_ext.checkpoint`
-    does, with the optimizer); `load_state_dict` also takes the whole [C, d] as a plain tensor. A
-    `DTensor` that another rank has pickled holds other classes, and is refused.
+    one would. With a process group its weight is a `DTensor` of all classes, [C, d], or with
+    several centres [C, K, d], which `torch.distributed.checkpoint` saves and loads at any number of
+    ranks (`unicom_ext.checkpoint` does, with the optimizer); `load_state_dict` also takes the whole
+    [C * K, d] as a plain tensor. A `DTensor` that another rank has pickled holds other classes, and
+    is refused.
 
     The loss must not be wrapped in `DistributedDataParallel` or FSDP: its gradients are exact
     without, and ranks own different prototypes. Wrap the encoder alone; where the loss is a part of
@@ -161,7 +163,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             from unicom_ext.distributed.failures import agree
             from unicom_ext.distributed.shard import ClassShard
 
-            self.shard = ClassShard(process_group, 1 if failure else num_classes)
+            centers = 1 if failure else self.options.num_centers
+            self.shard = ClassShard(process_group, 1 if failure else num_classes, centers)
             agree(settings, failure, process_group)
         self.embedding_size = embedding_size
         self.num_classes = num_classes
@@ -171,8 +174,9 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         self.want_metrics = want_metrics
         self.seed = seed
         self.full_state_dict = full_state_dict
-        rows = num_classes if self.shard is None else len(self.shard)
-        self.weight = nn.Parameter(memory.empty(rows, embedding_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            memory.empty(self._num_rows, embedding_size, device=device, dtype=dtype)
+        )
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self._drawn: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None
         self._metrics: Metrics | None = None
@@ -189,7 +193,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
                 `.npy` file such as `unicom-ext cluster` writes. d must be the size of the
                 embeddings. They are scaled to the norm that random prototypes have on average,
                 0.01 * sqrt(d), so that an optimizer's steps turn them as far; a zero row stays
-                zero.
+                zero. With `num_centers` each prototype of a class starts there, but for a tenth of
+                a random one: equal ones would not part.
             options: those of the constructor but `embedding_size` and `num_classes`. With a process
                 group every rank gives all centroids and keeps its own.
         """
@@ -201,7 +206,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
                 "from_centroids has no memory to fill on the meta device: make the loss on the "
                 "device where it will be"
             )
-        fill_with_centroids(module.weight, module._start, centroids)
+        fill_with_centroids(module.weight, module._start, centroids, module.options.num_centers)
         return module
 
     @property
@@ -303,6 +308,11 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             if failure is not None:
                 raise failure
             num_classes = None if self.shard is None else self.num_classes
+            if self.weight.shape[0] != self._num_rows:
+                raise ValueError(
+                    f"weight must be [{self._num_rows}, {self.embedding_size}], num_centers = "
+                    f"{options.num_centers} for each class, got {list(self.weight.shape)}"
+                )
             checks.check_call(embeddings, targets, self.weight, options, num_classes=num_classes)
             if self._was_meta:
                 self._check_written()
@@ -383,7 +393,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         device = self.weight.device
         if class_index is None:
             start = self._start
-            class_index = torch.arange(start, start + len(self.weight), device=device)
+            stop = start + self._num_rows // self.options.num_centers
+            class_index = torch.arange(start, stop, device=device)
         elif num_valid is not None:
             class_index = class_index[: int(num_valid)]
         if feature_index is None:
@@ -411,5 +422,6 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             f"{self.embedding_size}, {self.num_classes}, margin={self.margin!r}, "
             f"scale={self.scale:g}, sample_rate={self.sample_rate:g}, "
             f"feature_rate={self.feature_rate:g}, seed={self.seed}"
+            + (f", num_centers={self.num_centers}" if self.num_centers > 1 else "")
             + ("" if self.shard is None else f", classes {self.shard.start} to {self.shard.stop}")
         )

@@ -25,7 +25,7 @@ _BY_HF = "_is_hf_initialized"
 class PrototypeOwner(NeverWrapped):
     """A module with a prototype for each class, or for those of this rank.
 
-    weight: Parameter [C, d], or of this rank's classes.  step: int64 scalar buffer.
+    weight: Parameter [C * K, d], or of this rank's classes.  step: int64 scalar buffer.
     seed: of the initial prototypes.  shard: this rank's classes, None without a process group.
     num_classes, embedding_size: C, d.  options: what they are for.
     """
@@ -60,8 +60,14 @@ class PrototypeOwner(NeverWrapped):
 
     @property
     def _start(self) -> int:
-        """The id of the class in row 0."""
+        """The first class whose prototypes are here."""
         return 0 if self.shard is None else self.shard.start
+
+    @property
+    def _num_rows(self) -> int:
+        """How many prototypes are here."""
+        classes = self.num_classes if self.shard is None else len(self.shard)
+        return classes * self.options.num_centers
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -75,7 +81,7 @@ class PrototypeOwner(NeverWrapped):
                 "reset_parameters() cannot reset a weight that weight_norm, parametrize or prune "
                 "has made a function of other parameters; remove that first"
             )
-        fill_prototypes(self.weight, self._start, self.seed)
+        fill_prototypes(self.weight, self._start * self.options.num_centers, self.seed)
         self._step_beside_weight()
         self.step.zero_()
         self._memory, self._was_meta = None, self.weight.is_meta
@@ -193,7 +199,11 @@ class PrototypeOwner(NeverWrapped):
         value = state_dict.get(name)
         if isinstance(value, Tensor) and (self.shard is not None or not checks.is_local(value)):
             try:
-                expected = [self.num_classes, self.embedding_size]
+                expected = [self._num_rows, self.embedding_size]
+                if self.shard is not None:
+                    expected[0] = self.num_classes * self.options.num_centers
+                    if not checks.is_local(value) and self.options.num_centers > 1:
+                        expected = [self.num_classes, self.options.num_centers, expected[1]]
                 if list(value.shape) != expected:
                     raise ValueError(
                         f"{name} must be of all classes, {expected}, of which this rank takes its "

@@ -15,34 +15,43 @@ _BLOCK = 256
 
 
 @torch.no_grad()
-def fill_prototypes(weight: Tensor, first_class: int, seed: int) -> None:
-    """Initial prototypes of the classes from `first_class` on, [n, d], in place.
+def fill_prototypes(weight: Tensor, first_row: int, seed: int) -> None:
+    """Initial prototypes from row `first_row` of all on, [n, d], in place.
 
-    Normal with standard deviation 0.01, drawn in float32. Each value is a function of (seed, class
-    id, dimension, d) and of the kind of device alone, so that shards are parts of one whole.
+    Normal with standard deviation 0.01, drawn in float32. Each value is a function of (seed, row,
+    dimension, d) and of the kind of device alone, so that shards are parts of one whole.
     """
     if weight.device.type == "meta":
         return
     generator = torch.Generator(weight.device)
-    stop, dim = first_class + len(weight), weight.shape[1]
+    stop, dim = first_row + len(weight), weight.shape[1]
     rows = torch.empty(_BLOCK, dim, dtype=torch.float32, device=weight.device)
-    for block in range(first_class // _BLOCK, -(-stop // _BLOCK)):
+    for block in range(first_row // _BLOCK, -(-stop // _BLOCK)):
         key = np.random.SeedSequence([seed % 2**64, block]).generate_state(1, np.uint64)
         rows.normal_(0.0, STANDARD_DEVIATION, generator=generator.manual_seed(int(key[0])))
-        begin, end = max(block * _BLOCK, first_class), min((block + 1) * _BLOCK, stop)
+        begin, end = max(block * _BLOCK, first_row), min((block + 1) * _BLOCK, stop)
         of_block = slice(begin - block * _BLOCK, end - block * _BLOCK)
-        weight[begin - first_class : end - first_class] = rows[of_block]
+        weight[begin - first_row : end - first_row] = rows[of_block]
 
 
 @torch.no_grad()
-def fill_with_centroids(weight: Tensor, first_class: int, centroids: Tensor) -> None:
-    """Prototypes [n, d] in the directions of their centroids [C, d], in place.
+def fill_with_centroids(
+    weight: Tensor, first_class: int, centroids: Tensor, num_centers: int = 1
+) -> None:
+    """Prototypes [n * K, d] in the directions of the centroids [C, d] of their classes, in place.
 
-    They get the norm that random prototypes have on average; a zero row stays zero.
+    They get the norm that random prototypes have on average; a zero row stays zero. Where a class
+    has several, each also has a tenth of what it was before, its random prototype: equal ones would
+    leave all but the first without gradient.
     """
-    own = centroids[first_class : first_class + len(weight)].double()
+    count = len(weight) // num_centers
+    own = centroids[first_class : first_class + count].double()
     length = STANDARD_DEVIATION * weight.shape[1] ** 0.5
-    weight.copy_(nn.functional.normalize(own, eps=1e-300) * length)
+    own = nn.functional.normalize(own, eps=1e-300) * length
+    if num_centers > 1:
+        own = own.repeat_interleave(num_centers, 0)
+        own += 0.1 * weight * (own != 0).any(dim=1, keepdim=True)
+    weight.copy_(own)
 
 
 def read_centroids(centroids: Tensor | np.ndarray | str | PathLike[str]) -> Tensor:

@@ -99,8 +99,9 @@ def partial_margin_softmax(
 
     embeddings: [B, d].  labels: int32 or int64, global class ids or ``ignore_index``: [B], [B, P],
     or a pair (ids, offsets).
-    prototypes: [C, d].  class_index, feature_index: sorted unique int64 ids, or None for all;
-    class_index holds every label.  The keywords are those of `unicom_ext.loss.options.LossOptions`,
+    prototypes: [C, d], or with K centers of each class [C * K, d], whose cosine is the largest.
+    class_index, feature_index: sorted unique int64 ids, or None for all; class_index holds every
+    label.  The keywords are those of `unicom_ext.loss.options.LossOptions`,
     the result is that of `unicom_ext.functional.partial_margin_softmax`.
 
     The arithmetic is done in the promoted dtype of embeddings and prototypes, float32 at least
@@ -118,10 +119,14 @@ def partial_margin_softmax(
     refuse_unknown("partial_margin_softmax", keywords)
     options = LossOptions(margin, scale, **keywords)
     labels = dense(labels, options.ignore_index)
-    checks.check_tensors(embeddings, labels, prototypes, margin, class_index, feature_index)
+    centers = options.num_centers
+    checks.check_tensors(
+        embeddings, labels, prototypes, margin, class_index, feature_index, num_centers=centers
+    )
     if options.check_inputs:
         checks.check_finite(embeddings)
-    _check_values(labels, len(prototypes), class_index, options.ignore_index)
+    num_classes = len(prototypes) // centers
+    _check_values(labels, num_classes, class_index, options.ignore_index)
     if feature_index is not None:
         _check_index("feature_index", feature_index, embeddings.shape[1])
         if len(feature_index) == 0:
@@ -136,14 +141,16 @@ def partial_margin_softmax(
     dtype = torch.promote_types(embeddings.dtype, prototypes.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     if class_index is None:
-        class_index = torch.arange(len(prototypes), device=prototypes.device)
+        class_index = torch.arange(num_classes, device=prototypes.device)
 
     with torch.autocast(embeddings.device.type, enabled=False):
         x = embeddings[kept].to(dtype)  # [B', d]
-        w = F.embedding(class_index, prototypes, sparse=options.sparse_grad).to(dtype)  # [|S|, d]
+        rows = class_index[:, None] * centers + torch.arange(centers, device=class_index.device)
+        w = F.embedding(rows.flatten(), prototypes, sparse=options.sparse_grad).to(dtype)
         if feature_index is not None:
             x, w = x[:, feature_index], w[:, feature_index]
-        cosine = _unit(x) @ _unit(w).T  # [B', |S|]
+        cosine = (_unit(x) @ _unit(w).T).unflatten(1, (-1, centers))  # [B', |S|, K]
+        cosine = cosine.gather(2, cosine.detach().argmax(2, keepdim=True))[..., 0]  # [B', |S|]
 
         # Labels that do not count stand for any class here, and are left out of all sums.
         labels, counts = positives.where(counts, class_index[0])[kept], counts[kept]  # [B', P]

@@ -66,7 +66,10 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tensor | 
             sparse and class_index is not None,
         )
         if sparse:
-            grad_prototypes = row_sparse(grad_prototypes, class_index, count, prototypes.shape)
+            centers = Codes(*ctx.options[1]).num_centers
+            grad_prototypes = row_sparse(
+                grad_prototypes, class_index, count, prototypes.shape, centers
+            )
         grads[_PROTOTYPES] = grad_prototypes if wants_prototypes else None
     grads[0] = grad_embeddings if wants_embeddings else None
     if wants_scale:

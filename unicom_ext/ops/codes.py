@@ -33,3 +33,4 @@ class Codes(NamedTuple):
     multi_label: int  # of MULTI_LABEL
     workspace_bytes: int
     sparse_grad: int
+    num_centers: int

@@ -11,8 +11,16 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
-def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: torch.Size) -> Tensor:
-    """Rows [n, d] of a [C, d] gradient as a COO tensor; ids None: all rows are there.
+def row_sparse(
+    rows: Tensor,
+    class_index: Tensor | None,
+    count: Tensor | None,
+    shape: torch.Size,
+    num_centers: int = 1,
+) -> Tensor:
+    """Rows [n * num_centers, d] of a gradient [C * num_centers, d] as a COO tensor.
+
+    They are those of the classes `class_index` [n], of which `count` are valid; None: of all.
 
     Past `count` the last id is repeated with zero rows. They are cut off on the CPU, where the
     count is at hand; elsewhere reading it would make the host wait, so they stay, and so they do in
@@ -21,8 +29,10 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
     optimizer cannot tell it from a class that was sampled and has no gradient.
     """
     _refuse_dense_optimizers()
-    if ids is None:
+    if class_index is None:
         ids = torch.arange(shape[0], device=rows.device)
+    else:
+        ids, count = _of_centers(class_index, count, num_centers)
     traced = type(ids) is not Tensor
     padded = count is not None
     if count is not None and count.device.type == "cpu" and not traced:
@@ -32,6 +42,21 @@ def row_sparse(rows: Tensor, ids: Tensor | None, count: Tensor | None, shape: to
     return torch.sparse_coo_tensor(
         ids.unsqueeze(0), rows, shape, is_coalesced=not padded, check_invariants=False
     )
+
+
+def _of_centers(
+    class_index: Tensor, count: Tensor | None, num_centers: int
+) -> tuple[Tensor, Tensor | None]:
+    """Ids of the prototypes of classes, and how many of them are valid."""
+    if num_centers == 1:
+        return class_index, count
+    center = torch.arange(num_centers, device=class_index.device)
+    ids = (class_index[:, None] * num_centers + center).flatten()
+    if count is None or not len(ids):
+        return ids, count
+    count = count * num_centers
+    place = torch.arange(len(ids), device=ids.device)
+    return torch.where(place < count, ids, ids[-1]), count  # so that equal ones are neighbours
 
 
 def _note_merged(ids: Tensor, count: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes
 
 _LANES, _TILE = 16, 6  # csrc/cpu/kernels/layout.h
 _CUDA_ROWS, _CUDA_CLASSES, _CUDA_DEPTH = 128, 256, 64  # csrc/cuda/kernels/logits.h
+_CUDA_TEAM = 16  # kTeam in csrc/cuda/kernels/tile_simt.cuh and tile_tensor_core.cuh
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -50,33 +51,46 @@ def sums_size(labels: Tensor) -> int:
     return 3 + _width(labels)
 
 
-def _packed_bytes(num_sampled: int, dim: int, bytes_per_value: int, device_type: str) -> int:
+def _places(num_sampled: int, centers: int, value_bytes: int, device_type: str) -> int:
+    """Rows of the packed prototypes of so many classes."""
+    if device_type != "cuda":
+        return _round_up(num_sampled, _LANES) * centers
+    if centers > 1:  # CenterOrder in csrc/cuda/kernels/logits.h
+        tile = 256 if value_bytes == 2 else 512 // value_bytes
+        classes = _CUDA_TEAM * (tile // _CUDA_TEAM // centers)
+        num_sampled = _round_up(num_sampled, classes) // classes * tile
+    return _round_up(num_sampled, _CUDA_CLASSES)
+
+
+def _packed_bytes(classes: int, dim: int, bytes_per_value: int, device_type: str) -> int:
+    """classes: of `_places`."""
     cuda = device_type == "cuda"
-    classes = _round_up(num_sampled, _CUDA_CLASSES if cuda else _LANES)
     height = _round_up(dim, _CUDA_DEPTH if cuda else _TILE)
     return classes * height * bytes_per_value + (classes + height) * 8
 
 
 def _kept_bytes(
-    num_sampled: int,
+    classes: int,
     batch: int,
     real_bytes: int,
     value_bytes: int,
     workspace_bytes: int,
     device_type: str,
+    centers: int,
 ) -> int:
     if device_type == "cuda":  # kept_classes in csrc/cuda/host/loss.cpp
         class_bytes = _round_up(batch, _CUDA_ROWS) * real_bytes
         if value_bytes == 2 or class_bytes == 0:
             return 0
         fit = workspace_bytes // (class_bytes * _CUDA_CLASSES) * _CUDA_CLASSES
-        return _smaller(fit, _round_up(num_sampled, _CUDA_CLASSES)) * class_bytes
-    panels = (num_sampled + _LANES - 1) // _LANES
+        return _smaller(fit, classes) * class_bytes
+    panels = classes // _LANES
     panel_bytes = _round_up(batch, _TILE) * _LANES * real_bytes
     if workspace_bytes == 0 or panel_bytes == 0:
         return 0
     fit = workspace_bytes // panel_bytes
-    return (panels if fit >= panels else fit // 4 * 4) * panel_bytes
+    together = 4 if centers == 1 else centers
+    return (panels if fit >= panels else fit // together * together) * panel_bytes
 
 
 @_of("select_classes")
@@ -133,12 +147,21 @@ def _saved_sizes(
     device_type = embeddings.device.type
     halves = (PRECISION["bf16"], PRECISION["fp16"] if device_type == "cuda" else None)
     value_bytes = 8 if double else 2 if codes.precision in halves else 4
-    num_sampled = prototypes.shape[0] if class_index is None else class_index.shape[0]
+    centers = codes.num_centers
+    num_classes = prototypes.shape[0] // centers
+    num_sampled = num_classes if class_index is None else class_index.shape[0]
+    classes = _places(num_sampled, centers, value_bytes, device_type)
     num_features = dim if feature_index is None else feature_index.shape[0]
     return (
-        _packed_bytes(num_sampled, num_features, value_bytes, device_type),
+        _packed_bytes(classes, num_features, value_bytes, device_type),
         _kept_bytes(
-            num_sampled, batch, 8 if double else 4, value_bytes, codes.workspace_bytes, device_type
+            classes,
+            batch,
+            8 if double else 4,
+            value_bytes,
+            codes.workspace_bytes,
+            device_type,
+            centers,
         ),
     )
 
@@ -231,10 +254,11 @@ def _(
     want_prototypes: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = class_index if compact and class_index is not None else prototypes
-    dim = embeddings.shape[1]
+    rows, dim = prototypes.shape
+    if compact and class_index is not None:
+        rows = class_index.shape[0] * Codes(*codes).num_centers
     return (
         embeddings.new_empty(embeddings.shape if want_embeddings else (0, 0)),
-        prototypes.new_empty((rows.shape[0], dim) if want_prototypes else (0, 0)),
+        prototypes.new_empty((rows, dim) if want_prototypes else (0, 0)),
         embeddings.new_empty(embeddings.shape[0] if want_radial else 0, dtype=torch.float64),
     )

@@ -59,12 +59,15 @@ def own(
     for name, value in state.items():
         if not _has_rows(name, value, shared) and not _is_known(name, value):
             continue
-        shape = list(param.shape)
+        rows, rest = [len(param)] if param.dim() else [], list(param.shape[1:])
+        centers = 1 if loss is None else loss.options.num_centers
         is_global = loss is not None and (
-            hasattr(value, "placements") or value.shape[:1] == (loss.num_classes,)
+            hasattr(value, "placements") or value.shape[:1] == (loss.num_classes * centers,)
         )
         if loss is not None and is_global:
-            shape[0] = loss.num_classes
+            rows = [loss.num_classes * centers]
+            if centers > 1 and hasattr(value, "placements"):  # as `ClassShard.as_global` makes them
+                rows = [loss.num_classes, centers]
         elif shard is not None and shard.world_size > 1:
             raise ValueError(
                 f"{name} in the state dict must be of all {shard.num_classes} classes, a DTensor "
@@ -72,16 +75,17 @@ def own(
                 f"{list(value.shape)}, and nothing says of which classes. If they are "
                 f"[{shard.start}, {shard.stop}), say so by loss.shard.as_global(tensor)"
             )
-        allowed = _allowed_shapes(name, shape, by_rows)
+        allowed = _allowed_shapes(name, rows, rest, by_rows)
         if _is_known(name, value) and list(value.shape) not in allowed:
             raise ValueError(
                 f"{name} in the state dict must be {' or '.join(map(str, allowed))} for a "
                 f"parameter {list(param.shape)}, got {list(value.shape)}"
             )
         if loss is not None and is_global:
-            rows = own_rows(loss, f"{name} in the state dict", value)
+            taken = own_rows(loss, f"{name} in the state dict", value)
             # A view would keep the rows of all ranks in memory.
-            state[name] = rows if hasattr(value, "placements") or rows is value else rows.clone()
+            is_own = hasattr(value, "placements") or taken is value
+            state[name] = taken if is_own else taken.clone()
     return state
 
 
@@ -130,7 +134,8 @@ def _has_rows(name: str, value: Any, shared: tuple[str, ...]) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and name not in shared
 
 
-def _allowed_shapes(name: str, shape: list[int], by_rows: bool) -> list[list[int]]:
+def _allowed_shapes(name: str, rows: list[int], rest: list[int], by_rows: bool) -> list[list[int]]:
+    """Of the state of a parameter [*rows, *rest]."""
     if name in _VECTORS:
-        return [shape[:1]]
-    return [shape, shape[:1]] if name == "exp_avg_sq" and by_rows else [shape]
+        return [rows]
+    return [rows + rest, rows] if name == "exp_avg_sq" and by_rows else [rows + rest]

@@ -143,7 +143,7 @@ def _merge(best: Tensor, score: Tensor, ids: Tensor, begin: int, tie: TieRank) -
     row, column = above.nonzero(as_tuple=True)  # sorted by row
     if len(row) == 0:
         return best
-    key = _key_of(score[row, column], tie.of(ids[row], column + begin))
+    key = key_of(score[row, column], tie.of(ids[row], column + begin))
     # Beside each best list, its row's survivors: the i-th of a row goes to column k + i.
     count = torch.bincount(row, minlength=q)
     first = count.cumsum(0) - count
@@ -154,7 +154,7 @@ def _merge(best: Tensor, score: Tensor, ids: Tensor, begin: int, tie: TieRank) -
     return table.topk(k, dim=1).values
 
 
-def _key_of(score: Tensor, rank: Tensor) -> Tensor:
+def key_of(score: Tensor, rank: Tensor) -> Tensor:
     """int64 keys that sort by score (fp32; rounding beyond [-1, 1] cut off), then by rank."""
     bits = (score.clamp(-1, 1) + 0.0).view(torch.int32)  # + 0.0 turns minus zero into zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats sort backwards as integers

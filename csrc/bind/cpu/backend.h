@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../../cpu/host/buffers.h"
 #include "../../cpu/host/loss.h"
@@ -69,6 +70,7 @@ class Backend {
   static int64_t kept_bytes(const Problem& p) { return cpu::kept_bytes(p); }
   static int64_t sampled(const Problem& p) { return p.count != nullptr ? *p.count : p.bound; }
 
+  static int64_t most_centers(const Problem&) { return kMaxCenters; }
   static void check_values(const Problem& p) {
     const int64_t sampled = Backend::sampled(p);
     check(sampled >= 0 && sampled <= p.bound, "count must be in [0, ", p.bound, "], got ", sampled);
@@ -103,7 +105,14 @@ class Backend {
     cpu::backward(p, g, &update, parallel_);
   }
   void backward_with_update(const Problem& p, const Gradients& g, const SgdRows& rows) const {
-    const RowSgd update = checked(rows, p.class_index, sampled(p));
+    const int64_t* ids = p.class_index;  // of the prototypes that take part
+    std::vector<int64_t> of_centers;
+    if (ids != nullptr && p.centers > 1) {
+      for (int64_t j = 0; j < sampled(p); ++j)
+        for (int64_t k = 0; k < p.centers; ++k) of_centers.push_back(ids[j] * p.centers + k);
+      ids = of_centers.data();
+    }
+    const RowSgd update = checked(rows, ids, sampled(p) * p.centers);
     cpu::backward(p, g, &update, parallel_);
   }
 

@@ -114,6 +114,7 @@ class Backend {
   static int64_t packed_bytes(const Problem& p) { return cuda::packed_bytes(p); }
   static int64_t kept_bytes(const Problem& p) { return cuda::kept_bytes(p); }
   static int64_t sampled(const Problem& p) { return p.bound; }
+  static int64_t most_centers(const Problem& p) { return cuda::most_centers(p); }
   static void check_values(const Problem&) {}
 
   void forward(const Problem& p, const ShardSums& sums, const Saved& saved) {
@@ -131,13 +132,15 @@ class Backend {
   // embeddings is NaN.
   template <class Rows>
   void backward_with_update(const Problem& p, const Gradients& g, const Rows& rows) {
-    const Tensor space = bytes(update_workspace(rows, std::min(p.bound, backward_chunk(p))));
+    const int64_t most = std::min(p.bound * p.centers, backward_chunk(p));
+    const Tensor space = bytes(update_workspace(rows, most));
     const TakeRows take = [&](Queue& queue, const GradientRows& part) {
       update_rows(queue, rows,
                   {.ids = p.class_index,
                    .rows = part.rows,
                    .count = part.count,
                    .first = part.first,
+                   .centers = p.centers,
                    .upstream = part.upstream},
                   space.mutable_data_ptr());
     };

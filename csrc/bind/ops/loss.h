@@ -14,6 +14,7 @@ namespace {  // types of torch::stable are hidden
 //
 //   static int64_t packed_bytes(const Problem&), kept_bytes(const Problem&)
 //   static int64_t sampled(const Problem&)     the sampled classes, or at least as many
+//   static int64_t most_centers(const Problem&)
 //   static void check_values(const Problem&)
 //   doubles(count)                             scratch; .get() points to it
 //   forward(const Problem&, const ShardSums&, const Saved&)
@@ -51,14 +52,19 @@ struct LossOps {
               "count must be one int64 value");
         check_device(*count, embeddings, "count");
       }
+      const int64_t num_classes = prototypes.size(0) / options.num_centers;
+      check(prototypes.size(0) == num_classes * options.num_centers,
+            "prototypes must have num_centers = ", options.num_centers,
+            " rows for each class, got ", prototypes.size(0));
       problem = {.embeddings = source(embeddings, "embeddings"),
                  .prototypes = source(prototypes, "prototypes"),
                  .batch = batch,
-                 .num_classes = prototypes.size(0),
+                 .num_classes = num_classes,
+                 .centers = options.num_centers,
                  .dim = dim,
                  .class_index = class_index ? index_data(*class_index) : nullptr,
                  .count = count ? index_data(*count) : nullptr,
-                 .bound = class_index ? class_index->numel() : prototypes.size(0),
+                 .bound = class_index ? class_index->numel() : num_classes,
                  .positives = Options::positives_of(slot),
                  .scale = options.scale,
                  .filter = options.filter,
@@ -69,6 +75,9 @@ struct LossOps {
       check(problem.embeddings.dim >= 1,
             "feature_index must hold at least one dimension, got none");
       problem.total_sampled = total_sampled.value_or(Backend::sampled(problem));
+      const int64_t most = Backend::most_centers(problem);
+      check(problem.centers <= most, "num_centers must be at most ", most,
+            " in this precision on this device, got ", problem.centers);
       Backend::check_values(problem);
     }
 
@@ -281,7 +290,8 @@ struct LossOps {
     }
     void want_prototypes(Backend& on, const Call& call, bool wanted, bool compact) {
       const Problem& p = call.problem;
-      prototypes = make(on, call.prototypes, compact ? p.bound : p.num_classes, wanted);
+      const int64_t classes = compact ? p.bound : p.num_classes;
+      prototypes = make(on, call.prototypes, classes * p.centers, wanted);
       if (wanted) gradients.prototypes = prototypes.mutable_data_ptr();
       gradients.compact = compact;
     }

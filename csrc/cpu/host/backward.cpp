@@ -5,6 +5,7 @@
 #include "../../core/softmax.h"
 #include "gradient_rows.h"
 #include "loss.h"
+#include "nearest_center.h"
 #include "samples.h"
 
 namespace unicom::cpu {
@@ -25,12 +26,12 @@ class TargetGradients {
         class_sum_(class_sum),
         dim_(p.embeddings.dim),
         x_(dim_),
-        w_(dim_),
-        sum_(dim_) {}
+        sum_(dim_),
+        nearest_(p) {}
 
   // embedding [dim], prototypes [width][dim], of which those of other shards are left alone:
-  // nullptr where not wanted.
-  void operator()(int64_t i, double weight, Real* embedding, Real* prototypes) {
+  // nullptr where not wanted. place [width]: of each prototype among the packed ones, where it is.
+  void operator()(int64_t i, double weight, Real* embedding, Real* prototypes, int64_t* place) {
     const auto& k = kernels_for<double>();
     double x_inverse = 0, smooth = 0;
     bool found = false;
@@ -46,10 +47,11 @@ class TargetGradients {
       const int64_t slot = p_.positives.of(i)[q];
       if (slot < 0) continue;
       if (!found) x_inverse = k.unit_row(p_.embedding_rows, i, x_.get(), dim_);
-      const double w_inverse = k.unit_row(p_.prototype_rows, p_.class_of(slot), w_.get(), dim_);
+      nearest_.find(slot, x_.get());
+      place[q] = p_.place_of(slot, nearest_.center());
       const PositiveState& state = states_.positive(i, q);
       const double factor = smooth - weight * p_.scale * state.pull * state.slope;
-      const double *x = x_.get(), *w = w_.get();
+      const double *x = x_.get(), *w = nearest_.unit();
       double* sum = sum_.get();
       if (embedding != nullptr) {
         for (int64_t d = 0; d < dim_; ++d) {
@@ -59,7 +61,7 @@ class TargetGradients {
       }
       for (int64_t d = 0; d < dim_ && prototypes != nullptr; ++d)
         prototypes[q * dim_ + d] =
-            static_cast<Real>(factor * w_inverse * (x[d] - state.cosine * w[d]));
+            static_cast<Real>(factor * nearest_.inverse_norm() * (x[d] - state.cosine * w[d]));
       found = true;
     }
     for (int64_t d = 0; d < dim_ && embedding != nullptr; ++d)
@@ -71,7 +73,8 @@ class TargetGradients {
   const States& states_;
   const double* class_sum_;
   const int64_t dim_;
-  Buffer<double> x_, w_, sum_;
+  Buffer<double> x_, sum_;
+  NearestCenter nearest_;
 };
 
 // Works through the sampled classes in runs. For each run, over all rows of the batch:
@@ -84,7 +87,7 @@ class Backward {
   using Real = RealOf<Unit>;
   static constexpr int64_t kValues = Shape<Unit>::kValues;
   static constexpr int64_t kGroup = kLanes / kValues;  // units of one panel of classes
-  static constexpr int64_t kPanelsPerItem = 4;
+  static constexpr int64_t kPanelsPerItem = kPanelsTogether;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
 
@@ -99,10 +102,10 @@ class Backward {
         k_(kernels_for<Unit>()),
         rows_(p, s_, parallel),
         classes_(const_cast<void*>(gradients.packed), s_),
-        run_panels_(
-            std::min(round_up(s_.panels, kPanelsPerItem),
-                     std::clamp<int64_t>(round_up(kRunElements / (s_.padded_rows * kLanes), 4),
-                                         kPanelsPerItem, 256))),
+        logit_panels_(p.centers == 1
+                          ? kPanelsPerItem
+                          : p.centers * std::max<int64_t>(1, kPanelsPerItem / p.centers)),
+        run_panels_(run_panels(std::lcm(logit_panels_, kPanelsPerItem))),
         row_units_(s_.tiles * kTile / kValues),
         row_stride_(s_.padded_rows / kValues),
         row_panels_(s_.padded_rows / kLanes),
@@ -121,15 +124,15 @@ class Backward {
       std::fill_n(embedding_gradient_.get(), row_panels_ * s_.height * kLanes, Real(0));
     for (int64_t first = 0; first < s_.panels; first += run_panels_) {
       const int64_t panels = std::min(run_panels_, s_.panels - first);
-      const int64_t groups = ceil_div(panels, kPanelsPerItem);
+      const int64_t tiles = s_.blocks * ceil_div(panels, logit_panels_);
       const int64_t reorders = kValues > 1 && want_embeddings() ? panels : 0;
-      parallel_.run(s_.blocks * groups + reorders, [&](int64_t item) {
-        if (item < s_.blocks * groups)
+      parallel_.run(tiles + reorders, [&](int64_t item) {
+        if (item < tiles)
           probabilities(first, panels, item % s_.blocks, item / s_.blocks);
         else
-          reorder(first, item - s_.blocks * groups);
+          reorder(first, item - tiles);
       });
-      const int64_t class_items = want_prototypes() ? groups : 0;
+      const int64_t class_items = want_prototypes() ? ceil_div(panels, kPanelsPerItem) : 0;
       const int64_t row_items = want_embeddings() ? ceil_div(row_panels_, kPanelsPerItem) : 0;
       parallel_.run(class_items + row_items, [&](int64_t item) {
         if (item < class_items)
@@ -142,6 +145,11 @@ class Backward {
   }
 
  private:
+  // Of a run: whole multiples of `step`, which is at least kPanelsPerItem.
+  int64_t run_panels(int64_t step) const {
+    const int64_t fit = round_up(kRunElements / (s_.padded_rows * kLanes), step);
+    return std::min(round_up(s_.panels, step), std::clamp(fit, step, 256 / step * step));
+  }
   bool want_prototypes() const { return g_.prototypes != nullptr || update_ != nullptr; }
   bool want_embeddings() const { return g_.embeddings != nullptr || g_.radial != nullptr; }
 
@@ -170,6 +178,8 @@ class Backward {
       weight_[static_cast<size_t>(i)] = upstream[static_cast<size_t>(i)] * p_.scale * state.push;
     }
     constexpr int64_t kSamplesPerItem = 16;  // targets: now, before prototypes are updated
+    const int64_t* slots = p_.positives.slots;
+    place_.assign(slots, slots + p_.batch * p_.positives.width);
     parallel_.run(ceil_div(p_.batch, kSamplesPerItem), [&](int64_t item) {
       TargetGradients<Real> gradients(p_, g_.states, p_.smooths() ? classes_.sum : nullptr);
       const int64_t end = std::min(p_.batch, (item + 1) * kSamplesPerItem);
@@ -178,7 +188,8 @@ class Backward {
         Real* embedding = want_embeddings() ? target_embedding_.get() + i * s_.dim : nullptr;
         Real* prototypes =
             want_prototypes() ? target_prototype_.get() + i * width * s_.dim : nullptr;
-        gradients(i, upstream[static_cast<size_t>(i)], embedding, prototypes);
+        gradients(i, upstream[static_cast<size_t>(i)], embedding, prototypes,
+                  place_.data() + i * width);
       }
     });
     if (want_prototypes()) {
@@ -188,12 +199,11 @@ class Backward {
         k_.pack_weighted(rows_.unit.get(), s_.height, weight_.data(), granule * kRows, kRows,
                          row_stride_ * kTile, weighted_.get());
       });
-      // Positives by slot, those of one class in batch order: the order of their sum.
-      by_slot_.resize(static_cast<size_t>(p_.batch * p_.positives.width));
-      const int64_t* slots = p_.positives.slots;
-      std::iota(by_slot_.begin(), by_slot_.end(), int64_t{0});
-      std::stable_sort(by_slot_.begin(), by_slot_.end(),
-                       [&](int64_t a, int64_t b) { return slots[a] < slots[b]; });
+      // Positives by prototype, those of one in batch order: the order of their sum.
+      by_place_.resize(place_.size());
+      std::iota(by_place_.begin(), by_place_.end(), int64_t{0});
+      std::stable_sort(by_place_.begin(), by_place_.end(),
+                       [&](int64_t a, int64_t b) { return place_of(a) < place_of(b); });
     }
   }
 
@@ -212,12 +222,12 @@ class Backward {
   }
 
   void probabilities(int64_t first_panel, int64_t panels, int64_t block, int64_t group) {
-    const int64_t offset = group * kPanelsPerItem;  // within the run
+    const int64_t offset = group * logit_panels_;  // within the run
     const int64_t first_row = block * s_.block_tiles * kTile;
     StruckLanes struck;
     Probabilities<Unit> a;
     fill_block(p_, s_, rows_, classes_, g_.kept, block, first_panel + offset,
-               std::min(kPanelsPerItem, panels - offset), &struck, &a);
+               std::min(logit_panels_, panels - offset), &struck, &a);
     a.row = row_scale_.data() + first_row;
     a.along_rows = along_rows_.get() + (offset * row_stride_ + first_row / kValues) * kLanes;
     a.along_rows_stride = row_stride_ * kLanes;
@@ -226,6 +236,10 @@ class Backward {
                       offset * kGroup * kLanes;
     k_.probabilities(a);
   }
+
+  int64_t place_of(int64_t positive) const { return place_[static_cast<size_t>(positive)]; }
+  int64_t slot_of(int64_t panel) const { return panel / p_.centers * kLanes; }
+  int64_t lanes_of(int64_t panel) const { return std::min(kLanes, p_.sampled - slot_of(panel)); }
 
   void reorder(int64_t first_panel, int64_t panel) {
     k_.lanes_to_units(classes_.panels + (first_panel + panel) * s_.panel_units, s_.height,
@@ -254,9 +268,11 @@ class Backward {
     // The rows that the optimizer will want come from memory while this multiplies.
     std::vector<Span> spans;
     if (update_ != nullptr) {
-      const int64_t first = (first_panel + offset) * kLanes;
-      const int64_t end = std::min(first + count * kLanes, p_.sampled);
-      for (int64_t slot = first; slot < end; ++slot) update_->add_spans(p_.class_of(slot), &spans);
+      for (int64_t panel = first_panel + offset; panel < first_panel + offset + count; ++panel) {
+        const int64_t slot = slot_of(panel);
+        for (int64_t lane = 0; lane < lanes_of(panel); ++lane)
+          update_->add_spans(p_.row_of(slot + lane, panel % p_.centers), &spans);
+      }
     }
     a.ahead = {spans.data(), static_cast<int64_t>(spans.size())};
     k_.product(a);
@@ -265,16 +281,16 @@ class Backward {
       const int64_t panel = first_panel + offset + j;
       k_.unit_backward(gradient.get() + j * size, classes_.panels + panel * s_.panel_units, s_.dim,
                        classes_.inverse_norm + panel * kLanes, rows.get());
-      const int64_t lanes = std::min(kLanes, p_.sampled - panel * kLanes);
-      const int64_t* slots = p_.positives.slots;
-      auto positive = std::lower_bound(by_slot_.begin(), by_slot_.end(), panel * kLanes,
-                                       [&](int64_t i, int64_t slot) { return slots[i] < slot; });
-      for (; positive != by_slot_.end() && slots[*positive] < panel * kLanes + lanes; ++positive) {
+      const int64_t first = panel * kLanes;
+      auto positive =
+          std::lower_bound(by_place_.begin(), by_place_.end(), first,
+                           [&](int64_t i, int64_t place) { return place_of(i) < place; });
+      for (; positive != by_place_.end() && place_of(*positive) < first + kLanes; ++positive) {
         const Real* target = target_prototype_.get() + *positive * s_.dim;
-        Real* row = rows.get() + (slots[*positive] - panel * kLanes) * s_.height;
+        Real* row = rows.get() + (place_of(*positive) - first) * s_.height;
         for (int64_t d = 0; d < s_.dim; ++d) row[d] += target[d];
       }
-      out.put(panel * kLanes, lanes, rows.get(), s_.height);
+      out.put(slot_of(panel), panel % p_.centers, lanes_of(panel), rows.get(), s_.height);
     }
   }
 
@@ -333,9 +349,10 @@ class Backward {
   const Kernels<Unit>& k_;
   const PackedRows<Unit> rows_;
   const PackedClasses<Unit> classes_;
-  const int64_t run_panels_;  // panels in a run of classes
-  const int64_t row_units_;   // what a prototype gradient sums over
-  const int64_t row_stride_;  // units from one class panel to the next
+  const int64_t logit_panels_;  // panels of whole classes that probabilities are computed for
+  const int64_t run_panels_;    // panels in a run of classes
+  const int64_t row_units_;     // what a prototype gradient sums over
+  const int64_t row_stride_;    // units from one class panel to the next
   const int64_t row_panels_;
   Buffer<Unit> along_rows_;          // [run panel][row unit][16 classes]
   Buffer<Unit> along_classes_;       // [row panel][class unit][16 rows]
@@ -347,7 +364,8 @@ class Backward {
   Buffer<Real> smooth_;              // [height], label smoothing's part of each one's
   std::vector<RowScale> row_scale_;
   std::vector<double> weight_;
-  std::vector<int64_t> by_slot_;
+  std::vector<int64_t> place_;  // [batch][width] of each positive's nearest prototype, or its slot
+  std::vector<int64_t> by_place_;
 };
 
 // Zeros what will not be written: all but the leading rows of which every value will be.
@@ -363,10 +381,10 @@ void clear_rest(const Plan& p, const Gradients& g, const Parallel& parallel) {
   clear(g.embeddings, p.embeddings.dtype, p.batch,
         whole_rows && count_kept(p.positives, p.batch) == p.batch, p.batch);
   if (g.compact)
-    clear(g.prototypes, p.prototypes.dtype, p.bound, true, p.sampled);
+    clear(g.prototypes, p.prototypes.dtype, p.bound * p.centers, true, p.sampled * p.centers);
   else
-    clear(g.prototypes, p.prototypes.dtype, p.num_classes, whole_rows && p.class_index == nullptr,
-          p.num_classes);
+    clear(g.prototypes, p.prototypes.dtype, p.num_classes * p.centers,
+          whole_rows && p.class_index == nullptr, p.num_classes * p.centers);
 }
 
 template <class Unit>
@@ -375,7 +393,8 @@ void run(const Plan& p, const Gradients& g, const RowUpdate* update, const Paral
   if (update != nullptr) {  // to the optimizer a gradient of zeros is a step all the same
     PrototypeRows<Unit> out(p, g, update);
     const std::vector<RealOf<Unit>> zeros(static_cast<size_t>(p.prototypes.dim));
-    for (int64_t j = 0; j < p.sampled; ++j) out.put(j, 1, zeros.data(), p.prototypes.dim);
+    for (int64_t j = 0; j < p.sampled; ++j)
+      for (int64_t k = 0; k < p.centers; ++k) out.put(j, k, 1, zeros.data(), p.prototypes.dim);
   }
 }
 

@@ -4,13 +4,14 @@
 
 #include "../../core/softmax.h"
 #include "loss.h"
+#include "nearest_center.h"
 #include "operands.h"
 
 namespace unicom::cpu {
 
 int64_t packed_bytes(const Problem& p) {
   const int64_t bytes_per_value = p.is_double() ? 8 : p.precision == Precision::kBf16 ? 2 : 4;
-  const int64_t lanes = round_up(p.bound, kLanes);
+  const int64_t lanes = round_up(p.bound, kLanes) * p.centers;
   return lanes * panel_height(p.embeddings.dim) * bytes_per_value +
          (lanes + panel_height(p.embeddings.dim)) * static_cast<int64_t>(sizeof(double));
 }
@@ -45,9 +46,12 @@ class Forward {
         classes_(saved.packed, s_),
         rows_(p, s_, parallel),
         together_(s_.blocks <= kBlocksBesideChunk),
-        chunk_panels_(std::clamp<int64_t>(
-            kChunkBytes / (bytes_of_row(p.prototypes) * kLanes) / 4 * 4, 4, kBlockPanels)),
-        run_panels_(std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), 4))),
+        together_panels_(p.centers == 1 ? kPanelsTogether : p.centers),
+        chunk_panels_(std::clamp(kChunkBytes / (bytes_of_row(p.prototypes) * kLanes),
+                                 together_panels_, kBlockPanels) /
+                      together_panels_ * together_panels_),
+        run_panels_(
+            std::max(chunk_panels_, round_up(ceil_div(s_.panels, kRuns), together_panels_))),
         runs_(ceil_div(s_.panels, run_panels_)),
         partial_(runs_ * s_.padded_rows),
         class_sums_(p.smooths() ? runs_ * s_.height : 0) {
@@ -89,8 +93,9 @@ class Forward {
     Buffer<Real> scratch(kLanes * s_.height);
     for (int64_t j = first; j < first + panels; ++j) {
       Unit* panel = classes_.panels + j * s_.panel_units;
-      k_.pack_panel(p_.prototype_rows, p_.class_index, j * kLanes, p_.sampled, p_.rounding,
-                    scratch.get(), panel, classes_.inverse_norm + j * kLanes);
+      k_.pack_panel(p_.prototype_rows(j % p_.centers), p_.class_index, j / p_.centers * kLanes,
+                    p_.sampled, p_.rounding, scratch.get(), panel,
+                    classes_.inverse_norm + j * kLanes);
       if (p_.smooths()) k_.add_lanes(panel, s_.height, class_sums_.get() + run * s_.height);
     }
   }
@@ -117,8 +122,7 @@ class Forward {
       if (together_) {
         pack(run, first, panels);
         // After the last chunk of a run comes the first of the run that this thread may get.
-        spans =
-            spans_of((last ? (run + parallel_.threads()) * run_panels_ : first + panels) * kLanes);
+        spans = spans_of(last ? (run + parallel_.threads()) * run_panels_ : first + panels);
       }
       const auto count = static_cast<int64_t>(spans.size()), blocks = end_block - first_block;
       for (int64_t b = 0; b < blocks; ++b) {
@@ -130,14 +134,16 @@ class Forward {
     }
   }
 
-  // The rows of a chunk that begins at this slot.
-  std::vector<Span> spans_of(int64_t first) const {
+  // The rows of a chunk that begins at this panel.
+  std::vector<Span> spans_of(int64_t first_panel) const {
     std::vector<Span> spans;
     if (chunk_panels_ * kLanes * bytes_of_row(p_.prototypes) > kMostAhead) return spans;
-    const int64_t end = std::min(p_.sampled, first + chunk_panels_ * kLanes);
-    for (int64_t slot = first; slot < end; ++slot) {
-      spans.push_back({row_of(p_.prototypes, p_.class_of(slot)), bytes_of_row(p_.prototypes)});
-    }
+    const int64_t first = first_panel / p_.centers * kLanes;
+    const int64_t end = std::min(p_.sampled, first + chunk_panels_ / p_.centers * kLanes);
+    for (int64_t slot = first; slot < end; ++slot)
+      for (int64_t k = 0; k < p_.centers; ++k)
+        spans.push_back(
+            {unicom::row_of(p_.prototypes, p_.row_of(slot, k)), bytes_of_row(p_.prototypes)});
     return spans;
   }
 
@@ -188,7 +194,7 @@ class Forward {
   const PackedClasses<Unit> classes_;
   const PackedRows<Unit> rows_;
   const bool together_;  // packing and multiplying
-  const int64_t chunk_panels_, run_panels_, runs_;
+  const int64_t together_panels_, chunk_panels_, run_panels_, runs_;
   int64_t exponent_;
   Buffer<RowSum> partial_;     // [run][padded row]
   Buffer<double> class_sums_;  // [run][height], with label smoothing
@@ -202,7 +208,8 @@ void target_cosines(const Plan& p, const ShardSums& out, const double* class_sum
   constexpr int64_t kSamplesPerItem = 16;
   parallel.run(ceil_div(p.batch, kSamplesPerItem), [&](int64_t item) {
     const int64_t dim = p.embeddings.dim;
-    Buffer<double> x(dim), w(dim);
+    Buffer<double> x(dim);
+    NearestCenter nearest(p);
     const int64_t end = std::min(p.batch, (item + 1) * kSamplesPerItem);
     for (int64_t i = item * kSamplesPerItem; i < end; ++i) {
       double* cosine = out.cosines(i);
@@ -216,8 +223,8 @@ void target_cosines(const Plan& p, const ShardSums& out, const double* class_sum
       for (int64_t q = 0; q < p.positives.width; ++q) {
         const int64_t slot = p.positives.of(i)[q];
         if (slot < 0) continue;
-        k.unit_row(p.prototype_rows, p.class_of(slot), w.get(), dim);
-        cosine[q] = k.dot(x.get(), w.get(), dim);
+        nearest.find(slot, x.get());
+        cosine[q] = nearest.cosine();
         if (class_sum == nullptr) continue;
         negatives.count -= 1;
         negatives.cosines -= cosine[q];

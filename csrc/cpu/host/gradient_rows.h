@@ -96,22 +96,24 @@ class PrototypeRows {
   ~PrototypeRows() { _mm_sfence(); }
 #endif
 
-  // rows [count][height] of the selected columns, of the slots from `first` on
-  void put(int64_t first, int64_t count, const Real* rows, int64_t height) {
+  // rows [count][height] of the selected columns, of one centre of the slots from `first` on
+  void put(int64_t first, int64_t center, int64_t count, const Real* rows, int64_t height) {
     if (!whole_) {
       for (int64_t r = 0; r < count; ++r)
-        write_row(columns_, p_.class_of(first + r), rows + r * height);
+        write_row(columns_, p_.row_of(first + r, center), rows + r * height);
       return;
     }
     if (spread_) {
-      kernels_for<Unit>().spread_rows(rows, height, count, p_.prototype_rows, rows_.get(), p_.dim);
+      kernels_for<Unit>().spread_rows(rows, height, count, p_.prototype_rows(0), rows_.get(),
+                                      p_.dim);
       rows = rows_.get();
       height = p_.dim;
     }
     for (int64_t r = 0; r < count; ++r) {
       const Real* row = rows + r * height;
       if (update_ == nullptr) {
-        if (!store_past_caches(first + r, row)) write_row(all_, first + r, row);
+        const int64_t to = (first + r) * p_.centers + center;
+        if (!store_past_caches(to, row)) write_row(all_, to, row);
         continue;
       }
       const DType dtype = arithmetic(all_.dtype);
@@ -120,19 +122,20 @@ class PrototypeRows {
         write_row({converted_.get(), dtype, 0, nullptr, p_.dim}, 0, row);
         gradient = converted_.get();
       }
-      update_->step(p_.class_of(first + r), gradient,
-                    p_.class_of(first + std::min(r + kRowsAhead, count - 1)));
+      update_->step(p_.row_of(first + r, center), gradient,
+                    p_.row_of(first + std::min(r + kRowsAhead, count - 1), center));
     }
   }
 
  private:
   // A gradient larger than the caches gains nothing from passing through them.
-  bool store_past_caches(int64_t slot, const Real* row) const {
+  bool store_past_caches(int64_t row_index, const Real* row) const {
 #if defined(__SSE2__)
     const int64_t bytes = p_.dim * static_cast<int64_t>(sizeof(Real));
-    auto* to = reinterpret_cast<__m128i*>(static_cast<char*>(all_.data) + slot * bytes);
+    auto* to = reinterpret_cast<__m128i*>(static_cast<char*>(all_.data) + row_index * bytes);
     if (all_.dtype == DType::kFloat32 && sizeof(Real) == 4 && bytes % 16 == 0 &&
-        bytes * p_.sampled > kCacheBytes && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+        bytes * p_.sampled * p_.centers > kCacheBytes &&
+        reinterpret_cast<uintptr_t>(to) % 16 == 0) {
       const auto* from = reinterpret_cast<const __m128i*>(row);
       for (int64_t i = 0; i < bytes / 16; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
       return true;
@@ -143,7 +146,7 @@ class PrototypeRows {
 
   const Plan& p_;
   const RowUpdate* update_;
-  const bool whole_;             // rows are written whole, one for each slot
+  const bool whole_;             // rows are written whole, one for each prototype
   const bool spread_;            // and columns were selected
   const RowSink columns_, all_;  // the matrix by selected columns, and by whole rows
   Buffer<Real> rows_;            // [16][dim], zero where columns were not selected

@@ -25,7 +25,7 @@ struct Shape {
   int64_t dim, height;          // selected dimensions; padded to whole tiles
   int64_t units;                // along the dimensions, what a logit sums over
   int64_t panel_units;          // units of a packed class panel
-  int64_t panels;               // of sampled classes
+  int64_t panels;               // of sampled classes: of each sixteen as many as centres
   int64_t batch, tiles;         // rows, and tiles of six rows
   int64_t padded_rows;          // whole granules
   int64_t blocks, block_tiles;  // row blocks of the logit kernels
@@ -35,7 +35,7 @@ struct Shape {
         height(panel_height(dim)),
         units(ceil_div(dim, kValues)),
         panel_units(height / kValues * kLanes),
-        panels(ceil_div(p.sampled, kLanes)),
+        panels(ceil_div(p.sampled, kLanes) * p.centers),
         batch(p.batch),
         tiles(ceil_div(p.batch, kTile)),
         padded_rows(round_up(p.batch, kRowGranule)) {
@@ -97,11 +97,12 @@ struct PackedClasses {
 // Bits of the lanes that hold no negative, for the rows and panels of a block.
 using StruckLanes = uint16_t[kBlockTiles * kTile * kBlockPanels];
 
-// The positives of each row, and the lanes past the last class.
+// The positives of each row, and the lanes past the last class. Panels: of classes, whatever the
+// number of their centres.
 template <class Unit>
 void strike(const Plan& p, int64_t first_row, int64_t first_panel, LogitBlock<Unit>* block,
             uint16_t* struck) {
-  const int64_t rows = block->tiles * kTile, panels = block->panels;
+  const int64_t rows = block->tiles * kTile, panels = block->panels / block->centers;
   const int64_t first = first_panel * kLanes, valid = p.sampled - first;
   block->struck = struck;
   std::fill_n(struck, rows * panels, uint16_t{0});
@@ -132,7 +133,8 @@ void fill_block(const Plan& p, const Shape<Unit>& s, const PackedRows<Unit>& row
   out->units = s.units;
   out->tiles = s.tiles_in_block(block);
   out->panels = panels;
-  strike(p, first_row, first_panel, out, *struck);
+  out->centers = p.centers;
+  strike(p, first_row, first_panel / p.centers, out, *struck);
   out->scale = static_cast<RealOf<Unit>>(p.scale);
   out->filter = static_cast<RealOf<Unit>>(p.filter);
   out->kept = std::clamp<int64_t>(p.kept_panels - first_panel, 0, panels);

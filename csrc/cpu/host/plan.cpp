@@ -22,18 +22,18 @@ int64_t kept_panel_bytes(const Problem& p) {
 }
 
 int64_t kept_panels(const Problem& p) {
-  const int64_t panels = ceil_div(p.bound, kLanes);
+  const int64_t panels = ceil_div(p.bound, kLanes) * p.centers;
   const int64_t bytes = kept_panel_bytes(p);
   if (p.keep_bytes == 0 || bytes == 0) return 0;
   const int64_t fit = p.keep_bytes / bytes;
-  return fit >= panels ? panels : fit / 4 * 4;
+  const int64_t together = p.centers == 1 ? kPanelsTogether : p.centers;
+  return fit >= panels ? panels : fit / together * together;
 }
 
 Plan::Plan(const Problem& p)
     : Problem(p),
       column_bits_(column_bits(p.embeddings)),
       embedding_rows(p.embeddings, column_bits_.data()),
-      prototype_rows(p.prototypes, column_bits_.data()),
       sampled(p.count != nullptr ? *p.count : p.bound),
       rounding(p.precision == Precision::kFp16 && !p.is_double() ? Rounding::kFloat16
                                                                  : Rounding::kNone),

@@ -30,8 +30,9 @@ void with_unit(const Problem& p, const F& f) {
     f(float{});
 }
 
-// Class panels whose cosines are kept for backward, and the bytes of one. A multiple of four, or
-// all of them: what the widest kernels work on together.
+// Class panels whose cosines are kept for backward, and the bytes of one. A multiple of what kernels
+// work on together (kPanelsTogether, and the centres of a class), or all of them.
+constexpr int64_t kPanelsTogether = 4;
 int64_t kept_panels(const Problem&);
 int64_t kept_panel_bytes(const Problem&);
 
@@ -39,7 +40,7 @@ class Plan : public Problem {
   std::vector<uint16_t> column_bits_;
 
  public:
-  SourceRows embedding_rows, prototype_rows;
+  SourceRows embedding_rows;
   int64_t sampled;  // classes that take part
   Rounding rounding;
   int64_t kept_panels;
@@ -50,6 +51,18 @@ class Plan : public Problem {
 
   int64_t class_of(int64_t slot_index) const {
     return class_index != nullptr ? class_index[slot_index] : slot_index;
+  }
+  // Of a prototype in its matrix.
+  int64_t row_of(int64_t slot_index, int64_t center) const {
+    return class_of(slot_index) * centers + center;
+  }
+  // Where a prototype is among the packed ones: see layout.h.
+  int64_t place_of(int64_t slot_index, int64_t center) const {
+    return (slot_index / kLanes * centers + center) * kLanes + slot_index % kLanes;
+  }
+  // What kernels read: row j is that centre of class j.
+  SourceRows prototype_rows(int64_t center) const {
+    return {rows_of_center(center), column_bits_.data()};
   }
 };
 

@@ -50,11 +50,13 @@ struct CosineBlock {
 
 template <class Unit>
 struct LogitBlock : CosineBlock<Unit> {
-  const uint16_t* struck;  // [6 tiles][panels] bits of the lanes that hold no negative
+  int64_t centers;         // panels for each sixteen classes; the run holds all of them
+  const uint16_t* struck;  // [6 tiles][panels / centers] bits of the lanes that hold no negative
   RealOf<Unit> scale;
   RealOf<Unit> filter;  // negative cosines above this count as 0; +inf: none
   // Cosines that the forward pass writes and the backward pass reads instead of multiplying again,
-  // for the first `kept` panels of the run: [kept][...][6][16], tiles of one panel side by side.
+  // for the first `kept` panels of the run, whole classes: [kept][...][6][16], tiles of one panel
+  // side by side.
   RealOf<Unit>* cosines = nullptr;
   int64_t kept = 0;
   int64_t cosines_panel_stride = 0;
@@ -73,6 +75,7 @@ struct RowSum {
 // Most tiles and panels a logit block may have: its operands stay in the second-level cache.
 constexpr int64_t kBlockTiles = 32;
 constexpr int64_t kBlockPanels = 16;
+constexpr int64_t kMaxCenters = kBlockPanels;
 
 constexpr int64_t kRunningExponent = INT64_MIN;
 

@@ -2,7 +2,9 @@
 // forward pass saves can be read by any backward pass.
 //
 //   vector panels   [panel][unit][16]  sixteen classes (or batch rows) side by side; the kernels
-//                                      load one line of 16 and multiply it by broadcast values
+//                                      load one line of 16 and multiply it by broadcast values.
+//                                      Classes of several centres have a panel for each of
+//                                      these: the first ones of sixteen classes, then the second.
 //   tile panels     [tile][unit][6]    six rows side by side; the kernels broadcast from these
 //   gradient panels [panel][dim][16]   like vector panels, accumulated in Real
 //

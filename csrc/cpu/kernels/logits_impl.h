@@ -44,6 +44,40 @@ UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& blo
   return {out, kSize};
 }
 
+// The same for sixteen classes of several centres each, in the panels from `panel` on, centre by
+// centre: of[k] is that tile of centre k.  out: [centers][6][16]
+template <class Unit, Kept kKept>
+UNICOM_INLINE void center_cosines(const LogitBlock<Unit>& block, int64_t panel, int64_t tile,
+                                  LinesAhead* ahead, RealOf<Unit>* out, const RealOf<Unit>** of) {
+  constexpr int P = kRegisterPanels<RealOf<Unit>>;
+  int64_t k = 0;
+  auto take = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    for (; k + kCount <= block.centers; k += kCount) {
+      const auto found = tile_cosines<Unit, kCount, kKept>(block, panel + k, tile, ahead,
+                                                           out + k * kTile * kLanes);
+      for (int i = 0; i < kCount; ++i) of[k + i] = found.data + i * found.panel_stride;
+    }
+  };
+  take(std::integral_constant<int, P>{});
+  if constexpr (P > 2) {
+    take(std::integral_constant<int, P - 1>{});
+    take(std::integral_constant<int, 2>{});
+  }
+  if constexpr (P > 1) take(std::integral_constant<int, 1>{});
+}
+
+// The largest of each class's cosines, at an offset of the tile; NaN where one of them is.
+template <class Real>
+UNICOM_INLINE Vec<Real> nearest_center(const Real* const* of, int64_t centers, int64_t offset) {
+  Vec<Real> best = load(of[0] + offset);
+  for (int64_t k = 1; k < centers; ++k) {
+    const Vec<Real> c = load(of[k] + offset);
+    best = (c > best) | (c != c) ? c : best;
+  }
+  return best;
+}
+
 // The sixteen cosines of one row and panel, with those that are no negatives struck out.
 template <class Unit>
 struct Negatives {
@@ -67,8 +101,9 @@ void sum_exp(const SumExp<Unit>& args) {
   using Real = RealOf<Unit>;
   constexpr int P = kRegisterPanels<Real>;
   constexpr int kV = kVectors<Real>;
-  alignas(64) Real cosines[P * kTile * kLanes];
+  alignas(64) Real cosines[kMaxCenters * kTile * kLanes];
   const int64_t rows = args.tiles * kTile;
+  const int64_t centers = args.centers, classes = args.panels / centers;  // sixteens of classes
   const bool running = args.exponent == kRunningExponent;
   const Vec<Real> fixed = broadcast(static_cast<Real>(running ? 0 : args.exponent));
   const Real scale = args.scale;
@@ -83,8 +118,9 @@ void sum_exp(const SumExp<Unit>& args) {
     }
     args.result[r].sum += total;
   };
-  const int64_t groups = args.panels / P + args.panels % P;
-  LinesAhead ahead(args.ahead, args.tiles * groups * ask_steps(args.units));
+  const int64_t products =
+      centers == 1 ? classes / P + classes % P : classes * ceil_div(centers, P);
+  LinesAhead ahead(args.ahead, args.tiles * products * ask_steps(args.units));
   // Raises the row's exponent where a larger logit comes; the powers of two make it exact.
   auto raise = [&](int64_t r, const Vec<Real>* c) {
     Vec<Real> top = c[0];
@@ -105,7 +141,15 @@ void sum_exp(const SumExp<Unit>& args) {
     constexpr bool kRunning = decltype(is_running)::value;
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      const auto tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, &ahead, cosines);
+      TileCosines<Real> tile{cosines, 0};
+      if (kCount > 1 || centers == 1) {
+        tile = tile_cosines<Unit, kCount, Kept::kWrite>(args, panel, t, &ahead, cosines);
+      } else {
+        const Real* of[kMaxCenters];
+        center_cosines<Unit, Kept::kWrite>(args, panel * centers, t, &ahead, cosines, of);
+        for (int64_t i = 0; i < kTile * kLanes; i += kWidth<Real>)
+          store(cosines + i, nearest_center<Real>(of, centers, i));
+      }
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
         Real* sums = args.sums + r * kLanes;
@@ -117,7 +161,7 @@ void sum_exp(const SumExp<Unit>& args) {
         }
         for (int p = 0; p < kCount; ++p) {
           Negatives<Unit> c(tile.data + p * tile.panel_stride + m * kLanes,
-                            args.struck[r * args.panels + panel + p]);
+                            args.struck[r * classes + panel + p]);
           for (int v = 0; v < kV; ++v) {
             best[v] = larger<Real>(c.value[v], best[v]);
             c.value[v] = c.value[v] > filter ? Vec<Real>{} : c.value[v];
@@ -142,10 +186,9 @@ void sum_exp(const SumExp<Unit>& args) {
   };
   int64_t panel = 0;
   auto all_panels = [&](auto is_running) {
-    for (; panel + P <= args.panels; panel += P)
+    for (; centers == 1 && panel + P <= classes; panel += P)
       panels_at(is_running, std::integral_constant<int, P>{}, panel);
-    for (; panel < args.panels; ++panel)
-      panels_at(is_running, std::integral_constant<int, 1>{}, panel);
+    for (; panel < classes; ++panel) panels_at(is_running, std::integral_constant<int, 1>{}, panel);
   };
   if (running)
     all_panels(std::true_type{});
@@ -210,23 +253,33 @@ void probabilities(const Probabilities<Unit>& args) {
   constexpr int64_t kGroup = kLanes / UnitTraits<Unit>::kValues;
   constexpr int64_t kMaxRows = kBlockTiles * kTile;
   constexpr bool kPaired = UnitTraits<Unit>::kValues == 2;
-  alignas(64) Real cosines[P * kTile * kLanes];
+  alignas(64) Real cosines[kMaxCenters * kTile * kLanes];
   // Pairs are rounded from here; single values are written to their place along the rows at once.
   LinesAhead ahead({}, 1);  // nothing
-  alignas(64) Real rounded[kPaired ? P : 1][kPaired ? kMaxRows * kLanes : 1];
+  alignas(64) Real rounded[kPaired ? kMaxCenters : 1][kPaired ? kMaxRows * kLanes : 1];
   const int64_t rows = args.tiles * kTile;
+  const int64_t centers = args.centers, classes = args.panels / centers;  // sixteens of classes
   const Real scale = args.scale;
   const Vec<Real> filter = broadcast(args.filter);
 
+  auto place = [&](int64_t panel, int64_t i) {
+    if constexpr (kPaired)
+      return rounded[i];
+    else
+      return args.along_rows + panel * args.along_rows_stride;
+  };
+  auto probability = [&](Vec<Real> c, Vec<Real> exponent, Vec<Real> factor) {
+    const Vec<Real> e = exp_scaled<Real>(exp_parts(c, scale), exponent);
+    return c > filter ? Vec<Real>{} : e * factor;
+  };
+  auto finish = [&](int64_t panel, const Real* p) {
+    emit<Unit>(p, rows, args.along_rows + panel * args.along_rows_stride,
+               args.along_classes + panel * kGroup * kLanes, args.along_classes_stride);
+  };
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
     Real* p[kCount];
-    for (int i = 0; i < kCount; ++i) {
-      if constexpr (kPaired)
-        p[i] = rounded[i];
-      else
-        p[i] = args.along_rows + (panel + i) * args.along_rows_stride;
-    }
+    for (int i = 0; i < kCount; ++i) p[i] = place(panel + i, i);
     for (int64_t t = 0; t < args.tiles; ++t) {
       const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, &ahead, cosines);
       if (tile.data != cosines && t + 1 < args.tiles)
@@ -239,19 +292,46 @@ void probabilities(const Probabilities<Unit>& args) {
         const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
         for (int i = 0; i < kCount; ++i) {
           const Negatives<Unit> c(tile.data + i * tile.panel_stride + m * kLanes,
-                                  args.struck[r * args.panels + panel + i]);
-          for (int v = 0; v < kV; ++v) {
-            const Vec<Real> e = exp_scaled<Real>(exp_parts(c.value[v], scale), exponent);
-            store(p[i] + r * kLanes + v * kWidth<Real>,
-                  c.value[v] > filter ? Vec<Real>{} : e * factor);
+                                  args.struck[r * classes + panel + i]);
+          for (int v = 0; v < kV; ++v)
+            store(p[i] + r * kLanes + v * kWidth<Real>, probability(c.value[v], exponent, factor));
+        }
+      }
+    }
+    for (int i = 0; i < kCount; ++i) finish(panel + i, p[i]);
+  };
+  // Of each class the nearest centre has all of the probability, of equals the first.
+  auto centers_at = [&](int64_t first) {  // sixteen classes
+    Real* p[kMaxCenters];
+    for (int64_t k = 0; k < centers; ++k) p[k] = place(first * centers + k, k);
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      const Real* of[kMaxCenters];
+      center_cosines<Unit, Kept::kRead>(args, first * centers, t, &ahead, cosines, of);
+      for (int64_t m = 0; m < kTile; ++m) {
+        const int64_t r = t * kTile + m;
+        const Vec<Real> exponent = broadcast(static_cast<Real>(args.row[r].exponent));
+        const Vec<Real> factor = broadcast(static_cast<Real>(args.row[r].factor));
+        alignas(64) Real best[kLanes];
+        for (int64_t i = 0; i < kLanes; i += kWidth<Real>)
+          store(best + i, nearest_center<Real>(of, centers, m * kLanes + i));
+        const Negatives<Unit> c(best, args.struck[r * classes + first]);
+        for (int v = 0; v < kV; ++v) {
+          Vec<Real> left = probability(c.value[v], exponent, factor);
+          const Vec<Real> largest = load(best + v * kWidth<Real>);
+          for (int64_t k = 0; k < centers; ++k) {
+            const Vec<Real> own = load(of[k] + m * kLanes + v * kWidth<Real>);
+            store(p[k] + r * kLanes + v * kWidth<Real>, own < largest ? Vec<Real>{} : left);
+            left = own < largest ? left : Vec<Real>{};
           }
         }
       }
     }
-    for (int i = 0; i < kCount; ++i)
-      emit<Unit>(p[i], rows, args.along_rows + (panel + i) * args.along_rows_stride,
-                 args.along_classes + (panel + i) * kGroup * kLanes, args.along_classes_stride);
+    for (int64_t k = 0; k < centers; ++k) finish(first * centers + k, p[k]);
   };
+  if (centers > 1) {
+    for (int64_t first = 0; first < classes; ++first) centers_at(first);
+    return;
+  }
   int64_t panel = 0;
   for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
   for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);

@@ -48,12 +48,16 @@ auto with_unit(const Problem& p, const F& f) {
   return f(float{});
 }
 
+ClassOrder order_of(const Problem& p) {
+  return with_unit(p, [&](auto unit) { return ClassOrder::of<decltype(unit)>(p.centers); });
+}
+
 struct Padded {
   int64_t rows, classes, depth;
 
   explicit Padded(const Problem& p)
       : rows(round_up(p.batch, kRowGranule)),
-        classes(round_up(p.bound, kClassGranule)),
+        classes(round_up(order_of(p).rows(p.bound), kClassGranule)),
         depth(round_up(p.embeddings.dim, kDepthGranule)) {}
 };
 
@@ -105,7 +109,7 @@ struct BackwardSpace {
   double *smooth_weight, *smooth_sum;  // of label smoothing
   RowScale<RealOf<Unit>>* row_scale;
   RealOf<Unit>*embedding_sums, *prototype_sums;
-  int64_t* by_slot;
+  int64_t *by_slot, *target_prototype;
   double* upstream;
   char *taken, *targets;  // gradient rows of one chunk, and the samples' targets, if rows are taken
 
@@ -129,6 +133,7 @@ struct BackwardSpace {
     embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
     by_slot = arena.take<int64_t>(want_prototypes ? p.batch * p.positives.width : 0);
+    target_prototype = arena.take<int64_t>(p.centers > 1 ? p.batch * p.positives.width : 0);
     const int64_t value_bytes = take ? bytes_of(p.prototypes.dtype) : 0;
     upstream = arena.take<double>(1);
     taken = arena.take<char>(taken_bytes(p.dim * value_bytes));
@@ -157,6 +162,7 @@ template <class Unit>
 Logits logits_of(const Problem& p, const Padded& n, const Unit* rows, const Unit* classes) {
   return {.embeddings = rows,
           .prototypes = classes,
+          .order = order_of(p),
           .rows = n.rows,
           .classes = n.classes,
           .depth = n.depth,
@@ -173,6 +179,7 @@ template <class Unit>
 void pack_embeddings(Queue& queue, const Problem& p, const Padded& n, const double* factor,
                      Unit* unit, double* inverse_norm) {
   pack_rows<Unit>(queue, {.source = p.embeddings,
+                          .order = {},
                           .ids = nullptr,
                           .count = nullptr,
                           .total = p.batch,
@@ -193,7 +200,7 @@ template <class Unit>
 int64_t kept_classes(const Problem& p) {
   if (UnitTraits<Unit>::kTensorCores || p.batch == 0) return 0;
   const int64_t fit = p.keep_bytes / bytes_of_kept<Unit>(p, kClassGranule) * kClassGranule;
-  return std::min(fit, round_up(p.bound, kClassGranule));
+  return std::min(fit, Padded(p).classes);
 }
 
 template <class Unit>
@@ -205,6 +212,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
   const PackedClasses<Unit> classes(saved.packed, n);
 
   pack_rows<Unit>(queue, {.source = p.prototypes,
+                          .order = order_of(p),
                           .ids = p.class_index,
                           .count = p.count,
                           .total = p.bound,
@@ -230,6 +238,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
   finish_sums<RealOf<Unit>>(queue, {.embeddings = p.embeddings,
                                     .prototypes = p.prototypes,
                                     .class_index = p.class_index,
+                                    .centers = p.centers,
                                     .positives = p.positives,
                                     .batch = p.batch,
                                     .rows = n.rows,
@@ -283,10 +292,16 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                  .upstream = taken ? space.upstream : nullptr});
   // Columns that were not selected stay zero.
   if (taken) queue.fill_zero(space.taken, space.taken_bytes(p.dim * bytes_of(p.prototypes.dtype)));
+  const ClassOrder order = order_of(p);
+  // Prototypes, class by class, before those of a chunk.
+  auto prototypes_before = [&](int64_t row) {
+    return order.centers == 1 ? row : row / order.cols * order.classes_of_tile() * order.centers;
+  };
   auto take = [&](int64_t first, int64_t chunk) {
+    const int64_t begin = prototypes_before(first), end = prototypes_before(first + chunk);
     (*take_rows)(queue, {.rows = space.taken,
-                         .first = first,
-                         .count = std::min(chunk, p.bound - first),
+                         .first = begin,
+                         .count = std::min(end, p.bound * p.centers) - begin,
                          .upstream = space.upstream});
   };
   if (p.batch == 0) {
@@ -294,11 +309,24 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
     return;
   }
   pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
+  Positives targets = p.positives;  // as prototypes
+  if (p.centers > 1) {
+    find_centers(queue, {.embeddings = p.embeddings,
+                         .prototypes = p.prototypes,
+                         .class_index = p.class_index,
+                         .centers = p.centers,
+                         .positives = p.positives,
+                         .batch = p.batch,
+                         .row_inverse_norm = space.inverse_norm,
+                         .class_inverse_norm = classes.inverse_norm,
+                         .prototype = space.target_prototype});
+    targets.slots = space.target_prototype;
+  }
   if (want_prototypes) {
     pack_embeddings<Unit>(queue, p, n, space.folded, space.weighted, nullptr);
-    order_positives(queue, {.slots = p.positives.slots,
-                            .count = p.batch * p.positives.width,
-                            .by_slot = space.by_slot});
+    order_positives(
+        queue,
+        {.slots = targets.slots, .count = p.batch * p.positives.width, .by_slot = space.by_slot});
     if (p.smooths())
       sum_smoothed(queue, {.embeddings = p.embeddings,
                            .batch = p.batch,
@@ -312,7 +340,8 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                 .prototypes = p.prototypes,
                 .by_sample = false,
                 .class_index = p.class_index,
-                .positives = p.positives,
+                .order = order,
+                .positives = targets,
                 .batch = p.batch,
                 .depth = n.depth,
                 .target_weight = space.target_weight,
@@ -333,7 +362,8 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
   if (taken && want_embeddings)
     copy_targets(queue, {.prototypes = p.prototypes,
                          .class_index = p.class_index,
-                         .slots = p.positives.slots,
+                         .centers = p.centers,
+                         .slots = targets.slots,
                          .count = p.batch * p.positives.width,
                          .out = space.targets});
   for (int64_t first = 0; first < n.classes; first += space.chunk) {
@@ -355,6 +385,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                        .rows = n.rows,
                        .chunk = chunk,
                        .depth = n.depth,
+                       .order = order,
                        .count = p.count,
                        .bound = p.bound,
                        .first = first,
@@ -382,7 +413,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                     .by_slot = space.by_slot,
                                     .largest = space.largest,
                                     .compact = g.compact || taken,
-                                    .sink_first = taken ? first : 0});
+                                    .sink_first = taken ? prototypes_before(first) : 0});
     if (taken) take(first, chunk);
   }
   if (!want_embeddings) return;
@@ -440,6 +471,8 @@ void write_results(Queue& queue, const WriteResults& a, bool is_double) {
     write_results<float>(queue, a);
 }
 
+int64_t most_centers(const Problem& p) { return order_of(p).most_centers(); }
+
 int64_t backward_chunk(const Problem& p) {
   return with_unit(p, [&](auto unit) { return chunk_of<decltype(unit)>(p); });
 }
@@ -459,8 +492,8 @@ void backward(Queue& queue, const Problem& p, const Gradients& g, const TakeRows
   const bool all_written =
       p.batch > 0 && p.class_index == nullptr && p.prototypes.columns == nullptr;
   if (g.prototypes != nullptr && !all_written)
-    queue.fill_zero(g.prototypes,
-                    (g.compact ? p.bound : p.num_classes) * p.dim * bytes_of(p.prototypes.dtype));
+    queue.fill_zero(g.prototypes, (g.compact ? p.bound : p.num_classes) * p.centers * p.dim *
+                                      bytes_of(p.prototypes.dtype));
   with_unit(p, [&](auto unit) { run_backward<decltype(unit)>(queue, p, g, take, workspace); });
 }
 

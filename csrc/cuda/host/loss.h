@@ -14,6 +14,8 @@ namespace unicom::cuda {
 int64_t packed_bytes(const Problem&);
 int64_t kept_bytes(const Problem&);
 
+int64_t most_centers(const Problem&);
+
 int64_t forward_workspace(const Problem&);
 void forward(Queue&, const Problem&, const ShardSums&, const Saved&, void* workspace);
 
@@ -22,13 +24,14 @@ void write_results(Queue&, const WriteResults&, bool is_double);
 
 // Some rows of the prototypes' gradient, and what takes them instead of storing them.
 struct GradientRows {
-  const void* rows;  // [count][d], of the prototypes' type, for classes [first, first + count)
+  const void*
+      rows;  // [count][d], of the prototypes' type, for those from `first` on, class by class
   int64_t first, count;
   const double* upstream;  // see SparseRows
 };
 using TakeRows = std::function<void(Queue&, const GradientRows&)>;
 
-// How many classes' gradients are there at a time.
+// How many prototypes' gradients are there at a time, at most.
 int64_t backward_chunk(const Problem&);
 
 // take, unless it is null, takes the prototypes' gradient, in pieces, in their order. It may change

@@ -17,10 +17,12 @@ __global__ void pack_rows_kernel(__grid_constant__ const PackRows a) {
   const int lane = lane_index();
   Unit* out = static_cast<Unit*>(a.unit) + row * a.depth;
   const int64_t count = a.count != nullptr ? *a.count : a.total;
+  const int64_t centers = a.order.centers, index = a.order.prototype_at(row);
   double factor = 0;
   int64_t id = 0;
-  if (row < count && (a.positives.slots == nullptr || a.positives.count(row) > 0)) {
-    id = a.ids != nullptr ? a.ids[row] : row;
+  if (index >= 0 && index < count * centers &&
+      (a.positives.slots == nullptr || a.positives.count(row) > 0)) {
+    id = row_id(a.ids, index, centers);
     double sum = 0;
     for (int64_t k = lane; k < a.source.dim; k += kWarp) {
       const double x = read_value<T>(a.source, id, k);
@@ -29,7 +31,7 @@ __global__ void pack_rows_kernel(__grid_constant__ const PackRows a) {
     sum = warp_sum(sum);
     factor = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
   }
-  if (a.inverse_norm != nullptr && lane == 0) a.inverse_norm[row] = factor;
+  if (a.inverse_norm != nullptr && lane == 0 && index >= 0) a.inverse_norm[index] = factor;
   if (factor == 0) {
     for (int64_t k = lane; k < a.depth; k += kWarp) out[k] = narrow<Unit>(0.0f);
     return;

@@ -14,7 +14,7 @@ __global__ void __launch_bounds__(kThreads, 1) product_kernel(__grid_constant__ 
   using Real = typename T::Real;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
   const int64_t first_col = static_cast<int64_t>(blockIdx.y) * kCols;
-  const int64_t count = a.count != nullptr ? *a.count : a.bound;
+  const int64_t count = a.order.rows(a.count != nullptr ? *a.count : a.bound);
   const int64_t valid = min_of(max_of<int64_t>(count - a.first, 0), a.chunk);
   if (!kEmbeddings && first_row >= valid) return;
 

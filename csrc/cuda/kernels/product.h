@@ -15,8 +15,9 @@ struct Product {
   const void* probabilities;  // [rows][chunk]
   const void* operand;        // [chunk or rows][depth]
   int64_t rows, chunk, depth;
+  ClassOrder order;
   const int64_t* count;  // on the device, classes in all, or nullptr: bound
-  int64_t bound, first;  // classes past count have no share and get no sum
+  int64_t bound, first;  // the first row of prototypes; those past count have no share and no sum
   int64_t splits;        // the sum is cut into this many parts, each with its own result
   bool accumulate;       // add to what out holds
   void* out;             // [splits][rows or chunk][depth] RealOf<Unit>

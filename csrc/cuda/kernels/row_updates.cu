@@ -67,8 +67,8 @@ UNICOM_DEVICE int64_t updated_row(const SparseRows& g, int64_t num_rows, int64_t
   if (g.upstream != nullptr && *g.upstream != 1) return -1;
   const int64_t at = g.first + j;
   if (g.ids == nullptr) return at;
-  const int64_t id = g.ids[at];
-  if (id < 0 || id >= num_rows || (at > 0 && g.ids[at - 1] == id)) return -1;
+  const int64_t place = at / g.centers, id = g.ids[place] * g.centers + at % g.centers;
+  if (id < 0 || id >= num_rows || (place > 0 && g.ids[place - 1] == g.ids[place])) return -1;
   return id;
 }
 

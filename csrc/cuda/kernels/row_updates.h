@@ -9,10 +9,11 @@ namespace unicom::cuda {
 // Entry j is the gradient of row ids[first + j]. Equal ids lie beside each other, and only the
 // first of them counts: the others' rows are not read. Ids that are no rows are passed over.
 struct SparseRows {
-  const int64_t* ids;  // [first + count]; nullptr: row j has id j
+  const int64_t* ids;  // [first + count], or of classes of several centres; nullptr: row j has id j
   const void* rows;    // [count][dim], of the parameter's type
   int64_t count;
   int64_t first = 0;                 // entries before these, of which other calls take care
+  int64_t centers = 1;               // entry j is centre j % centers of class ids[j / centers]
   const double* upstream = nullptr;  // [1] on the device: unless it is 1, no row is updated
 };
 

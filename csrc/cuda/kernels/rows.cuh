@@ -6,6 +6,14 @@
 
 namespace unicom::cuda {
 
+// Row of a prototype, of which index says the place of its class in a list, or among all, and the
+// centre: place * centers + centre.
+UNICOM_DEVICE int64_t row_id(const int64_t* class_index, int64_t index, int64_t centers) {
+  if (class_index == nullptr) return index;
+  return centers == 1 ? class_index[index]
+                      : class_index[index / centers] * centers + index % centers;
+}
+
 template <class T>
 UNICOM_DEVICE auto read_value(const RowSource& source, int64_t row, int64_t k) {
   const int64_t column = source.columns != nullptr ? source.columns[k] : k;

@@ -10,6 +10,43 @@ namespace {
 
 constexpr int kWideThreads = 1024;  // of kernels that run in one block
 
+// The cosine of a sample with the nearest centre of the class in a slot, of equals the first; the
+// same on all lanes of a warp.
+struct NearestCenter {
+  double cosine;
+  int64_t prototype;  // slot * centers + centre
+};
+template <class Call>
+UNICOM_DEVICE NearestCenter nearest_center(const Call& a, int64_t sample, int64_t slot) {
+  NearestCenter best{0, slot * a.centers};
+  const double x_inverse = a.row_inverse_norm[sample];
+  for (int64_t index = slot * a.centers; index < (slot + 1) * a.centers; ++index) {
+    const int64_t id = row_id(a.class_index, index, a.centers);
+    const double w_inverse = a.class_inverse_norm[index];
+    double cosine = 0;
+    for (int64_t k = lane_index(); k < a.embeddings.dim; k += kWarp)
+      cosine += read_any(a.embeddings, sample, k) * x_inverse *
+                (read_any(a.prototypes, id, k) * w_inverse);
+    cosine = warp_sum(cosine);
+    if (index == slot * a.centers || is_nearer(cosine, best.cosine)) best = {cosine, index};
+  }
+  return best;
+}
+
+// A warp takes one sample.
+__global__ void find_centers_kernel(__grid_constant__ const FindCenters a) {
+  const int64_t i = global_warp();
+  if (i >= a.batch) return;
+  const bool counted = a.positives.count(i) > 0;
+  for (int64_t p = 0; p < a.positives.width; ++p) {
+    const int64_t slot = a.positives.of(i)[p];
+    const int64_t found = slot < 0  ? slot
+                          : counted ? nearest_center(a, i, slot).prototype
+                                    : slot * a.centers;
+    if (lane_index() == 0) a.prototype[i * a.positives.width + p] = found;
+  }
+}
+
 // A warp takes one sample.
 template <class Real>
 __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
@@ -29,12 +66,7 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
     const int64_t slot = a.positives.of(i)[p];
     double cosine = 0;
     if (counted && slot >= 0) {
-      const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
-      const double x_inverse = a.row_inverse_norm[i], w_inverse = a.class_inverse_norm[slot];
-      for (int64_t k = lane; k < a.embeddings.dim; k += kWarp)
-        cosine +=
-            read_any(a.embeddings, i, k) * x_inverse * (read_any(a.prototypes, id, k) * w_inverse);
-      cosine = warp_sum(cosine);
+      cosine = nearest_center(a, i, slot).cosine;
       negatives.count -= 1;
       negatives.cosines -= cosine;
     }
@@ -230,6 +262,9 @@ void prepare_backward(Queue& queue, const PrepareBackward& a) {
 }
 void sum_smoothed(Queue& queue, const SumSmoothed& a) {
   queue.launch(sum_smoothed_kernel, thread_grid(a.depth), kThreads, 0, a);
+}
+void find_centers(Queue& queue, const FindCenters& a) {
+  queue.launch(find_centers_kernel, warp_grid(a.batch), kThreads, 0, a);
 }
 void order_positives(Queue& queue, const OrderPositives& a) {
   const dim3 grid(static_cast<unsigned>(ceil_div(a.count, kWarp)));

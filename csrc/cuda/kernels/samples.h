@@ -10,7 +10,8 @@ namespace unicom::cuda {
 // were given.
 struct FinishSums {
   RowSource embeddings, prototypes;
-  const int64_t* class_index;  // nullptr: class j is row j
+  const int64_t* class_index;  // nullptr: all
+  int64_t centers;
   Positives positives;
   int64_t batch, rows;
   const void* partial;  // [runs][rows] RowSum<Real>
@@ -18,7 +19,7 @@ struct FinishSums {
   double scale;
   double total_sampled;              // of all shards: fixes the constant exponent
   const double* row_inverse_norm;    // [rows]
-  const double* class_inverse_norm;  // [bound]
+  const double* class_inverse_norm;  // [bound * centers]
   const double* class_sum;           // of the unit prototypes; nullptr without label smoothing
   const int64_t* count;              // of classes; nullptr: bound
   int64_t bound;
@@ -63,9 +64,22 @@ struct SumSmoothed {
 };
 void sum_smoothed(Queue&, const SumSmoothed&);
 
-// Positives by slot, those of one class in the order of the batch: the order of their sum.
+// Which prototype each positive is drawn to, of a class of several centres: in double from the rows
+// as they were given, as FinishSums finds it.
+struct FindCenters {
+  RowSource embeddings, prototypes;
+  const int64_t* class_index;  // nullptr: all
+  int64_t centers;
+  Positives positives;
+  int64_t batch;
+  const double *row_inverse_norm, *class_inverse_norm;
+  int64_t* prototype;  // [batch][width] slot * centers + centre; negative slots as they are
+};
+void find_centers(Queue&, const FindCenters&);
+
+// Positives by prototype, those of one in the order of the batch: the order of their sum.
 struct OrderPositives {
-  const int64_t* slots;  // [count]
+  const int64_t* slots;  // [count] slots, or what find_centers made of them
   int64_t count;
   int64_t* by_slot;  // [count]
 };

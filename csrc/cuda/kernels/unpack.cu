@@ -59,9 +59,7 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
     for (int64_t p = 0; p < width; ++p) {
       const int64_t slot = a.positives.of(i)[p], positive = i * width + p;
       if (slot < 0) continue;
-      const int64_t id = a.by_sample                ? positive
-                         : a.class_index != nullptr ? a.class_index[slot]
-                                                    : slot;
+      const int64_t id = a.by_sample ? positive : row_id(a.class_index, slot, a.order.centers);
       value -= (a.target_weight[positive] - smooth) * x_inverse *
                (read_any(a.prototypes, id, k) * a.class_inverse_norm[slot] -
                 a.states.positive(i, p).cosine * (read_any(a.embeddings, i, k) * x_inverse));
@@ -74,7 +72,7 @@ template <class T>
 __global__ void copy_targets_kernel(__grid_constant__ const CopyTargets a) {
   const int64_t i = global_warp();
   if (i >= a.count || a.slots[i] < 0) return;
-  const int64_t id = a.class_index != nullptr ? a.class_index[a.slots[i]] : a.slots[i];
+  const int64_t id = row_id(a.class_index, a.slots[i], a.centers);
   const T* row = static_cast<const T*>(a.prototypes.data) + id * a.prototypes.row_stride;
   T* out = static_cast<T*>(a.out) + i * a.prototypes.dim;
   for (int64_t k = lane_index(); k < a.prototypes.dim; k += kWarp)
@@ -84,14 +82,14 @@ __global__ void copy_targets_kernel(__grid_constant__ const CopyTargets a) {
 template <class Unit>
 __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototypes p) {
   const Unpack& a = p.common;
-  const int64_t row = global_warp();  // within the chunk
-  const int64_t slot = p.first + row;
-  const int64_t count = p.count != nullptr ? *p.count : p.bound;
-  if (row >= p.chunk || slot >= count) return;
+  const int64_t row = global_warp();                         // within the chunk
+  const int64_t slot = a.order.prototype_at(p.first + row);  // and centre
+  const int64_t count = (p.count != nullptr ? *p.count : p.bound) * a.order.centers;
+  if (row >= p.chunk || slot < 0 || slot >= count) return;
 
   const int64_t width = a.positives.width, positives = a.batch * width;
   const int64_t* slots = a.positives.slots;
-  int64_t first = 0;  // of those with this class
+  int64_t first = 0;  // of those with this prototype
   for (int64_t high = positives; first < high;) {
     const int64_t middle = (first + high) / 2;
     if (slots[p.by_slot[middle]] < slot)
@@ -99,7 +97,7 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
     else
       high = middle;
   }
-  const int64_t id = a.class_index != nullptr ? a.class_index[slot] : slot;
+  const int64_t id = row_id(a.class_index, slot, a.order.centers);
   const bool smooths = a.smooth_weight != nullptr;
   const double dot = projection<Unit>(a, row);
   const double w_inverse = a.class_inverse_norm[slot];

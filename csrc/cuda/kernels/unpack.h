@@ -14,7 +14,8 @@ struct Unpack {
   RowSource embeddings, prototypes;
   bool by_sample;  // the rows of prototypes are those of the positives [batch][width] in turn
   const int64_t* class_index;
-  Positives positives;
+  ClassOrder order;
+  Positives positives;  // their prototypes, as slot * centers + centre
   int64_t batch, depth;
   const double* target_weight;    // [batch][width]
   const double* negative_weight;  // [batch]
@@ -39,7 +40,8 @@ void unpack_embeddings(Queue&, const Unpack&);
 struct CopyTargets {
   RowSource prototypes;
   const int64_t* class_index;
-  const int64_t* slots;  // [count]
+  int64_t centers;
+  const int64_t* slots;  // [count] their prototypes, as slot * centers + centre
   int64_t count;
   void* out;  // [count][prototypes.dim], of its type; rows of slots elsewhere are left alone
 };
@@ -47,12 +49,12 @@ void copy_targets(Queue&, const CopyTargets&);
 
 struct UnpackPrototypes {
   Unpack common;
-  int64_t first, chunk;  // classes of this chunk
+  int64_t first, chunk;  // rows of prototypes in this chunk
   const int64_t* count;
   int64_t bound;
   const int64_t* by_slot;  // [batch * width], of OrderPositives
   const double* largest;   // what the weights in the operands were divided by
-  bool compact;            // row j of the sink is class sink_first + j of the list, not of all
+  bool compact;            // row j of the sink is prototype sink_first + j of the list, not of all
   int64_t sink_first;
 };
 template <class Unit>

@@ -80,6 +80,7 @@ class Call(NamedTuple):
             "linear_beyond_pi": codes.linear_beyond_pi,
             "reduction": codes.reduction,
             "multi_label": codes.multi_label,
+            "num_centers": codes.num_centers,
             "want_metrics": flags.want_metrics,
             "grad_average": flags.grad_average,
             "scale.requires_grad": flags.grad_scale,

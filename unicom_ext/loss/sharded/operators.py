@@ -309,9 +309,9 @@ def _backward(
             sampled is not None,
         )
     else:  # no classes, or this rank has failed
-        rows = prototypes if sampled is None else sampled
+        rows = len(prototypes) if sampled is None else len(sampled) * codes.num_centers
         to_embeddings = torch.zeros_like(x)
-        to_prototypes = prototypes.new_zeros(len(rows) * grad_prototypes, x.shape[1])
+        to_prototypes = prototypes.new_zeros(rows * grad_prototypes, x.shape[1])
         radial = state.new_zeros(len(x) * flags.grad_scale)
     if flags.grad_embeddings:
         to_embeddings = shard.sum_scatter(to_embeddings)[:batch]
@@ -339,10 +339,12 @@ def _(
     *lists: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = Call.of(*lists)
-    rows = class_index if call.codes.sparse_grad and class_index is not None else prototypes
+    rows = len(prototypes)
+    if call.codes.sparse_grad and class_index is not None:
+        rows = len(class_index) * call.codes.num_centers
     return (
         x.new_empty((batch, x.shape[1]) if call.flags.grad_embeddings else (0, 0)),
-        prototypes.new_empty((len(rows), x.shape[1]) if grad_prototypes else (0, 0)),
+        prototypes.new_empty((rows, x.shape[1]) if grad_prototypes else (0, 0)),
         state.new_empty(batch if call.flags.grad_scale else 0),
     )
 
@@ -387,7 +389,10 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Tens
         grads[0] = to_embeddings.to(ctx.dtype)
     if ctx.needs_input_grad[2]:
         if ctx.call.codes.sparse_grad:
-            to_prototypes = row_sparse(to_prototypes, class_index, num_valid, prototypes.shape)
+            centers = ctx.call.codes.num_centers
+            to_prototypes = row_sparse(
+                to_prototypes, class_index, num_valid, prototypes.shape, centers
+            )
         grads[2] = to_prototypes
     if ctx.needs_input_grad[SCALE]:
         grads[SCALE] = once(_scale_gradient, ctx.call, ctx.batch, grad_loss, slot, state, radial)

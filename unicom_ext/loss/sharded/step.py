@@ -39,7 +39,7 @@ def call_loss(
     Args:
         embeddings: [b, d], of this rank.
         labels: [b] or [b, p] of this rank.
-        prototypes: [stop - start, d] of this rank.
+        prototypes: [(stop - start) * K, d] of this rank.
         check: looks at this rank's arguments and raises if they are wrong; then all ranks raise.
             Returns the step to draw selections for, or None.
         sampling: what is drawn for the step; None for nothing.
@@ -162,9 +162,10 @@ def partial_margin_softmax(
             feature_index,
             num_classes=total,
         )
-        if len(prototypes) != len(shard):
+        rows = len(shard) * options.num_centers
+        if len(prototypes) != rows:
             raise ValueError(
-                f"prototypes must be [{len(shard)}, d] on rank {shard.rank} of {shard.world_size}, "
+                f"prototypes must be [{rows}, d] on rank {shard.rank} of {shard.world_size}, "
                 f"the classes from {shard.start} to {shard.stop} of {num_classes}, "
                 f"got {list(prototypes.shape)}"
             )
