@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from dataclasses import replace
 
 import cluster_stream
 import clustering
 import head_step
 import measure
+import noisy_labels
 import parts
 import pytest
 import scaling_model
@@ -19,7 +22,9 @@ import torch.nn.functional as F
 from candidates import CANDIDATES, Problem, Shape, Unavailable
 from click.testing import CliRunner
 from partial_fc import CompiledPartialFC, PartialFC
+from rich.console import Console
 from support.problems import random_problem, relative_error, truth
+from support.training import DATA, TINY
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.margins import ArcFace
@@ -377,3 +382,21 @@ def test_the_memory_of_the_scaling_model_is_what_tensors_hold(ranks, world_size)
     expected = scaling_model.memory(shape, world_size, unit_bytes=4)
     for held in ranks.run(world_size, bytes_of_a_step, shape):
         assert held == pytest.approx(tuple(expected), rel=0.03)  # blocks of 16 rows
+
+
+@pytest.mark.slow
+def test_training_on_wrong_labels(monkeypatch):
+    monkeypatch.setattr(noisy_labels, "CLUSTERS", 25)
+    monkeypatch.setattr(noisy_labels, "FEATURES", 16)
+    noisy, wrong = noisy_labels.with_noise(DATA[0], 0)
+    assert ((noisy.labels != DATA[0].labels) == wrong).all()
+    assert 0.1 < wrong.mean() < 0.3
+    found = noisy_labels.run(replace(TINY, epochs=1), DATA, Console(file=io.StringIO()))
+    assert len(found) == 8
+    assert all(0 <= share <= 1 for share in found["cleaning"].values())
+    shown = noisy_labels.table([found, found])
+    assert shown.header == ["", "4", "8"]
+    assert [row[0] for row in shown.rows] == [name for name in found if name != "cleaning"]
+    for name, *cells in shown.rows:
+        right = [f"{value:.3f}" for value in found[name].values()]
+        assert [cell.split()[0] for cell in cells] == right

@@ -608,3 +608,12 @@ def test_bad_files(tmp_path):
     (tmp_path / "bad.toml").write_text("epochs = = 3")
     with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
         read_toml(tmp_path / "bad.toml")
+
+
+def test_classes_may_have_several_centers():
+    trainer = Trainer(dataclasses.replace(TINY, num_centers=3), DATA[0])
+    assert trainer.loss.num_centers == 3
+    assert trainer.loss.weight.shape == (3 * DATA[0].num_classes, 8)
+    assert np.isfinite(trainer.step_once())
+    with pytest.raises(ConfigError, match=r"^num_centers: got 17, must be a whole number from"):
+        dataclasses.replace(TINY, num_centers=17)

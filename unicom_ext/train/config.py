@@ -63,6 +63,9 @@ class Config(Settings):
         0.5, "share of the classes in each step's softmax; 0 for those of the batch alone",
         "a number in [0, 1]", lambda v: 0 <= v <= 1,
     )  # fmt: skip
+    num_centers: int = whole(
+        1, "prototypes of each class, of which the nearest to an image counts", 1, 16
+    )
     feature_rate: float = rate(0.75, "share of the dimensions in each step's softmax")
     feature_selection: str = one_of(
         "random", "which dimensions: any, or the first ones, as many on average",

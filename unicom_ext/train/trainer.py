@@ -66,6 +66,7 @@ class Trainer:
                 train_set.num_classes,
                 margin=CombinedMargin(config.m1, config.m2, config.m3),
                 scale=config.scale,
+                num_centers=config.num_centers,
                 sample_rate=config.sample_rate,
                 feature_rate=config.feature_rate,
                 multi_label=cast(MultiLabel, config.multi_label),
