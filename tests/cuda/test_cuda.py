@@ -54,11 +54,14 @@ def no_waiting():
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 1), (7, 65, 17), (129, 300, 70), (300, 1100, 200)], ids=str
-)
-def test_small_sizes(shape, precision):
+    ("shape", "centers"),
+    [((1, 2, 1), 1), ((7, 65, 17), 1), ((129, 300, 70), 1), ((300, 1100, 200), 1),
+     ((129, 300, 70), 3), ((7, 65, 64), 8)],
+    ids=str,
+)  # fmt: skip
+def test_small_sizes(shape, centers, precision):
     """Also what `make gpu-check` runs under compute-sanitizer."""
-    problem = random_problem(*shape, closeness=0.5, precision=precision)
+    problem = random_problem(*shape, closeness=0.5, precision=precision, num_centers=centers)
     x = problem.embeddings.cuda().requires_grad_()
     w = problem.prototypes.cuda().requires_grad_()
     loss = partial_margin_softmax(x, problem.labels.cuda(), w, **problem.options)
