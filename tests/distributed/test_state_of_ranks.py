@@ -299,6 +299,7 @@ def test_a_checkpoint_does_not_gather(ranks, tmp_path):
         assert losses == right
     assert checkpoint.read_about(tmp_path / "c")["classes"]["modules.loss.weight"] == {
         "num_classes": 61,
+        "num_centers": 1,
         "embedding_size": 8,
         "seed": 5,
     }
