@@ -561,8 +561,8 @@ int main() {
       {40, 700, 150, 10, 129, 30, false, 5, MultiLabel::kSeparate},
       {7, 65, 17, 30, 9, 64, true, 1, MultiLabel::kAverage, 0.1},
       {9, 310, 70, 120, 66, 30, false, 3, MultiLabel::kAverage, 0.3},
-      {40, 310, 70, 120, 66, 16, false, 3, MultiLabel::kAverage, 0, 3},
-      {7, 65, 40, 30, 36, 16, true, 1, MultiLabel::kAverage, 0, 8},
+      {9, 130, 40, 60, 36, 16, false, 3, MultiLabel::kAverage, 0, 3},
+      {7, 65, 17, 20, 9, 16, true, 1, MultiLabel::kAverage, 0, 8},
   };
   for (const Case& c : cases) {
     const Inputs in(c);

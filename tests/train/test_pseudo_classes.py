@@ -19,6 +19,7 @@ from unicom_ext.cli.main import main
 from unicom_ext.data import glyphs
 from unicom_ext.data.dump import captions, name_features
 from unicom_ext.data.labels import read_labels, read_positives
+from unicom_ext.train import report
 from unicom_ext.train.interrupt import Interrupted
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.arrays import SourceError
@@ -129,7 +130,8 @@ def test_steps_have_the_loss_of_several_labels(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_on_several_labels(tmp_path):
+def test_training_on_several_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "write", lambda *arguments: None)  # it takes longer than training
     labels = several_labels()
     (tmp_path / "clusters").mkdir()
     for kind, array in (("positives", labels), ("labels", labels[:, 0])):
