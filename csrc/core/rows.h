@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include <cmath>
+
 #include "macros.h"
 
 namespace unicom {
@@ -29,6 +31,15 @@ static inline const void* row_of(const RowSource& source, int64_t id) {
 static inline int64_t bytes_of_row(const RowSource& source) {
   const int64_t width = source.columns != nullptr ? source.columns[source.dim - 1] + 1 : source.dim;
   return width * bytes_of(source.dtype);
+}
+
+// Squares of float64 values may overflow, or vanish: where their sum is not between these, the row is
+// first multiplied by a power of two that brings its largest value near 1.
+constexpr double kSmallestSquare = 1e-280, kLargestSquare = 1e280;
+UNICOM_HD_INLINED double lift_of(double largest) {
+  if (!(largest > 0 && largest < INFINITY)) return 1;
+  const int power = -std::ilogb(largest);
+  return std::ldexp(1.0, power < 1000 ? power : 1000);
 }
 
 // A matrix of which some columns of some rows are written.

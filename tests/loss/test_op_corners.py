@@ -401,6 +401,19 @@ def test_the_length_of_rows_does_not_matter(size, definition):
             assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("size", [2.0**-1000, 2.0**-520, 2.0**520, 2.0**1000])
+def test_nor_does_it_where_squares_leave_the_range_of_float64(size, any_backend):
+    problem = random_problem(20, 50, 12, dtype=torch.float64, features=7)
+    right = solve(functional.partial_margin_softmax, problem)
+    problem.embeddings[::2] *= size
+    problem.prototypes[::3] *= size
+    got = solve(functional.partial_margin_softmax, problem)
+    torch.testing.assert_close(got.loss, right.loss, rtol=1e-13, atol=0)
+    for a, b, step in zip(got[1:], right[1:], (2, 3), strict=True):
+        torch.testing.assert_close(a[1::step], b[1::step], rtol=1e-10, atol=1e-16)
+        torch.testing.assert_close(a[::step] * size, b[::step], rtol=1e-10, atol=1e-16)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_sample_that_is_not_finite_has_the_loss_nan_and_leaves_the_others_alone(
     value, definition

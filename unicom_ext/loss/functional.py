@@ -123,8 +123,7 @@ def partial_margin_softmax(
         (0 where ignored). With `return_metrics` a pair of it and `Metrics` (without gradient).
         Gradients have the dtype of their input.
 
-    Corners: a zero row has unit vector 0 and gradient 0; the norms of other rows must lie between
-    1e-150 and 1e150, as those of all float32 rows do. Without another class in S, and when every
+    Corners: a zero row has unit vector 0 and gradient 0. Without another class in S, and when every
     label is ignored, loss and gradients are 0. Results do not depend on the number of threads.
 
     Raises:

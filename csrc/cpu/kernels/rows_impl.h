@@ -44,7 +44,17 @@ double dot(const Real* a, const Real* b, int64_t count) {
 // unit vector is 0).
 template <class Real>
 double normalize(Real* out, int64_t dim, int64_t height) {
-  const double sum = sum_of_squares(out, dim);
+  double sum = sum_of_squares(out, dim), lift = 1;
+  if constexpr (sizeof(Real) == 8) {
+    if (!(sum > kSmallestSquare && sum < kLargestSquare)) {
+      double largest = 0;
+      for (int64_t k = 0; k < dim; ++k)
+        largest = std::fabs(out[k]) > largest ? std::fabs(out[k]) : largest;
+      lift = lift_of(largest);
+      for (int64_t k = 0; k < dim; ++k) out[k] *= lift;
+      sum = sum_of_squares(out, dim);
+    }
+  }
   const double inverse = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
   if (inverse > 1e-30 && inverse < 1e30) {
     const Real factor = static_cast<Real>(inverse);
@@ -53,7 +63,7 @@ double normalize(Real* out, int64_t dim, int64_t height) {
     for (int64_t k = 0; k < dim; ++k) out[k] = static_cast<Real>(out[k] * inverse);
   }
   for (int64_t k = dim; k < height; ++k) out[k] = 0;
-  return inverse;
+  return inverse * lift;
 }
 
 // Selected columns of rows in fp32, where the instruction set can pick them out of whole lines.

@@ -23,13 +23,23 @@ __global__ void pack_rows_kernel(__grid_constant__ const PackRows a) {
   if (index >= 0 && index < count * centers &&
       (a.positives.slots == nullptr || a.positives.count(row) > 0)) {
     id = row_id(a.ids, index, centers);
-    double sum = 0;
-    for (int64_t k = lane; k < a.source.dim; k += kWarp) {
-      const double x = read_value<T>(a.source, id, k);
-      sum += x * x;
+    auto squares = [&](double lift) {
+      double sum = 0;
+      for (int64_t k = lane; k < a.source.dim; k += kWarp) {
+        const double x = read_value<T>(a.source, id, k) * lift;
+        sum += x * x;
+      }
+      return warp_sum(sum);
+    };
+    double sum = squares(1.0), lift = 1;
+    if (sizeof(T) == 8 && !(sum > kSmallestSquare && sum < kLargestSquare)) {
+      double largest = 0;
+      for (int64_t k = lane; k < a.source.dim; k += kWarp)
+        largest = max_of(largest, std::fabs(double{read_value<T>(a.source, id, k)}));
+      lift = lift_of(warp_max(largest));
+      sum = squares(lift);
     }
-    sum = warp_sum(sum);
-    factor = sum == 0 ? 0.0 : 1.0 / std::sqrt(sum);
+    factor = sum == 0 ? 0.0 : lift / std::sqrt(sum);
   }
   if (a.inverse_norm != nullptr && lane == 0 && index >= 0) a.inverse_norm[index] = factor;
   if (factor == 0) {
