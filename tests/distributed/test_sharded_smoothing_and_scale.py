@@ -7,56 +7,14 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.problems import random_problem, relative_error
+from support.sharded_loss import errors_of
 
-from unicom_ext import PartialMarginSoftmax, functional, reference, sharding
+from unicom_ext import PartialMarginSoftmax
 
 pytestmark = pytest.mark.slow
 
 CLASSES, DIM = 70, 8
 SIZES = {1: [12], 2: [7, 5], 3: [5, 0, 7], 4: [3, 4, 1, 4]}
-
-
-def errors_of(group, sizes, options, num_classes=CLASSES, only_scale=False):
-    """Relative errors of what this rank gets, against one process in float64."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    problem = random_problem(sum(sizes), num_classes, DIM, ignored=2, **options)
-    upstream = torch.tensor(1.5) if problem.upstream is None else problem.upstream
-    x, w = (t.double().requires_grad_() for t in (problem.embeddings, problem.prototypes))
-    scale = torch.tensor(float(problem.options.pop("scale")), requires_grad=True)
-    one = {name: v for name, v in problem.options.items() if name != "uneven_batches"}
-    loss = reference.partial_margin_softmax(x, problem.labels, w, scale=scale.double(), **one)
-    loss.backward(upstream.to(loss))
-
-    start, stop = sharding.class_range(num_classes, world_size, rank)
-    my_x = problem.embeddings[part].clone().requires_grad_(not only_scale)
-    my_w = problem.prototypes[start:stop].clone().requires_grad_(not only_scale)
-    my_scale = scale.detach().clone().requires_grad_()
-    index = problem.options.pop("class_index", None)
-    if index is not None:
-        index = index[(index >= start) & (index < stop)]
-    my_loss = functional.partial_margin_softmax(
-        my_x,
-        problem.labels[part],
-        my_w,
-        scale=my_scale,
-        **problem.options,
-        class_index=index,
-        process_group=group,
-        num_classes=num_classes,
-    )
-    my_loss.backward(upstream[part] if upstream.dim() else upstream)
-    # As DistributedDataParallel does; that the loss multiplies by the number of ranks.
-    dist.all_reduce(my_scale.grad, group=group)
-    pairs = [
-        (my_loss, loss[part] if loss.dim() else loss),
-        (my_scale.grad / world_size, scale.grad),
-    ]
-    if not only_scale:
-        pairs.append((my_x.grad / world_size, x.grad[part]))
-        pairs.append((my_w.grad, w.grad[start:stop]))
-    return [relative_error(a.detach(), b.detach()) for a, b in pairs]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -72,20 +30,20 @@ def errors_of(group, sizes, options, num_classes=CLASSES, only_scale=False):
     ids=str,
 )
 def test_any_number_of_ranks_is_one_process(ranks, world_size, options):
-    for errors in ranks.run(world_size, errors_of, SIZES[world_size], options):
+    for errors in ranks.run(world_size, errors_of, SIZES[world_size], CLASSES, DIM, options):
         assert max(errors) < 2e-5
 
 
 @pytest.mark.parametrize("only_scale", [False, True])
 def test_a_rank_without_classes(ranks, only_scale):
     options = {"scale": 8.0, "label_smoothing": 0.15}
-    for errors in ranks.run(3, errors_of, SIZES[3], options, 2, only_scale):
+    for errors in ranks.run(3, errors_of, SIZES[3], 2, DIM, options, only_scale):
         assert max(errors) < 2e-5
 
 
 def test_equal_batches_need_no_message_before(ranks):
     options = {"scale": 16.0, "uneven_batches": False, "label_smoothing": 0.15, "sampled": 40}
-    for errors in ranks.run(3, errors_of, [4, 4, 4], options):
+    for errors in ranks.run(3, errors_of, [4, 4, 4], CLASSES, DIM, options):
         assert max(errors) < 2e-5
 
 

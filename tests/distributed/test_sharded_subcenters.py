@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from support.problems import random_problem, relative_error
+from support.sharded_loss import errors_of
 from support.sharded_run import CLASSES, Run, assert_close, whole
 
-from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, functional, reference, sharding
+from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, functional, sharding
 from unicom_ext.subcenters import SubCenters
 from unicom_ext.utils.files import CheckpointError
 
@@ -19,46 +19,6 @@ SIZES = {1: [12], 2: [7, 5], 3: [5, 0, 7], 4: [3, 4, 1, 4]}
 
 
 # ---- the loss ----
-
-
-def errors_of(group, sizes, options, num_classes=FEW):
-    """Relative errors of what this rank gets, against one process in float64."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    part = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    problem = random_problem(
-        sum(sizes), num_classes, DIM, ignored=2, num_centers=CENTERS, **options
-    )
-    upstream = torch.tensor(1.5) if problem.upstream is None else problem.upstream
-    x, w = (t.double().requires_grad_() for t in (problem.embeddings, problem.prototypes))
-    one = {**problem.options, "sparse_grad": False}
-    loss = reference.partial_margin_softmax(x, problem.labels, w, **one)
-    loss.backward(upstream.to(loss))
-
-    start, stop = sharding.class_range(num_classes, world_size, rank)
-    rows = slice(start * CENTERS, stop * CENTERS)
-    my_x = problem.embeddings[part].clone().requires_grad_()
-    my_w = problem.prototypes[rows].clone().requires_grad_()
-    index = problem.options.pop("class_index", None)
-    if index is not None:
-        index = index[(index >= start) & (index < stop)]
-    my_loss, metrics = functional.partial_margin_softmax(
-        my_x,
-        problem.labels[part],
-        my_w,
-        **problem.options,
-        class_index=index,
-        process_group=group,
-        num_classes=num_classes,
-        return_metrics=True,
-    )
-    my_loss.backward(upstream[part] if upstream.dim() else upstream)
-    assert metrics.top1.shape == problem.labels[part].shape[:1]
-    pairs = [
-        (my_loss, loss[part] if loss.dim() else loss),
-        (my_x.grad / world_size, x.grad[part]),
-        (my_w.grad.to_dense(), w.grad[rows]),
-    ]
-    return [relative_error(a.detach(), b.detach()) for a, b in pairs]
 
 
 @pytest.mark.slow
@@ -74,12 +34,14 @@ def errors_of(group, sizes, options, num_classes=FEW):
     ids=str,
 )
 def test_any_number_of_ranks_is_one_process(ranks, world_size, options):
-    for errors in ranks.run(world_size, errors_of, SIZES[world_size], options):
+    options = {**options, "num_centers": CENTERS}
+    for errors in ranks.run(world_size, errors_of, SIZES[world_size], FEW, DIM, options):
         assert max(errors) < 2e-5
 
 
 def test_a_rank_without_classes(ranks):
-    for errors in ranks.run(3, errors_of, SIZES[3], {"sparse_grad": True}, 2):
+    options = {"scale": 64.0, "sparse_grad": True, "num_centers": CENTERS}
+    for errors in ranks.run(3, errors_of, SIZES[3], 2, DIM, options):
         assert max(errors) < 2e-5
 
 

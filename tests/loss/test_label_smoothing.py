@@ -17,10 +17,10 @@ from support.problems import (
     solve,
     truth,
 )
+from support.updates import OPTIMIZERS, weights_after
 
 from unicom_ext import ArcFace, CombinedMargin, PartialMarginSoftmax, reference
 from unicom_ext.functional import partial_margin_softmax
-from unicom_ext.optim import RowAdamW, RowSGD
 
 
 def test_is_torchs(any_backend):
@@ -161,24 +161,17 @@ def test_has_the_same_bits_for_any_number_of_threads(threads):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("sample_rate", [0.4, 1.0])
 def test_an_update_inside_backward_is_the_same(any_backend, optimizer, sample_rate):
     problem = random_problem(16, 40, 8)
-    weights = []
-    for inside in (False, True):
-        loss_fn = PartialMarginSoftmax(
-            8, 40, sample_rate=sample_rate, label_smoothing=0.2, sparse_grad=True, seed=4
-        )
-        rows = optimizer(loss_fn.parameters(), lr=0.1)
-        if inside:
-            rows.update_in_backward(loss_fn)
-        for _ in range(3):
-            rows.zero_grad()
-            loss_fn(problem.embeddings, problem.labels).backward()
-            rows.step()
-        weights.append(loss_fn.weight.detach())
-    assert torch.equal(*weights)
+    options = {"sample_rate": sample_rate, "label_smoothing": 0.2, "sparse_grad": True}
+    after, inside = weights_after(
+        OPTIMIZERS[optimizer],
+        lambda: PartialMarginSoftmax(8, 40, seed=4, **options),
+        [(problem.embeddings, problem.labels)] * 3,
+    )
+    assert torch.equal(after, inside)
 
 
 def test_zero_is_the_loss_without_bit_for_bit(any_backend):

@@ -20,10 +20,11 @@ from support.problems import (
     solve,
     truth,
 )
+from support.updates import OPTIMIZERS, weights_after
 
 from unicom_ext import ArcFace, CombinedMargin, CosFace, PartialMarginSoftmax, reference
 from unicom_ext.functional import partial_margin_softmax
-from unicom_ext.optim import RowAdamW, RowSGD
+from unicom_ext.optim import RowSGD
 from unicom_ext.subcenters import SubCenters
 
 # ---- the loss and its gradients ----
@@ -197,30 +198,17 @@ def test_has_the_same_bits_whatever_threads_and_memory(set_threads, num_centers,
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("optimizer", [RowAdamW, RowSGD])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rates", [(0.4, 0.5), (1.0, 1.0)])
 def test_an_update_inside_backward_is_the_same(any_backend, optimizer, rates):
     problem = random_problem(16, 40, 8)
-    weights = []
-    for inside in (False, True):
-        loss_fn = PartialMarginSoftmax(
-            8,
-            40,
-            sample_rate=rates[0],
-            feature_rate=rates[1],
-            num_centers=3,
-            sparse_grad=True,
-            seed=4,
-        )
-        rows = optimizer(loss_fn.parameters(), lr=0.1, weight_decay=0.1)
-        if inside:
-            rows.update_in_backward(loss_fn)
-        for _ in range(4):
-            rows.zero_grad()
-            loss_fn(problem.embeddings, problem.labels).backward()
-            rows.step()
-        weights.append(loss_fn.weight.detach())
-    assert torch.equal(*weights)
+    options = {"sample_rate": rates[0], "feature_rate": rates[1], "num_centers": 3}
+    after, inside = weights_after(
+        OPTIMIZERS[optimizer],
+        lambda: PartialMarginSoftmax(8, 40, seed=4, sparse_grad=True, **options),
+        [(problem.embeddings, problem.labels)] * 4,
+    )
+    assert torch.equal(after, inside)
 
 
 def test_all_centers_of_a_class_that_is_drawn_have_a_step(any_backend):

@@ -28,3 +28,19 @@ def batch(seed, size=40, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(size, 22, generator=generator).to(dtype).requires_grad_()
     return x, torch.randint(300, (size,), generator=generator)
+
+
+def weights_after(optimizer, make_loss, batches):
+    """The prototypes after steps on (embeddings, labels), updated after backward and inside it."""
+    weights = []
+    for inside in (False, True):
+        loss_fn = make_loss()
+        rows = optimizer(loss_fn.parameters())
+        if inside:
+            rows.update_in_backward(loss_fn)
+        for embeddings, labels in batches:
+            rows.zero_grad()
+            loss_fn(embeddings, labels).backward()
+            rows.step()
+        weights.append(loss_fn.weight.detach())
+    return weights

@@ -46,7 +46,7 @@ class Forward {
         classes_(saved.packed, s_),
         rows_(p, s_, parallel),
         together_(s_.blocks <= kBlocksBesideChunk),
-        together_panels_(p.centers == 1 ? kPanelsTogether : p.centers),
+        together_panels_(panels_together(p)),
         chunk_panels_(std::clamp(kChunkBytes / (bytes_of_row(p.prototypes) * kLanes),
                                  together_panels_, kBlockPanels) /
                       together_panels_ * together_panels_),

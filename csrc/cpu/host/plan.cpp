@@ -26,7 +26,7 @@ int64_t kept_panels(const Problem& p) {
   const int64_t bytes = kept_panel_bytes(p);
   if (p.keep_bytes == 0 || bytes == 0) return 0;
   const int64_t fit = p.keep_bytes / bytes;
-  const int64_t together = p.centers == 1 ? kPanelsTogether : p.centers;
+  const int64_t together = panels_together(p);
   return fit >= panels ? panels : fit / together * together;
 }
 

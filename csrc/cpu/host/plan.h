@@ -33,6 +33,9 @@ void with_unit(const Problem& p, const F& f) {
 // Class panels whose cosines are kept for backward, and the bytes of one. A multiple of what kernels
 // work on together (kPanelsTogether, and the centres of a class), or all of them.
 constexpr int64_t kPanelsTogether = 4;
+inline int64_t panels_together(const Problem& p) {
+  return p.centers == 1 ? kPanelsTogether : p.centers;
+}
 int64_t kept_panels(const Problem&);
 int64_t kept_panel_bytes(const Problem&);
 
