@@ -84,7 +84,7 @@ class Plan:
                 )
             if class_map is not None:
                 check_class_map(class_map, here[0], there[0])
-                if centers[1] > 1 and ((class_map.view(here[0], -1) >= 0).sum(1) > 1).any():
+                if centers[1] > 1 and ((class_map.reshape(here[0], -1) >= 0).sum(1) > 1).any():
                     raise ValueError(
                         "class_map can merge classes only where each has one center, as none of "
                         f"{centers[1]} is another's counterpart; got several for one class"

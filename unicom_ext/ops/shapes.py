@@ -55,9 +55,10 @@ def _places(num_sampled: int, centers: int, value_bytes: int, device_type: str) 
     """Rows of the packed prototypes of so many classes."""
     if device_type != "cuda":
         return _round_up(num_sampled, _LANES) * centers
-    if centers > 1:  # CenterOrder in csrc/cuda/kernels/logits.h
+    if centers > 1:  # ClassOrder in csrc/cuda/kernels/logits.h
         tile = 256 if value_bytes == 2 else 512 // value_bytes
-        classes = _CUDA_TEAM * (tile // _CUDA_TEAM // centers)
+        # The operator itself refuses more than a thread has columns.
+        classes = _CUDA_TEAM * max(tile // _CUDA_TEAM // centers, 1)
         num_sampled = _round_up(num_sampled, classes) // classes * tile
     return _round_up(num_sampled, _CUDA_CLASSES)
 
