@@ -1,0 +1,73 @@
+"""From a decoded picture to the tensor that an encoder takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# Of CLIP, UNICOM and most that came after them.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an encoder wants its images.
+
+    size           side of the square it takes, in pixels
+    mode           "RGB", or "L" for grey
+    mean, std      of each channel, in [0, 1]: (value - mean) / std is taken
+    crop           the square is this share of the scaled picture's shorter side
+    interpolation  "bicubic" or "bilinear"
+    """
+
+    size: int
+    mode: str = "RGB"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    crop: float = 1.0
+    interpolation: str = "bicubic"
+
+    @property
+    def channels(self) -> int:
+        return len(self.mode)
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        """fp32 [channels, size, size]: scaled by its shorter side, then cut to its middle.
+
+        Sides are rounded as torchvision's Resize and CenterCrop do, with which encoders were
+        published.
+        """
+        shorter = math.floor(self.size / self.crop)
+        width, height = picture.size
+        if width <= height:
+            width, height = shorter, max(shorter, int(shorter * height / width))
+        else:
+            width, height = max(shorter, int(shorter * width / height)), shorter
+        picture = self._converted(picture)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), RESAMPLING[self.interpolation])
+        left, top = round((width - self.size) / 2), round((height - self.size) / 2)
+        return self.normalised(picture.crop((left, top, left + self.size, top + self.size)))
+
+    def part(self, picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        """The part (left, top, right, bottom), in pixels, scaled to the square."""
+        resampling = RESAMPLING[self.interpolation]
+        return self._converted(picture).resize((self.size, self.size), resampling, box)
+
+    def _converted(self, picture: Image.Image) -> Image.Image:
+        return picture if picture.mode == self.mode else picture.convert(self.mode)
+
+    def normalised(self, picture: Image.Image) -> Tensor:
+        """fp32 [channels, size, size] of a picture of that size and mode."""
+        values = np.asarray(picture, np.float32).reshape(self.size, self.size, self.channels) / 255
+        if any(self.mean) or any(s != 1 for s in self.std):
+            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(values).permute(2, 0, 1)
