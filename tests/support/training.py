@@ -9,7 +9,8 @@ import torch
 from rich.console import Console
 
 from unicom_ext import checkpoint
-from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.opening import Parts
 from unicom_ext.train.config import Config
 from unicom_ext.train.run import train
 
@@ -19,20 +20,17 @@ TINY = Config(
 )  # fmt: skip
 
 
-def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> Glyphs:
+def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> ImageSet:
     """Classes that are blurred random patterns, with noise that differs from image to image."""
     rng = np.random.default_rng(seed)
     coarse = rng.random((num_classes, 8, 8))
     patterns = coarse.repeat(4, axis=1).repeat(4, axis=2)[:, None]
     noise = rng.random((num_classes, images_per_class, 32, 32))
     images = (255 * (0.3 * patterns + 0.7 * noise)).astype(np.uint8)
-    return Glyphs(
-        images=images.reshape(-1, 32, 32),
-        labels=np.arange(num_classes).repeat(images_per_class),
-        fonts=np.tile(np.arange(images_per_class), num_classes),
-        codepoints=np.arange(num_classes) + 0x4E00,
-        captions=[f"PATTERN {c}" for c in range(num_classes)],
-        font_names=[f"Face{f}" for f in range(images_per_class)],
+    return ImageSet.of_arrays(
+        images.reshape(-1, 32, 32),
+        np.arange(num_classes).repeat(images_per_class),
+        [f"PATTERN {c}" for c in range(num_classes)],
     )
 
 
@@ -42,6 +40,7 @@ STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
 
 def run(output, *, config=TINY, data=DATA, text=None, **options):
     console = Console(file=text or io.StringIO(), width=120)
+    data = Parts(data[0], None, data[1], None)
     return train(config, output, data=data, console=console, **options)
 
 

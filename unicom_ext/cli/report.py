@@ -38,7 +38,7 @@ def report(directory: Path) -> None:
         metrics = json.loads((directory / "metrics.json").read_text())
         config = Config.from_mapping(read_toml(directory / "config.toml"))
         step, steps = metrics["step"], metrics["steps"]
-        unfinished = step < steps
+        unfinished = step < steps and not metrics.get("stopped_early")
     except (ConfigError, OSError, ValueError, KeyError) as error:
         raise click.ClickException(f"{directory}: cannot be read: {error}") from None
     except (TypeError, AttributeError):

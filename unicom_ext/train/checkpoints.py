@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from unicom_ext import checkpoint
 from unicom_ext.train.config import Config
@@ -15,12 +18,16 @@ from unicom_ext.utils.files import CheckpointError, write_atomically
 
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"  # directory in the output directory
+BEST = "best.pt"  # the best encoder on the validation classes so far
+UNREADABLE = "unreadable.txt"
+# Of the metrics: what a run that goes on must know.
+KEPT = ("baselines", "evaluations", "best", "stopped_early", "unreadable", "seconds", "step")
 
 
 def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
     """Write a checkpoint and metrics.json; the checkpoints before it are removed then."""
     metrics["step"] = trainer.step
-    kept = {name: metrics[name] for name in ("baselines", "evaluations", "seconds", "step")}
+    kept = {name: metrics[name] for name in KEPT}
     path = output / CHECKPOINTS / f"step-{trainer.step}"
     trainer.save(path, {"config": metrics["config"], "data": metrics["data"], "metrics": kept})
     if trainer.rank == 0:
@@ -34,8 +41,25 @@ def remove_earlier(output: Path) -> None:
     """Remove what an earlier run has written there, and nothing else: a run that is killed before
     its first checkpoint must not seem to have this one."""
     _remove_steps(output / CHECKPOINTS)
-    for name in ("metrics.json", "report.html"):
+    for name in ("metrics.json", "report.html", BEST, UNREADABLE):
         (output / name).unlink(missing_ok=True)
+
+
+def write_best(output: Path, state: dict[str, Any]) -> None:
+    write_atomically(output / BEST, lambda file: torch.save(state, file))
+
+
+def read_best(output: Path) -> dict[str, Any]:
+    try:
+        return torch.load(output / BEST, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{output / BEST}: cannot be read: {error}") from None
+
+
+def write_unreadable(output: Path, unreadable: dict[str, str]) -> None:
+    """One line for each image that could not be read: its name, and why."""
+    lines = "".join(f"{name}\t{why}\n" for name, why in unreadable.items())
+    write_atomically(output / UNREADABLE, lambda file: file.write(lines.encode()))
 
 
 def _remove_steps(directory: Path, kept: Path | None = None) -> None:

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from unicom_ext.data.images.settings import GLYPHS, DataSettings
+from unicom_ext.encoders.settings import EncoderSettings
 from unicom_ext.utils.settings import (
     ConfigError,
-    Settings,
     not_negative,
     one_of,
     positive,
     rate,
     setting,
+    switch,
     whole,
 )
 
@@ -23,10 +25,13 @@ BASELINES = ("raw pixels", "HOG", "LDA", "HOG + LDA")  # unicom_ext.data.baselin
 MULTI_LABEL = ("average", "separate")
 UPDATES = ("dense", "rows")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
+DISTORTIONS = ("auto", "characters", "photographs")
+AUTOCAST = ("off", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(DataSettings, EncoderSettings):
     """What a run does. Equal configs on the same machine give bit-identical models.
 
     Raises ConfigError (a ValueError) on values that cannot be used.
@@ -36,11 +41,6 @@ class Config(Settings):
         0, "of the class split, the weights, and every draw", "0 .. 2^32 - 1",
         lambda v: 0 <= v < 2**32,
     )  # fmt: skip
-    test_fraction: float = setting(
-        0.5, "share of the classes that are never trained on", "a number in (0, 1)",
-        lambda v: 0 < v < 1,
-    )  # fmt: skip
-
     labels: str = setting(
         "", "pseudo-classes to train on instead of the true classes: a .npy file, or the output of "
         "`unicom-ext cluster`, with one or several labels for each training image, -1 for none",
@@ -53,7 +53,6 @@ class Config(Settings):
     )  # fmt: skip
 
     embedding_size: int = whole(128, "dimensions of an embedding", 1)
-    width: int = whole(16, "channels of the encoder's first layer", 1)
 
     m1: float = positive(1.0, "margin: factor on the angle (SphereFace)")
     m2: float = not_negative(0.3, "margin: added to the angle, in radians (ArcFace)")
@@ -80,14 +79,30 @@ class Config(Settings):
     batch_size: int = whole(128, "images per step; the last of an epoch takes the rest", 2)
     learning_rate: float = positive(8e-3, "of the encoder, at its highest")
     prototype_learning_rate: float = positive(5e-2, "of the class prototypes, at its highest")
+    head_learning_rate: float = not_negative(
+        0.0, "of the layer that makes embedding_size of an encoder's own size; 0: the encoder's"
+    )
     weight_decay: float = not_negative(0.05, "of the encoder (AdamW)")
     warmup: float = setting(
         0.05, "share of the steps in which learning rates rise", "a number in [0, 1)",
         lambda v: 0 <= v < 1,
     )  # fmt: skip
+    accumulate: int = whole(
+        1, "parts of a batch that go through the encoder one after the other, to save memory", 1
+    )
+    autocast: str = one_of("off", "precision of the encoder's products", AUTOCAST)
+    ema: float = setting(
+        0.0, "decay of an average of the encoder's weights, which is then evaluated; 0 for none",
+        "a number in [0, 1)", lambda v: 0 <= v < 1,
+    )  # fmt: skip
+    compile: bool = switch(False, "let torch.compile make the encoder faster")
     augment: float = setting(
         1.0, "strength of the random distortions, 0 for none", "a number in [0, 2]",
         lambda v: 0 <= v <= 2,
+    )  # fmt: skip
+    distortions: str = one_of(
+        "auto", "characters: slanted, stretched, bolder; photographs: parts of them, mirrored, in "
+        "another light; auto: what suits the data", DISTORTIONS,
     )  # fmt: skip
 
     dims: tuple[int, ...] = setting(
@@ -100,11 +115,26 @@ class Config(Settings):
         lambda v: set(v) <= set(BASELINES) and len(set(v)) == len(v),
     )  # fmt: skip
     evaluate_every: int = whole(7, "epochs between evaluations, 0 for the end only", 0)
+    patience: int = whole(
+        0, "stop after so many evaluations without a better Recall@1 on the validation classes, "
+        "and take the best encoder; 0: neither", 0,
+    )  # fmt: skip
     checkpoint_every: int = whole(200, "steps between checkpoints", 1)
+    tensorboard: bool = switch(False, "write the curves for TensorBoard too")
+    device: str = one_of("auto", "where to train; auto: on a GPU if there is one", DEVICES)
+    workers: int = setting(
+        -1, "processes that read and decode images; -1: as many as cores, up to 8, and none for "
+        "images in memory", "a whole number from -1 to 256", lambda v: -1 <= v <= 256,
+    )  # fmt: skip
     threads: int = whole(0, "threads of torch, 0 for its own choice", 0, 4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.patience and not (self.validation_fraction and self.evaluate_every):
+            raise ConfigError(
+                f"patience: got {self.patience}, which needs validation classes "
+                "(validation_fraction) and evaluations on the way (evaluate_every)"
+            )
         if self.positives > 1 and not self.labels:
             raise ConfigError(f"positives: got {self.positives}, but no labels, which have several")
         if self.dims[-1] > self.embedding_size:
@@ -117,3 +147,14 @@ class Config(Settings):
                 f"feature_rate: got {self.feature_rate}, which leaves none of the embedding_size "
                 f"= {self.embedding_size} dimensions; must be at least {0.5 / self.embedding_size}"
             )
+
+    @property
+    def noun(self) -> str:
+        """What a class is called."""
+        return "characters" if self.data == GLYPHS else "classes"
+
+    @property
+    def distorts_characters(self) -> bool:
+        if self.distortions == "auto":
+            return self.data == GLYPHS
+        return self.distortions == "characters"

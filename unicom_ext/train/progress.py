@@ -26,14 +26,15 @@ class TrainingProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
-            TextColumn("{task.fields[rate]} images/s"),
+            TextColumn("{task.fields[rate]} images/s, {task.fields[waiting]} of the time waiting"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=total, completed=start, loss="-", rate="-")
+        unknown = {"loss": "-", "rate": "-", "waiting": "-"}
+        self._task = self._bar.add_task("", total=total, completed=start, **unknown)
 
     def __enter__(self) -> TrainingProgress:
         self._bar.__enter__()
@@ -42,14 +43,18 @@ class TrainingProgress:
     def __exit__(self, *exception: Any) -> None:
         self._bar.__exit__(*exception)
 
-    def advance(self, step: int, loss: float, images: int, seconds: float) -> None:
-        """step: how many are done. images in `seconds`: what this process has trained on so far."""
+    def advance(self, step: int, loss: float, images: int, seconds: float, waiting: float) -> None:
+        """step: how many are done. images in `seconds`: what this process has trained on so far.
+        waiting: share of these seconds in which it waited for images."""
         self._loss = loss if self._loss is None else 0.95 * self._loss + 0.05 * loss
         rate = images / max(seconds, 1e-9)
-        self._bar.update(self._task, completed=step, loss=f"{self._loss:.3f}", rate=f"{rate:,.0f}")
+        self._bar.update(
+            self._task, completed=step, loss=f"{self._loss:.3f}", rate=f"{rate:,.0f}",
+            waiting=f"{waiting:.0%}",
+        )  # fmt: skip
         if not self.console.is_terminal and (step % self._every == 0 or step == self.total):
             left = (self.total - step) * seconds / (step - self._start)
             self.console.print(
-                f"step {step}/{self.total}  loss {self._loss:.3f}  {rate:,.0f} images/s  "
-                f"{timedelta(seconds=round(left))} left"
+                f"step {step}/{self.total}  loss {self._loss:.3f}  {rate:,.0f} images/s "
+                f"({waiting:.0%} of the time waiting)  {timedelta(seconds=round(left))} left"
             )

@@ -15,15 +15,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.table import Table
-from torch import Tensor
 
-from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.preprocessing import Preprocessing
+from unicom_ext.data.images.settings import GLYPHS
 from unicom_ext.retrieval import topk
+from unicom_ext.train.trainer import Embedded
 from unicom_ext.utils.files import write_atomically
 
 MODEL = "our model"
 TOP = 5
 EXAMPLES = 12  # queries in each picture
+SIDE = 32  # of an image there
 CELL = 40  # from one image of a picture to the next, in pixels of the images
 RIGHT, WRONG, OURS = "#1a7f37", "#cf222e", "#0969da"
 OTHERS = "#8c959f", "#bf8700", "#1a7f37", "#bf3989"  # lines of the baselines
@@ -39,9 +42,10 @@ def table(metrics: dict[str, Any]) -> Table:
     dims = metrics["config"]["dims"]
     data = metrics["data"]
     grid = Table(
-        title="Recall@1 on unseen characters",
-        caption=f"{data['test_images']:,} images of {data['test_classes']:,} characters, each "
-        "searched among all the others",
+        title=f"Recall@1 on unseen {noun(metrics)}",
+        caption=f"{data['test_images']:,} images of {data['test_classes']:,} {noun(metrics)}, each "
+        "searched among "
+        + (f"{data['gallery_images']:,}" if "gallery_images" in data else "all the others"),
     )
     grid.add_column("dimensions")
     for dim in dims:
@@ -58,27 +62,34 @@ def table(metrics: dict[str, Any]) -> Table:
     return grid
 
 
+def noun(metrics: dict[str, Any]) -> str:
+    """What a class is called."""
+    return "characters" if metrics["config"].get("data", GLYPHS) == GLYPHS else "classes"
+
+
 def write(
     output: Path,
     metrics: dict[str, Any],
-    test_set: Glyphs,
-    embeddings: Tensor,
+    query: Embedded,
+    gallery: Embedded | None,
     rng: np.random.Generator,
 ) -> None:
-    """Write report.html to `output`; embeddings [n, d] of the images of `test_set`."""
-    found = Neighbours.search(embeddings, test_set.labels)
+    """Write report.html to `output`."""
+    found = Neighbours.search(query, gallery)
+    shown = Shown(query.images, (gallery or query).images, noun(metrics) == "characters")
     failures = np.flatnonzero(~found.right[:, 0])
     pictures = {
         "loss": loss_curve(metrics),
         "recall": recall_against_dimension(metrics),
-        "examples": grid(test_set, found, _draw(rng, np.arange(len(test_set)))),
-        "failures": grid(test_set, found, _draw(rng, failures)) if len(failures) else None,
+        "examples": grid(shown, found, _draw(rng, np.arange(len(query.images)))),
+        "failures": grid(shown, found, _draw(rng, failures)) if len(failures) else None,
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = importlib.resources.files(__package__).joinpath("report.html.j2").read_text("utf-8")
     rows = methods(metrics)
     page = environment.from_string(template).render(
         metrics=metrics,
+        noun=noun(metrics),
         dims=metrics["config"]["dims"],
         methods=rows,
         at=_at,
@@ -90,17 +101,35 @@ def write(
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest other images of each image, best first."""
+    """The nearest images of the gallery, or other images, of each query, best first."""
 
     index: np.ndarray  # [n, k] int64
     cosine: np.ndarray  # [n, k] fp32
-    right: np.ndarray  # [n, k] bool: of the same character
+    right: np.ndarray  # [n, k] bool: of the same class
 
     @classmethod
-    def search(cls, embeddings: Tensor, labels: np.ndarray) -> Neighbours:
-        """embeddings [n, d], labels int64 [n]."""
-        cosine, index = (found.numpy() for found in topk(embeddings, k=min(TOP, len(labels) - 1)))
-        return cls(index, cosine, labels[index] == labels[:, None])
+    def search(cls, query: Embedded, gallery: Embedded | None) -> Neighbours:
+        k = min(TOP, len(query.images) - 1 if gallery is None else len(gallery.images))
+        among = None if gallery is None else gallery.embeddings
+        cosine, index = (found.numpy() for found in topk(query.embeddings, among, k))
+        labels = query.images.labels
+        right = (gallery or query).images.labels[index] == labels[:, None]
+        return cls(index, cosine, right & (labels >= 0)[:, None])
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The images of a picture: queries, and what they are searched among."""
+
+    queries: ImageSet
+    gallery: ImageSet
+    inverted: bool  # dark on white
+
+    def pixels(self, images: ImageSet, index: int) -> np.ndarray:
+        """uint8 [SIDE, SIDE] or [SIDE, SIDE, 3]."""
+        picture = images.read(index)
+        pixels = np.asarray(Preprocessing(SIDE, picture.mode, (), ())(picture))
+        return 255 - pixels if self.inverted else pixels
 
 
 def loss_curve(metrics: dict[str, Any]) -> Figure:
@@ -142,10 +171,10 @@ def recall_against_dimension(metrics: dict[str, Any]) -> Figure:
     return figure
 
 
-def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
+def grid(shown: Shown, found: Neighbours, queries: np.ndarray) -> Figure:
     """Each query, two to a line: its image, then its nearest images, framed by right and wrong.
 
-    Below stand the name of its character and, if the nearest is another one, the name of that.
+    Below stand the name of its class and, if the nearest is of another one, the name of that.
     """
     across = min(2, len(queries))
     down = -(-len(queries) // across)
@@ -159,7 +188,7 @@ def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
     def picture(image: np.ndarray, left: int, top: int, caption: str, colour: str) -> None:
         size = image.shape[0]
         axes.imshow(
-            255 - image, cmap="gray", vmin=0, vmax=255, aspect="auto",
+            image, cmap="gray", vmin=0, vmax=255, aspect="auto",
             extent=(left, left + size, top + size, top),
         )  # fmt: skip
         axes.add_patch(
@@ -170,16 +199,17 @@ def grid(images: Glyphs, found: Neighbours, queries: np.ndarray) -> Figure:
     for place, query in enumerate(queries):
         left = place // down * width + CELL // 4
         top = place % down * height + 12
-        picture(images.images[query], left, top, "query", "black")
-        name = images.captions[images.labels[query]]
+        picture(shown.pixels(shown.queries, query), left, top, "query", "black")
+        name = shown.queries.class_name(query)
         if not found.right[query, 0]:
-            name += "\nnearest: " + images.captions[images.labels[found.index[query, 0]]]
+            name += "\nnearest: " + shown.gallery.class_name(found.index[query, 0])
         axes.text(left, top + CELL - 4, name, color="#59636e", va="top", fontsize=7)
         for rank, neighbour in enumerate(found.index[query]):
             left += CELL
             right = found.right[query, rank]
             caption = f"{'✓' if right else '✗'} {found.cosine[query, rank]:.2f}"
-            picture(images.images[neighbour], left, top, caption, RIGHT if right else WRONG)
+            image = shown.pixels(shown.gallery, neighbour)
+            picture(image, left, top, caption, RIGHT if right else WRONG)
     axes.set(xlim=(0, across * width), ylim=(down * height, 0))  # imshow has changed them
     return figure
 

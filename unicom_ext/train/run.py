@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,23 @@ import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
-from unicom_ext.data import glyphs
-from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.images.batches import random_numbers
+from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
+from unicom_ext.data.images.opening import Parts, open_images
 from unicom_ext.data.labels import read_positives
 from unicom_ext.distributed.failures import agree
-from unicom_ext.train import checkpoints, report
+from unicom_ext.train import checkpoints, curves, report
 from unicom_ext.train.config import Config
+from unicom_ext.train.curves import Curves
 from unicom_ext.train.evaluation import evaluate, evaluate_baselines
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
-from unicom_ext.train.trainer import EXAMPLES, Trainer, random_numbers
+from unicom_ext.train.trainer import Embedded, Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
 from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import versions
+
+EXAMPLES = 2  # the stream of random numbers beside those of the batches
 
 
 def train(
@@ -40,7 +45,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    data: tuple[Glyphs, Glyphs] | None = None,
+    data: Parts | None = None,
     console: Console | None = None,
     on_step: Callable[[int], object] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -50,13 +55,14 @@ def train(
     output     directory for the files, made if need be
     resume     go on from the checkpoint there, which must be of the same config and data
     overwrite  begin anew although there is one
-    data       (training classes, test classes); None: the bundled glyphs, split by the config
+    data       the images; None: those that the config names
     on_step    called after each step with the number of steps done
     group      the ranks that train together and all call this; the first one writes
 
-    Returns what metrics.json holds. The last model counts: nothing is chosen by looking at the test
-    classes. Raises CheckpointError if the output directory does not fit `resume`, and Interrupted
-    after SIGINT or SIGTERM, when everything needed to resume has been saved.
+    Returns what metrics.json holds. Nothing is chosen by looking at the test classes: the last
+    model counts, or with `patience` the best one on the validation classes. Raises CheckpointError
+    if the output directory does not fit `resume`, and Interrupted after SIGINT or SIGTERM, when
+    everything needed to resume has been saved.
     """
     output = Path(output)
     first = group is None or dist.get_rank(group) == 0
@@ -65,29 +71,17 @@ def train(
     saved, failure = None, None
     try:
         saved = checkpoints.to_resume(output, config, resume, overwrite)
-        if data is None:
-            data = glyphs.split(glyphs.load(), config.seed, config.test_fraction)
-        train_set, test_set = data
-        if config.labels:
-            labels = read_positives("labels", config.labels, len(train_set), config.positives)
-            train_set = glyphs.relabelled(train_set, labels)
-        if config.multi_label != "average" and train_set.labels.ndim == 1:
-            raise ConfigError(
-                f"multi_label: got {config.multi_label!r}, but the images have one label each"
-            )
+        if config.tensorboard:
+            curves.check_installed()
+        parts = _labelled(config, open_images(config, config.seed) if data is None else data)
     except Exception as error:
         failure = error
     agree({"the checkpoint": str(saved)}, failure, group)
     if config.threads:
         torch.set_num_threads(config.threads)
-    facts = _facts(train_set, test_set)
-    several = train_set.labels[0].size
-    console.print(
-        f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} characters, "
-        + (f"up to {several} of them each, " if several > 1 else "")
-        + f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
-    )
-    trainer = Trainer(config, train_set, group)
+    facts = _facts(parts)
+    _announce(config, facts, parts, console)
+    trainer = Trainer(config, parts.train, group)
     metrics: dict[str, Any] = {
         "config": config.to_dict(),
         "data": facts,
@@ -97,8 +91,11 @@ def train(
         "loss": trainer.losses,
         "baselines": {},
         "evaluations": [],
+        "best": None,
+        "stopped_early": False,
+        "unreadable": {},
         "seconds": {"data": time.perf_counter() - began, "baselines": 0.0, "training": 0.0,
-                    "evaluation": 0.0},
+                    "waiting": 0.0, "evaluation": 0.0},
     }  # fmt: skip
 
     failure = None
@@ -107,7 +104,7 @@ def train(
             output.mkdir(parents=True, exist_ok=True)
             began = time.perf_counter()
             # They may refuse the settings, so before anything is removed.
-            metrics["baselines"] = evaluate_baselines(config, train_set, test_set, console)
+            metrics["baselines"] = evaluate_baselines(config, parts, console)
             metrics["seconds"]["baselines"] = time.perf_counter() - began
             checkpoints.remove_earlier(output)
             write_atomically(
@@ -122,78 +119,200 @@ def train(
             raise CheckpointError(
                 f"{saved}: the checkpoint is of other data: {there} there, {facts} here"
             )
-        metrics.update(trainer.load(saved)["metrics"], loss=trainer.losses)
+        earlier = trainer.load(saved)["metrics"]
+        seconds = {**metrics["seconds"], **earlier.pop("seconds")}
+        metrics.update(earlier, loss=trainer.losses, seconds=seconds)
         console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
 
-    _run(trainer, metrics, test_set, output, console, on_step)
-    embeddings = trainer.embed(test_set.images)
-    if first:
-        report.write(
-            output, metrics, test_set, embeddings, random_numbers(config.seed, EXAMPLES, 0)
-        )
+    run = _Run(trainer, metrics, parts, output, console)
+    run.to_the_end(on_step)
+    if parts.query is not None:
+        query, gallery = run.embedded()
+        if first:
+            examples = random_numbers(config.seed, EXAMPLES, 0)
+            report.write(output, metrics, query, gallery, examples)
     return metrics
 
 
-def _run(
-    trainer: Trainer,
-    metrics: dict[str, Any],
-    test_set: Glyphs,
-    output: Path,
-    console: Console,
-    on_step: Callable[[int], object] | None,
-) -> None:
-    """Train up to the last step, with evaluations and checkpoints on the way."""
-    config, seconds = trainer.config, metrics["seconds"]
-    every = config.evaluate_every * trainer.steps_per_epoch
-    start, trained = trainer.step, 0.0
-    with TrainingProgress(console, start, trainer.steps) as progress, StopRequest() as stop:
-        while trainer.step < trainer.steps:
-            began = time.perf_counter()
-            loss = trainer.step_once()
-            took = time.perf_counter() - began
-            trained += took
-            seconds["training"] += took
-            images = trainer.images_before(trainer.step) - trainer.images_before(start)
-            progress.advance(trainer.step, loss, images, trained)
-            if on_step is not None:
-                on_step(trainer.step)
+def _labelled(config: Config, parts: Parts) -> Parts:
+    """With the labels to train on."""
+    train_set = parts.train
+    if config.labels:
+        labels = read_positives("labels", config.labels, len(train_set), config.positives)
+        train_set = train_set.relabelled(labels)
+    elif (train_set.labels == NO_CLASS).any():
+        if (train_set.labels == NO_CLASS).all():
+            raise ConfigError(
+                f"data: the images of {config.data} have no labels; `labels` can name those that "
+                "`unicom-ext cluster` finds"
+            )
+        train_set = train_set.take(np.flatnonzero(train_set.labels != NO_CLASS))
+    if config.multi_label != "average" and train_set.labels.ndim == 1:
+        raise ConfigError(
+            f"multi_label: got {config.multi_label!r}, but the images have one label each"
+        )
+    if config.patience and parts.validation is None:
+        raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
+    return replace(parts, train=train_set)
 
-            last = trainer.step == trainer.steps
-            if last or (every and trainer.step % every == 0):
+
+def _announce(config: Config, facts: dict[str, Any], parts: Parts, console: Console) -> None:
+    several = parts.train.labels[0].size
+    noun = config.noun
+    console.print(
+        f"Training on {facts['train_images']:,} images of {facts['train_classes']:,} {noun}, "
+        + (f"up to {several} of them each, " if several > 1 else "")
+        + (
+            f"testing on {facts['test_images']:,} images of {facts['test_classes']:,} others."
+            if parts.query is not None
+            else "without a test."
+        )
+    )
+
+
+class _Run:
+    """What `to_the_end` works on."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        metrics: dict[str, Any],
+        parts: Parts,
+        output: Path,
+        console: Console,
+    ) -> None:
+        self.trainer, self.metrics, self.parts = trainer, metrics, parts
+        self.output, self.console = output, console
+        self.first = trainer.rank == 0
+
+    def to_the_end(self, on_step: Callable[[int], object] | None) -> None:
+        """Train up to the last step, with evaluations and checkpoints on the way."""
+        trainer, config, metrics = self.trainer, self.trainer.config, self.metrics
+        seconds, batches = metrics["seconds"], trainer.batches
+        every = config.evaluate_every * trainer.steps_per_epoch
+        start, trained = trainer.step, 0.0
+        events = self.output / "tensorboard" if config.tensorboard and self.first else None
+        with (
+            TrainingProgress(self.console, start, trainer.steps) as progress,
+            StopRequest() as stop,
+            Curves(events, start) as drawn,
+        ):
+            while trainer.step < trainer.steps and not metrics["stopped_early"]:
+                began, waited = time.perf_counter(), trainer.seconds_waited
+                loss = trainer.step_once()
+                took, waited = time.perf_counter() - began, trainer.seconds_waited - waited
+                trained += took
+                seconds["training"] += took
+                seconds["waiting"] += waited
+                images = batches.images_before(trainer.step) - batches.images_before(start)
+                progress.advance(
+                    trainer.step, loss, images, trained, trainer.seconds_waited / trained
+                )
+                drawn.add("loss", loss, trainer.step)
+                drawn.add("images per second", images / trained, trainer.step)
+                drawn.add("learning rate", trainer.optimizer.param_groups[0]["lr"], trainer.step)
+                if on_step is not None:
+                    on_step(trainer.step)
+
+                last = trainer.step == trainer.steps
                 began = time.perf_counter()
-                # On the way the longest embedding is enough.
-                dims = config.dims if last else config.dims[-1:]
-                embeddings = trainer.embed(test_set.images)
-                results = evaluate(embeddings, test_set, dims, trainer.group)
-                metrics["evaluations"].append(
-                    {
-                        "step": trainer.step,
-                        "epoch": trainer.step / trainer.steps_per_epoch,
-                        "results": results,
-                    }
-                )
+                if last or (every and trainer.step % every == 0):
+                    last = self._evaluate_on_the_way(last) or last
+                    for result in metrics["evaluations"][-1:]:
+                        recall = result["results"][-1]["recall"]["1"]
+                        drawn.add(f"Recall@1/{result['part']}", recall, trainer.step)
                 seconds["evaluation"] += time.perf_counter() - began
-                console.print(
-                    f"epoch {trainer.step / trainer.steps_per_epoch:g}: Recall@1 "
-                    f"{results[-1]['recall']['1']:.3f} on the test characters "
-                    f"({results[-1]['dim']} dimensions)"
-                )
-            stopping = trainer.any_rank(stop.requested)
-            if last or stopping or trainer.step % config.checkpoint_every == 0:
-                path = checkpoints.save(output, trainer, metrics)
-            if stopping and not last:
-                raise Interrupted(trainer.step, trainer.steps, path)
+                stopping = trainer.any_rank(stop.requested)
+                if last or stopping or trainer.step % config.checkpoint_every == 0:
+                    path = self._save()
+                if stopping and not last:
+                    raise Interrupted(trainer.step, trainer.steps, path)
+
+    def embedded(self) -> tuple[Embedded, Embedded | None]:
+        """The test images."""
+        query, gallery = self.parts.query, self.parts.gallery
+        assert query is not None
+        return self.trainer.embed(query), None if gallery is None else self.trainer.embed(gallery)
+
+    def _evaluate_on_the_way(self, last: bool) -> bool:
+        """Evaluate; returns whether training ends here because it does not get better.
+
+        Before the end on the longest embedding, and on the validation classes where there are some.
+        """
+        trainer, config = self.trainer, self.trainer.config
+        if self.parts.validation is not None:
+            found = trainer.embed(self.parts.validation)
+            recall = self._note("validation", found, None, config.dims[-1:])
+            if config.patience:
+                last = self._compare(recall) or last
+        elif self.parts.query is not None and not last:
+            self._note("test", *self.embedded(), config.dims[-1:])
+        if last:
+            if config.patience:
+                agree({}, None, trainer.group)  # the first has written it
+                trainer.load_encoder(checkpoints.read_best(self.output))
+            if self.parts.query is not None:
+                self._note("test", *self.embedded(), config.dims)
+        return last
+
+    def _note(
+        self, part: str, query: Embedded, gallery: Embedded | None, dims: Sequence[int]
+    ) -> float:
+        """Evaluate and keep the results; returns Recall@1 at the most dimensions."""
+        trainer = self.trainer
+        results = evaluate(query, gallery, dims, trainer.group)
+        epoch = trainer.step / trainer.steps_per_epoch
+        self.metrics["evaluations"].append(
+            {"step": trainer.step, "epoch": epoch, "part": part, "results": results}
+        )
+        recall = results[-1]["recall"]["1"]
+        self.console.print(
+            f"epoch {epoch:g}: Recall@1 {recall:.3f} on the {part} {trainer.config.noun} "
+            f"({results[-1]['dim']} dimensions)"
+        )
+        return recall
+
+    def _compare(self, recall: float) -> bool:
+        """Keep the encoder if it is the best so far; returns whether none was for too long."""
+        trainer, metrics = self.trainer, self.metrics
+        best = metrics["best"]
+        if best is None or recall > best["recall"]:
+            metrics["best"] = {"step": trainer.step, "recall": recall, "since": 0}
+            if self.first:
+                checkpoints.write_best(self.output, trainer.evaluated.state_dict())
+            return False
+        best["since"] += 1
+        if best["since"] < trainer.config.patience:
+            return False
+        metrics["stopped_early"] = True
+        self.console.print(
+            f"Not better than after step {best['step']} ({best['recall']:.3f}) in {best['since']} "
+            "evaluations: training ends here."
+        )
+        return True
+
+    def _save(self) -> Path:
+        trainer, metrics = self.trainer, self.metrics
+        unreadable = metrics["unreadable"] | trainer.all_unreadable()
+        metrics["unreadable"] = unreadable
+        path = checkpoints.save(self.output, trainer, metrics)
+        if unreadable and self.first:
+            checkpoints.write_unreadable(self.output, unreadable)
+        return path
 
 
-def _facts(train_set: Glyphs, test_set: Glyphs) -> dict[str, Any]:
+def _facts(parts: Parts) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for part in (train_set, test_set):
-        digest.update(np.ascontiguousarray(part.images).data)
-        digest.update(np.ascontiguousarray(part.labels).data)
-    return {
-        "train_images": len(train_set),
-        "train_classes": train_set.num_classes,
-        "test_images": len(test_set),
-        "test_classes": test_set.num_classes,
-        "sha256": digest.hexdigest(),
+    sets: dict[str, ImageSet | None] = {
+        "train": parts.train,
+        "test": parts.query,
+        "gallery": parts.gallery,
+        "validation": parts.validation,
     }
+    facts: dict[str, Any] = {}
+    for name, images in sets.items():
+        if images is not None:
+            images.digest(digest)
+            facts[f"{name}_images"] = len(images)
+            facts[f"{name}_classes"] = images.num_classes
+    return {**facts, "sha256": digest.hexdigest()}

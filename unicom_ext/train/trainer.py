@@ -8,59 +8,73 @@ interrupted and resumed is bit for bit the run that was not.
 from __future__ import annotations
 
 import math
+import os
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from unicom_ext import checkpoint
-from unicom_ext.data.glyphs import NO_CLASS, Glyphs
+from unicom_ext import checkpoint, encoders
+from unicom_ext.data.images.augment import distort
+from unicom_ext.data.images.batches import (
+    AT_LEAST,
+    DISTORTION,
+    Batch,
+    ImageBatches,
+    TrainingBatches,
+    in_order,
+    random_numbers,
+    share,
+)
+from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
+from unicom_ext.data.images.pictures import ArrayPictures
+from unicom_ext.distributed.failures import exchange
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.loss.options import MultiLabel, Precision
 from unicom_ext.loss.sampling import FeatureSelection
 from unicom_ext.optim import RowAdamW
-from unicom_ext.train.augment import distort
 from unicom_ext.train.config import Config
-from unicom_ext.train.model import Encoder
 from unicom_ext.utils.settings import ConfigError
 
-# What a random number is for; keeps the streams of one seed apart.
-ORDER, DISTORTION, EXAMPLES = range(3)
+EMBED_ROWS = 512  # images that are embedded together
+MOST_WORKERS = 8  # where the settings leave it open
+AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Embedded(NamedTuple):
+    """Embeddings of the images of a set that can be read."""
+
+    embeddings: Tensor  # fp32 [n, embedding_size]
+    images: ImageSet  # n
 
 
 class Trainer:
     """The state of a run and what moves it: `step_once`, `save`, `load`."""
 
     def __init__(
-        self, config: Config, train_set: Glyphs, group: dist.ProcessGroup | None = None
+        self, config: Config, train_set: ImageSet, group: dist.ProcessGroup | None = None
     ) -> None:
         self.config = config
         self.group = group
         self.ranks = Ranks(group)
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
-        self.images = torch.from_numpy(train_set.images)
+        self.device = device_of(config)
+        self.train_set = train_set
         self.labels = torch.from_numpy(train_set.labels)
-        self.batch_size = min(config.batch_size, len(train_set))
-        if self.batch_size < 2 * self.world_size:
-            raise ConfigError(
-                f"batch_size: got {self.batch_size}, must be at least 2 for each of the "
-                f"{self.world_size} ranks"
-            )
-        # The last batch of an epoch is the rest. A single image, which batch normalisation cannot
-        # do with, joins the batch before it.
-        full, rest = divmod(len(train_set), self.batch_size)
-        self.steps_per_epoch = full + (rest > 1)
-        self.steps = config.epochs * self.steps_per_epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.encoder = Encoder(config.embedding_size, config.width)
+            made = encoders.create(config, config.embedding_size)
             self.loss = PartialMarginSoftmax(
                 config.embedding_size,
                 train_set.num_classes,
@@ -76,16 +90,32 @@ class Trainer:
                 sparse_grad=config.prototype_update == "rows",
                 seed=config.seed,
                 process_group=group,
-            )
-        self.encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            ).to(self.device)
+        self.preprocessing = made.preprocessing
+        self._distorts = config.distorts_characters
+        self.encoder: nn.Module = made.module.to(  # type: ignore[call-overload]
+            self.device, memory_format=torch.channels_last
+        )
+        self.batches = self._training_batches()
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        self.steps = config.epochs * self.steps_per_epoch
         self.model: nn.Module = self.encoder
+        if config.compile:
+            self.model = cast(nn.Module, torch.compile(self.model))
         if group is not None:
             # Without a search for unused parameters DDP puts gradients into other buckets after
             # its first step: a resumed run would sum them in another order, and differ in bits.
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self.model = DistributedDataParallel(
-                self.encoder, process_group=group, find_unused_parameters=True
+                self.model, process_group=group, find_unused_parameters=True
             )
+        self.averaged = (
+            AveragedModel(
+                self.encoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True
+            )
+            if config.ema
+            else None
+        )
         optimizer = RowAdamW if self.loss.sparse_grad else torch.optim.AdamW
         self.optimizer = optimizer(
             [
@@ -95,90 +125,190 @@ class Trainer:
             ],
             fused=True,
         )
+        self.scaler = self._gradient_scaler()
         self.step = 0
         self.losses: list[float] = []
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self.unreadable: dict[int, str] = {}  # of this rank: index in the training set, and why
+        self.seconds_waited = 0.0
+        self._coming: Iterator[list[Batch]] | None = None
 
     def step_once(self) -> float:
         """One step of training; returns its loss."""
-        images, labels = self._batch(self.step, self.rank, self.world_size)
+        began = time.perf_counter()
+        if self._coming is None:
+            self._coming = in_order(
+                self.batches, range(self.step, self.steps), workers_for(self.config, self.train_set)
+            )
+        parts = next(self._coming)
+        self.seconds_waited += time.perf_counter() - began
         self._set_learning_rates(self.step)
         self.encoder.train()
         self.optimizer.zero_grad()
-        loss = self.loss(self.model(images)[: len(labels)], labels)
-        loss.backward()
-        self.optimizer.step()
+        total = torch.zeros((), device=self.device)
+        for number, part in enumerate(parts):
+            self.unreadable.update(part.unreadable)
+            total += self._backward(part, number)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.encoder)
         self.step += 1
-        self.losses.append(loss.item())
+        self.losses.append(total.item())
         return self.losses[-1]
 
+    def _backward(self, part: Batch, number: int) -> Tensor:
+        """This part's share of the step's loss, whose gradient is added to what is there."""
+        last = number == self.config.accumulate - 1
+        labels = self.labels[part.indices].to(self.device, non_blocking=True)
+        ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
+        with nullcontext() if last or ddp is None else ddp.no_sync():
+            with self._autocast():
+                embeddings = self.model(self._input(part))
+            # All parts of a step draw the same classes and dimensions: the last one alone counts.
+            step = None if last else self.step
+            loss = self.loss(embeddings[: len(labels)].float(), labels, step=step)
+            loss = loss * self._weight(number)
+            self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def _weight(self, number: int) -> float:
+        """Share of the step's images that are in the parts of this number, of all ranks."""
+        if self.config.accumulate == 1:
+            return 1.0
+        size, parts = len(self.batches.rows(self.step)), self.config.accumulate
+        slices = (
+            share(size, rank * parts + number, self.world_size * parts)
+            for rank in range(self.world_size)
+        )
+        return sum(s.stop - s.start for s in slices) / size
+
+    def _input(self, part: Batch) -> Tensor:
+        """What the encoder takes: fp32 [b, C, size, size], distorted."""
+        images = part.images.to(self.device, non_blocking=True).float() / 255
+        if self._distorts:
+            random = random_numbers(self.config.seed, DISTORTION, self.step)
+            size = len(self.batches.rows(self.step))
+            images = distort(images, self.config.augment, random, part=part.positions, of=size)
+        images = self.preprocessing.standardised(images)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = AUTOCAST[self.config.autocast]
+        return torch.autocast(self.device.type, dtype, enabled=self.config.autocast != "off")
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The encoder that counts: of averaged weights, where they are averaged."""
+        return self.encoder if self.averaged is None else self.averaged.module
+
     @torch.no_grad()
-    def embed(self, images: np.ndarray) -> Tensor:
-        """uint8 [n, 32, 32] -> fp32 [n, embedding_size]; each rank embeds a part of them."""
-        self.encoder.eval()
+    def embed(self, images: ImageSet) -> Embedded:
+        """Embeddings of the images that can be read; each rank embeds a part of them."""
+        encoder = self.evaluated
+        encoder.eval()
         self._share_buffers()
-        part = -(-len(images) // self.world_size)
-        own = torch.from_numpy(images[self.rank * part : (self.rank + 1) * part])
-        blocks = [self.encoder(_as_input(block)) for block in own.split(512) if len(block)]
-        embeddings = torch.zeros(part, self.config.embedding_size)
-        if blocks:
-            embeddings[: len(own)] = torch.cat(blocks)
-        return self.ranks.gather(embeddings)[: len(images)]
+        size = -(-len(images) // self.world_size)
+        start = min(self.rank * size, len(images))
+        own = images.take(np.arange(start, min(start + size, len(images))))
+        embeddings = torch.zeros(size, self.config.embedding_size, device=self.device)
+        readable = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        batches = ImageBatches(own, self.preprocessing, EMBED_ROWS)
+        for batch in in_order(batches, range(len(batches)), workers_for(self.config, images)):
+            if len(batch.indices) == 0:
+                continue
+            pixels = self.preprocessing.normalised(batch.images.to(self.device))
+            with self._autocast():
+                found = encoder(pixels.contiguous(memory_format=torch.channels_last))
+            indices = batch.indices.to(self.device)
+            embeddings[indices], readable[indices] = found.float(), 1
+        kept = self.ranks.gather(readable)[: len(images)].bool().cpu()
+        embeddings = self.ranks.gather(embeddings)[: len(images)].cpu()
+        if bool(kept.all()):
+            return Embedded(embeddings, images)
+        return Embedded(embeddings[kept], images.take(kept.numpy()))
 
     def save(self, path: Path, extra: dict[str, Any]) -> None:
         self._share_buffers()
         checkpoint.save(
-            path, **self._parts(), extra={**extra, "step": self.step, "losses": self.losses}
+            path,
+            **self._parts_of_checkpoint(),
+            extra={
+                **extra,
+                "step": self.step,
+                "losses": self.losses,
+                "scaler": self.scaler.state_dict(),
+            },
         )
 
     def load(self, path: Path) -> dict[str, Any]:
         """What `save` was given."""
-        extra = checkpoint.load(path, **self._parts())
+        extra = checkpoint.load(path, **self._parts_of_checkpoint())
         self.step, self.losses = extra.pop("step"), extra.pop("losses")
+        self.scaler.load_state_dict(extra.pop("scaler", {}))
+        self._coming = None
         return extra
+
+    def load_encoder(self, state: dict[str, Tensor]) -> None:
+        """Take the weights that `evaluated` had at another step."""
+        self.evaluated.load_state_dict(state)
+
+    def all_unreadable(self) -> dict[str, str]:
+        """The images that no rank could read so far: their names, and why."""
+        found: dict[int, str] = {}
+        for _, of_rank in exchange(list(self.unreadable.items()), None, self.group):
+            found.update((index, why) for index, why in of_rank)
+        return {self.train_set.name(index): found[index] for index in sorted(found)}
 
     def any_rank(self, condition: bool) -> bool:
         return bool(self.ranks.max(torch.tensor(int(condition))))
 
-    def _parts(self) -> dict[str, Any]:
+    def _training_batches(self) -> TrainingBatches:
+        """This rank's parts of all batches."""
+        config, parts = self.config, self.world_size * self.config.accumulate
+        batches = TrainingBatches(
+            self.train_set,
+            self.preprocessing,
+            config.batch_size,
+            config.seed,
+            augment=0.0 if self._distorts else config.augment,
+            parts=range(self.rank * config.accumulate, (self.rank + 1) * config.accumulate),
+            of=parts,
+        )
+        if batches.batch_size < AT_LEAST * parts:
+            among = f"the {self.world_size} ranks"
+            if config.accumulate > 1:
+                among = f"{config.accumulate} parts of " + among
+            raise ConfigError(
+                f"batch_size: got {batches.batch_size}, must be at least {AT_LEAST} for each of "
+                + among
+            )
+        return batches
+
+    def _gradient_scaler(self) -> torch.amp.GradScaler:
+        enabled = self.config.autocast == "fp16"
+        if self.group is None:
+            return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        # What one rank finds counts for all.
+        return ShardedGradScaler(self.device.type, enabled=enabled, process_group=self.group)
+
+    def _parts_of_checkpoint(self) -> dict[str, Any]:
+        modules = {"encoder": self.encoder, "loss": self.loss}
+        if self.averaged is not None:
+            modules["averaged"] = self.averaged
         return {
-            "modules": {"encoder": self.encoder, "loss": self.loss},
+            "modules": modules,
             "optimizers": {"main": self.optimizer},
             "process_group": self.group,
         }
 
     def _share_buffers(self) -> None:
         """The running statistics of the first rank count: DDP hands them on before each step."""
-        for buffer in self.encoder.buffers():
-            self.ranks.broadcast(buffer)
-
-    def _batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
-        """Images float [b, 1, 32, 32] and labels int64 [b] or [b, P]: a rank's part of the
-        step's batch.
-
-        A rank without a part has no labels, but two images all the same: its encoder must run for
-        the gradients to be exchanged.
-        """
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            shuffled = random_numbers(self.config.seed, ORDER, epoch).permutation(len(self.labels))
-            self._order = (epoch, torch.from_numpy(shuffled))
-        last = position == self.steps_per_epoch - 1
-        stop = None if last else (position + 1) * self.batch_size
-        rows = self._order[1][position * self.batch_size : stop]
-        part = share(len(rows), rank, world_size)
-        labels = self.labels[rows[part]]
-        if len(labels) == 0:
-            part = slice(0, 2)
-        random = random_numbers(self.config.seed, DISTORTION, step)
-        images = _as_input(self.images[rows[part]])
-        images = distort(images, self.config.augment, random, part=part, of=len(rows))
-        return images.contiguous(memory_format=torch.channels_last), labels
-
-    def images_before(self, step: int) -> int:
-        """How many images all ranks have trained on in the steps before this one."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return epoch * len(self.labels) + position * self.batch_size
+        for module in (self.encoder, self.averaged):
+            if module is not None:
+                for buffer in module.buffers():
+                    self.ranks.broadcast(buffer)
 
     def _set_learning_rates(self, step: int) -> None:
         factor = schedule(step, self.steps, self.config.warmup)
@@ -187,14 +317,22 @@ class Trainer:
         prototypes["lr"] = factor * self.config.prototype_learning_rate
 
 
-def share(size: int, rank: int, world_size: int) -> slice:
-    """A rank's part of a batch. Sizes differ by one where the batch does not divide by the ranks;
-    where it is too small for two images each, which batch normalisation needs, the last ranks have
-    none."""
-    ranks = min(world_size, size // 2)
-    if rank >= ranks:
-        return slice(size, size)
-    return slice(rank * size // ranks, (rank + 1) * size // ranks)
+def device_of(config: Config) -> torch.device:
+    """Raises ConfigError where there is no such device."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: got 'cuda', but torch finds no GPU")
+    return torch.device(config.device)
+
+
+def workers_for(config: Config, images: ImageSet) -> int:
+    """Processes that decode images; none for those that are in memory."""
+    if config.workers >= 0:
+        return config.workers
+    if isinstance(images.pictures, ArrayPictures):
+        return 0
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -203,13 +341,3 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
-
-
-def random_numbers(seed: int, purpose: int, number: int) -> np.random.Generator:
-    return np.random.default_rng([seed, purpose, number])
-
-
-def _as_input(images: Tensor) -> Tensor:
-    """uint8 [B, 32, 32] -> float [B, 1, 32, 32] in [0, 1]."""
-    scaled = images[:, None].float() / 255
-    return scaled.contiguous(memory_format=torch.channels_last)

@@ -52,6 +52,10 @@ def one_of(default: str, help: str, choices: tuple[str, ...]) -> Any:
     return field(default=default, metadata={**metadata, "choices": choices})
 
 
+def switch(default: bool, help: str) -> Any:
+    return setting(default, help, "true or false", lambda v: True)
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the settings of every command share.
@@ -108,7 +112,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def setting_types(settings: type[Settings]) -> dict[str, Any]:
-    """The type of each setting: int, float, str, or a tuple of one of them."""
+    """The type of each setting: int, float, str, bool, or a tuple of one of them."""
     return get_type_hints(settings)
 
 

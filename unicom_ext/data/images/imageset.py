@@ -68,6 +68,11 @@ class ImageSet:
         """ "" where there is none."""
         return self.pictures.caption(int(self.rows[index]))
 
+    def class_name(self, index: int) -> str:
+        """Of the image; "" where it has no class."""
+        label = self.first_labels[index]
+        return "" if label == NO_CLASS else self.class_names[label]
+
     def take(self, indices: np.ndarray) -> ImageSet:
         """The given images, in that order, with the classes as they are."""
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])

@@ -39,8 +39,8 @@ class Preprocessing:
     def channels(self) -> int:
         return len(self.mode)
 
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """fp32 [channels, size, size]: scaled by its shorter side, then cut to its middle.
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        """The middle of the picture, as a square of that size and mode.
 
         Sides are rounded as torchvision's Resize and CenterCrop do, with which encoders were
         published.
@@ -55,7 +55,7 @@ class Preprocessing:
         if picture.size != (width, height):
             picture = picture.resize((width, height), RESAMPLING[self.interpolation])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
-        return self.normalised(picture.crop((left, top, left + self.size, top + self.size)))
+        return picture.crop((left, top, left + self.size, top + self.size))
 
     def part(self, picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
         """The part (left, top, right, bottom), in pixels, scaled to the square."""
@@ -65,9 +65,19 @@ class Preprocessing:
     def _converted(self, picture: Image.Image) -> Image.Image:
         return picture if picture.mode == self.mode else picture.convert(self.mode)
 
-    def normalised(self, picture: Image.Image) -> Tensor:
-        """fp32 [channels, size, size] of a picture of that size and mode."""
-        values = np.asarray(picture, np.float32).reshape(self.size, self.size, self.channels) / 255
-        if any(self.mean) or any(s != 1 for s in self.std):
-            values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
-        return torch.from_numpy(values).permute(2, 0, 1)
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 [b, channels, size, size] -> fp32, on its device."""
+        return self.standardised(images.float() / 255)
+
+    def standardised(self, images: Tensor) -> Tensor:
+        """(images - mean) / std, of fp32 [b, channels, size, size] in [0, 1]."""
+        if not any(self.mean) and all(std == 1 for std in self.std):
+            return images
+        mean, std = (images.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
+        return (images - mean) / std
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    """uint8 [channels, h, w]."""
+    pixels = torch.from_numpy(np.array(picture))
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)

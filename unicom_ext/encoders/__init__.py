@@ -1,0 +1,3 @@
+from unicom_ext.encoders.registry import ImageEncoder, create
+
+__all__ = ["ImageEncoder", "create"]
