@@ -75,6 +75,11 @@ def natural_key(path: Path) -> tuple[list[str | int], str]:
     return _parts(path.stem.casefold()), path.name
 
 
+def natural_name_key(name: str) -> tuple[list[str | int], str]:
+    """As `natural_key`, of a name that has no ending to leave out."""
+    return _parts(name.casefold()), name
+
+
 def unpadded(name: str) -> str:
     """The name without leading zeros in its numbers: 7 and 0007 are one number."""
     return "".join(map(str, _parts(name)))

@@ -77,11 +77,17 @@ class ImageSet:
         """The given images, in that order, with the classes as they are."""
         return replace(self, rows=self.rows[indices], labels=self.labels[indices])
 
-    def of_classes(self, classes: Sequence[int]) -> ImageSet:
-        """The images of the given classes (increasing) alone, renumbered in that order."""
-        new = np.full(self.num_classes + 1, NO_CLASS, np.int64)  # the last for NO_CLASS
+    def of_classes(self, classes: Sequence[int], unlabelled: bool = False) -> ImageSet:
+        """The images of the given classes (increasing) alone, renumbered in that order.
+
+        unlabelled: those without a class too.
+        """
+        left_out = NO_CLASS - 1
+        new = np.full(self.num_classes + 1, left_out, np.int64)  # the last for NO_CLASS
         new[list(classes)] = np.arange(len(classes))
-        indices = np.flatnonzero(new[self.labels] >= 0)
+        if unlabelled:
+            new[NO_CLASS] = NO_CLASS
+        indices = np.flatnonzero(new[self.labels] != left_out)
         return ImageSet(
             self.pictures,
             self.rows[indices],
@@ -96,7 +102,7 @@ class ImageSet:
 
         The second part gets round(fraction * num_classes) classes. Classes are ordered by a hash of
         (seed, name of the class), so the cut is the same on every machine. Images without a label
-        are in neither.
+        are in the first part.
 
         Raises ConfigError, which calls the fraction `name`, if either part would have no class.
         """
@@ -108,10 +114,12 @@ class ImageSet:
             )
 
         def rank(c: int) -> bytes:
-            return hashlib.sha256(f"{seed}:{self.class_names[c]}".encode()).digest()
+            text = f"{seed}:{self.class_names[c]}"
+            return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
         order = sorted(range(self.num_classes), key=rank)
-        return self.of_classes(sorted(order[taken:])), self.of_classes(sorted(order[:taken]))
+        first, second = sorted(order[taken:]), sorted(order[:taken])
+        return self.of_classes(first, unlabelled=True), self.of_classes(second)
 
     def relabelled(self, labels: np.ndarray) -> ImageSet:
         """The images under other labels, integers [n], or [n, P] for several classes of an image.

@@ -33,7 +33,7 @@ class Pictures(Protocol):
         """
 
     def caption(self, number: int) -> str:
-        """Its text; "" where there is none."""
+        """Its text; "" where there is none. Raises PictureError where it cannot be read."""
 
     def digest(self, rows: np.ndarray, into: Any) -> None:
         """Add what tells these pictures from others to a hash: their names and sizes, or pixels."""
@@ -104,6 +104,14 @@ class FilePictures:
             into.update(f"{self._paths[row]}\0{size}\n".encode(errors="surrogateescape"))
 
 
+def as_text(data: bytes, name: str) -> str:
+    """A caption as it lies in a file. Raises PictureError."""
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise PictureError(f"{name}: is not text in UTF-8") from None
+
+
 def decode(file: IO[bytes], name: str) -> Image.Image:
     """The picture in an open image file: upright, grey ("L") or colour ("RGB").
 
@@ -112,7 +120,7 @@ def decode(file: IO[bytes], name: str) -> Image.Image:
     try:
         with Image.open(file) as opened:
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
+            return _plain(ImageOps.exif_transpose(opened))
     except Image.DecompressionBombError as error:
         raise PictureError(f"{name}: {error}") from None
     # What Pillow's decoders raise on files that are cut off or spoilt.
@@ -120,11 +128,10 @@ def decode(file: IO[bytes], name: str) -> Image.Image:
             struct.error, OverflowError, AttributeError, MemoryError) as error:  # fmt: skip
         reason = "is no image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(f"{name}: {reason or type(error).__name__}") from None
-    return _plain(picture)
 
 
 def _plain(picture: Image.Image) -> Image.Image:
-    if picture.mode in ("L", "RGB"):
+    if picture.mode in ("L", "RGB") and not picture.has_transparency_data:
         return picture
     if picture.mode.startswith("I"):  # Pillow would cut off at 255
         values = np.asarray(picture).astype(np.int64)

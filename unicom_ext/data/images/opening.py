@@ -1,0 +1,125 @@
+"""Collections by their name: which layout a place has, and its images cut into parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unicom_ext.data import glyphs
+from unicom_ext.data.images.collection import (
+    GALLERY,
+    QUERY,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Collection,
+)
+from unicom_ext.data.images.folder import read_folder
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.settings import GLYPHS, DataSettings
+from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.settings import ConfigError
+
+NO_ROWS = np.arange(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a collection is used for.
+
+    train       to train on; the label is NO_CLASS for images without one. It is empty where there
+                are images to evaluate on alone
+    validation  to compare settings and to stop early on, searched among each other; None: there
+                are none
+    query       to evaluate on; None: nothing is labelled for it
+    gallery     what each query is searched in, of one numbering of classes with the queries; None:
+                the other queries
+    """
+
+    train: ImageSet
+    validation: ImageSet | None
+    query: ImageSet | None
+    gallery: ImageSet | None
+
+
+def open_images(settings: DataSettings, seed: int) -> Parts:
+    """The images that the settings name.
+
+    Where the data have parts of their own, these count. Else the classes are cut by their names and
+    the seed, in the same way on every machine: `test_fraction` of them are evaluated on, and of the
+    others `validation_fraction` are for validation. Images without a class are all in `train`.
+
+    Raises SourceError, a ConfigError, where they are not there or not as their layout says;
+    ConfigError where a fraction leaves a part without a class; ModuleNotFoundError where something
+    optional is not installed that they need.
+    """
+    if settings.data == GLYPHS:
+        drawn = glyphs.split(glyphs.load(), seed, settings.test_fraction)
+        train, test = map(of_glyphs, drawn)
+        return _with_validation(train, None, test, None, settings, seed)
+    found = _read(Path(settings.data).expanduser(), settings.layout)
+    if found.parts is not None:
+        return _official(found, settings, seed)
+    (train,) = found.image_sets(np.arange(len(found.pictures)))
+    test = train.take(NO_ROWS)
+    if train.num_classes:
+        train, test = train.split(seed, settings.test_fraction)
+    return _with_validation(train, None, test, None, settings, seed)
+
+
+def of_glyphs(g: glyphs.Glyphs) -> ImageSet:
+    """Bundled characters; the caption of an image is the name of its character."""
+    captions = [g.captions[label] for label in g.labels.tolist()]
+    return ImageSet.of_arrays(g.images, g.labels, g.captions, captions)
+
+
+def _official(found: Collection, settings: DataSettings, seed: int) -> Parts:
+    assert found.parts is not None
+    rows = found.parts
+    (train,) = found.image_sets(rows.get(TRAIN, NO_ROWS))
+    validation = gallery = None
+    if VALIDATION in rows:
+        (validation,) = found.image_sets(rows[VALIDATION])
+    if GALLERY in rows:
+        query, gallery = found.image_sets(rows[QUERY], rows[GALLERY])
+    else:
+        (query,) = found.image_sets(rows.get(TEST, NO_ROWS))
+    return _with_validation(train, validation, query, gallery, settings, seed)
+
+
+def _with_validation(
+    train: ImageSet,
+    validation: ImageSet | None,
+    query: ImageSet,
+    gallery: ImageSet | None,
+    settings: DataSettings,
+    seed: int,
+) -> Parts:
+    if settings.validation_fraction:
+        if validation is not None:
+            raise ConfigError(
+                f"validation_fraction: got {settings.validation_fraction}, must be 0: "
+                f"{settings.data} has images for validation"
+            )
+        train, validation = train.split(seed, settings.validation_fraction, "validation_fraction")
+    if not (query.labels >= 0).any():
+        return Parts(train, validation, None, None)
+    return Parts(train, validation, query, gallery)
+
+
+def _read(path: Path, layout: str) -> Collection:
+    if not path.exists():
+        raise SourceError(f"{path}: is not there")
+    return LAYOUTS[layout](path)
+
+
+def _auto(path: Path) -> Collection:
+    if path.is_dir():
+        return read_folder(path)
+    raise SourceError(f"{path}: is neither a folder nor a table")
+
+
+LAYOUTS: dict[str, Callable[[Path], Collection]] = {"auto": _auto, "folder": read_folder}
