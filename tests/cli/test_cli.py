@@ -15,13 +15,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from support.training import DATA
+from support.training import PARTS
 
 import unicom_ext
 from unicom_ext import retrieval
 from unicom_ext.cli import bench, common, doctor
 from unicom_ext.cli.main import main
-from unicom_ext.data import glyphs
 from unicom_ext.ops import library
 
 TINY = [
@@ -34,8 +33,7 @@ TINY = [
 def tiny_glyphs(monkeypatch):
     """Some of the real pipeline's data, without drawing it."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # which `train` sets, undone after the test
-    monkeypatch.setattr(glyphs, "load", lambda: None)
-    monkeypatch.setattr(glyphs, "split", lambda *arguments: DATA)
+    monkeypatch.setattr("unicom_ext.train.run.open_images", lambda *arguments: PARTS)
 
 
 @pytest.fixture
@@ -133,7 +131,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path, tiny_glyphs, no_report, monkeypatch
         (["--epochs=0"], "epochs: got 0, must be a whole number >= 1"),
         (["--dims=16,x"], "dims: got '16,x', must be a comma-separated list"),
         (["--dims=16,256"], "dims: got [16, 256], must not go beyond embedding_size"),
-        (["--baselines=SIFT"], "baselines: got ['SIFT'], must be some of raw pixels"),
+        (["--baselines=SIFT"], "baselines: got ['SIFT'], must be auto, or some of raw pixels"),
         (["--config=nowhere.toml"], "nowhere.toml: cannot be read"),
         (["--resume"], "there is no checkpoint"),
         (["--resume", "--overwrite"], "exclude each other"),

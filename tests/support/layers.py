@@ -17,7 +17,7 @@ PACKAGE = "unicom_ext"
 FLOORS = (
     ("cli",),
     ("train",),
-    ("cluster", "retrieval", "checkpoint", "optim", "compat"),
+    ("cluster", "retrieval", "checkpoint", "optim", "compat", "encoders"),
     ("loss", "data"),
     ("ops", "distributed", "utils"),
 )

@@ -35,12 +35,12 @@ def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> ImageSe
 
 
 DATA = (synthetic(20, seed=1), synthetic(12, seed=2))
+PARTS = Parts(DATA[0], None, DATA[1], None)
 STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
 
 
-def run(output, *, config=TINY, data=DATA, text=None, **options):
+def run(output, *, config=TINY, data=PARTS, text=None, **options):
     console = Console(file=text or io.StringIO(), width=120)
-    data = Parts(data[0], None, data[1], None)
     return train(config, output, data=data, console=console, **options)
 
 

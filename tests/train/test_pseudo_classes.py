@@ -68,12 +68,12 @@ def test_relabelled_glyphs():
     labels = np.full(len(TRAIN), -1)
     labels[::2] = 7
     labels[1::4] = 3
-    new = glyphs.relabelled(TRAIN, labels)
+    new = TRAIN.relabelled(labels)
     assert len(new) == np.count_nonzero(labels >= 0)
     assert new.num_classes == 2
-    assert new.captions == ["pseudo-class 3", "pseudo-class 7"]
+    assert new.class_names == ["pseudo-class 3", "pseudo-class 7"]
     kept = np.flatnonzero(labels >= 0)
-    assert np.array_equal(new.images, TRAIN.images[kept])
+    assert np.array_equal(new.rows, kept)
     assert np.array_equal(new.labels, (labels[kept] == 7).astype(int))
 
 
@@ -96,11 +96,11 @@ def test_relabelled_with_several():
     labels[0] = [7, -5, 3]
     labels[2] = [-1, 9, -1]
     labels[5] = [3, 3, 7]
-    new = glyphs.relabelled(TRAIN, labels)
+    new = TRAIN.relabelled(labels)
     assert new.labels.tolist() == [[1, 0, -1], [2, -1, -1], [0, 0, 1]]
     assert new.first_labels.tolist() == [1, 2, 0]
-    assert new.captions == ["pseudo-class 3", "pseudo-class 7", "pseudo-class 9"]
-    assert np.array_equal(new.images, TRAIN.images[[0, 2, 5]])
+    assert new.class_names == ["pseudo-class 3", "pseudo-class 7", "pseudo-class 9"]
+    assert new.rows.tolist() == [0, 2, 5]
 
 
 def several_labels(seed=0):
@@ -113,10 +113,11 @@ def several_labels(seed=0):
 
 def test_steps_have_the_loss_of_several_labels(tmp_path):
     """The driver's loss is that of the module with these labels; one label is as it was."""
-    train_set = glyphs.relabelled(TRAIN, several_labels())
+    train_set = TRAIN.relabelled(several_labels())
     config = replace(TINY, labels="x", multi_label="separate", sample_rate=1.0, feature_rate=1.0)
     trainer = Trainer(config, train_set)
-    images, labels = trainer._batch(0)
+    (part,) = trainer.batches[0]
+    images, labels = trainer._input(part), trainer.labels[part.indices]
     assert labels.shape == (16, 4)
     trainer.encoder.train()
     with torch.no_grad():
@@ -169,10 +170,10 @@ def test_training_on_several_labels(tmp_path, monkeypatch):
 def train_on_several(group, path):
     """The losses of an epoch; its batches do not divide by the ranks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicom_ext.train.trainer.Encoder", Flat)
+        patch.setattr("unicom_ext.encoders.registry.Encoder", Flat)
         labels = read_positives("labels", path, len(TRAIN))
         config = replace(TINY, batch_size=16, labels=str(path))
-        trainer = Trainer(config, glyphs.relabelled(TRAIN, labels), group)
+        trainer = Trainer(config, TRAIN.relabelled(labels), group)
     return [trainer.step_once() for _ in range(trainer.steps_per_epoch)]
 
 

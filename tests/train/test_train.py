@@ -35,13 +35,16 @@ from support.training import (
 from unicom_ext import checkpoint
 from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data import baselines
+from unicom_ext.data.images.augment import distort
+from unicom_ext.data.images.batches import TrainingBatches, share
+from unicom_ext.data.images.opening import Parts
+from unicom_ext.data.images.preprocessing import Preprocessing
 from unicom_ext.optim import RowAdamW
 from unicom_ext.retrieval import evaluate
 from unicom_ext.train import evaluation, report
-from unicom_ext.train.augment import distort
 from unicom_ext.train.config import BASELINES, Config
 from unicom_ext.train.interrupt import Interrupted
-from unicom_ext.train.trainer import Trainer, schedule, share
+from unicom_ext.train.trainer import Embedded, Trainer, schedule
 from unicom_ext.utils.files import write_atomically
 from unicom_ext.utils.settings import ConfigError, read_toml
 
@@ -67,9 +70,9 @@ def test_learns(tmp_path, no_report):
     config = dataclasses.replace(
         TINY, width=4, epochs=12, evaluate_every=0, feature_rate=1.0, augment=0.0
     )
-    untrained = Trainer(config, DATA[0]).embed(DATA[0].images)
-    before = evaluation.evaluate(untrained, DATA[0], [8])[0]["recall"]["1"]
-    metrics = run(tmp_path, config=config, data=(DATA[0], DATA[0]))
+    untrained = Trainer(config, DATA[0]).embed(DATA[0])
+    before = evaluation.evaluate(untrained, None, [8])[0]["recall"]["1"]
+    metrics = run(tmp_path, config=config, data=Parts(DATA[0], None, DATA[0], None))
     after = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
     assert np.mean(metrics["loss"][-7:]) < 0.6 * np.mean(metrics["loss"][:7])
     assert after > before + 0.5
@@ -143,19 +146,18 @@ def test_does_not_touch_the_global_random_state(tmp_path, no_report):
     [(16, [16] * 7 + [8]), (17, [17] * 6 + [18]), (20, [20] * 6), (59, [59, 59, 2]), (500, [120])],
 )
 def test_one_epoch_visits_each_image_once(batch_size, sizes):
-    trainer = Trainer(dataclasses.replace(TINY, batch_size=batch_size), DATA[0])
-    trainer.labels = torch.arange(len(DATA[0]))  # which image it is
-    count = trainer.steps_per_epoch
+    batches_of = TrainingBatches(DATA[0], Preprocessing(32, "L", (0.0,), (1.0,)), batch_size, 0)
+    count = batches_of.steps_per_epoch
     epochs = []
     for epoch in range(2):
-        batches = [trainer._batch(epoch * count + i) for i in range(count)]
-        assert [len(labels) for _, labels in batches] == sizes
-        assert all(len(images) == len(labels) for images, labels in batches)
-        epochs.append(torch.cat([labels for _, labels in batches]).tolist())
+        batches = [batch for i in range(count) for batch in batches_of[epoch * count + i]]
+        assert [len(batch.indices) for batch in batches] == sizes
+        assert all(len(batch.images) == len(batch.indices) for batch in batches)
+        epochs.append(torch.cat([batch.indices for batch in batches]).tolist())
     assert all(sorted(rows) == list(range(120)) for rows in epochs)
     assert epochs[0] != epochs[1]
-    assert [trainer.images_before(i) for i in range(count + 1)] == [
-        *(i * trainer.batch_size for i in range(count)), 120,
+    assert [batches_of.images_before(i) for i in range(count + 1)] == [
+        *(i * batches_of.batch_size for i in range(count)), 120,
     ]  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def test_schedule_rises_then_falls_to_zero():
 
 
 def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
-    images = torch.from_numpy(DATA[0].images[:9, None]).float() / 255
+    images = torch.from_numpy(DATA[0].pictures.images[:9, None]).float() / 255
     first, again, other = (distort(images, 1.0, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -205,7 +207,7 @@ def test_baselines_are_evaluated_beside_the_model(tmp_path, no_report):
     train_set, test_set = DATA
     for name in names:
         embeddings = baselines.BASELINES[name](
-            train_set.images, train_set.labels, test_set.images, 8
+            train_set.pictures.images, train_set.labels, test_set.pictures.images, 8
         )
         expected = evaluate(embeddings, torch.from_numpy(test_set.labels), dims=[4, 8])
         found = metrics["baselines"][name]
@@ -302,7 +304,7 @@ def test_resume_refuses_another_config(finished):
 
 def test_resume_refuses_other_data(finished):
     with pytest.raises(CheckpointError, match="other data"):
-        run(finished[0], data=(DATA[0], synthetic(12, seed=3)), resume=True)
+        run(finished[0], data=Parts(DATA[0], None, synthetic(12, seed=3), None), resume=True)
 
 
 def test_resume_without_a_checkpoint(tmp_path):
@@ -387,7 +389,9 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
     assert "\r" not in text.getvalue()
     assert len(lines) < 40
     assert re.fullmatch(
-        rf"step {STEPS}/{STEPS}  loss \d+\.\d+  [\d,]+ images/s  0:00:00 left", lines[-2].strip()
+        rf"step {STEPS}/{STEPS}  loss \d+\.\d+  [\d,]+ images/s \(\d+% of the time waiting\)  "
+        r"0:00:00 left",
+        lines[-2].strip(),
     )
     assert sum("Recall@1" in line for line in lines) == 3
 
@@ -527,20 +531,19 @@ def test_report_of_a_run_of_before(finished, tmp_path):
             {name: result[name] for name in ("dim", "recall", "map_at_r")}
             for result in evaluation_["results"]
         ]
-    test_set = DATA[1]
-    embeddings = torch.randn(len(test_set), 8, generator=torch.Generator().manual_seed(0))
-    report.write(tmp_path, metrics, test_set, embeddings, np.random.default_rng(0))
+    embeddings = torch.randn(len(DATA[1]), 8, generator=torch.Generator().manual_seed(0))
+    report.write(tmp_path, metrics, Embedded(embeddings, DATA[1]), None, np.random.default_rng(0))
     page = (tmp_path / "report.html").read_text()
     assert "<th>mAP@R</th></tr>" in page
 
 
 def test_neighbours_are_marked_right_and_wrong():
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
-    glyphs = dataclasses.replace(DATA[0], labels=np.array([0, 1, 0, 1]))
-    found = report.Neighbours.search(embeddings, glyphs.labels)
+    images = dataclasses.replace(DATA[0], rows=np.arange(4), labels=np.array([0, 1, 0, 1]))
+    found = report.Neighbours.search(Embedded(embeddings, images), None)
     assert found.index.tolist()[0] == [1, 2, 3]
     assert found.right.tolist()[0] == [False, True, False]
-    figure = report.grid(glyphs, found, np.array([0]))
+    figure = report.grid(report.Shown(images, images, True), found, np.array([0]))
     (axes,) = figure.axes
     assert [text.get_text()[0] for text in axes.texts] == ["q", "P", "✗", "✓", "✗"]
     assert axes.texts[1].get_text() == "PATTERN 0\nnearest: PATTERN 1"
@@ -548,7 +551,7 @@ def test_neighbours_are_marked_right_and_wrong():
     assert colours[1] == colours[3] != colours[2]
     shown = [255 - image.get_array() for image in axes.images]
     for row, image in enumerate(shown):
-        assert np.array_equal(image, glyphs.images[row])
+        assert np.array_equal(image, np.asarray(images.read(row)))
 
 
 # ---- settings ------------------------------------------------------------------------------------

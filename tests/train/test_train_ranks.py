@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 from support.ranks import free_port
-from support.training import DATA, TINY, apart_from_timing, assert_same_bits, run, saved
+from support.training import DATA, PARTS, TINY, apart_from_timing, assert_same_bits, run, saved
 from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -47,7 +47,7 @@ def train_together(group, output, options, stop_at=None):
 
     try:
         metrics = train(
-            CONFIG, output, data=DATA, console=Console(file=text, width=120), group=group,
+            CONFIG, output, data=PARTS, console=Console(file=text, width=120), group=group,
             on_step=on_step, **options,
         )  # fmt: skip
     except Interrupted as stop:
@@ -89,10 +89,10 @@ class WithoutStatistics(nn.Sequential):
 def train_without_statistics(group):
     """Losses, and the number of samples that this rank has in each step of an epoch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicom_ext.train.trainer.Encoder", WithoutStatistics)
+        patch.setattr("unicom_ext.encoders.registry.Encoder", WithoutStatistics)
         trainer = Trainer(CONFIG, DATA[0], group)
     sizes = [
-        len(trainer._batch(step, trainer.rank, trainer.world_size)[1])
+        sum(len(part.indices) for part in trainer.batches[step])
         for step in range(trainer.steps_per_epoch)
     ]
     return [trainer.step_once() for _ in range(STEPS)], sizes
@@ -148,7 +148,7 @@ def refused(group, output):
     ):
         with pytest.raises((ConfigError, checkpoint.CheckpointError)) as caught:
             train(config, output if "resume" in options or config is CONFIG
-                         else output / "new", data=DATA, group=group, **options)  # fmt: skip
+                         else output / "new", data=PARTS, group=group, **options)  # fmt: skip
         messages.append(str(caught.value))
     return messages
 
@@ -207,7 +207,7 @@ def fail_in_a_run(say, rank, output, failure):
     try:
         with launch.joined(stops=(Interrupted,)) as group:
             train(
-                CONFIG, output, data=DATA, console=Console(file=io.StringIO()), group=group,
+                CONFIG, output, data=PARTS, console=Console(file=io.StringIO()), group=group,
                 on_step=on_step,
             )  # fmt: skip
     except Exception as error:

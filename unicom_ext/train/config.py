@@ -111,8 +111,9 @@ class Config(DataSettings, EncoderSettings):
         lambda v: len(v) > 0 and v[0] >= 1 and list(v) == sorted(set(v)),
     )  # fmt: skip
     baselines: tuple[str, ...] = setting(
-        BASELINES, "what to compare with", f"some of {', '.join(BASELINES)}, or nothing",
-        lambda v: set(v) <= set(BASELINES) and len(set(v)) == len(v),
+        ("auto",), "what to compare with; auto: what is possible, for up to 50,000 images",
+        f"auto, or some of {', '.join(BASELINES)}, or nothing",
+        lambda v: v == ("auto",) or (set(v) <= set(BASELINES) and len(set(v)) == len(v)),
     )  # fmt: skip
     evaluate_every: int = whole(7, "epochs between evaluations, 0 for the end only", 0)
     patience: int = whole(

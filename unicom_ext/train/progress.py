@@ -33,7 +33,7 @@ class TrainingProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        unknown = {"loss": "-", "rate": "-", "waiting": "-"}
+        unknown: dict[str, Any] = {"loss": "-", "rate": "-", "waiting": "-"}
         self._task = self._bar.add_task("", total=total, completed=start, **unknown)
 
     def __enter__(self) -> TrainingProgress:

@@ -32,7 +32,7 @@ from unicom_ext.train.evaluation import evaluate, evaluate_baselines
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Embedded, Trainer
-from unicom_ext.utils.files import CheckpointError, write_atomically
+from unicom_ext.utils.files import CheckpointError, natural_name_key, write_atomically
 from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import versions
 
@@ -126,6 +126,12 @@ def train(
 
     run = _Run(trainer, metrics, parts, output, console)
     run.to_the_end(on_step)
+    if metrics["unreadable"]:
+        console.print(
+            f"{len(metrics['unreadable']):,} of {len(parts.train):,} images could not be read; "
+            f"{output / checkpoints.UNREADABLE} says why.",
+            soft_wrap=True,
+        )
     if parts.query is not None:
         query, gallery = run.embedded()
         if first:
@@ -293,7 +299,9 @@ class _Run:
 
     def _save(self) -> Path:
         trainer, metrics = self.trainer, self.metrics
-        unreadable = metrics["unreadable"] | trainer.all_unreadable()
+        # Those of before a run was resumed are not known to the trainer.
+        found = metrics["unreadable"] | trainer.all_unreadable()
+        unreadable = {name: found[name] for name in sorted(found, key=natural_name_key)}
         metrics["unreadable"] = unreadable
         path = checkpoints.save(self.output, trainer, metrics)
         if unreadable and self.first:

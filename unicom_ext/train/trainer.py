@@ -257,7 +257,7 @@ class Trainer:
         found: dict[int, str] = {}
         for _, of_rank in exchange(list(self.unreadable.items()), None, self.group):
             found.update((index, why) for index, why in of_rank)
-        return {self.train_set.name(index): found[index] for index in sorted(found)}
+        return {self.train_set.name(index): why for index, why in found.items()}
 
     def any_rank(self, condition: bool) -> bool:
         return bool(self.ranks.max(torch.tensor(int(condition))))

@@ -137,6 +137,7 @@ def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[
         sampler=numbers,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # not the global one, from which it would draw
     )
     return iter(loader)
 
