@@ -17,7 +17,8 @@ PACKAGE = "unicom_ext"
 FLOORS = (
     ("cli",),
     ("train",),
-    ("cluster", "retrieval", "checkpoint", "optim", "compat", "encoders"),
+    ("encoders",),
+    ("cluster", "retrieval", "checkpoint", "optim", "compat"),
     ("loss", "data"),
     ("ops", "distributed", "utils"),
 )

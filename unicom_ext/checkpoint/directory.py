@@ -60,16 +60,41 @@ def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> No
     Names are without those of wrappers such as torch.compile, also where an older version has saved
     them.
     """
-    metadata, _ = read(Path(directory))
+    merged = _tensors(Path(directory))
+    write_atomically(file, lambda handle: torch.save(merged, handle))
+
+
+def read_module(directory: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
+    """The state dict of one of the modules that were saved, without names of wrappers.
+
+    Raises CheckpointError: it is not there.
+    """
+    return of_module(directory, _tensors(Path(directory), f"modules.{name}."), name)
+
+
+def of_module(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """The state dict of a module out of the tensors of a checkpoint, `path` in messages."""
+    prefix = f"modules.{name}."
+    found = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+    if not found:
+        raise CheckpointError(f"{path}: there is no module {name!r} in it")
+    return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+def _tensors(directory: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin so, by their names without those of wrappers."""
+    metadata, _ = read(directory)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in metadata.state_dict_metadata.items()
+        if key.startswith(prefix)
     }
     names = SavedNames(state)
     plain = {plain_name(key): names.find(plain_name(key)) for key in state}
     read_tensors(state, checkpoint_id=directory, no_dist=True)
-    merged = {name: state[key] for name, key in plain.items() if key is not None}
-    write_atomically(file, lambda handle: torch.save(merged, handle))
+    return {name: state[key] for name, key in plain.items() if key is not None}
 
 
 def split(file: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 Array = np.ndarray | Tensor
 
 PCA_BEFORE_LDA = 256  # keeps the within-class scatter well conditioned
+CELL = 4  # side of a cell of HOG, in pixels
 
 
 def raw_pixels(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
@@ -38,7 +39,7 @@ def raw_pixels(train_images: Array, train_labels: Array, images: Array, dim: int
 
 def hog(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
-    return _pca(_gradient_histograms(train), _gradient_histograms(test), dim)[1]
+    return _pca(gradient_histograms(train), gradient_histograms(test), dim)[1]
 
 
 def lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
@@ -48,9 +49,7 @@ def lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128)
 
 def hog_lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
-    return _discriminants(
-        _gradient_histograms(train), train_labels, _gradient_histograms(test), dim
-    )
+    return _discriminants(gradient_histograms(train), train_labels, gradient_histograms(test), dim)
 
 
 BASELINES = {"raw pixels": raw_pixels, "HOG": hog, "LDA": lda, "HOG + LDA": hog_lda}
@@ -66,18 +65,26 @@ def _as_pixels(name: str, images: Array) -> Tensor:
     return images.float() / 255
 
 
-def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Both projected on the `dim` leading principal axes of train [m, f], centred at its mean."""
+def principal_axes(train: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Mean [f] and the `dim` leading principal axes [f, dim] of train fp32 [m, f].
+
+    Raises ValueError, which calls the number `dim`, where there are not so many.
+    """
     if not 1 <= dim <= min(len(train) - 1, train.shape[1]):
         raise ValueError(
             f"dim: got {dim}, must be from 1 to {min(len(train) - 1, train.shape[1])} with "
             f"{len(train)} train images of {train.shape[1]} features"
         )
     mean = train.mean(0)
-    train, test = train - mean, test - mean
+    train = train - mean
     _, axes = torch.linalg.eigh((train.T @ train).double())  # smallest first
-    axes = axes[:, -dim:].flip(1).float()
-    return train @ axes, test @ axes
+    return mean, axes[:, -dim:].flip(1).float()
+
+
+def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Both projected on the `dim` leading principal axes of train [m, f], centred at its mean."""
+    mean, axes = principal_axes(train, dim)
+    return (train - mean) @ axes, (test - mean) @ axes
 
 
 def _discriminants(train: Tensor, labels: Array, test: Tensor, dim: int) -> Tensor:
@@ -115,7 +122,7 @@ def _discriminants(train: Tensor, labels: Array, test: Tensor, dim: int) -> Tens
     return test @ projection.float()
 
 
-def _gradient_histograms(images: Tensor, bins: int = 9, cell: int = 4) -> Tensor:
+def gradient_histograms(images: Tensor, bins: int = 9, cell: int = CELL) -> Tensor:
     """HOG features [n, f] of images [n, h, w], h and w multiples of `cell`.
 
     Unsigned gradient angles, linear interpolation between neighbouring bins; histograms over

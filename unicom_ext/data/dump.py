@@ -9,24 +9,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unicom_ext.data.baselines import BASELINES
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.ngrams import NGrams
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.files import list_files, natural_key, write_file
 
 SHARD_ROWS = 10_000
-NGRAMS = (2, 3, 4)
-BUCKETS = 1 << 14
 LIST = "files.json"  # of what a dump consists
 _NAME = r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{4,}\.npy|true_labels\.npy|images\.npy"
 
@@ -120,24 +116,7 @@ def captions(glyphs: Glyphs, kept_words: float, seed: int) -> list[str]:
 
 
 def name_features(texts: list[str], dim: int, seed: int = 0) -> Tensor:
-    """fp32 [n, dim]: counts of character 2- to 4-grams, hashed, weighted by rarity (TF-IDF), and
-    projected on random directions, which keeps cosines up to 1 / sqrt(dim)."""
-    texts_of: list[int] = []
-    buckets: list[int] = []
-    for i, text in enumerate(texts):
-        padded = f" {text} "
-        for n in NGRAMS:
-            for at in range(len(padded) - n + 1):
-                texts_of.append(i)
-                buckets.append(zlib.crc32(padded[at : at + n].encode()) % BUCKETS)
-    key = torch.tensor(texts_of) * BUCKETS + torch.tensor(buckets)
-    key, count = key.unique(return_counts=True)
-    of_text, bucket = key // BUCKETS, key % BUCKETS
-    rarity = (len(texts) / bucket.bincount(minlength=BUCKETS).clamp(min=1)).log()
-    weight = count.sqrt() * rarity[bucket]
-    generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(BUCKETS, dim, generator=generator)
-    # A weighted sum of directions for each text, whose n-grams stand side by side in `key`.
-    first = torch.searchsorted(of_text, torch.arange(len(texts)))
-    summed = F.embedding_bag(bucket, directions, first, mode="sum", per_sample_weights=weight)
-    return F.normalize(summed)
+    """fp32 [n, dim]: `NGrams` fitted on the texts themselves."""
+    ngrams = NGrams(dim, seed)
+    ngrams.fit(texts)
+    return ngrams.encode(texts)

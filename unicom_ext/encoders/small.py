@@ -1,27 +1,33 @@
-"""The encoder of the demo: a small convolutional network for 32 x 32 grey images."""
+"""The encoder of the demo: a small convolutional network for small images."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+SMALLEST = 32  # images; four pixels are left of their side at the end
+
 
 class Encoder(nn.Module):
-    """Images float [B, 1, 32, 32] in [0, 1] -> embeddings [B, embedding_size], not normalised.
+    """Images float [B, channels, s, s] in [0, 1] -> embeddings [B, embedding_size], not normalised.
 
-    Four convolutions, `width` to 8 * `width` channels. The last feature map (4 x 4) is flattened,
-    not averaged: where a stroke is matters as much as that it is there.
+    Four convolutions, `width` to 8 * `width` channels. The last feature map is brought to 4 x 4,
+    which it is for images of 32 pixels, and flattened, not averaged: where a stroke is matters as
+    much as that it is there.
     """
 
-    def __init__(self, embedding_size: int = 128, width: int = 16) -> None:
+    OUTPUT = "layers.15.weight"  # its first dimension is embedding_size
+
+    def __init__(self, embedding_size: int = 128, width: int = 16, channels: int = 1) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *_convolution(1, width, kernel=5, stride=2),  # 16 x 16
+            *_convolution(channels, width, kernel=5, stride=2),  # 16 x 16 of 32 x 32
             *_convolution(width, 2 * width),
             nn.MaxPool2d(2),  # 8 x 8
             *_convolution(2 * width, 4 * width),
             nn.MaxPool2d(2),  # 4 x 4
             *_convolution(4 * width, 8 * width),
-            nn.Flatten(),
+            # In one, so that the names of what follows are those in checkpoints.
+            nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()),
             nn.Linear(8 * width * 16, embedding_size, bias=False),
             nn.BatchNorm1d(embedding_size),  # no direction outweighs the others in a cosine
         )
