@@ -89,8 +89,7 @@ def check_there(where: str, root: Path, paths: Sequence[str]) -> None:
         missing += [os.path.join(folder, name) for name in names if name not in there]
     if missing:
         raise SourceError(
-            f"{where}: {len(missing)} of {counted(len(paths), 'image')} are not in {root}: "
-            f"{shown(missing)}"
+            f"{where}: {len(missing)} of {len(paths)} images not found in {root}: {shown(missing)}"
         )
 
 

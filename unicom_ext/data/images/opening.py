@@ -20,6 +20,7 @@ from unicom_ext.data.images.collection import (
 from unicom_ext.data.images.folder import read_folder
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS, DataSettings
+from unicom_ext.data.images.table import read_table
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.settings import ConfigError
 
@@ -119,7 +120,11 @@ def _read(path: Path, layout: str) -> Collection:
 def _auto(path: Path) -> Collection:
     if path.is_dir():
         return read_folder(path)
-    raise SourceError(f"{path}: is neither a folder nor a table")
+    return read_table(path)
 
 
-LAYOUTS: dict[str, Callable[[Path], Collection]] = {"auto": _auto, "folder": read_folder}
+LAYOUTS: dict[str, Callable[[Path], Collection]] = {
+    "auto": _auto,
+    "folder": read_folder,
+    "table": read_table,
+}
