@@ -210,6 +210,8 @@ def test_fractions_that_leave_a_part_without_a_class(tmp_path):
         data, "validation_fraction: got 0.9, which leaves one part of the 2 classes empty",
         validation_fraction=0.9,
     )  # fmt: skip
+    pictures(tmp_path / "one", ["a/1.png"])
+    refused(tmp_path / "one", f"{tmp_path}/one: all images that have a class have the same, 'a'")
     pictures(tmp_path / "flat", ["1.png"])
     refused(
         tmp_path / "flat",
