@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unicom_ext.data import glyphs
+from unicom_ext.data.images import standard
 from unicom_ext.data.images.collection import (
     GALLERY,
     QUERY,
@@ -125,6 +126,9 @@ def _read(path: Path, layout: str) -> Collection:
 
 def _auto(path: Path) -> Collection:
     if path.is_dir():
+        known = standard.found(path)
+        if known is not None:
+            return LAYOUTS[known](path)
         return read_shards(path) if list_files(path, ".tar") else read_folder(path)
     if path.suffix.lower() in READERS:
         return read_table(path)
@@ -140,4 +144,5 @@ LAYOUTS: dict[str, Callable[[Path], Collection]] = {
     "folder": read_folder,
     "table": read_table,
     "shards": read_shards,
+    **standard.READERS,
 }
