@@ -60,23 +60,28 @@ class NpyFile:
         return np.asarray(open_array(self.path)[rows], self._dtype)
 
 
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`. Raises SourceError, also where pyarrow is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ModuleNotFoundError:
+        raise SourceError(
+            f"{path}: Parquet files need pyarrow: pip install 'unicom_ext[cluster]'"
+        ) from None
+    try:
+        return parquet.ParquetFile(path)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
 class ParquetColumn:
     """Lists of numbers. What the file says of itself is compared at once; lists of different
     lengths in one row group are found when it is read."""
 
     def __init__(self, path: Path, column: str) -> None:
-        try:
-            import pyarrow
-            import pyarrow.parquet as parquet
-        except ModuleNotFoundError:
-            raise SourceError(
-                f"{path}: Parquet files need pyarrow: pip install 'unicom_ext[cluster]'"
-            ) from None
         self.path, self.column = path, column
-        try:
-            self._file = parquet.ParquetFile(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise SourceError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        self._file = open_parquet(path)
         names = self._file.schema_arrow.names
         if column not in names:
             raise SourceError(f"{path}: has no column {column!r}, but {', '.join(names)}")

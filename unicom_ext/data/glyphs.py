@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import unicodedata
 import warnings
 import zipfile
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from unicom_ext.utils.arrays import check_labels
+from unicom_ext.utils.files import cache_root, write_cached
 
 FACES = (
     "DejaVuSans",
@@ -102,7 +102,8 @@ def load(cache_dir: str | os.PathLike[str] | None = None) -> Glyphs:
     costs a warning and the next call draws again.
     Raises ModuleNotFoundError where matplotlib or Pillow, which are optional, are not installed.
     """
-    path = _cache_root(cache_dir) / f"glyphs-{_version_key()}.npz"
+    folder = cache_root() if cache_dir is None else Path(cache_dir)
+    path = folder / f"glyphs-{_version_key()}.npz"
     glyphs = _read(path)
     if glyphs is None:
         glyphs = _clean(*_draw())
@@ -272,14 +273,6 @@ def _clean(images: np.ndarray, codepoints: np.ndarray, fonts: np.ndarray) -> Gly
 # ---- cache ---------------------------------------------------------------------------------------
 
 
-def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that a relative path is to be ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "unicom_ext"
-
-
 def _version_key() -> str:
     """Hash of everything that decides the pixels, the classes or the captions."""
     try:
@@ -321,16 +314,6 @@ def _read(path: Path) -> Glyphs | None:
 
 
 def _write(path: Path, g: Glyphs) -> None:
-    """Write beside `path`, then rename: a reader finds the whole file or none."""
     arrays: dict[str, Any] = {field.name: np.asarray(getattr(g, field.name)) for field in fields(g)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, checksum=np.array(_checksum(arrays)), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    checksum = np.array(_checksum(arrays))
+    write_cached(path, lambda file: np.savez_compressed(file, checksum=checksum, **arrays))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -40,6 +41,29 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         # NumPy's own have no number.
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def cache_root() -> Path:
+    """`$XDG_CACHE_HOME/unicom_ext`, or `~/.cache/unicom_ext`: for what can be made again."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification says that a relative path is to be ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "unicom_ext"
+
+
+def write_cached(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """As `write_atomically`, into a folder that is made, where several processes may write at once
+    what is the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 def sync_directory(directory: Path) -> None:

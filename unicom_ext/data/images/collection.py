@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ PART_NAMES = {
     **{part: part for part in (TRAIN, VALIDATION, TEST, QUERY, GALLERY)},
 }
 _SHOWN = 3  # names in a message
+
+
+class Named(NamedTuple):
+    """An image as a list of them names it."""
+
+    path: str
+    of_class: str | None
+    part: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +98,7 @@ def check_there(where: str, root: Path, paths: Sequence[str]) -> None:
         missing += [os.path.join(folder, name) for name in names if name not in there]
     if missing:
         raise SourceError(
-            f"{where}: {len(missing)} of {counted(len(paths), 'image')} are not in {root}: "
-            f"{shown(missing)}"
+            f"{where}: {len(missing)} of {len(paths)} images not found in {root}: {shown(missing)}"
         )
 
 

@@ -19,15 +19,9 @@ from typing import NamedTuple, overload
 import numpy as np
 
 from unicom_ext.data.images.collection import PART_NAMES, Collection, check_parts, shown
-from unicom_ext.data.images.pictures import FilePictures, PictureError, as_text
+from unicom_ext.data.images.pictures import SUFFIXES, FilePictures, PictureError, as_text
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.files import natural_name_key
-
-# What Pillow reads, as far as collections are made of it.
-SUFFIXES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
-    ".pgm", ".pbm", ".avif",
-)  # fmt: skip
 
 
 class CaptionFiles(Sequence[str]):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from unicom_ext.data import glyphs
+from unicom_ext.data.images import standard
 from unicom_ext.data.images.collection import (
     GALLERY,
     QUERY,
@@ -20,7 +21,10 @@ from unicom_ext.data.images.collection import (
 from unicom_ext.data.images.folder import read_folder
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS, DataSettings
+from unicom_ext.data.images.shards import read_shards
+from unicom_ext.data.images.table import READERS, read_table
 from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.files import list_files
 from unicom_ext.utils.settings import ConfigError
 
 NO_ROWS = np.arange(0)
@@ -65,6 +69,10 @@ def open_images(settings: DataSettings, seed: int) -> Parts:
         return _official(found, settings, seed)
     (train,) = found.image_sets(np.arange(len(found.pictures)))
     test = train.take(NO_ROWS)
+    if train.num_classes == 1:
+        raise SourceError(
+            f"{settings.data}: all images that have a class have the same, {train.class_names[0]!r}"
+        )
     if train.num_classes:
         train, test = train.split(seed, settings.test_fraction)
     return _with_validation(train, None, test, None, settings, seed)
@@ -118,8 +126,23 @@ def _read(path: Path, layout: str) -> Collection:
 
 def _auto(path: Path) -> Collection:
     if path.is_dir():
-        return read_folder(path)
-    raise SourceError(f"{path}: is neither a folder nor a table")
+        known = standard.found(path)
+        if known is not None:
+            return LAYOUTS[known](path)
+        return read_shards(path) if list_files(path, ".tar") else read_folder(path)
+    if path.suffix.lower() in READERS:
+        return read_table(path)
+    if path.suffix.lower() == ".tar":
+        return read_shards(path)
+    raise SourceError(
+        f"{path}: must be a folder, or a file that ends in {', '.join((*READERS, '.tar'))}"
+    )
 
 
-LAYOUTS: dict[str, Callable[[Path], Collection]] = {"auto": _auto, "folder": read_folder}
+LAYOUTS: dict[str, Callable[[Path], Collection]] = {
+    "auto": _auto,
+    "folder": read_folder,
+    "table": read_table,
+    "shards": read_shards,
+    **standard.READERS,
+}

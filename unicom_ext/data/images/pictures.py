@@ -11,6 +11,12 @@ from typing import IO, Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Of what Pillow reads, as far as collections are made of it.
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm",
+    ".pgm", ".pbm", ".avif",
+)  # fmt: skip
+
 
 class PictureError(ValueError):
     """A picture that cannot be read or decoded; the message names it and says why."""
