@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.cluster import quality
-from unicom_ext.data import dump
-from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.data.labels import read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.utils.arrays import SourceError, open_array
@@ -241,90 +237,3 @@ def test_a_directory_has_files_of_one_format(tmp_path):
         f"{tmp_path}: holds b_1.npy and a.parquet, must have feature files of one format: .npy or "
         ".parquet"
     )
-
-
-# ---- features of the glyphs ----------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(dump, "SHARD_ROWS", 5)
-
-
-def glyphs(n):
-    """Images of 4 characters."""
-    rng = np.random.default_rng(0)
-    return Glyphs(
-        images=rng.integers(0, 256, (n, 32, 32), dtype=np.uint8),
-        labels=np.arange(n) % 4,
-        fonts=np.zeros(n, int),
-        codepoints=np.arange(4) + 0x4E00,
-        captions=[f"PATTERN {c}" for c in "ABCD"],
-        font_names=["1"],
-    )
-
-
-def contents(path):
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-def test_a_dump_takes_the_place_of_an_earlier_one(tmp_path):
-    output, new = tmp_path / "used", tmp_path / "new"
-    dump.write_dump(output, glyphs(12), dim=4)
-    shards = [f"{kind}/{kind}_000{i}.npy" for kind in ("img_emb", "text_emb") for i in range(3)]
-    names = [*shards, "true_labels.npy", "images.npy"]
-    assert json.loads((output / "files.json").read_text()) == names
-    assert set(contents(output)) == {*names, "files.json"}
-    (output / "mine.txt").write_text("mine")
-    (output / "img_emb" / "mine.txt").write_text("mine")
-    for path in (output, new):
-        dump.write_dump(path, glyphs(8), dim=4)
-    left = contents(output)
-    assert left.pop("mine.txt") == left.pop("img_emb/mine.txt") == b"mine"
-    assert left == contents(new)
-
-
-def test_an_earlier_dump_stays_where_the_disk_is_full(tmp_path, monkeypatch):
-    dump.write_dump(tmp_path, glyphs(12), dim=4)
-    before, save = contents(tmp_path), np.save
-
-    def full(file, arr):
-        if arr.dtype == np.uint8:  # the images, after all others
-            file.write(b"part")
-            raise OSError("14778368 requested and 1535872 written")
-        save(file, arr)
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(OSError, match=r"images\.npy cannot be written: 14778368 requested"):
-        dump.write_dump(tmp_path, glyphs(8), dim=2)
-    assert contents(tmp_path) == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "files.json", "images.npy", "img_emb", "text_emb", "true_labels.npy"
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["img_emb/img_emb_7.npy", "text_emb/text_emb_0000.npy", "images.npy", "files.json"],
-)
-def test_a_dump_replaces_no_file_of_others(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text('["notes.txt"]')
-    (tmp_path / "notes.txt").write_text("mine")
-    before = contents(tmp_path)
-    with pytest.raises(SourceError) as caught:
-        dump.write_dump(tmp_path, glyphs(12), dim=4)
-    assert str(caught.value) == f"{tmp_path / name}: is there already, and not of an earlier dump"
-    assert contents(tmp_path) == before
-
-
-def test_the_list_of_a_dump_reaches_no_other_file(tmp_path):
-    output = tmp_path / "output"
-    dump.write_dump(output, glyphs(12), dim=4)
-    for name in ("../notes.npy", "img_emb/../../notes.npy", str(tmp_path / "notes.npy"), 7):
-        (output / "files.json").write_text(json.dumps(["images.npy", name]))
-        (tmp_path / "notes.npy").write_text("mine")
-        before = contents(tmp_path)
-        with pytest.raises(SourceError, match=r"files\.json: is there already"):
-            dump.write_dump(output, glyphs(12), dim=4)
-        assert contents(tmp_path) == before

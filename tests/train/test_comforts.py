@@ -231,8 +231,7 @@ def test_the_best_step_may_be_the_last_or_before_a_kill(tmp_path, recalls):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"patience": 1}, "patience: got 1, which needs validation classes"),
-        ({"patience": 1, "validation_fraction": 0.2, "evaluate_every": 0}, "evaluations on the"),
+        ({"patience": 1, "evaluate_every": 0}, "patience: got 1, which needs evaluations on the"),
         ({"ema": 1.0}, r"ema: got 1.0, must be a number in \[0, 1\)"),
         ({"accumulate": 0}, "accumulate: got 0, must be a whole number >= 1"),
         ({"compile": 1}, "compile: got 1, must be true or false"),

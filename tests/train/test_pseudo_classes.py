@@ -16,8 +16,7 @@ from support.training import DATA, TINY, assert_same_bits, run, saved
 
 from unicom_ext import CombinedMargin, PartialMarginSoftmax, reference
 from unicom_ext.cli.main import main
-from unicom_ext.data import glyphs
-from unicom_ext.data.dump import captions, name_features
+from unicom_ext.data.images.pictures import ArrayPictures
 from unicom_ext.data.labels import read_labels, read_positives
 from unicom_ext.train import report
 from unicom_ext.train.interrupt import Interrupted
@@ -263,37 +262,15 @@ def test_bad_pseudo_classes(tmp_path, array, words):
         assert word in str(caught.value)
 
 
-def test_names_that_share_words_are_near():
-    names = [
-        "GREEK SMALL LETTER ALPHA",
-        "GREEK SMALL LETTER ALPHA WITH TONOS",
-        "BLACK CHESS QUEEN",
-        "GREEK SMALL LETTER ALPHA",
-    ]
-    found = name_features(names, 128)
-    cosine = found @ found.T
-    torch.testing.assert_close(cosine.diag(), torch.ones(4))
-    assert torch.equal(found[0], found[3])
-    assert cosine[0, 1] > cosine[0, 2] + 0.15
-
-
-def test_captions_keep_some_words():
-    whole = captions(TRAIN, 1.0, 0)
-    assert whole == [TRAIN.captions[label] for label in TRAIN.labels]
-    some = captions(TRAIN, 0.5, 0)
-    assert some == captions(TRAIN, 0.5, 0)
-    assert all(set(a.split()) <= set(b.split()) for a, b in zip(some, whole, strict=True))
-    assert all(some)
-    none = captions(TRAIN, 0.0, 0)
-    assert all(len(text.split()) == 1 for text in none)
-
-
 @pytest.mark.slow
 def test_features_then_clusters(tmp_path, monkeypatch):
     """The two commands as a user gives them."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
-    monkeypatch.setattr(glyphs, "load", lambda: TRAIN)
-    monkeypatch.setattr("unicom_ext.data.dump.SHARD_ROWS", 30)
+    captions = [TRAIN.class_name(i) for i in range(len(TRAIN))]
+    pictures = ArrayPictures(TRAIN.pictures.images, captions=captions)
+    images = replace(TRAIN, pictures=pictures)
+    monkeypatch.setattr("unicom_ext.data.images.opening.open_part", lambda *arguments: images)
+    monkeypatch.setattr("unicom_ext.encoders.extract.SHARD_ROWS", 30)
 
     def invoke(*arguments):
         result = CliRunner().invoke(main, [str(a) for a in arguments])

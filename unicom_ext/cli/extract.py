@@ -3,46 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from unicom_ext.cli.common import program
+from unicom_ext.cli.common import broken, program
+from unicom_ext.cli.options import given_settings, setting_options
+from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.utils.settings import ConfigError, read_toml
 
 
 @click.command()
 @click.option(
     "--output", type=click.Path(file_okay=False, path_type=Path), required=True,
-    help="Directory for img_emb/, text_emb/, true_labels.npy, images.npy and a list of these.",
+    help="Directory for img_emb/, text_emb/, metadata/, true_labels.npy and images.npy.",
 )  # fmt: skip
 @click.option(
-    "--part", type=click.Choice(["all", "train", "test"]), default="all", show_default=True,
-    help="All characters, or one part of the split that `train` makes by default.",
+    "--config", "config_file", type=click.Path(dir_okay=False, path_type=Path),
+    help="TOML file with settings; the options below override it.",
 )  # fmt: skip
-@click.option(
-    "--image-features", type=click.Choice(["raw pixels", "HOG"]), default="HOG",
-    show_default=True, help="Principal components of these.",
-)  # fmt: skip
-@click.option("--dim", type=click.IntRange(2, 512), default=128, show_default=True)
-@click.option(
-    "--kept-words", type=click.FloatRange(0, 1), default=0.8, show_default=True,
-    help="Share of the words of its character's name that an image's text has.",
-)  # fmt: skip
-def extract(output: Path, part: str, image_features: str, dim: int, kept_words: float) -> None:
-    """Write image and text features of the bundled characters, for `cluster`."""
-    try:
-        from unicom_ext.data import dump, glyphs
+@click.option("--overwrite", is_flag=True, help="Replace features of other settings or images.")
+@setting_options(ExtractConfig)
+def extract(output: Path, config_file: Path | None, overwrite: bool, **given: Any) -> None:
+    """Write features of images and captions, for `cluster` and `evaluate`.
 
-        data = glyphs.load()
-    except ModuleNotFoundError as error:
-        raise click.ClickException(str(error)) from None
-    if part != "all":
-        data = glyphs.split(data)[part == "test"]
+    The images are the bundled characters, or those of --data: a folder, a table or tar shards. Kill
+    it and call it again: it goes on.
+    """
     try:
-        dump.write_dump(output, data, images=image_features, dim=dim, kept_words=kept_words)
-    except (ValueError, OSError) as error:
+        settings = read_toml(config_file) if config_file else {}
+        settings.update(given_settings(ExtractConfig, given))
+        config = ExtractConfig.from_mapping(settings)
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        from unicom_ext.data.images.opening import open_part
+        from unicom_ext.encoders import extract as extraction
+        from unicom_ext.utils.files import CheckpointError
+    except (ImportError, OSError) as error:
+        raise click.ClickException(broken(error)) from None
+    try:
+        images = open_part(config, config.seed, config.part)
+        facts = extraction.extract(config, images, output, overwrite=overwrite)
+    except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
         raise click.ClickException(str(error)) from None
+    data = facts["data"]
     click.echo(
-        f"Features of {len(data):,} images of {data.num_classes:,} characters in {output}. Next:\n"
-        f"  {program()} cluster {output} --joint concat --clusters {data.num_classes} "
+        f"Features of {data['images']:,} images"
+        + (f" of {data['classes']:,} classes" if data["classes"] else "")
+        + f" in {output}."
+    )
+    if facts["unreadable"]:
+        click.echo(
+            f"{facts['unreadable']:,} could not be read: their rows are zero, and metadata/ says "
+            "why."
+        )
+    joint = "concat" if facts["text_dim"] else "image"
+    clusters = data["classes"] or max(data["images"] // 20, 2)
+    click.echo(
+        f"Next:\n  {program()} cluster {output} --joint {joint} --clusters {clusters} "
         f"--output {output / 'clusters'}"
     )

@@ -131,10 +131,10 @@ class Config(DataSettings, EncoderSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.patience and not (self.validation_fraction and self.evaluate_every):
+        if self.patience and not self.evaluate_every:
             raise ConfigError(
-                f"patience: got {self.patience}, which needs validation classes "
-                "(validation_fraction) and evaluations on the way (evaluate_every)"
+                f"patience: got {self.patience}, which needs evaluations on the way, so that "
+                "evaluate_every must be at least 1"
             )
         if self.positives > 1 and not self.labels:
             raise ConfigError(f"positives: got {self.positives}, but no labels, which have several")

@@ -18,7 +18,7 @@ from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts
 from unicom_ext.data.images.preprocessing import Preprocessing
 from unicom_ext.train.config import BASELINES, Config
-from unicom_ext.train.trainer import Embedded, workers_for
+from unicom_ext.train.trainer import Embedded
 from unicom_ext.utils.settings import ConfigError
 
 RECALL_AT = (1, 5, 10)
@@ -92,7 +92,7 @@ def _pixels(config: Config, images: ImageSet) -> tuple[np.ndarray, ImageSet]:
     """uint8 [n, 32, 32] of the images that can be read, and these."""
     batches = ImageBatches(images, GREY, BLOCK)
     pixels, indices = [], []
-    for batch in in_order(batches, range(len(batches)), workers_for(config, images)):
+    for batch in in_order(batches, range(len(batches)), config.workers):
         pixels.append(batch.images[:, 0])
         indices.append(batch.indices)
     kept = torch.cat(indices).numpy()

@@ -8,7 +8,6 @@ interrupted and resumed is bit for bit the run that was not.
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from unicom_ext import checkpoint, encoders
+from unicom_ext import checkpoint
 from unicom_ext.data.images.augment import distort
 from unicom_ext.data.images.batches import (
     AT_LEAST,
@@ -36,19 +35,20 @@ from unicom_ext.data.images.batches import (
     share,
 )
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
-from unicom_ext.data.images.pictures import ArrayPictures
 from unicom_ext.distributed.failures import exchange
 from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.encoders import registry
+from unicom_ext.encoders.encoder import WithHead
 from unicom_ext.loss.margins import CombinedMargin
 from unicom_ext.loss.module import PartialMarginSoftmax
 from unicom_ext.loss.options import MultiLabel, Precision
 from unicom_ext.loss.sampling import FeatureSelection
 from unicom_ext.optim import RowAdamW
 from unicom_ext.train.config import Config
+from unicom_ext.utils.devices import device_of
 from unicom_ext.utils.settings import ConfigError
 
 EMBED_ROWS = 512  # images that are embedded together
-MOST_WORKERS = 8  # where the settings leave it open
 AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -69,12 +69,12 @@ class Trainer:
         self.group = group
         self.ranks = Ranks(group)
         self.rank, self.world_size = self.ranks.rank, self.ranks.world_size
-        self.device = device_of(config)
+        self.device = device_of(config.device)
         self.train_set = train_set
         self.labels = torch.from_numpy(train_set.labels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            made = encoders.create(config, config.embedding_size)
+            made = registry.create(config, config.embedding_size)
             self.loss = PartialMarginSoftmax(
                 config.embedding_size,
                 train_set.num_classes,
@@ -96,6 +96,13 @@ class Trainer:
         self.encoder: nn.Module = made.module.to(  # type: ignore[call-overload]
             self.device, memory_format=torch.channels_last
         )
+        if made.needs_fitting or not any(p.requires_grad for p in self.encoder.parameters()):
+            raise ConfigError(f"encoder: got {config.encoder!r}, which has nothing to train")
+        if made.dim != config.embedding_size:
+            raise ConfigError(
+                f"embedding_size: got {config.embedding_size}, must be {made.dim} with the weights "
+                f"of {config.weights}"
+            )
         self.batches = self._training_batches()
         self.steps_per_epoch = self.batches.steps_per_epoch
         self.steps = config.epochs * self.steps_per_epoch
@@ -117,13 +124,20 @@ class Trainer:
             else None
         )
         optimizer = RowAdamW if self.loss.sparse_grad else torch.optim.AdamW
+        head = self.encoder.head if isinstance(self.encoder, WithHead) else None
+        of_head = [] if head is None else list(head.parameters())
+        body = [p for p in self.encoder.parameters() if not any(p is q for q in of_head)]
+        decay = config.weight_decay
+        # Only the directions of prototypes count, so shrinking them would do nothing.
+        groups: list[tuple[float, float, list[nn.Parameter]]] = [
+            (config.learning_rate, decay, body),
+            (config.prototype_learning_rate, 0.0, list(self.loss.parameters())),
+        ]
+        if head is not None:
+            groups.append((config.head_learning_rate or config.learning_rate, decay, of_head))
+        self._rates = [rate for rate, *_ in groups]
         self.optimizer = optimizer(
-            [
-                {"params": list(self.encoder.parameters()), "weight_decay": config.weight_decay},
-                # Only the directions of prototypes count, so shrinking them would do nothing.
-                {"params": list(self.loss.parameters()), "weight_decay": 0.0},
-            ],
-            fused=True,
+            [{"params": params, "weight_decay": decay} for _, decay, params in groups], fused=True
         )
         self.scaler = self._gradient_scaler()
         self.step = 0
@@ -137,7 +151,9 @@ class Trainer:
         began = time.perf_counter()
         if self._coming is None:
             self._coming = in_order(
-                self.batches, range(self.step, self.steps), workers_for(self.config, self.train_set)
+                self.batches,
+                range(self.step, self.steps),
+                self.config.workers,
             )
         parts = next(self._coming)
         self.seconds_waited += time.perf_counter() - began
@@ -213,7 +229,7 @@ class Trainer:
         embeddings = torch.zeros(size, self.config.embedding_size, device=self.device)
         readable = torch.zeros(size, dtype=torch.uint8, device=self.device)
         batches = ImageBatches(own, self.preprocessing, EMBED_ROWS)
-        for batch in in_order(batches, range(len(batches)), workers_for(self.config, images)):
+        for batch in in_order(batches, range(len(batches)), self.config.workers):
             if len(batch.indices) == 0:
                 continue
             pixels = self.preprocessing.normalised(batch.images.to(self.device))
@@ -312,27 +328,8 @@ class Trainer:
 
     def _set_learning_rates(self, step: int) -> None:
         factor = schedule(step, self.steps, self.config.warmup)
-        encoder, prototypes = self.optimizer.param_groups
-        encoder["lr"] = factor * self.config.learning_rate
-        prototypes["lr"] = factor * self.config.prototype_learning_rate
-
-
-def device_of(config: Config) -> torch.device:
-    """Raises ConfigError where there is no such device."""
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: got 'cuda', but torch finds no GPU")
-    return torch.device(config.device)
-
-
-def workers_for(config: Config, images: ImageSet) -> int:
-    """Processes that decode images; none for those that are in memory."""
-    if config.workers >= 0:
-        return config.workers
-    if isinstance(images.pictures, ArrayPictures):
-        return 0
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = factor * rate
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:

@@ -7,6 +7,7 @@ the number of its next step.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
@@ -19,11 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from unicom_ext.data.images.augment import crop_and_light
 from unicom_ext.data.images.imageset import ImageSet
-from unicom_ext.data.images.pictures import PictureError
+from unicom_ext.data.images.pictures import ArrayPictures, PictureError
 from unicom_ext.data.images.preprocessing import Preprocessing, as_tensor
 
 # What a random number is for; keeps the streams of one seed apart.
 ORDER, DISTORTION = range(2)
+MOST_WORKERS = 8  # where the settings leave it open
 AT_LEAST = 2  # images of a part, which batch normalisation needs
 
 
@@ -62,7 +64,7 @@ class TrainingBatches(Dataset[list[Batch]]):
         parts: Sequence[int] = (0,),
         of: int = 1,
     ) -> None:
-        self._images, self._preprocessing = images, preprocessing
+        self.images, self._preprocessing = images, preprocessing
         self._seed, self._augment = seed, augment
         self._parts, self._of = parts, of
         self.batch_size = min(batch_size, len(images))
@@ -77,7 +79,7 @@ class TrainingBatches(Dataset[list[Batch]]):
         """Indices int64 of all images of a step."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            shuffled = random_numbers(self._seed, ORDER, epoch).permutation(len(self._images))
+            shuffled = random_numbers(self._seed, ORDER, epoch).permutation(len(self.images))
             self._order = (epoch, shuffled)
         last = position == self.steps_per_epoch - 1
         stop = None if last else (position + 1) * self.batch_size
@@ -93,7 +95,7 @@ class TrainingBatches(Dataset[list[Batch]]):
     def images_before(self, step: int) -> int:
         """How many images all ranks have trained on in the steps before this one."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        return epoch * len(self._images) + position * self.batch_size
+        return epoch * len(self.images) + position * self.batch_size
 
     def _part(self, step: int, rows: np.ndarray, positions: np.ndarray) -> Batch:
         def prepare(picture: Image.Image, at: int) -> Image.Image:
@@ -102,35 +104,44 @@ class TrainingBatches(Dataset[list[Batch]]):
             rng = np.random.default_rng([self._seed, DISTORTION, step, int(positions[at])])
             return crop_and_light(picture, self._augment, rng, self._preprocessing)
 
-        return _read(self._images, rows[positions], positions, self._preprocessing, prepare)
+        return _read(self.images, rows[positions], positions, self._preprocessing, prepare)
 
 
 class ImageBatches(Dataset[Batch]):
     """All images in their order, in batches."""
 
     def __init__(self, images: ImageSet, preprocessing: Preprocessing, batch_size: int) -> None:
-        self._images, self._preprocessing = images, preprocessing
+        self.images, self._preprocessing = images, preprocessing
         self._batch_size = batch_size
 
     def __len__(self) -> int:
-        return -(-len(self._images) // self._batch_size)
+        return -(-len(self.images) // self._batch_size)
 
     def __getitem__(self, number: int) -> Batch:
         first = number * self._batch_size
-        rows = np.arange(first, min(first + self._batch_size, len(self._images)))
+        rows = np.arange(first, min(first + self._batch_size, len(self.images)))
         prepare = self._preprocessing
-        return _read(self._images, rows, rows, prepare, lambda p, _: prepare(p), at_least=0)
+        return _read(self.images, rows, rows, prepare, lambda p, _: prepare(p), at_least=0)
 
 
 Item = TypeVar("Item", covariant=True)
 
 
 class Numbered(Protocol[Item]):
+    images: ImageSet
+
     def __getitem__(self, number: int) -> Item: ...
 
 
 def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[Item]:
-    """The batches of these numbers; made by so many processes, or by this one for 0."""
+    """The batches of these numbers.
+
+    workers: how many processes make them; 0: this one; -1: as many as cores, up to `MOST_WORKERS`,
+    but none for images in memory.
+    """
+    if workers < 0:
+        in_memory = isinstance(batches.images.pictures, ArrayPictures)
+        workers = 0 if in_memory else min(len(os.sched_getaffinity(0)), MOST_WORKERS)
     loader: DataLoader[Item] = DataLoader(
         batches,  # type: ignore[arg-type]
         batch_size=None,

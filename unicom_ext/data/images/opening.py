@@ -78,6 +78,28 @@ def open_images(settings: DataSettings, seed: int) -> Parts:
     return _with_validation(train, None, test, None, settings, seed)
 
 
+def open_all(settings: DataSettings) -> ImageSet:
+    """All images that the settings name, whatever part they are of, with one numbering of the
+    classes. Raises what `open_images` raises."""
+    if settings.data == GLYPHS:
+        return of_glyphs(glyphs.load())
+    found = _read(Path(settings.data).expanduser(), settings.layout)
+    return found.image_sets(np.arange(len(found.pictures)))[0]
+
+
+def open_part(settings: DataSettings, seed: int, part: str) -> ImageSet:
+    """The images of `open_all` for "all", else one part of `open_images` by its name.
+
+    Raises ConfigError where there is no such part.
+    """
+    if part == "all":
+        return open_all(settings)
+    images: ImageSet | None = getattr(open_images(settings, seed), part)
+    if not images:
+        raise ConfigError(f"part: got {part!r}, but {settings.data} has no such images")
+    return images
+
+
 def of_glyphs(g: glyphs.Glyphs) -> ImageSet:
     """Bundled characters; the caption of an image is the name of its character."""
     captions = [g.captions[label] for label in g.labels.tolist()]

@@ -76,6 +76,11 @@ class Preprocessing:
         mean, std = (images.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
         return (images - mean) / std
 
+    def denormalised(self, images: Tensor) -> Tensor:
+        """What `standardised` was given."""
+        mean, std = (images.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
+        return images * std + mean
+
 
 def as_tensor(picture: Image.Image) -> Tensor:
     """uint8 [channels, h, w]."""

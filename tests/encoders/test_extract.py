@@ -1,0 +1,340 @@
+"""Features of images in files: what they hold, and that neither a kill nor others' files matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from rich.console import Console
+from support.images import encoded, pictures
+
+from unicom_ext.cli.main import main
+from unicom_ext.data import ngrams
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.opening import open_part
+from unicom_ext.data.source import Source
+from unicom_ext.encoders import dump, extract, registry
+from unicom_ext.encoders.extract import some_words
+from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.settings import ConfigError
+
+CONFIG = ExtractConfig(encoder="pixels", dim=4)
+WORDS = "GREEK SMALL LETTER ALPHA"
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(extract, "SHARD_ROWS", 5)
+    monkeypatch.setattr(extract, "BATCH", 3)
+
+
+def images_of(n=12, captions=True, labels=None):
+    """Of 4 classes."""
+    rng = np.random.default_rng(0)
+    array = rng.integers(0, 256, (n, 32, 32), dtype=np.uint8)
+    names = [f"PATTERN {c}" for c in "ABCD"]
+    labels = np.arange(n) % 4 if labels is None else labels
+    texts = [names[i % 4] for i in range(n)] if captions else []
+    return ImageSet.of_arrays(array, labels, names, texts)
+
+
+def write(output, images=None, config=CONFIG, **options):
+    images = images_of() if images is None else images
+    return extract.extract(config, images, output, console=Console(file=io.StringIO()), **options)
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+SHARDS = [f"{kind}/{kind}_000{i}" for kind in ("img_emb", "text_emb", "metadata") for i in range(3)]
+NAMES = [f"{name}.jsonl" if "metadata" in name else f"{name}.npy" for name in SHARDS]
+NAMES += ["true_labels.npy", "images.npy", "encoder.pt"]
+
+
+# ---- what they hold ------------------------------------------------------------------------------
+
+
+def test_features_are_those_of_the_encoders(tmp_path):
+    images = images_of()
+    facts = write(tmp_path, images)
+    assert facts == json.loads((tmp_path / "extract.json").read_text())
+    assert facts["config"] == CONFIG.to_dict()
+    assert (facts["image_dim"], facts["text_dim"], facts["unreadable"]) == (4, 4, 0)
+    assert facts["files"] == NAMES
+    assert set(contents(tmp_path)) == {*NAMES, "extract.json"}
+
+    pixels = torch.from_numpy(images.pictures.images)[:, None] / 255
+    encoder = registry.create(CONFIG, 4)
+    encoder.module.fit(pixels)
+    rows = Source(tmp_path).take(np.arange(12))
+    torch.testing.assert_close(rows, F.normalize(encoder.module(pixels)), atol=1e-3, rtol=1e-3)
+    text = ngrams.NGrams(4)
+    text.fit([images.caption(i) for i in range(12)])
+    expected = text.encode([images.caption(i) for i in range(12)])
+    found = Source(tmp_path, joint="text").take(np.arange(12))
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    assert np.load(tmp_path / "true_labels.npy").tolist() == images.labels.tolist()
+    assert np.array_equal(np.load(tmp_path / "images.npy"), images.pictures.images)
+    lines = (tmp_path / "metadata" / "metadata_0001.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"name": "5", "class": "PATTERN B", "caption": "PATTERN B"}
+    # A fitted encoder serves other images.
+    other = write(tmp_path / "other", config=dataclasses.replace(
+        CONFIG, weights=str(tmp_path / "encoder.pt")))  # fmt: skip
+    assert "encoder.pt" not in other["files"]
+    again = Source(tmp_path / "other").take(np.arange(12))
+    assert torch.equal(again, rows)
+
+
+def test_without_captions_labels_and_thumbnails(tmp_path):
+    images = images_of(captions=False, labels=np.full(12, -1))
+    facts = write(tmp_path, images, dataclasses.replace(CONFIG, thumbnails=0))
+    assert facts["text_dim"] is None
+    assert not (tmp_path / "text_emb").exists()
+    assert not (tmp_path / "images.npy").exists()
+    assert (np.load(tmp_path / "true_labels.npy") == -1).all()
+    line = (tmp_path / "metadata" / "metadata_0000.jsonl").read_text().splitlines()[1]
+    assert json.loads(line) == {"name": "1"}
+    assert write(tmp_path / "b", config=dataclasses.replace(CONFIG, text_encoder="none"))[
+        "text_dim"
+    ] is None  # fmt: skip
+
+
+def test_images_that_cannot_be_read_have_zero_rows_and_no_label(tmp_path):
+    folder = tmp_path / "pictures"
+    pictures(folder, [f"{c}/{i}.jpg" for c in "ab" for i in range(4)])
+    (folder / "a" / "2.jpg").write_bytes(encoded(0, "JPEG")[:80])
+    config = dataclasses.replace(CONFIG, data=str(folder), dim=3, thumbnails=8)
+    facts = write(tmp_path / "out", open_part(config, 0, "all"), config)
+    assert facts["unreadable"] == 1
+    rows = Source(tmp_path / "out").take(np.arange(8))
+    assert (rows.norm(dim=1) == 0).nonzero().flatten().tolist() == [2]
+    assert np.load(tmp_path / "out" / "true_labels.npy").tolist() == [0, 0, -1, 0, 1, 1, 1, 1]
+    line = (tmp_path / "out" / "metadata" / "metadata_0000.jsonl").read_text().splitlines()[2]
+    found = json.loads(line)
+    assert (found["name"], found["class"]) == ("a/2.jpg", "a")
+    assert found["unreadable"].startswith(str(folder / "a" / "2.jpg"))
+    assert np.load(tmp_path / "out" / "images.npy").shape == (8, 8, 8)
+    # All of them: nothing is left to look at.
+    for path in folder.rglob("*.jpg"):
+        path.write_bytes(b"\xff\xd8nothing")
+    with pytest.raises(ConfigError):
+        write(tmp_path / "none", open_part(config, 0, "all"), config)
+
+
+def test_small_pictures_in_colour(tmp_path):
+    array = np.full((6, 40, 40, 3), (250, 120, 3), np.uint8)
+    array += np.random.default_rng(0).integers(0, 5, array.shape, dtype=np.uint8)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "unused.pt")
+    config = dataclasses.replace(CONFIG, encoder="support.encoder:mean_colour", thumbnails=16)
+    write(tmp_path / "out", ImageSet.of_arrays(array, np.zeros(6, int), ["x"]), config)
+    small = np.load(tmp_path / "out" / "images.npy")
+    assert small.shape == (6, 16, 16, 3)
+    assert abs(small.astype(int).mean((0, 1, 2)) - (252, 122, 5)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"encoder": "small"}, "weights: small has none of its own; name a file or the output of"),
+        ({"encoder": "vit-s-16"}, "weights: vit-s-16 has none of its own"),
+        ({"encoder": "hogg"}, "did you mean hog"),
+        ({"dim": 40}, "encoder: pixels is not possible here: dim: got 40"),
+        ({"text_encoder": "bert"}, "text_encoder: got 'bert'"),
+    ],
+)
+def test_encoders_that_are_not_possible(tmp_path, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        write(tmp_path / "out", config=dataclasses.replace(CONFIG, **settings))
+    assert not (tmp_path / "out" / "img_emb").exists()
+
+
+def test_some_words_of_a_caption():
+    assert some_words(WORDS, 1.0, 0, 0) == WORDS
+    some = [some_words(WORDS, 0.5, 0, i) for i in range(200)]
+    assert some == [some_words(WORDS, 0.5, 0, i) for i in range(200)]
+    assert all(set(text.split()) <= set(WORDS.split()) and text for text in some)
+    assert 0.45 < np.mean([len(text.split()) for text in some]) / 4 < 0.58
+    assert {len(some_words(WORDS, 1e-9, 0, i).split()) for i in range(20)} == {1}
+    assert some_words("", 0.5, 0, 0) == ""
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Not an Exception: nothing on the way may mend it."""
+
+
+def kill_at(monkeypatch, place, name, number):
+    """Let the call of this number end the program, before or after it has done its work."""
+    real, calls = getattr(place, name), []
+
+    def killed(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number:
+            raise Killed
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(place, name, killed)
+    return calls
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_killed_extraction_goes_on(tmp_path, overwrite):
+    """Whichever file it was about to write or move."""
+    expected, number, ended = tmp_path / "expected", 0, False
+    write(expected)
+    while not ended:
+        number += 1
+        output = tmp_path / f"{number}"
+        if overwrite:  # another dump is there, with more shards
+            write(output, images_of(17), dataclasses.replace(CONFIG, dim=3))
+            before = contents(output)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = [
+                kill_at(patch, place, name, number)
+                for place, name in ((extract, "write_file"), (dump, "write_file"), (Path, "rename"))
+            ]
+            try:
+                write(output, overwrite=overwrite)
+                ended = all(len(c) < number for c in calls)
+            except Killed:
+                if overwrite and not (output / "extract.tmp" / "true_labels.npy").exists():
+                    now = contents(output)
+                    kept = {k: v for k, v in now.items() if not k.startswith("extract.tmp")}
+                    in_place = before.keys() <= kept.keys()
+                    assert not in_place or kept == before
+        assert write(output, overwrite=overwrite)["files"] == NAMES
+        assert contents(output) == contents(expected)
+    assert number > 8
+
+
+def test_what_is_whole_is_not_made_again(tmp_path, monkeypatch):
+    facts = write(tmp_path)
+    monkeypatch.setattr(extract._Extraction, "run", None)
+    assert write(tmp_path) == facts
+    moved = dataclasses.replace(CONFIG, workers=1, device="cpu")
+    assert write(tmp_path, config=moved) == facts
+    with pytest.raises(SourceError) as caught:
+        write(tmp_path, config=dataclasses.replace(CONFIG, dim=3))
+    assert str(caught.value) == (
+        f"{tmp_path}/extract.json: is of other features (dim: 3 here, 4 there); overwrite them, or "
+        "name another directory"
+    )
+    with pytest.raises(SourceError, match=r"other images: .*'images': 8.* here, .*12.* there"):
+        write(tmp_path, images_of(8))
+
+
+def test_a_killed_extraction_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, extract, "write_file", 5)
+        with pytest.raises(Killed):
+            write(tmp_path, config=dataclasses.replace(CONFIG, dim=3))
+    write(tmp_path)
+    write(tmp_path / "new")
+    found = contents(tmp_path / "new")
+    assert {name: contents(tmp_path)[name] for name in found} == found
+
+
+# ---- other files ---------------------------------------------------------------------------------
+
+
+def test_a_dump_takes_the_place_of_an_earlier_one(tmp_path):
+    output, new = tmp_path / "used", tmp_path / "new"
+    write(output)
+    (output / "mine.txt").write_text("mine")
+    (output / "img_emb" / "mine.txt").write_text("mine")
+    write(output, images_of(8), overwrite=True)
+    write(new, images_of(8))
+    left = contents(output)
+    assert left.pop("mine.txt") == left.pop("img_emb/mine.txt") == b"mine"
+    assert left == contents(new)
+
+
+def test_an_earlier_dump_stays_where_the_disk_is_full(tmp_path, monkeypatch):
+    write(tmp_path)
+    before, save = contents(tmp_path), np.save
+
+    def full(file, arr):
+        if arr.dtype == np.int64:  # the labels, after all others
+            file.write(b"part")
+            raise OSError("14778368 requested and 1535872 written")
+        save(file, arr)
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match=r"true_labels\.npy cannot be written: 14778368 requested"):
+        write(tmp_path, images_of(8), overwrite=True)
+    now = {k: v for k, v in contents(tmp_path).items() if not k.startswith("extract.tmp")}
+    assert now == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["img_emb/img_emb_7.npy", "text_emb/text_emb_0000.npy", "images.npy", "extract.json"],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_dump_replaces_no_file_of_others(tmp_path, name, overwrite):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text('{"files": ["notes.txt"]}')
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(SourceError) as caught:
+        write(tmp_path, overwrite=overwrite)
+    assert str(caught.value) == f"{tmp_path / name}: is there already, and not of an earlier dump"
+    assert contents(tmp_path) == before
+
+
+def test_the_list_of_a_dump_reaches_no_other_file(tmp_path):
+    output = tmp_path / "output"
+    write(output)
+    for name in ("../notes.npy", "img_emb/../../notes.npy", str(tmp_path / "notes.npy"), 7):
+        (output / "extract.json").write_text(json.dumps({"files": ["images.npy", name]}))
+        (tmp_path / "notes.npy").write_text("mine")
+        before = contents(tmp_path)
+        with pytest.raises(SourceError, match=r"extract\.json: is there already"):
+            write(output, overwrite=True)
+        assert contents(tmp_path) == before
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_the_command(tmp_path):
+    folder, output = tmp_path / "pictures", tmp_path / "features"
+    pictures(folder, [f"{c}/{i}.png" for c in "abcd" for i in range(3)])
+    (folder / "a" / "0.txt").write_text("a caption")
+    (folder / "b" / "1.png").write_bytes(b"nothing")
+    result = invoke("extract", "--data", folder, "--output", output, "--dim", 3)
+    assert result.exit_code == 0, result.output
+    assert f"Features of 12 images of 4 classes in {output}." in result.output
+    assert "1 could not be read: their rows are zero" in result.output
+    assert f"cluster {output} --joint concat --clusters 4" in result.output
+    part = invoke(
+        "extract", "--data", folder, "--output", tmp_path / "part", "--part", "train", "--dim", 2,
+        "--encoder", "pixels",
+    )  # fmt: skip
+    assert "Features of 6 images of 2 classes" in part.output
+    for options, words in (
+        (["--part", "validation"], "part: got 'validation', but"),
+        (["--data", tmp_path / "nowhere"], f"{tmp_path / 'nowhere'}: is not there"),
+        (["--encoder", "vit-b-32"], "weights: vit-b-32 has none of its own"),
+        (["--kept-words", 2], "kept_words: got 2.0, must be a number in (0, 1]"),
+        (["--dim", 2], "is of other features"),
+    ):
+        arguments = ["--data", folder, "--output", output, "--dim", 3, *options]
+        result = invoke("extract", *arguments)
+        assert result.exit_code != 0
+        assert words in " ".join(result.output.split()), result.output

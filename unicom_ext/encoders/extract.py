@@ -1,0 +1,278 @@
+"""Features of images and their captions, in the layout of public dumps of CLIP embeddings.
+
+    img_emb/img_emb_0000.npy ...       float16 [n, d], of norm 1, in shards of `SHARD_ROWS`
+    text_emb/text_emb_0000.npy ...     of captions, where there are any
+    metadata/metadata_0000.jsonl ...   a line for each image: name, class, caption
+    true_labels.npy                    int64 [N], -1 for none
+    images.npy                         small images, for pictures of clusters
+    encoder.pt                         of an encoder that was fitted to these images
+    extract.json                       settings, facts, and a list of these files
+
+Row i is image i. One that cannot be read has a zero row and no label, which clustering leaves out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from unicom_ext.data.images.batches import ImageBatches, in_order
+from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
+from unicom_ext.encoders import registry, text
+from unicom_ext.encoders.dump import ENCODER, LABELS, SHARD_ROWS, THUMBNAILS, Dump, shard_name
+from unicom_ext.encoders.encoder import ImageEncoder
+from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.encoders.text import TextEncoder
+from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.devices import device_of
+from unicom_ext.utils.files import list_files, write_file
+from unicom_ext.utils.settings import ConfigError
+
+FIT_IMAGES = 20_000  # that an encoder is fitted to, at most
+BATCH = 128
+
+
+def extract(
+    config: ExtractConfig,
+    images: ImageSet,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write the features of the images to a directory; see the module for what is in it.
+
+    A call that was killed is gone on with by the next one. What an earlier call has written there
+    stays until the new files are whole, and is then replaced.
+
+    Args:
+        config: encoders, and what else decides the features.
+        images: those that the config names.
+        output: the directory, made if need be.
+        overwrite: replace features of other settings or images.
+        console: for progress.
+
+    Returns:
+        What extract.json holds.
+
+    Raises:
+        ConfigError: settings that cannot be used. SourceError: other files are in the way, or
+        features of other settings or images.
+    """
+    console = console or Console()
+    encoder = _image_encoder(config)
+    text_encoder = None
+    if images.pictures.has_captions and config.text_encoder != "none":
+        text_encoder = text.create(config.text_encoder, config.dim, config.seed)
+    facts = {"config": config.to_dict(), "data": _data_facts(images)}
+    kinds = ["img_emb", *([] if text_encoder is None else ["text_emb"]), "metadata"]
+    shards = range(-(-len(images) // SHARD_ROWS))
+    names = [shard_name(kind, number) for kind in kinds for number in shards] + [LABELS]
+    names += [THUMBNAILS] if config.thumbnails else []
+    names += [ENCODER] if encoder.needs_fitting else []
+    dump = Dump(Path(output), facts, names)
+    finished = dump.finished(overwrite)
+    if finished is not None:
+        return finished
+    dump.begin()
+    work = _Extraction(config, images, encoder, text_encoder, dump.new)
+    work.run(console)
+    unreadable = work.finish()
+    if unreadable == len(images):
+        raise SourceError(f"{config.data}: none of the {len(images)} images can be read")
+    return dump.end(
+        {
+            "unreadable": unreadable,
+            "image_dim": encoder.dim,
+            "text_dim": None if text_encoder is None else text_encoder.dim,
+        }
+    )
+
+
+@dataclass
+class _Extraction:
+    config: ExtractConfig
+    images: ImageSet
+    encoder: ImageEncoder
+    text_encoder: TextEncoder | None
+    directory: Path
+
+    def run(self, console: Console) -> None:
+        """Write the shards that are not there."""
+        shards = [
+            range(first, min(first + SHARD_ROWS, len(self.images)))
+            for first in range(0, len(self.images), SHARD_ROWS)
+        ]
+        left = [n for n in range(len(shards)) if not self._path("img_emb", n).exists()]
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("Extracting", total=len(self.images))
+            progress.advance(task, len(self.images) - sum(len(shards[n]) for n in left))
+            self.device = device_of(self.config.device)
+            self.encoder.module.to(self.device)
+            self._fit()
+            for number in left:
+                for done in self._write(number, shards[number]):
+                    progress.advance(task, done)
+
+    def finish(self) -> int:
+        """Write true_labels.npy; returns how many images cannot be read."""
+        labels, at = self.images.first_labels.copy(), 0
+        unreadable = 0
+        for path in list_files(self.directory / "metadata", ".jsonl"):
+            with open(path) as lines:
+                for line in lines:
+                    if "unreadable" in json.loads(line):
+                        labels[at], unreadable = NO_CLASS, unreadable + 1
+                    at += 1
+        write_file(self.directory / LABELS, partial(np.save, arr=labels))
+        return unreadable
+
+    def _fit(self) -> None:
+        """Fit what has to be, or read what was fitted before."""
+        if self.text_encoder is not None:
+            self.text_encoder.fit(self._captions(range(len(self.images))))
+        path = self.directory / ENCODER
+        if not self.encoder.needs_fitting:
+            return
+        if path.exists():
+            self.encoder.module.load_state_dict(torch.load(path, weights_only=True))
+            return
+        count = min(len(self.images), FIT_IMAGES)
+        rng = np.random.default_rng(self.config.seed)
+        sample = np.sort(rng.choice(len(self.images), count, replace=False))
+        parts = [images for _, images, _ in self._read(self.images.take(sample))]
+        try:
+            self.encoder.module.fit(torch.cat(parts))  # type: ignore[operator]
+        except ValueError as error:
+            raise ConfigError(
+                f"encoder: {self.config.encoder} is not possible here: {error}"
+            ) from None
+        state = {name: value.cpu() for name, value in self.encoder.module.state_dict().items()}
+        write_file(path, partial(torch.save, state))
+
+    def _read(self, images: ImageSet) -> Iterator[tuple[Tensor, Tensor, list[tuple[int, str]]]]:
+        """Indices, what the encoder takes, and what cannot be read, batch by batch."""
+        batches = ImageBatches(images, self.encoder.preprocessing, BATCH)
+        for batch in in_order(batches, range(len(batches)), self.config.workers):
+            pixels = self.encoder.preprocessing.normalised(batch.images.to(self.device))
+            yield batch.indices, pixels, batch.unreadable
+
+    @torch.no_grad()
+    def _write(self, number: int, rows: range) -> Iterator[int]:
+        """A shard; its image features come last, and say that it is whole. Yields how many images
+        are done each time."""
+        images = self.images.take(np.asarray(rows))
+        features = torch.zeros(len(rows), self.encoder.dim, dtype=torch.float16)
+        small = self._thumbnails()
+        unreadable: dict[int, str] = {}
+        self.encoder.module.eval()
+        for indices, pixels, bad in self._read(images):
+            unreadable.update(bad)
+            if len(indices):
+                found = F.normalize(self.encoder.module(pixels).float()).cpu()
+                self._check_finite(found, images, indices)
+                features[indices] = found.half()
+                if small is not None:
+                    small[rows.start + indices.numpy()] = self._shrunk(pixels)
+            yield len(indices) + len(bad)
+        if small is not None:
+            small.flush()
+        captions = list(self._captions(rows))
+        lines = (
+            json.dumps(
+                self._described(images, i, captions[i], unreadable.get(i)), ensure_ascii=False
+            )
+            for i in range(len(rows))
+        )
+        content = "".join(line + "\n" for line in lines).encode(errors="surrogateescape")
+        write_file(self._path("metadata", number), lambda file: file.write(content))
+        if self.text_encoder is not None:
+            encoded = self.text_encoder.encode(captions)
+            write_file(self._path("text_emb", number), partial(np.save, arr=encoded.half().numpy()))
+        write_file(self._path("img_emb", number), partial(np.save, arr=features.numpy()))
+
+    def _path(self, kind: str, number: int) -> Path:
+        return self.directory / shard_name(kind, number)
+
+    def _captions(self, rows: range) -> Iterator[str]:
+        if self.text_encoder is None:
+            return iter([""] * len(rows))
+        kept, seed = self.config.kept_words, self.config.seed
+        return (some_words(self.images.caption(i), kept, seed, i) for i in rows)
+
+    def _described(
+        self, images: ImageSet, index: int, caption: str, unreadable: str | None
+    ) -> dict[str, str]:
+        line = {"name": images.name(index)}
+        if images.first_labels[index] != NO_CLASS:
+            line["class"] = images.class_name(index)
+        if caption:
+            line["caption"] = caption
+        if unreadable is not None:
+            line["unreadable"] = unreadable
+        return line
+
+    def _check_finite(self, found: Tensor, images: ImageSet, indices: Tensor) -> None:
+        bad = (~found.isfinite().all(1)).nonzero()
+        if len(bad):
+            name = images.name(int(indices[bad[0, 0]]))
+            raise SourceError(f"{name}: {self.config.encoder} gives NaN or infinity for it")
+
+    def _thumbnails(self) -> np.memmap | None:
+        """images.npy, made if it is not there; None where none are wanted."""
+        side = self.config.thumbnails
+        if side == 0:
+            return None
+        path = self.directory / THUMBNAILS
+        if path.exists():
+            return np.load(path, mmap_mode="r+")
+        channels = (3,) if self.encoder.preprocessing.mode == "RGB" else ()
+        shape = (len(self.images), side, side, *channels)
+        return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+
+    def _shrunk(self, pixels: Tensor) -> np.ndarray:
+        """uint8 [b, side, side] or [b, side, side, 3]."""
+        side = self.config.thumbnails
+        values = self.encoder.preprocessing.denormalised(pixels)
+        small = F.interpolate(values, (side, side), mode="bilinear", antialias=True)
+        small = (255 * small).round().clamp(0, 255).byte().cpu()
+        return (small[:, 0] if small.shape[1] == 1 else small.permute(0, 2, 3, 1)).numpy()
+
+
+def some_words(text: str, kept: float, seed: int, number: int) -> str:
+    """Each word of a text with this probability, and at least one."""
+    if kept == 1:
+        return text
+    rng, words = np.random.default_rng([seed, number]), text.split()
+    stay = rng.random(len(words)) < kept
+    if words:
+        stay[rng.integers(len(words))] |= not stay.any()
+    return " ".join(word for word, stays in zip(words, stay, strict=True) if stays)
+
+
+def _image_encoder(config: ExtractConfig) -> ImageEncoder:
+    if config.is_untrained:
+        raise ConfigError(
+            f"weights: {config.encoder} has none of its own; name a file or the output of `train`"
+        )
+    with torch.random.fork_rng(devices=[]):
+        size = config.dim if config.encoder in ("pixels", "hog") else 0
+        return registry.create(config, size)
+
+
+def _data_facts(images: ImageSet) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    images.digest(digest)
+    return {"images": len(images), "classes": images.num_classes, "sha256": digest.hexdigest()}
