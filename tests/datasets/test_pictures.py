@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import runpy
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 from support.images import encoded, exactly, pictures, write
 
+from unicom_ext.data.images import pictures as pictures_module
 from unicom_ext.data.images.pictures import FilePictures, PictureError, decode
 
 RGB = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]]], np.uint8)
@@ -146,3 +149,10 @@ def test_a_folder_is_no_file(tmp_path):
     pictures(tmp_path, ["a.jpg/1.png"])
     with pytest.raises(PictureError, match=exactly(f"{tmp_path}/a.jpg: Is a directory")):
         FilePictures(tmp_path, ["a.jpg"]).read(0)
+
+
+def test_without_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    message = "pictures need PIL: pip install 'unicom_ext[images]'"
+    with pytest.raises(ModuleNotFoundError, match=exactly(message)):
+        runpy.run_path(pictures_module.__file__)
