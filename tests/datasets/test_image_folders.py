@@ -29,7 +29,7 @@ def test_every_layout_can_be_opened():
 
 
 def test_a_sub_folder_is_a_class(tmp_path):
-    pictures(tmp_path, ["c10/2.jpg", "c2/b/10.PNG", "c2/b/9.png", "c2/a.JPEG", "c2/b/c/1.webp"])
+    pictures(tmp_path, ["c10/2.jpg", "c2/b2/10.PNG", "c2/b2/9.png", "c2/a.JPEG", "c2/b10/c/1.webp"])
     write(tmp_path / "c2/notes.md", "no image")
     write(tmp_path / "c2/.a.jpg", "hidden")
     write(tmp_path / ".hidden/a.jpg", "hidden")
@@ -41,13 +41,13 @@ def test_a_sub_folder_is_a_class(tmp_path):
     assert sorted(names) == [
         ("c10/2.jpg", "c10"),
         ("c2/a.JPEG", "c2"),
-        ("c2/b/10.PNG", "c2"),
-        ("c2/b/9.png", "c2"),
-        ("c2/b/c/1.webp", "c2"),
+        ("c2/b10/c/1.webp", "c2"),
+        ("c2/b2/10.PNG", "c2"),
+        ("c2/b2/9.png", "c2"),
     ]
     of_c2 = next(part for part in parts if "c2" in part.class_names)
     assert [of_c2.name(i) for i in range(4)] == [
-        "c2/a.JPEG", "c2/b/9.png", "c2/b/10.PNG", "c2/b/c/1.webp",
+        "c2/a.JPEG", "c2/b2/9.png", "c2/b2/10.PNG", "c2/b10/c/1.webp",
     ]  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from unicom_ext.data.images.pictures import FilePictures, PictureError, decode
 
 RGB = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]]], np.uint8)
 GREY = np.array([[0, 1, 128, 255]], np.uint8)
-WIDE = np.array([[0, 257, 32896, 65535]], np.uint16)  # the same in 16 bits
+WIDE = np.array([[0, 257, 65280, 65535]], np.uint16)
+OF_WIDE = np.array([[0, 1, 254, 255]], np.uint8)  # in 8 bits
 ALPHA = np.array([[255, 0, 51, 255]], np.uint8)
 ON_WHITE = np.array([[[255, 0, 0], [255, 255, 255], [204, 204, 255], [9, 8, 7]]], np.uint8)
 
@@ -40,9 +41,9 @@ def palette() -> Image.Image:
 
 KINDS = {
     "grey": (file(GREY, "PNG"), "L", GREY),
-    "grey of 16 bits": (file(WIDE, "PNG"), "L", GREY),
-    "grey of 16 bits in TIFF": (file(WIDE, "TIFF"), "L", GREY),
-    "grey of 32 bits": (file(WIDE.astype(np.int32), "TIFF"), "L", GREY),
+    "grey of 16 bits": (file(WIDE, "PNG"), "L", OF_WIDE),
+    "grey of 16 bits in TIFF": (file(WIDE, "TIFF"), "L", OF_WIDE),
+    "grey of 32 bits": (file(WIDE.astype(np.int32), "TIFF"), "L", OF_WIDE),
     "floating point": (file(GREY.astype(np.float32), "TIFF"), "L", GREY),
     "black and white": (file(Image.fromarray(GREY[:, [0, 3]]).convert("1"), "PNG"), "L",
                         GREY[:, [0, 3]]),
