@@ -12,19 +12,24 @@ from support.images import encoded, exactly, opened, pictures, pixels, refused, 
 
 from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data.images import opening
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import open_images
 from unicom_ext.data.images.pictures import PictureError
-from unicom_ext.data.images.settings import DataSettings
+from unicom_ext.data.images.settings import LAYOUTS, DataSettings
 
 CLASSES = [f"{name}/{i}.png" for name in ("ant", "bee", "cat", "dog") for i in (1, 2)]
+
+
+def test_every_layout_can_be_opened():
+    assert set(LAYOUTS) == set(opening.LAYOUTS)
 
 
 # ---- folders ----
 
 
 def test_a_sub_folder_is_a_class(tmp_path):
-    pictures(tmp_path, ["c10/2.jpg", "c2/b/10.PNG", "c2/b/9.png", "c2/a.JPEG", "c2/b/c/1.webp"])
+    pictures(tmp_path, ["c10/2.jpg", "c2/b2/10.PNG", "c2/b2/9.png", "c2/a.JPEG", "c2/b10/c/1.webp"])
     write(tmp_path / "c2/notes.md", "no image")
     write(tmp_path / "c2/.a.jpg", "hidden")
     write(tmp_path / ".hidden/a.jpg", "hidden")
@@ -36,13 +41,13 @@ def test_a_sub_folder_is_a_class(tmp_path):
     assert sorted(names) == [
         ("c10/2.jpg", "c10"),
         ("c2/a.JPEG", "c2"),
-        ("c2/b/10.PNG", "c2"),
-        ("c2/b/9.png", "c2"),
-        ("c2/b/c/1.webp", "c2"),
+        ("c2/b10/c/1.webp", "c2"),
+        ("c2/b2/10.PNG", "c2"),
+        ("c2/b2/9.png", "c2"),
     ]
     of_c2 = next(part for part in parts if "c2" in part.class_names)
     assert [of_c2.name(i) for i in range(4)] == [
-        "c2/a.JPEG", "c2/b/9.png", "c2/b/10.PNG", "c2/b/c/1.webp",
+        "c2/a.JPEG", "c2/b2/9.png", "c2/b2/10.PNG", "c2/b10/c/1.webp",
     ]  # fmt: skip
 
 
@@ -120,7 +125,20 @@ def test_folders_that_cannot_be_used(tmp_path):
     )
     refused(tmp_path / "none", f"{tmp_path}/none: is not there")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", f"{tmp_path}/empty: has no images, which are {kinds}")
+    message = f"{tmp_path}/empty: has no images, which are {kinds}"
+    refused(tmp_path / "empty", message, layout="folder")
+    allowed = (
+        " and no images below; must have images, .tar shards or the files of one of sop, inshop, "
+        "cub, cars, inat, gldv2, or be a table itself (.csv, .jsonl, .parquet)"
+    )
+    refused(tmp_path / "empty", f"{tmp_path}/empty: has nothing{allowed}")
+    for i in range(4):
+        write(tmp_path / f"empty/{i}.csv", "path\n")
+    refused(tmp_path / "empty", f"{tmp_path}/empty: has 0.csv, 1.csv, 2.csv, ...{allowed}")
+    pictures(tmp_path / "half", ["train/1.png"])
+    (tmp_path / "half/test").mkdir()
+    message = f"{tmp_path}/half/test: has no images, which are {kinds}"
+    refused(tmp_path / "half", message)
     cases = {
         "mixed": (
             ["a/1.png", "2.png"],

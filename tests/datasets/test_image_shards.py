@@ -67,6 +67,30 @@ def test_webdataset(tmp_path):
     assert one.has_captions
 
 
+def test_parts_of_shards(tmp_path):
+    tar(tmp_path / "train/1.tar", {"a.png": encoded(0), "a.cls": "x", "b.png": encoded(1)})
+    tar(tmp_path / "train/0.tar", {"a.png": encoded(2), "a.cls": "y"})
+    tar(tmp_path / "test/0.tar", {"a.png": encoded(3), "a.cls": "z"})
+    whole = opened(tmp_path)
+    assert told(whole.train) == [
+        ("train/0.tar/a.png", "y", ""),
+        ("train/1.tar/a.png", "x", ""),
+        ("train/1.tar/b.png", None, ""),
+    ]
+    assert told(whole.query) == [("test/0.tar/a.png", "z", "")]
+    assert whole.gallery is None
+    assert np.array_equal(whole.query.read(0), pixels(3))
+    tar(tmp_path / "0.tar", {})
+    refused(tmp_path, f"{tmp_path}: has .tar files beside those in test, train")
+    (tmp_path / "0.tar").unlink()
+    tar(tmp_path / "query/0.tar", {})
+    refused(
+        tmp_path,
+        f"{tmp_path}: has query, test, train; must be test, whose images are searched among each "
+        "other, or else query and gallery",
+    )
+
+
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
 def test_every_kind_of_tar(tmp_path, kind):
     name = "long/" * 18 + "name" * 20 + ".png"

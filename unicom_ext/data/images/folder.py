@@ -52,6 +52,10 @@ class CaptionFiles(Sequence[str]):
             raise PictureError(f"{path}: {error.strerror or error}") from None
 
 
+class NoImages(SourceError):
+    """A folder without any."""
+
+
 class _Found(NamedTuple):
     path: str  # relative to the root
     caption: str  # the .txt beside it, or ""
@@ -125,7 +129,8 @@ def _part(root: Path, folder: str) -> Iterator[_Found]:
         found = True
         yield _Found(image, caption, None)
     if not found:
-        raise SourceError(f"{where}: has no images, which are {', '.join(SUFFIXES)}")
+        kind = SourceError if folder else NoImages
+        raise kind(f"{where}: has no images, which are {', '.join(SUFFIXES)}")
 
 
 def _walk(root: Path, folder: str, above: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image
 
 from unicom_ext.data.images.pictures import ArrayPictures, Pictures
 from unicom_ext.utils.arrays import check_labels
 from unicom_ext.utils.settings import ConfigError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NO_CLASS = -1  # the label of an image without one, and what rows of several are filled up with
 

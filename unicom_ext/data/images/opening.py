@@ -17,14 +17,15 @@ from unicom_ext.data.images.collection import (
     TRAIN,
     VALIDATION,
     Collection,
+    shown,
 )
-from unicom_ext.data.images.folder import read_folder
+from unicom_ext.data.images.folder import NoImages, read_folder
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS, DataSettings
-from unicom_ext.data.images.shards import read_shards
+from unicom_ext.data.images.shards import find_shards, read_shards
 from unicom_ext.data.images.table import READERS, read_table
 from unicom_ext.utils.arrays import SourceError
-from unicom_ext.utils.files import list_files
+from unicom_ext.utils.files import natural_name_key
 from unicom_ext.utils.settings import ConfigError
 
 NO_ROWS = np.arange(0)
@@ -151,7 +152,17 @@ def _auto(path: Path) -> Collection:
         known = standard.found(path)
         if known is not None:
             return LAYOUTS[known](path)
-        return read_shards(path) if list_files(path, ".tar") else read_folder(path)
+        if find_shards(path):
+            return read_shards(path)
+        try:
+            return read_folder(path)
+        except NoImages:
+            names = sorted((one.name for one in path.iterdir()), key=natural_name_key)
+            raise SourceError(
+                f"{path}: has {shown(names) or 'nothing'} and no images below; must have images, "
+                f".tar shards or the files of one of {', '.join(standard.STANDARD)}, or be a table "
+                f"itself ({', '.join(READERS)})"
+            ) from None
     if path.suffix.lower() in READERS:
         return read_table(path)
     if path.suffix.lower() == ".tar":

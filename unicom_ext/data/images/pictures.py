@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+try:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ModuleNotFoundError as error:
+    message = f"pictures need {error.name}: pip install 'unicom_ext[images]'"
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 # Of what Pillow reads, as far as collections are made of it.
 SUFFIXES = (

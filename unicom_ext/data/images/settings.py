@@ -18,8 +18,9 @@ class DataSettings(Settings):
     """Which images. Raises ConfigError (a ValueError) on values that cannot be used."""
 
     data: str = setting(
-        GLYPHS, "the images: glyphs for the bundled characters, or the name of a folder or table",
-        "glyphs, or the name of a folder or of a table", lambda v: v != "",
+        GLYPHS,
+        "the images: glyphs for the bundled characters, or the name of a folder, table or shard",
+        "glyphs, or the name of a folder, table or shard", lambda v: v != "",
     )  # fmt: skip
     layout: str = one_of("auto", "how they lie there; auto finds out", LAYOUTS)
     test_fraction: float = setting(

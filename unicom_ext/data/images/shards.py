@@ -1,6 +1,6 @@
 """Tar shards of WebDataset and img2dataset, read at random without being unpacked.
 
-    DIR/00000.tar, DIR/00001.tar, ...    or one of them
+    DIR/00000.tar, DIR/00001.tar, ...    or one of them, or DIR/train/00000.tar, DIR/test/00000.tar
         KEY.jpg    the image
         KEY.txt    its caption; else what "caption" of KEY.json is
         KEY.cls    its class; else what "label" of KEY.json is
@@ -23,18 +23,20 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from unicom_ext.data.images.collection import Collection
+from unicom_ext.data.images.collection import PART_NAMES, Collection, check_parts, shown
 from unicom_ext.data.images.pictures import SUFFIXES, PictureError, as_text, decode
 from unicom_ext.data.images.table import class_of
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.files import cache_root, list_files, write_cached
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMAT = 1  # raise it when anything here changes the index
 _NO_TEXT, _TEXT, _JSON = range(3)  # what holds a caption
@@ -64,8 +66,8 @@ class ShardPictures:
     a worker process could inherit.
     """
 
-    def __init__(self, tars: Sequence[Path], indices: Sequence[_Index]) -> None:
-        self._tars = tars
+    def __init__(self, root: Path, tars: Sequence[Path], indices: Sequence[_Index]) -> None:
+        self._root, self._tars = root, tars
         self._first = np.cumsum([0, *(len(index.names) for index in indices)])
         self._index = _Index(
             *(
@@ -79,7 +81,8 @@ class ShardPictures:
         return len(self._index.names)
 
     def name(self, number: int) -> str:
-        return f"{self._tar(number).name}/{self._index.names[number]}"
+        tar = os.path.relpath(self._tar(number), self._root)
+        return f"{tar}/{self._index.names[number]}"
 
     def read(self, number: int) -> Image.Image:
         data = self._bytes(number, self._index.images[number])
@@ -120,22 +123,49 @@ class ShardPictures:
         return data
 
 
+def find_shards(path: Path) -> dict[str, list[Path]]:
+    """The tars in a folder, by "", or else in its parts, by their names; none where there are none.
+
+    Raises SourceError where some are in parts, and others are not.
+    """
+    if not path.is_dir():
+        return {"": [path]}
+    folders = {"": path} | {
+        one.name: one for one in path.iterdir() if one.name.lower() in PART_NAMES
+    }
+    listed = {name: list_files(one, ".tar") for name, one in folders.items() if one.is_dir()}
+    found = {name: tars for name, tars in sorted(listed.items()) if tars}
+    if "" in found and len(found) > 1:
+        raise SourceError(f"{path}: has .tar files beside those in {shown(list(found)[1:])}")
+    return found
+
+
 def read_shards(path: Path) -> Collection:
-    """One tar, or all in a folder. Raises SourceError."""
-    tars = list_files(path, ".tar") if path.is_dir() else [path]
-    if not tars:
+    """One tar, all in a folder, or all in its parts. Raises SourceError."""
+    found = find_shards(path)
+    if not found:
         raise SourceError(f"{path}: has no .tar files")
-    found = {tar: _cached(tar) for tar in tars}
-    new = [tar for tar, index in found.items() if index is None]
+    check_parts(str(path), [name for name in found if name])
+    cached = {tar: _cached(tar) for tars in found.values() for tar in tars}
+    new = [tar for tar, index in cached.items() if index is None]
     screen = Console(stderr=True)
     for tar in track(new, "Indexing shards", console=screen, transient=True, disable=not new):
-        found[tar] = _indexed(tar)
-    indices = [index for index in found.values() if index is not None]
-    pictures = ShardPictures(tars, indices)
+        cached[tar] = _indexed(tar)
+    indices = {tar: index for tar, index in cached.items() if index is not None}
+    pictures = ShardPictures(
+        path if path.is_dir() else path.parent, [*indices], [*indices.values()]
+    )
     if not len(pictures):
         raise SourceError(f"{path}: has no images, which are {', '.join(SUFFIXES)}")
-    classes = [name or None for index in indices for name in index.classes.tolist()]
-    return Collection(pictures, classes)
+    classes = [name or None for index in indices.values() for name in index.classes.tolist()]
+    if "" in found:
+        return Collection(pictures, classes)
+    rows, first = {}, 0
+    for name, tars in found.items():
+        size = sum(len(indices[tar].names) for tar in tars)
+        rows[PART_NAMES[name.lower()]] = np.arange(first, first + size)
+        first += size
+    return Collection(pictures, classes, rows)
 
 
 def _cache_file(tar: Path) -> Path:

@@ -103,6 +103,8 @@ def _words(path: Path, columns: str, skip: int = 0) -> Iterator[list[str]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise SourceError(f"{path}: is not text in UTF-8") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}") from None
     for number, line in enumerate(lines[skip:], skip + 1):
         words = line.split()
         if words and len(words) != len(columns.split()):

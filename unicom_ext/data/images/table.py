@@ -73,6 +73,8 @@ def read_table(path: Path) -> Collection:
                 rows[names.setdefault(split, split)].append(number)
     except UnicodeDecodeError:
         raise SourceError(f"{path}: is not text in UTF-8") from None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror or error}") from None
     if not paths:
         raise SourceError(f"{path}: has no rows")
     if rows and sum(map(len, rows.values())) != len(paths):
@@ -154,8 +156,13 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     file = open_parquet(path)
     names = file.schema_arrow.names
     _check_columns(path, names)
-    for batch in file.iter_batches(columns=[name for name in COLUMNS if name in names]):
-        yield from batch.to_pylist()
+    import pyarrow
+
+    try:
+        for batch in file.iter_batches(columns=[name for name in COLUMNS if name in names]):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise SourceError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def _check_columns(path: Path, names: Sequence[str], needed: Sequence[str] = ("path",)) -> None:
