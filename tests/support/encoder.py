@@ -1,8 +1,11 @@
-"""An encoder of the user's own, by the name support.encoder:mean_colour."""
+"""Encoders of the user's own, by names such as support.encoder:mean_colour."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from unicom_ext.data.images.preprocessing import Preprocessing
+from unicom_ext.encoders.encoder import ImageEncoder
 
 
 class MeanColour(nn.Module):
@@ -12,3 +15,9 @@ class MeanColour(nn.Module):
 
 def mean_colour() -> nn.Module:
     return MeanColour()
+
+
+def flat() -> ImageEncoder:
+    """Without batch normalisation: embeddings do not depend on what else is in a batch."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8))
+    return ImageEncoder("flat", module, Preprocessing(32, "L", (0.0,), (1.0,)), 8)

@@ -36,6 +36,7 @@ def synthetic(num_classes: int, seed: int, images_per_class: int = 6) -> ImageSe
 
 DATA = (synthetic(20, seed=1), synthetic(12, seed=2))
 PARTS = Parts(DATA[0], None, DATA[1], None)
+FLAT = "support.encoder:flat"  # an encoder for TINY, without batch normalisation
 STEPS = 3 * 8  # of a run with TINY: batches of 16, the last of each epoch of 8
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from support.training import (
     DATA,
+    FLAT,
     PARTS,
     TINY,
     apart_from_timing,
@@ -22,7 +23,6 @@ from support.training import (
     saved,
     synthetic,
 )
-from torch import nn
 
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts
@@ -56,22 +56,13 @@ def interrupted(tmp_path, after, **options):
     return run(tmp_path, resume=True, **options)
 
 
-class Flat(nn.Sequential):
-    """Without batch normalisation, which would see a part alone."""
-
-    def __init__(self, embedding_size, width):
-        super().__init__(nn.Flatten(), nn.Linear(1024, embedding_size))
-
-
 # ---- accumulation --------------------------------------------------------------------------------
 
 
 def losses_of_flat(group, accumulate, **settings):
     """Losses of two epochs, and the dimensions that each part of a step has drawn."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicom_ext.encoders.registry.Encoder", Flat)
-        config = changed(batch_size=23, accumulate=accumulate, **settings)
-        trainer = Trainer(config, DATA[0], group)
+    config = changed(batch_size=23, accumulate=accumulate, encoder=FLAT, **settings)
+    trainer = Trainer(config, DATA[0], group)
     drawn = []
     trainer.loss.register_forward_hook(
         lambda loss, *_: drawn.append(tuple(loss.last_selection.feature_index.tolist()))

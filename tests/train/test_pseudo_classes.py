@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from support.training import DATA, TINY, assert_same_bits, run, saved
+from support.training import DATA, FLAT, TINY, assert_same_bits, run, saved
 
 from unicom_ext import CombinedMargin, PartialMarginSoftmax, reference
 from unicom_ext.cli.main import main
@@ -168,19 +168,10 @@ def test_training_on_several_labels(tmp_path, monkeypatch):
 
 def train_on_several(group, path):
     """The losses of an epoch; its batches do not divide by the ranks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicom_ext.encoders.registry.Encoder", Flat)
-        labels = read_positives("labels", path, len(TRAIN))
-        config = replace(TINY, batch_size=16, labels=str(path))
-        trainer = Trainer(config, TRAIN.relabelled(labels), group)
+    labels = read_positives("labels", path, len(TRAIN))
+    config = replace(TINY, batch_size=16, labels=str(path), encoder=FLAT)
+    trainer = Trainer(config, TRAIN.relabelled(labels), group)
     return [trainer.step_once() for _ in range(trainer.steps_per_epoch)]
-
-
-class Flat(torch.nn.Sequential):
-    """Without batch normalisation, which would see a rank's part alone."""
-
-    def __init__(self, embedding_size, width):
-        super().__init__(torch.nn.Flatten(), torch.nn.Linear(1024, embedding_size))
 
 
 @pytest.mark.slow

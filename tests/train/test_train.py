@@ -37,6 +37,7 @@ from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data import baselines
 from unicom_ext.data.images.augment import distort
 from unicom_ext.data.images.batches import TrainingBatches, share
+from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.opening import Parts
 from unicom_ext.data.images.preprocessing import Preprocessing
 from unicom_ext.optim import RowAdamW
@@ -44,7 +45,7 @@ from unicom_ext.retrieval import evaluate
 from unicom_ext.train import evaluation, report
 from unicom_ext.train.config import BASELINES, Config
 from unicom_ext.train.interrupt import Interrupted
-from unicom_ext.train.trainer import Embedded, Trainer, schedule
+from unicom_ext.train.trainer import Trainer, schedule
 from unicom_ext.utils.files import write_atomically
 from unicom_ext.utils.settings import ConfigError, read_toml
 

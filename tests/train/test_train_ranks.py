@@ -16,8 +16,16 @@ import pytest
 import torch.distributed as dist
 from rich.console import Console
 from support.ranks import free_port
-from support.training import DATA, PARTS, TINY, apart_from_timing, assert_same_bits, run, saved
-from torch import nn
+from support.training import (
+    DATA,
+    FLAT,
+    PARTS,
+    TINY,
+    apart_from_timing,
+    assert_same_bits,
+    run,
+    saved,
+)
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -79,18 +87,9 @@ def test_it_trains_as_one_process_does(finished, tmp_path, monkeypatch):
     assert [e["step"] for e in metrics["evaluations"]] == [e["step"] for e in one["evaluations"]]
 
 
-class WithoutStatistics(nn.Sequential):
-    """An encoder whose embeddings do not depend on what else is in the batch."""
-
-    def __init__(self, embedding_size, width):
-        super().__init__(nn.Flatten(), nn.Linear(1024, embedding_size))
-
-
 def train_without_statistics(group):
     """Losses, and the number of samples that this rank has in each step of an epoch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("unicom_ext.encoders.registry.Encoder", WithoutStatistics)
-        trainer = Trainer(CONFIG, DATA[0], group)
+    trainer = Trainer(dataclasses.replace(CONFIG, encoder=FLAT), DATA[0], group)
     sizes = [
         sum(len(part.indices) for part in trainer.batches[step])
         for step in range(trainer.steps_per_epoch)

@@ -14,11 +14,11 @@ from torch import Tensor
 from unicom_ext import retrieval
 from unicom_ext.data import baselines
 from unicom_ext.data.images.batches import ImageBatches, in_order
+from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts
 from unicom_ext.data.images.preprocessing import Preprocessing
 from unicom_ext.train.config import BASELINES, Config
-from unicom_ext.train.trainer import Embedded
 from unicom_ext.utils.settings import ConfigError
 
 RECALL_AT = (1, 5, 10)

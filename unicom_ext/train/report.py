@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from rich.table import Table
 
+from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.preprocessing import Preprocessing
 from unicom_ext.data.images.settings import GLYPHS
 from unicom_ext.retrieval import topk
-from unicom_ext.train.trainer import Embedded
 from unicom_ext.utils.files import write_atomically
 
 MODEL = "our model"

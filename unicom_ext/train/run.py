@@ -21,6 +21,7 @@ from rich.console import Console
 
 from unicom_ext import checkpoint
 from unicom_ext.data.images.batches import random_numbers
+from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
 from unicom_ext.data.labels import read_positives
@@ -31,7 +32,7 @@ from unicom_ext.train.curves import Curves
 from unicom_ext.train.evaluation import evaluate, evaluate_baselines
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
-from unicom_ext.train.trainer import Embedded, Trainer
+from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, natural_name_key, write_atomically
 from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import versions

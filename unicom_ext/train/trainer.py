@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from unicom_ext.data.images.batches import (
     random_numbers,
     share,
 )
+from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.distributed.failures import exchange
 from unicom_ext.distributed.ranks import Ranks
@@ -50,13 +51,6 @@ from unicom_ext.utils.settings import ConfigError
 
 EMBED_ROWS = 512  # images that are embedded together
 AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Embedded(NamedTuple):
-    """Embeddings of the images of a set that can be read."""
-
-    embeddings: Tensor  # fp32 [n, embedding_size]
-    images: ImageSet  # n
 
 
 class Trainer:
