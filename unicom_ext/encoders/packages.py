@@ -54,6 +54,6 @@ def call_factory(setting: str, name: str) -> Any:
 
 
 def closest(name: str, names: list[str]) -> str:
-    """ "; did you mean …?" where one of the names is like it, else ""."""
+    """The end of a sentence about a name that there is not: asks for the one that is like it."""
     close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."

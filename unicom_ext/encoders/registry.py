@@ -137,9 +137,9 @@ def _builder(name: str) -> Callable[[Request], Built]:
     if rest:
         return _BY_LIBRARY.get(library, _factory)
     like = [*_BY_NAME, *(f"vit-{size}-{patch}" for size in SIZES for patch in _COMMON_PATCHES)]
-    libraries_named = ", ".join(f"{library}:NAME" for library in _BY_LIBRARY)
     raise ConfigError(
         f"encoder: got {name!r}, but there is none of that name{closest(name, like)} There are "
         f"{', '.join(_BY_NAME)}, vit-SIZE-PATCH with a size of {', '.join(SIZES)} and a patch from "
-        f"{PATCHES[0]} to {PATCHES[1]}, {libraries_named} and package.module:function"
+        f"{PATCHES[0]} to {PATCHES[1]}, timm:NAME, open_clip:NAME, hf:FOLDER and "
+        "package.module:function"
     )
