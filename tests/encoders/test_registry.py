@@ -93,7 +93,12 @@ def test_pictures_of_small_are_its_pixels():
 def test_small_takes_larger_images(size):
     encoder = made(16, encoder="small-rgb", image_size=size, width=2)
     assert (encoder.preprocessing.size, encoder.preprocessing.mode) == (size, "RGB")
-    assert encoder.module(torch.rand(2, 3, size, size)).shape == (2, 16)
+    images = torch.rand(2, 3, size, size)
+    assert encoder.module(images).shape == (2, 16)
+    features = encoder.module.layers[:14](images)
+    if features.shape[-1] % 4 == 0:
+        blocks = features.unflatten(3, (4, -1)).unflatten(2, (4, -1)).mean((3, 5)).flatten(1)
+        torch.testing.assert_close(encoder.module.layers[14](features), blocks)
 
 
 # ---- sizes of the output ----
@@ -172,7 +177,7 @@ def test_a_factory_returns_a_module(factories):
     assert (encoder.dim, encoder.preprocessing) == (3 * 224, Preprocessing(224))
     assert (encoder.preprocessing.mean, encoder.preprocessing.std) == (CLIP_MEAN, CLIP_STD)
     assert encoder.module.training
-    assert torch.equal(encoder.module.norm.running_mean, torch.zeros(3))
+    assert encoder.module.norm.num_batches_tracked == 0  # nothing has been learned
 
 
 def test_a_factory_returns_an_encoder(factories):

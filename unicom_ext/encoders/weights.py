@@ -26,7 +26,7 @@ _WRAPPERS = "module.", "_orig_mod.", "model."  # beginnings of all names, of tho
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Saved:
     """The tensors of an encoder in a file, without names of wrappers."""
 
