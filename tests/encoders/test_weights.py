@@ -194,6 +194,12 @@ def test_the_first_difference_is_named():
     )
 
 
+def test_an_output_of_no_size(tmp_path):
+    torch.save({"feature.2.weight": torch.tensor(3.0)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"pos_embed is missing; 28 of 28 tensors differ$"):
+        made(tmp_path / "w.pt")
+
+
 def test_weights_of_another_image_size():
     tensors = create(EncoderSettings(encoder="vit-ti-16", image_size=48)).module.state_dict()
     assert refusal(made().module, tensors) == (
