@@ -226,6 +226,8 @@ NAMES = (
         ({"encoder": "no_such_module:make"},
          "encoder: got 'no_such_module:make', but there is no module 'no_such_module'; it must be "
          "installed or in a folder of PYTHONPATH"),
+        ({"encoder": ":make"}, "encoder: got ':make', must be like package.module:function"),
+        ({"encoder": ".a:make"}, "encoder: got '.a:make', must be like package.module:function"),
         ({"encoder": "my_encoders.sub:make"},
          "encoder: got 'my_encoders.sub:make', but there is no module 'my_encoders.sub'; it must "
          "be installed or in a folder of PYTHONPATH"),

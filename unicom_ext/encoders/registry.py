@@ -115,7 +115,7 @@ def _own(
         # The weights fill all of it. To draw hundreds of millions of values would take longer.
         with torch.device("meta"):
             module = make()
-        module.to_empty(device="cpu")
+        module.to_empty(device=torch.get_default_device())
     return ImageEncoder(request.name, module, preprocessing, dim), request.saved
 
 
