@@ -33,6 +33,9 @@ from unicom_ext import (
 )
 from unicom_ext.cluster import ClusterConfig, cluster
 from unicom_ext.compat import PartialFC_V2
+from unicom_ext.encoders import text
+from unicom_ext.encoders.registry import ImageEncoder, create
+from unicom_ext.encoders.settings import EncoderSettings
 from unicom_ext.margins import AdaFace, ClassSizeMargin, ElasticArcFace, ElasticCosFace, MagFace
 from unicom_ext.optim import RowAdamW, RowSGD
 from unicom_ext.subcenters import SubCenters
@@ -169,3 +172,10 @@ def the_rest(embeddings: Tensor, labels: Tensor) -> None:
         unicom_ext.set_cpu_capability("portable")
     assert_type(unicom_ext.__version__, str)
     unicom_ext.PartialMarginSoftMax  # type: ignore[attr-defined]  # noqa: B018
+
+
+def encoders() -> None:
+    made = create(EncoderSettings(encoder="small", image_size=64), embedding_size=16)
+    assert_type(made, ImageEncoder)
+    assert_type(made.module, nn.Module)
+    assert_type(text.create("ngrams").encode(["a caption"]), Tensor)

@@ -69,8 +69,9 @@ class Request:
     def dim(self, output: str, own: int, axis: int = 0) -> int:
         """Of an encoder that can have any: as in the weights, where that is axis `axis` of the
         tensor `output`; else what was asked for; else its own."""
-        if self.saved is not None and output in self.saved.body:
-            return self.saved.body[output].shape[axis]
+        there = None if self.saved is None else self.saved.body.get(output)
+        if there is not None and there.ndim == 2:
+            return there.shape[axis]
         return self.embedding_size or own
 
     def image_size(self, own: int, at_least: int = 1, multiple_of: int = 1) -> int:

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,16 @@ def open_clip_encoder(request: Request) -> Built:
     one as it was saved from here."""
     open_clip = package("open_clip", "open_clip_torch", request.name)
     name = _local(request)
-    config = open_clip.get_model_config(name)
-    if config is None and not name.startswith("local-dir:"):
+    try:
+        config = open_clip.get_model_config(name)  # local-dir:FOLDER is a name, too
+    except OSError as error:
+        raise ConfigError(f"encoder: {request.name} cannot be read: {error}") from None
+    if config is None:
         raise ConfigError(
             f"encoder: got {request.name!r}, but open_clip has no model {name!r}"
             f"{closest(name, open_clip.list_models())}"
         )
-    if config and "hf_model_name" in config["text_cfg"]:
+    if "hf_model_name" in config["text_cfg"]:
         raise ConfigError(
             f"encoder: got {request.name!r}, whose text tower open_clip reads over the network"
         )
@@ -93,7 +97,7 @@ def open_clip_encoder(request: Request) -> Built:
         if not of_both:
             raise
         raise CheckpointError(
-            f"{request.settings.weights}: does not fit {request.name}: {error}"
+            f"{request.settings.weights}: does not fit {request.name}: {_short(error)}"
         ) from None
     about = model.visual.preprocess_cfg
     size = about["size"]
@@ -148,7 +152,9 @@ def transformers_encoder(request: Request) -> Built:
             str(folder), local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: cannot be read by transformers: {error}") from None
+        raise CheckpointError(
+            f"{folder}: cannot be read by transformers: {_short(error)}"
+        ) from None
     missing = sorted(loading["missing_keys"])
     for key in missing:
         if "pooler" not in key:
@@ -195,6 +201,11 @@ def _json(path: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"encoder: {name}: {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"encoder: {name}: {path} is not valid JSON: {error}") from None
+
+
+def _short(error: Exception) -> str:
+    """What the library says, in one line; it may list all tensors."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")
 
 
 def _local(request: Request) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from importlib import import_module
 from typing import Any
 
@@ -33,6 +34,8 @@ def call_factory(setting: str, name: str) -> Any:
     Raises ConfigError: there is no such function. What it raises itself goes through.
     """
     module_name, _, function_name = name.partition(":")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise ConfigError(f"{setting}: got {name!r}, must be like package.module:function")
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
@@ -54,6 +57,6 @@ def call_factory(setting: str, name: str) -> Any:
 
 
 def closest(name: str, names: list[str]) -> str:
-    """ "; did you mean …?" where one of the names is like it, else ""."""
+    """The end of a sentence about a name that there is not: asks for the one that is like it."""
     close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else "."

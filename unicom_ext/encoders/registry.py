@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 
+import torch
 from torch import nn
 
 from unicom_ext.data.images.preprocessing import Preprocessing
@@ -64,7 +66,7 @@ def _small(request: Request) -> Built:
     size = request.image_size(SMALLEST, at_least=SMALLEST)
     mode = "RGB" if request.name == "small-rgb" else "L"
     dim = request.dim(Encoder.OUTPUT, 128)
-    module = Encoder(dim, request.settings.width, len(mode))
+    module = partial(Encoder, dim, request.settings.width, len(mode))
     return _own(request, module, _in_unit_range(size, mode), dim)
 
 
@@ -73,7 +75,7 @@ def _vit(request: Request) -> Built:
     size = request.image_size(224, at_least=patch)
     own = next((dim for name, _, dim in RELEASED if name == request.name), min(width, 768))
     dim = request.dim(VisionTransformer.OUTPUT, own)
-    module = VisionTransformer(size, patch, width, depth, heads, dim)
+    module = partial(VisionTransformer, size, patch, width, depth, heads, dim)
     return _own(request, module, Preprocessing(size), dim)
 
 
@@ -89,7 +91,7 @@ def _hog(request: Request) -> Built:
 
 def _components(request: Request, kind: type[PrincipalComponents], size: int) -> Built:
     dim = request.dim(kind.OUTPUT, 128, axis=1)
-    return _own(request, kind(size, dim), _in_unit_range(size, "L"), dim)
+    return _own(request, partial(kind, size, dim), _in_unit_range(size, "L"), dim)
 
 
 def _factory(request: Request) -> Built:
@@ -104,7 +106,16 @@ def _factory(request: Request) -> Built:
     return request.made(made, Preprocessing(224)), request.saved
 
 
-def _own(request: Request, module: nn.Module, preprocessing: Preprocessing, dim: int) -> Built:
+def _own(
+    request: Request, make: Callable[[], nn.Module], preprocessing: Preprocessing, dim: int
+) -> Built:
+    if request.saved is None:
+        module = make()
+    else:
+        # The weights fill all of it. To draw hundreds of millions of values would take longer.
+        with torch.device("meta"):
+            module = make()
+        module.to_empty(device=torch.get_default_device())
     return ImageEncoder(request.name, module, preprocessing, dim), request.saved
 
 
@@ -137,9 +148,9 @@ def _builder(name: str) -> Callable[[Request], Built]:
     if rest:
         return _BY_LIBRARY.get(library, _factory)
     like = [*_BY_NAME, *(f"vit-{size}-{patch}" for size in SIZES for patch in _COMMON_PATCHES)]
-    libraries_named = ", ".join(f"{library}:NAME" for library in _BY_LIBRARY)
     raise ConfigError(
         f"encoder: got {name!r}, but there is none of that name{closest(name, like)} There are "
         f"{', '.join(_BY_NAME)}, vit-SIZE-PATCH with a size of {', '.join(SIZES)} and a patch from "
-        f"{PATCHES[0]} to {PATCHES[1]}, {libraries_named} and package.module:function"
+        f"{PATCHES[0]} to {PATCHES[1]}, timm:NAME, open_clip:NAME, hf:FOLDER and "
+        "package.module:function"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ _WRAPPERS = "module.", "_orig_mod.", "model."  # beginnings of all names, of tho
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Saved:
     """The tensors of an encoder in a file, without names of wrappers."""
 
@@ -168,7 +167,9 @@ def _read_torch(path: Path) -> Any:
             return load(mmap=True)
         except RuntimeError:  # files of old versions of torch cannot be mapped
             return load()
-    except pickle.UnpicklingError as error:
+    except (OSError, RuntimeError) as error:  # the latter of archives that are spoilt
+        raise _unreadable(path, error) from None
+    except Exception as error:  # whatever reading anything else as a pickle raises
         named = re.search(r"GLOBAL (\S+)", str(error))
         if named is None:
             raise CheckpointError(f"{path}: is no file that torch.save has written") from None
@@ -176,8 +177,6 @@ def _read_torch(path: Path) -> Any:
             f"{path}: holds {named[1]}, and reading that could run code; must hold tensors alone, "
             "as torch.save(encoder.state_dict(), ...) writes them"
         ) from None
-    except Exception as error:  # whatever the reader's parts raise
-        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
