@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from unicom_ext.data import baselines
-from unicom_ext.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from unicom_ext.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, as_tensor
 from unicom_ext.encoders.encoder import WithHead
 from unicom_ext.encoders.registry import create
 from unicom_ext.encoders.settings import EncoderSettings
@@ -83,9 +83,15 @@ def test_small_is_made_as_the_driver_made_it():
     assert {"layers.0.weight", "layers.15.weight", "layers.16.running_mean"} < state.keys()
 
 
+def prepared(encoder, pictures):
+    """What the encoder takes of uint8 [n, h, w]."""
+    squares = [as_tensor(encoder.preprocessing(Image.fromarray(p))) for p in pictures]
+    return encoder.preprocessing.normalised(torch.stack(squares))
+
+
 def test_pictures_of_small_are_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
-    found = made(encoder="small").preprocessing(Image.fromarray(pixels))
+    found = prepared(made(encoder="small"), pixels[None])[0]
     assert torch.equal(found, torch.from_numpy(pixels)[None].float() / 255)
 
 
@@ -140,10 +146,7 @@ def test_components_are_those_of_the_baselines(name, baseline):
     assert encoder.needs_fitting
     with pytest.raises(RuntimeError, match=r": fit\(images\) comes first$"):
         encoder.module(torch.rand(1, 1, 16, 16))
-    images = [
-        torch.stack([encoder.preprocessing(Image.fromarray(image)) for image in part])
-        for part in (train, test)
-    ]
+    images = [prepared(encoder, part) for part in (train, test)]
     encoder.module.fit(images[0])
     assert not encoder.needs_fitting
     expected = baselines.BASELINES[baseline](train, np.zeros(60), test, 7)

@@ -158,6 +158,20 @@ def test_compiled_encoder(tmp_path):
     assert compiled.encoder.state_dict().keys() == eager.encoder.state_dict().keys()
 
 
+def test_noise_of_the_encoder_is_that_of_the_step(tmp_path):
+    """As dropout draws it: the same after a resume, and not from the user's generator."""
+    config = changed(encoder="support.encoder:dropping")
+    torch.manual_seed(1)
+    whole = run(tmp_path / "whole", config=config)
+    torch.manual_seed(2)
+    expected = torch.rand(3)
+    torch.manual_seed(2)
+    parts = interrupted(tmp_path / "parts", 5, config=config)
+    assert torch.equal(torch.rand(3), expected)
+    assert apart_from_timing(parts) == apart_from_timing(whole)
+    assert whole["loss"] != run(tmp_path / "none", config=changed(encoder=FLAT))["loss"]
+
+
 # ---- early stopping ------------------------------------------------------------------------------
 
 

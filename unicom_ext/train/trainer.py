@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +49,7 @@ from unicom_ext.train.config import Config
 from unicom_ext.utils.devices import device_of
 from unicom_ext.utils.settings import ConfigError
 
+NOISE = 3  # the stream of random numbers of the encoder, beside those of batches and examples
 EMBED_ROWS = 512  # images that are embedded together
 AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -172,7 +173,7 @@ class Trainer:
         labels = self.labels[part.indices].to(self.device, non_blocking=True)
         ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
         with nullcontext() if last or ddp is None else ddp.no_sync():
-            with self._autocast():
+            with self._autocast(), self._noise(number):
                 embeddings = self.model(self._input(part))
             # All parts of a step draw the same classes and dimensions: the last one alone counts.
             step = None if last else self.step
@@ -180,6 +181,15 @@ class Trainer:
             loss = loss * self._weight(number)
             self.scaler.scale(loss).backward()
         return loss.detach()
+
+    @contextmanager
+    def _noise(self, number: int) -> Iterator[None]:
+        """What the encoder draws, for dropout and its like, is a function of the step too."""
+        devices = [] if self.device.type == "cpu" else [self.device]
+        where = [self.config.seed, NOISE, self.step, self.rank, number]
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1, np.uint64)[0]))
+            yield
 
     def _weight(self, number: int) -> float:
         """Share of the step's images that are in the parts of this number, of all ranks."""
