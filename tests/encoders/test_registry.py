@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from unicom_ext.data import baselines
-from unicom_ext.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing, as_tensor
+from unicom_ext.data.images.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from unicom_ext.encoders.encoder import WithHead
 from unicom_ext.encoders.registry import create
 from unicom_ext.encoders.settings import EncoderSettings
@@ -85,8 +85,7 @@ def test_small_is_made_as_the_driver_made_it():
 
 def prepared(encoder, pictures):
     """What the encoder takes of uint8 [n, h, w]."""
-    squares = [as_tensor(encoder.preprocessing(Image.fromarray(p))) for p in pictures]
-    return encoder.preprocessing.normalised(torch.stack(squares))
+    return encoder.preprocessing.batch([Image.fromarray(picture) for picture in pictures])
 
 
 def test_pictures_of_small_are_its_pixels():

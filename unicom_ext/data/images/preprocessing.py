@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,10 @@ class Preprocessing:
             picture = picture.resize((width, height), RESAMPLING[self.interpolation])
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         return picture.crop((left, top, left + self.size, top + self.size))
+
+    def batch(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """fp32 [n, channels, size, size]: what the encoder takes of some pictures."""
+        return self.normalised(torch.stack([as_tensor(self(picture)) for picture in pictures]))
 
     def part(self, picture: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
         """The part (left, top, right, bottom), in pixels, scaled to the square."""
