@@ -124,6 +124,20 @@ def test_autocast(tmp_path, autocast):
     assert_same_bits(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
 
 
+def losses_in_half(group):
+    config = changed(autocast="fp16", encoder=FLAT, batch_size=23)
+    trainer = Trainer(config, DATA[0], group)
+    return [trainer.step_once() for _ in range(trainer.steps_per_epoch)]
+
+
+@pytest.mark.slow
+def test_ranks_train_in_half_precision(ranks):
+    right = losses_in_half(None)
+    for losses in ranks.run(2, losses_in_half):
+        assert losses[:4] == pytest.approx(right[:4], rel=1e-2)  # then roundings part
+        assert np.isfinite(losses).all()
+
+
 def test_averaged_weights(tmp_path):
     trainer = Trainer(changed(ema=0.75), DATA[0])
     means = None
