@@ -11,7 +11,8 @@ from torch import Tensor
 
 from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
-from unicom_ext.retrieval.metrics import Result, evaluate
+from unicom_ext.retrieval.evaluation import evaluate
+from unicom_ext.retrieval.metrics import Result
 from unicom_ext.utils.arrays import check_finite
 
 
