@@ -8,7 +8,7 @@ from operator import index as as_int
 import torch
 from torch import Tensor
 
-from unicom_ext.utils.search import LAST_ROW
+from unicom_ext.utils.search import LAST_ROW, Matrix
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -22,7 +22,7 @@ def check_rows(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: got shape {list(x.shape)}, must be [N, d] with d >= 1")
 
 
-def check_gallery(queries: Tensor, gallery: Tensor) -> None:
+def check_gallery(queries: Matrix, gallery: Matrix) -> None:
     """Of rows that `check_rows` has seen."""
     if gallery.shape[1] != queries.shape[1]:
         raise ValueError(
@@ -59,9 +59,9 @@ def check_int(name: str, value: int) -> int:
 
 
 def check_groups(
-    queries: Tensor,
+    queries: Matrix,
     query_groups: Tensor | None,
-    gallery: Tensor,
+    gallery: Matrix,
     gallery_groups: Tensor | None,
     exclude_self: bool,
 ) -> tuple[Tensor, Tensor] | None:
@@ -78,12 +78,12 @@ def check_groups(
     return query_groups, gallery_groups
 
 
-def check_both(name: str, value: Tensor | None, other_name: str, other: Tensor | None) -> None:
+def check_both(name: str, value: object, other_name: str, other: object) -> None:
     if (value is None) != (other is None):
         raise ValueError(f"{name} and {other_name}: give both or neither")
 
 
-def check_integers(name: str, values: Tensor, rows_name: str, rows: Tensor) -> None:
+def check_integers(name: str, values: Tensor, rows_name: str, rows: Matrix) -> None:
     """One integer for each row."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: got {type(values).__name__}, must be an integer torch.Tensor")

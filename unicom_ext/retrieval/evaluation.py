@@ -31,6 +31,7 @@ from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
     LAST_ROW,
     VALUE_BYTES,
+    Matrix,
     TieRank,
     best_keys,
     check_finite,
@@ -70,18 +71,18 @@ def checked_options(
 class Task:
     """What is evaluated; see `evaluate`."""
 
-    queries: Tensor
+    queries: Matrix
     query_labels: Tensor
-    gallery: Tensor
+    gallery: Matrix
     gallery_labels: Tensor
     groups: tuple[Tensor, Tensor] | None
     exclude_self: bool
 
 
 def checked_task(
-    queries: Tensor,
+    queries: Matrix,
     query_labels: Tensor,
-    gallery: Tensor | None,
+    gallery: Matrix | None,
     gallery_labels: Tensor | None,
     query_groups: Tensor | None,
     gallery_groups: Tensor | None,

@@ -12,7 +12,7 @@ order of the blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ LAST_ROW = 0x7FFFFFFF  # the largest index of a gallery row: one bit of the low 
 NOTHING = torch.iinfo(torch.int64).min  # the key of an entry that is still free: below every other
 
 
+class Matrix(Protocol):
+    """Rows [n, d] of which the search reads some at a time: a tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: tuple[slice | Tensor, slice], /) -> Tensor:
+        """Rows [first, last), or those of the given ids, and their leading columns."""
+
+
 class TieRank(NamedTuple):
     """Decides between equal scores: the higher rank, an integer in [0, 2^32), comes first."""
 
@@ -36,8 +51,8 @@ class TieRank(NamedTuple):
 
 
 def best_keys(
-    queries: Tensor,
-    gallery: Tensor,
+    queries: Matrix,
+    gallery: Matrix,
     order: Tensor,
     list_length: Callable[[int], int],
     tie: TieRank,
@@ -94,8 +109,8 @@ def id_of(key: Tensor) -> Tensor:
 
 
 def _search(
-    queries: Tensor,
-    gallery: Tensor,
+    queries: Matrix,
+    gallery: Matrix,
     ids: Tensor,
     k: int,
     block: int,
@@ -109,7 +124,7 @@ def _search(
     x = unit_rows(names[0], queries[ids, :dim], ids)
     best = torch.full((len(ids), k), NOTHING, dtype=torch.int64, device=x.device)
     for begin in range(0, len(gallery), block):
-        y = unit_rows(names[1], gallery[begin : begin + block, :dim], begin)
+        y = unit_rows(names[1], gallery[begin : min(begin + block, len(gallery)), :dim], begin)
         with torch.autocast(x.device.type, enabled=False):
             # In double: products of fp32 round otherwise in a column at the edge than in one inside
             # a block, and equal rows must have equal cosines.
