@@ -43,8 +43,11 @@ def test_figures_are_those_of_rows_in_memory(tmp_path, dtype, joint, block_bytes
     options = {"dims": [3, x.shape[1]], "ks": [1, 4], "block_bytes": block_bytes, "bootstrap": 100}
     joint_options = {"joint": joint, "image_weight": 0.3}
     labels = write_integers(tmp_path / "y.npy", np.arange(33) % 5 - 1)
-    found = evaluate_files(tmp_path / "q", tmp_path / "y.npy", **joint_options, **options)
-    assert found == evaluate(x, labels, **options)
+    for codes in (None, "int8"):
+        found = evaluate_files(
+            tmp_path / "q", tmp_path / "y.npy", **joint_options, **options, codes=codes
+        )
+        assert found == evaluate(x, labels, **options, codes=codes)
 
     image, text = write_dump(tmp_path / "g", [40, 11], np.float32, seed=1)
     y = image if joint == "image" else join(image, text, joint, 0.3)

@@ -39,6 +39,11 @@ def check_block_bytes(block_bytes: int) -> None:
         raise ValueError(f"block_bytes: got {block_bytes}, must be at least 1")
 
 
+def check_codes(codes: str) -> None:
+    if codes not in ("int8", "binary"):
+        raise ValueError(f"codes: got {codes!r}, must be 'int8' or 'binary'")
+
+
 def check_bootstrap(resamples: int, over: str, seed: int) -> None:
     resamples, seed = check_int("bootstrap", resamples), check_int("seed", seed)
     if resamples != 0 and resamples < 100:

@@ -18,6 +18,7 @@ from unicom_ext.retrieval.arguments import (
     check_block_bytes,
     check_bootstrap,
     check_both,
+    check_codes,
     check_counts,
     check_gallery,
     check_groups,
@@ -25,6 +26,7 @@ from unicom_ext.retrieval.arguments import (
     check_rows,
 )
 from unicom_ext.retrieval.bootstrap import UnitSums, intervals
+from unicom_ext.retrieval.codes import CodedRows
 from unicom_ext.retrieval.copies import num_copies
 from unicom_ext.retrieval.metrics import WRONG, Result, names, values
 from unicom_ext.utils.search import (
@@ -44,6 +46,7 @@ class Options:
 
     dims: list[int]
     ks: list[int]
+    codes: str | None
     bootstrap: int
     bootstrap_over: str
     seed: int
@@ -54,6 +57,7 @@ def checked_options(
     dim: int,
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
+    codes: str | None = None,
     bootstrap: int = 0,
     bootstrap_over: str = "classes",
     seed: int = 0,
@@ -61,10 +65,12 @@ def checked_options(
 ) -> Options:
     """For embeddings of `dim` dimensions."""
     check_block_bytes(block_bytes)
+    if codes is not None:
+        check_codes(codes)
     check_bootstrap(bootstrap, bootstrap_over, seed)
     dims = check_counts("dims", [dim] if dims is None else dims, dim)
     ks = check_counts("ks", ks, None)
-    return Options(dims, ks, bootstrap, bootstrap_over, seed, block_bytes)
+    return Options(dims, ks, codes, bootstrap, bootstrap_over, seed, block_bytes)
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ def evaluate(
     gallery_groups: Tensor | None = None,
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
+    codes: str | None = None,
     bootstrap: int = 0,
     bootstrap_over: str = "classes",
     seed: int = 0,
@@ -134,6 +141,8 @@ def evaluate(
                     camera.
     dims            numbers of leading dimensions; rows are cut, then normalised again. None: [d]
     ks              K of Recall@K and mAP@K. One beyond the gallery takes all of it
+    codes           None: the rows as they are. "int8" or "binary": queries and gallery are coded
+                    as an index would store them, see `encode`, once they have been cut
     bootstrap       resamples, such as 1000, for 95 % intervals of all averages
                     (`Result.intervals`); 0 for none
     bootstrap_over  "classes": classes are drawn again, each with all its queries, as queries of one
@@ -147,7 +156,7 @@ def evaluate(
     Lists are as long as the larger of R and K, so nothing is cut off. Ties are broken against the
     model: at equal fp32 cosines the items of other classes come first. So the result does not
     depend on the order of the gallery, and a model that maps everything to one point scores 0. A
-    zero row has cosine 0 to everything.
+    zero row has cosine 0 to everything (of binary codes, which all have a norm, it is one of them).
 
     Warns if nearest gallery items are the queries themselves (the same rows, but for scale and
     rounding to half precision).
@@ -164,7 +173,7 @@ def evaluate(
             queries, query_labels, gallery, gallery_labels, query_groups, gallery_groups
         )
         options = checked_options(
-            queries.shape[1], dims, ks, bootstrap, bootstrap_over, seed, block_bytes
+            queries.shape[1], dims, ks, codes, bootstrap, bootstrap_over, seed, block_bytes
         )
         # All of them on every rank, which will meet some only: all raise, or none.
         for name, rows in (("queries", queries), ("gallery", gallery)):
@@ -184,6 +193,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
             "shapes": [list(queries.shape), list(gallery.shape)],
             "dims": dims,
             "ks": ks,
+            "codes": options.codes,
             "bootstrap": [options.bootstrap, options.bootstrap_over, options.seed],
             "query_labels (CRC-32)": query_labels,
             "gallery_labels (CRC-32)": gallery_labels,
@@ -212,14 +222,16 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
         wrong = query_labels[query] != gallery_labels[item]
         return wrong * WRONG + (LAST_ROW - item)
 
+    searched = queries, gallery
+    if options.codes is not None:
+        searched = CodedRows(queries, options.codes), CodedRows(gallery, options.codes)
     results, copies = [], 0.0
     for dim in dims:
         # Sums over queries: of their figures, and of how many find themselves.
         sums = torch.zeros(2 * len(ks) + 3, dtype=torch.float64, device=query_labels.device)
         of_units = None if unit is None else UnitSums(unit, len(sums) - 1, ranks)
         for ids, keys in best_keys(
-            queries,
-            gallery,
+            *searched,
             counted,
             lambda start: min(max(longest[start], *ks), len(gallery)),
             TieRank(rank_of, lambda begin: WRONG + (LAST_ROW - begin)),
@@ -257,6 +269,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
                 num_unlabelled=len(queries) - num_labelled,
                 num_distractors=num_distractors,
                 intervals=found,
+                codes=options.codes,
             )
         )
     if copies and ranks.is_first:

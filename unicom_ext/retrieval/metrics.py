@@ -40,6 +40,7 @@ class Result(NamedTuple):
     map_at_k: dict[int, float]  # mAP@K by K
     num_unlabelled: int  # queries without a label; in no average
     num_distractors: int  # gallery items without a label, which are wrong for every query
+    codes: str | None = None  # what of the rows was compared
     intervals: dict[str, tuple[float, float]] | None = None  # 95 %, by the names of `figures`
 
     @property
