@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import index as as_int
 
@@ -24,14 +25,19 @@ def check_rows(name: str, x: Tensor) -> None:
 
 def check_gallery(queries: Matrix, gallery: Matrix) -> None:
     """Of rows that `check_rows` has seen."""
-    if gallery.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"gallery: got {gallery.shape[1]} dimensions, the queries have {queries.shape[1]}"
-        )
-    if gallery.device != queries.device:
-        raise ValueError(f"gallery: is on {gallery.device}, the queries are on {queries.device}")
+    check_same_width("gallery", gallery, "queries", queries)
     if len(gallery) > LAST_ROW + 1:
         raise ValueError(f"gallery: got {len(gallery)} rows, at most 2^31 are allowed")
+
+
+def check_same_width(name: str, rows: Matrix, others_name: str, others: Matrix) -> None:
+    """Both have as many dimensions, and are on one device."""
+    if rows.shape[1] != others.shape[1]:
+        raise ValueError(
+            f"{name}: got {rows.shape[1]} dimensions, the {others_name} have {others.shape[1]}"
+        )
+    if rows.device != others.device:
+        raise ValueError(f"{name}: is on {rows.device}, the {others_name} are on {others.device}")
 
 
 def check_block_bytes(block_bytes: int) -> None:
@@ -61,6 +67,15 @@ def check_int(name: str, value: int) -> int:
         return as_int(value)
     except TypeError:
         raise TypeError(f"{name}: got {value!r}, must be an int") from None
+
+
+def check_positive(name: str, value: float) -> float:
+    """A finite number above 0."""
+    if not isinstance(value, float | int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, must be a number")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: got {value}, must be a finite number above 0")
+    return float(value)
 
 
 def check_groups(

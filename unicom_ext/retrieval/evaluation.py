@@ -28,13 +28,11 @@ from unicom_ext.retrieval.arguments import (
 from unicom_ext.retrieval.bootstrap import UnitSums, intervals
 from unicom_ext.retrieval.codes import CodedRows
 from unicom_ext.retrieval.copies import num_copies
-from unicom_ext.retrieval.metrics import WRONG, Result, names, values
+from unicom_ext.retrieval.metrics import Result, against_the_model, names, values
 from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
-    LAST_ROW,
     VALUE_BYTES,
     Matrix,
-    TieRank,
     best_keys,
     check_finite,
 )
@@ -218,10 +216,6 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
     counted = counted[ranks.rank :: ranks.world_size]  # so that ranks have as much to do
     longest = relevant[counted].tolist()
 
-    def rank_of(query: Tensor, item: Tensor) -> Tensor:
-        wrong = query_labels[query] != gallery_labels[item]
-        return wrong * WRONG + (LAST_ROW - item)
-
     searched = queries, gallery
     if options.codes is not None:
         searched = CodedRows(queries, options.codes), CodedRows(gallery, options.codes)
@@ -234,7 +228,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
             *searched,
             counted,
             lambda start: min(max(longest[start], *ks), len(gallery)),
-            TieRank(rank_of, lambda begin: WRONG + (LAST_ROW - begin)),
+            against_the_model(query_labels, gallery_labels),
             exclude_self=task.exclude_self,
             groups=groups,
             block_bytes=options.block_bytes,
