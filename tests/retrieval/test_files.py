@@ -11,8 +11,8 @@ from support.memory import LiveBytes
 
 from unicom_ext.data.joint import join
 from unicom_ext.data.source import Source
-from unicom_ext.retrieval import evaluate
-from unicom_ext.retrieval.files import StoredRows, evaluate_files
+from unicom_ext.retrieval import evaluate, knn_accuracy, linear_probe
+from unicom_ext.retrieval.files import ProbeResult, StoredRows, evaluate_files, probe_files
 from unicom_ext.utils.arrays import SourceError
 
 
@@ -45,7 +45,7 @@ def test_figures_are_those_of_rows_in_memory(tmp_path, dtype, joint, block_bytes
     labels = write_integers(tmp_path / "y.npy", np.arange(33) % 5 - 1)
     for codes in (None, "int8"):
         found = evaluate_files(
-            tmp_path / "q", tmp_path / "y.npy", **joint_options, **options, codes=codes
+            tmp_path / "q", tmp_path / "y.npy", **joint_options, options=options | {"codes": codes}
         )
         assert found == evaluate(x, labels, **options, codes=codes)
 
@@ -56,7 +56,8 @@ def test_figures_are_those_of_rows_in_memory(tmp_path, dtype, joint, block_bytes
     theirs = write_integers(tmp_path / "gc.npy", np.arange(51) % 3)
     found = evaluate_files(
         tmp_path / "q", tmp_path / "y.npy", tmp_path / "g", tmp_path / "gy.npy",
-        groups=tmp_path / "c.npy", gallery_groups=tmp_path / "gc.npy", **joint_options, **options,
+        groups=tmp_path / "c.npy", gallery_groups=tmp_path / "gc.npy", options=options,
+        **joint_options,
     )  # fmt: skip
     groups = {"query_groups": cameras, "gallery_groups": theirs}
     assert found == evaluate(x, labels, y, among, **groups, **options)
@@ -71,7 +72,9 @@ def test_rows_of_parquet_files(tmp_path):
         parquet.write_table(table, tmp_path / "x" / f"{i}.parquet", row_group_size=7)
     labels = write_integers(tmp_path / "y.npy", np.arange(30) % 4)
     files = tmp_path / "x", tmp_path / "y.npy"
-    found = evaluate_files(*files, image_column="emb", dims=[2, 6], block_bytes=10_000)
+    found = evaluate_files(
+        *files, image_column="emb", options={"dims": [2, 6], "block_bytes": 10_000}
+    )
     assert found == evaluate(x, labels, dims=[2, 6], block_bytes=10_000)
 
 
@@ -103,10 +106,10 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, dims):
     np.save(tmp_path / "qy.npy", np.arange(50))
     np.save(tmp_path / "y.npy", np.arange(n) // 4)
     files = [tmp_path / f"{name}.npy" for name in ("q", "qy", "x", "y")]
-    evaluate_files(*files, dims=dims, block_bytes=block_bytes)  # imports, once
+    evaluate_files(*files, options={"dims": dims, "block_bytes": block_bytes})  # imports, once
     tracemalloc.start()
     with LiveBytes() as memory:
-        evaluate_files(*files, dims=dims, block_bytes=block_bytes)
+        evaluate_files(*files, options={"dims": dims, "block_bytes": block_bytes})
     numpy_peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert n * 256 * 2 > 3.5 * block_bytes
@@ -123,7 +126,30 @@ def test_a_row_that_is_not_finite_is_named_in_any_block(tmp_path):
     np.save(tmp_path / "y.npy", np.arange(39) % 3)
     for block_bytes in (2000, 5000, 1 << 26):
         with pytest.raises(SourceError) as caught:
-            evaluate_files(tmp_path, tmp_path / "y.npy", dims=[4], block_bytes=block_bytes)
+            evaluate_files(
+                tmp_path, tmp_path / "y.npy", options={"dims": [4], "block_bytes": block_bytes}
+            )
         assert str(caught.value) == (
             f"features: {tmp_path}/img_emb/img_emb_1.npy must be finite, but row 17 is not"
         )
+
+
+def test_probes_of_files_are_those_of_rows(tmp_path):
+    rng = np.random.default_rng(0)
+    rows, labels = [], []
+    for name, n in (("x", 60), ("t", 20)):
+        y = rng.integers(-1, 4, n)
+        x = (np.eye(5, 6)[y] + 0.5 * rng.normal(size=(n, 6))).astype(np.float16)
+        np.save(tmp_path / f"{name}.npy", x)
+        rows.append(torch.from_numpy(x).float())
+        labels.append(write_integers(tmp_path / f"{name}y.npy", y))
+    files = [tmp_path / f"{name}.npy" for name in ("x", "xy", "t", "ty")]
+    found = probe_files(*files, dims=[3, 6], k=[1, 5], temperature=0.1, seed=2)
+    for result, dim in zip(found, [3, 6], strict=True):
+        parts = rows[0][:, :dim], labels[0], rows[1][:, :dim], labels[1]
+        linear = linear_probe(*parts, seed=2)
+        assert result == ProbeResult(
+            dim, knn_accuracy(*parts, [1, 5], temperature=0.1), linear.accuracy, linear.l2,
+            int((labels[0] >= 0).sum()), int((labels[1] >= 0).sum()),
+        )  # fmt: skip
+    assert 0.3 < found[1].linear < 1

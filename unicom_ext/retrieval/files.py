@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -12,12 +13,23 @@ from torch import Tensor
 from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.retrieval.arguments import check_counts, check_same_width
+from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
 from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
 from unicom_ext.retrieval.metrics import Result
 from unicom_ext.utils.arrays import check_finite
-from unicom_ext.utils.search import VALUE_BYTES
+from unicom_ext.utils.search import DEFAULT_BLOCK_BYTES, VALUE_BYTES
 
 _READ_BYTES = 1 << 20
+
+
+class FeatureKwargs(TypedDict, total=False):
+    """Which features, as in `unicom-ext cluster`; see `unicom_ext.data.source.Source`."""
+
+    joint: str
+    image_weight: float
+    image_column: str
+    text_column: str
 
 
 def evaluate_files(
@@ -28,11 +40,8 @@ def evaluate_files(
     *,
     groups: str | Path | None = None,
     gallery_groups: str | Path | None = None,
-    joint: str = "image",
-    image_weight: float = 0.5,
-    image_column: str = "image_embedding",
-    text_column: str = "text_embedding",
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **which: Unpack[FeatureKwargs],
 ) -> list[Result]:
     """`retrieval.evaluate` of the rows of feature files, which are read a block at a time.
 
@@ -43,9 +52,9 @@ def evaluate_files(
                             as in `retrieval.evaluate`
     groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
                             `retrieval.evaluate`
-    joint, image_weight, image_column, text_column
-                            which features, as in `unicom-ext cluster`
-    options                 the other keywords of `retrieval.evaluate`, but for `process_group`
+    options                 of `retrieval.evaluate`: `dims`, `ks` and what follows, but for the
+                            process group
+    which                   features
 
     In memory are the labels and groups and the working memory, which `block_bytes` bounds; of
     Parquet files also a row group each. The gallery is read once for each block of queries, so
@@ -60,20 +69,15 @@ def evaluate_files(
         raise ValueError("gallery_groups: was given without a gallery")
     if gallery is not None and (groups is None) != (gallery_groups is None):
         raise ValueError("groups and gallery_groups: give both or neither")
-
-    def open_rows(path: str | Path) -> StoredRows:
-        columns = {"image_column": image_column, "text_column": text_column}
-        return StoredRows(Source(path, joint=joint, image_weight=image_weight, **columns))
-
-    queries = open_rows(features)
-    checked = checked_options(queries.shape[1], **options)
+    queries = StoredRows(Source(features, **which))
+    checked = checked_options(queries.shape[1], **(options or {}))
     queries.check_finite("features", checked.block_bytes)
     source = queries.source
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     items = None
     if gallery is not None:
-        items = open_rows(gallery)
+        items = StoredRows(Source(gallery, **which))
         items.check_finite("gallery", checked.block_bytes)
         source = items.source
     task = checked_task(
@@ -85,6 +89,61 @@ def evaluate_files(
         _integers("gallery_groups", gallery_groups, source),
     )
     return evaluate_task(task, checked, Ranks(None))
+
+
+class ProbeResult(NamedTuple):
+    """How well rows cut to `dim` leading dimensions are classified."""
+
+    dim: int
+    knn: dict[int, float]  # accuracy by k
+    linear: float
+    l2: float  # of the linear probe
+    num_train: int  # rows with a label
+    num_test: int
+
+
+def probe_files(
+    train: str | Path,
+    labels: str | Path,
+    test: str | Path,
+    test_labels: str | Path,
+    *,
+    dims: Sequence[int] | None = None,
+    k: Sequence[int] = (1, 20),
+    temperature: float = 0.07,
+    seed: int = 0,
+    **which: Unpack[FeatureKwargs],
+) -> list[ProbeResult]:
+    """`retrieval.knn_accuracy` and `linear_probe` of feature files, which are read into memory.
+
+    train, test          as the features of `evaluate_files`, and so are their labels
+    dims                 numbers of leading dimensions; None: all
+    k, temperature, seed of the two functions
+    which                features
+
+    Raises as `evaluate_files` does.
+    """
+    rows, numbers = [], []
+    for names, path, of in (
+        (("train", "labels"), train, labels),
+        (("test", "test_labels"), test, test_labels),
+    ):
+        stored = StoredRows(Source(path, **which))
+        stored.check_finite(names[0], DEFAULT_BLOCK_BYTES)
+        source = stored.source
+        rows.append(source.take(np.arange(source.rows)))
+        found = read_labels(names[1], of, source.rows, source.shards)
+        numbers.append(torch.from_numpy(found))
+    check_same_width("test", rows[1], "training rows", rows[0])
+    width = rows[0].shape[1]
+    results = []
+    for dim in check_counts("dims", [width] if dims is None else dims, width):
+        x, y = (part[:, :dim] for part in rows)
+        knn = knn_accuracy(x, numbers[0], y, numbers[1], k, temperature=temperature)
+        linear = linear_probe(x, numbers[0], y, numbers[1], seed=seed)
+        counts = (int((of >= 0).sum()) for of in numbers)
+        results.append(ProbeResult(dim, knn, linear.accuracy, linear.l2, *counts))
+    return results
 
 
 class StoredRows:
