@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     help="Compare what an index would store of each row.  [default: the rows]",
 )  # fmt: skip
 @click.option(
+    "--index", default="exact", show_default=True,
+    help="'exact', or 'faiss:' and what faiss.index_factory takes, such as faiss:HNSW32.",
+)  # fmt: skip
+@click.option(
     "--bootstrap", type=int, default=0, metavar="N",
     help="Resamples, such as 1000, for 95 % intervals of all figures.  [default: none]",
 )  # fmt: skip
@@ -64,6 +68,7 @@ def evaluate(
     dims: str | None,
     ks: str,
     codes: str | None,
+    index: str,
     bootstrap: int,
     bootstrap_over: str,
     seed: int,
@@ -72,14 +77,14 @@ def evaluate(
     text_column: str,
     output: Path | None,
 ) -> None:
-    """Recall@K, mAP@R, R-precision and mAP@K of the feature files FEATURES by exact cosine search.
+    """Recall@K, mAP@R, R-precision and mAP@K of the feature files FEATURES by cosine search.
 
     FEATURES is what `cluster` takes; a block of it at a time is in memory.
     """
     try:
         options = {
             "dims": counts_of("dims", dims), "ks": counts("recall-at", ks), "codes": codes,
-            "bootstrap": bootstrap, "bootstrap_over": bootstrap_over, "seed": seed,
+            "index": index, "bootstrap": bootstrap, "bootstrap_over": bootstrap_over, "seed": seed,
         }  # fmt: skip
         check_output(output, "evaluate", {"dim", "recall"})
     except ConfigError as error:
@@ -123,3 +128,5 @@ def _notes(result: Result) -> Iterator[str]:
         yield f"{result.num_distractors:,} in the gallery without a label, always wrong"
     if result.codes is not None:
         yield f"by {result.codes} codes"
+    if result.index_recall is not None:
+        yield f"{result.search} finds {result.index_recall:.4f} of the {max(result.recall)} nearest"

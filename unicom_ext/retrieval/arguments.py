@@ -11,6 +11,8 @@ from torch import Tensor
 
 from unicom_ext.utils.search import LAST_ROW, Matrix
 
+FAISS = "faiss:"  # how an index of faiss is named
+
 
 def check_rows(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
@@ -48,6 +50,15 @@ def check_block_bytes(block_bytes: int) -> None:
 def check_codes(codes: str) -> None:
     if codes not in ("int8", "binary"):
         raise ValueError(f"codes: got {codes!r}, must be 'int8' or 'binary'")
+
+
+def check_index(index: str, codes: str | None) -> None:
+    if not isinstance(index, str) or (index != "exact" and not index.startswith(FAISS)):
+        raise ValueError(
+            f"index: got {index!r}, must be 'exact', or 'faiss:' and what faiss.index_factory takes"
+        )
+    if index != "exact" and codes is not None:
+        raise ValueError("index and codes: give one; an index of faiss has codes of its own")
 
 
 def check_bootstrap(resamples: int, over: str, seed: int) -> None:

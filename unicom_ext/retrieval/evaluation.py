@@ -22,12 +22,14 @@ from unicom_ext.retrieval.arguments import (
     check_counts,
     check_gallery,
     check_groups,
+    check_index,
     check_integers,
     check_rows,
 )
 from unicom_ext.retrieval.bootstrap import UnitSums, intervals
 from unicom_ext.retrieval.codes import CodedRows
 from unicom_ext.retrieval.copies import num_copies
+from unicom_ext.retrieval.index import FaissSearch, Search, found_of_exact
 from unicom_ext.retrieval.metrics import Result, against_the_model, names, values
 from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
@@ -45,6 +47,7 @@ class Options:
     dims: list[int]
     ks: list[int]
     codes: str | None
+    index: str
     bootstrap: int
     bootstrap_over: str
     seed: int
@@ -56,6 +59,7 @@ def checked_options(
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     codes: str | None = None,
+    index: str = "exact",
     bootstrap: int = 0,
     bootstrap_over: str = "classes",
     seed: int = 0,
@@ -65,10 +69,11 @@ def checked_options(
     check_block_bytes(block_bytes)
     if codes is not None:
         check_codes(codes)
+    check_index(index, codes)
     check_bootstrap(bootstrap, bootstrap_over, seed)
     dims = check_counts("dims", [dim] if dims is None else dims, dim)
     ks = check_counts("ks", ks, None)
-    return Options(dims, ks, codes, bootstrap, bootstrap_over, seed, block_bytes)
+    return Options(dims, ks, codes, index, bootstrap, bootstrap_over, seed, block_bytes)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ def evaluate(
     dims: Sequence[int] | None = None,
     ks: Sequence[int] = (1, 5, 10),
     codes: str | None = None,
+    index: str = "exact",
     bootstrap: int = 0,
     bootstrap_over: str = "classes",
     seed: int = 0,
@@ -141,6 +147,10 @@ def evaluate(
     ks              K of Recall@K and mAP@K. One beyond the gallery takes all of it
     codes           None: the rows as they are. "int8" or "binary": queries and gallery are coded
                     as an index would store them, see `encode`, once they have been cut
+    index           "exact", or "faiss:" and what `faiss.index_factory` takes, such as
+                    "faiss:HNSW32": an index of the normalised rows names as many candidates as
+                    lists are long, which are then ranked as ever; what it does not find is not
+                    there. `Result.index_recall` is the share of the max(ks) nearest that it finds.
     bootstrap       resamples, such as 1000, for 95 % intervals of all averages
                     (`Result.intervals`); 0 for none
     bootstrap_over  "classes": classes are drawn again, each with all its queries, as queries of one
@@ -171,7 +181,7 @@ def evaluate(
             queries, query_labels, gallery, gallery_labels, query_groups, gallery_groups
         )
         options = checked_options(
-            queries.shape[1], dims, ks, codes, bootstrap, bootstrap_over, seed, block_bytes
+            queries.shape[1], dims, ks, codes, index, bootstrap, bootstrap_over, seed, block_bytes
         )
         # All of them on every rank, which will meet some only: all raise, or none.
         for name, rows in (("queries", queries), ("gallery", gallery)):
@@ -192,6 +202,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
             "dims": dims,
             "ks": ks,
             "codes": options.codes,
+            "index": options.index,
             "bootstrap": [options.bootstrap, options.bootstrap_over, options.seed],
             "query_labels (CRC-32)": query_labels,
             "gallery_labels (CRC-32)": gallery_labels,
@@ -216,23 +227,25 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
     counted = counted[ranks.rank :: ranks.world_size]  # so that ranks have as much to do
     longest = relevant[counted].tolist()
 
-    searched = queries, gallery
+    searched: tuple[Matrix, Matrix] = queries, gallery
     if options.codes is not None:
         searched = CodedRows(queries, options.codes), CodedRows(gallery, options.codes)
+    tie = against_the_model(query_labels, gallery_labels)
+    base: dict[str, Any] = {
+        "exclude_self": task.exclude_self, "groups": groups, "block_bytes": options.block_bytes,
+    }  # fmt: skip
     results, copies = [], 0.0
     for dim in dims:
         # Sums over queries: of their figures, and of how many find themselves.
         sums = torch.zeros(2 * len(ks) + 3, dtype=torch.float64, device=query_labels.device)
         of_units = None if unit is None else UnitSums(unit, len(sums) - 1, ranks)
-        for ids, keys in best_keys(
-            *searched,
-            counted,
-            lambda start: min(max(longest[start], *ks), len(gallery)),
-            against_the_model(query_labels, gallery_labels),
-            exclude_self=task.exclude_self,
-            groups=groups,
-            block_bytes=options.block_bytes,
-            dim=dim,
+        search: Search = best_keys
+        how = base | {"dim": dim}
+        if options.index != "exact":
+            with ranks.together():
+                search = FaissSearch(options.index, gallery, dim, options.block_bytes)
+        for ids, keys in search(
+            *searched, counted, lambda at: min(max(longest[at], *ks), len(gallery)), tie, **how
         ):
             figures = values(keys, relevant[ids], ks)
             sums[:-1] += figures.sum(0)
@@ -242,6 +255,11 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
                 sums[-1] += num_copies(queries, gallery, ids, keys[:, 0], options.block_bytes)
         *means, copied = (ranks.sum(sums) / n).tolist()
         copies = max(copies, copied * n)
+        index_recall = None
+        if search is not best_keys:
+            k = min(max(ks), len(gallery))
+            hits = ranks.sum(found_of_exact(search, counted, k, *searched, tie, **how)).tolist()
+            index_recall = hits[0] / hits[1]
         found = None
         if of_units is not None:
             of_all = intervals(
@@ -264,6 +282,8 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
                 num_distractors=num_distractors,
                 intervals=found,
                 codes=options.codes,
+                search=options.index,
+                index_recall=index_recall,
             )
         )
     if copies and ranks.is_first:

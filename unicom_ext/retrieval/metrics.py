@@ -51,6 +51,8 @@ class Result(NamedTuple):
     num_unlabelled: int  # queries without a label; in no average
     num_distractors: int  # gallery items without a label, which are wrong for every query
     codes: str | None = None  # what of the rows was compared
+    search: str = "exact"  # or the index of faiss
+    index_recall: float | None = None  # share of the max(ks) nearest that an index finds
     intervals: dict[str, tuple[float, float]] | None = None  # 95 %, by the names of `figures`
 
     @property
