@@ -375,6 +375,14 @@ def test_evaluate_shows_intervals_and_codes(dump):
     assert json.loads(output.read_text()) == [json.loads(json.dumps(right._asdict()))]
 
 
+def test_evaluate_by_an_index(dump):
+    pytest.importorskip("faiss")
+    arguments = ["evaluate", dump, "--labels", dump / "labels.npy", "--recall-at=3"]
+    right, found = invoke(*arguments), invoke(*arguments, "--index=faiss:Flat")
+    assert found.exit_code == 0, found.output
+    assert found.stdout == right.stdout.rstrip() + "; faiss:Flat finds 1.0000 of the 3 nearest\n"
+
+
 def test_probe_prints_and_writes_what_the_functions_return(dump):
     output = dump / "probe.json"
     arguments = [
