@@ -163,11 +163,11 @@ def test_scikit_learn_finds_the_same(l2):
 @pytest.mark.filterwarnings("error")
 def test_l2_is_chosen_on_rows_held_out():
     train, labels, test, wanted = problem(spread=1.2)
-    strengths = [1e-6, 1e-3, 1.0]
+    strengths = [1e-6, 1e-3, 1e-5, 1.0, 1e-7]
     found = linear_probe(train, labels, test, wanted, l2=strengths, max_iter=1000, seed=3)
     held_out = classify._held_out(labels, 3)
     assert torch.equal(torch.bincount(labels[held_out]), torch.full((6,), 5))  # of 25
-    for l2 in strengths:
+    for l2 in found.validation:
         alone = linear_probe(
             train[~held_out], labels[~held_out], train[held_out], labels[held_out], l2=l2,
             max_iter=1000,
@@ -176,9 +176,19 @@ def test_l2_is_chosen_on_rows_held_out():
         assert alone.validation == {}
     best = max(found.validation.values())
     assert found.l2 == max(l2 for l2, accuracy in found.validation.items() if accuracy == best)
-    assert len(set(found.validation.values())) > 1
+    # The first that is worse than the best is the last.
+    tried = list(found.validation.values())
+    assert list(found.validation) == sorted(strengths, reverse=True)[: len(tried)]
+    assert 2 < len(tried) < 5
+    assert tried[-1] < max(tried)
+    assert all(tried[i] == max(tried[: i + 1]) for i in range(len(tried) - 1))
     again = linear_probe(train, labels, test, wanted, l2=found.l2, max_iter=1000)
     assert again == (found.accuracy, found.l2, {})
+
+
+def test_of_equally_good_l2_the_largest_is_taken():
+    found = linear_probe(*problem(spread=0.1), l2=[1e-5, 1e-3, 1e-4])
+    assert found == (1.0, 1e-3, {1e-3: 1.0, 1e-4: 1.0, 1e-5: 1.0})
 
 
 def test_rows_without_labels_and_numbers_of_classes_do_not_matter():
@@ -233,8 +243,10 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
          lambda: linear_probe(X, Y, X, Y, l2=[])),
         (ValueError, "train_labels: no class has 5 rows, of which one is held out to choose among "
          "several l2; give one l2", lambda: linear_probe(X, Y, X, Y)),
-        (ValueError, "max_iter: got [0], must be a non-empty list of ints, each at least 1",
+        (ValueError, "max_iter: got 0, must be at least 1",
          lambda: linear_probe(X, Y, X, Y, max_iter=0)),
+        (ValueError, "seed: got -1, must be from 0 to 2^63 - 1",
+         lambda: linear_probe(X, Y, X, Y, seed=-1)),
     ],
 )  # fmt: skip
 def test_errors(error, message, call):

@@ -62,15 +62,21 @@ def check_index(index: str, codes: str | None) -> None:
 
 
 def check_bootstrap(resamples: int, over: str, seed: int) -> None:
-    resamples, seed = check_int("bootstrap", resamples), check_int("seed", seed)
+    resamples = check_int("bootstrap", resamples)
     if resamples != 0 and resamples < 100:
         raise ValueError(
             f"bootstrap: got {resamples}, must be 0, for no intervals, or at least 100 resamples"
         )
     if over not in ("classes", "queries"):
         raise ValueError(f"bootstrap_over: got {over!r}, must be 'classes' or 'queries'")
+    check_seed(seed)
+
+
+def check_seed(seed: int) -> int:
+    seed = check_int("seed", seed)
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed: got {seed}, must be from 0 to 2^63 - 1")
+    return seed
 
 
 def check_int(name: str, value: int) -> int:

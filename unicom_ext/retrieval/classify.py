@@ -17,6 +17,7 @@ from unicom_ext.retrieval.arguments import (
     check_positive,
     check_rows,
     check_same_width,
+    check_seed,
 )
 from unicom_ext.retrieval.metrics import against_the_model
 from unicom_ext.utils.search import (
@@ -38,7 +39,7 @@ class Probe(NamedTuple):
 
     accuracy: float
     l2: float  # that was used
-    validation: dict[float, float]  # accuracy on held-out training rows by l2; empty for one l2
+    validation: dict[float, float]  # accuracy on held-out training rows by the l2 that were tried
 
 
 @torch.no_grad()
@@ -128,7 +129,8 @@ def linear_probe(
                  as for `knn_accuracy`; test rows of classes that have no training row are wrong
     l2           one number, or several, of which the best is taken: the one with the most accuracy
                  on every fifth training row of each class, after training on the others; of equally
-                 good ones the largest. With it all training rows are trained on.
+                 good ones the largest. They are tried from the largest on, until one is worse than
+                 the best. With the best all training rows are trained on.
     max_iter     of L-BFGS, for each l2
     seed         of which rows are held out
     block_bytes  bound on the memory for logits; the rows are held in double, and the weights
@@ -141,7 +143,9 @@ def linear_probe(
     strengths = sorted({check_positive("l2", strength) for strength in given}, reverse=True)
     if not strengths:
         raise ValueError("l2: got no numbers, must be one or several above 0")
-    max_iter, seed = check_counts("max_iter", [max_iter], None)[0], check_int("seed", seed)
+    max_iter, seed = check_int("max_iter", max_iter), check_seed(seed)
+    if max_iter < 1:
+        raise ValueError(f"max_iter: got {max_iter}, must be at least 1")
     x, y, test, wanted = _labelled(train, train_labels, test, test_labels)
     x, test = _unit(x, block_bytes), _unit(test, block_bytes)
     known, y = y.unique(return_inverse=True)
@@ -157,6 +161,8 @@ def linear_probe(
         for strength in strengths:  # from strong to weak, each begins where the last one ended
             weights, _ = fit(rows, labels, strength, weights, max_iter, block_bytes)
             validation[strength] = _accuracy(x[held_out], y[held_out], weights, block_bytes)
+            if validation[strength] < validation[best]:
+                break  # weaker ones take longest, and would only be worse
             if strength == best or validation[strength] > validation[best]:
                 best, chosen = strength, weights
     weights, converged = fit(x, y, best, chosen, max_iter, block_bytes)
