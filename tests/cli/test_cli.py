@@ -58,7 +58,8 @@ def test_help_names_the_commands_and_is_not_heavy():
     result = run("--help")
     assert result.returncode == 0, result.stderr
     for command in (
-        "train", "cluster", "extract", "evaluate", "report", "checkpoint", "bench", "doctor"
+        "train", "cluster", "extract", "evaluate", "probe", "report", "checkpoint", "bench",
+        "doctor",
     ):  # fmt: skip
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
     heavy = "import sys, unicom_ext.cli.main; print([m for m in %r if m in sys.modules])"
@@ -352,9 +353,88 @@ def test_evaluate_of_both_kinds_in_a_gallery(dump):
     assert result.output.splitlines()[1].split()[:2] == ["16", "1.0000"]  # finds itself
 
 
+def test_evaluate_shows_intervals_and_codes(dump):
+    output = dump / "figures.json"
+    result = invoke(
+        "evaluate", dump, "--labels", dump / "labels.npy", "--recall-at=1", "--codes=int8",
+        "--bootstrap=200", "--bootstrap-over=queries", "--seed=4", "--output", output,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    known = torch.from_numpy(np.load(dump / "labels.npy"))
+    (right,) = retrieval.evaluate(
+        rows_of(dump), known, ks=[1], codes="int8", bootstrap=200, bootstrap_over="queries", seed=4
+    )
+    low, high = zip(*right.intervals.values(), strict=True)
+    lines = result.output.splitlines()
+    rows = [("8", right.figures.values()), ("2.5 %", low), ("97.5 %", high)]
+    for line, (title, figures) in zip(lines[1:4], rows, strict=True):
+        assert line.split() == [*title.split(), *(f"{x:.4f}" for x in figures)]
+    assert lines[4].endswith("always wrong; by int8 codes")
+    assert json.loads(output.read_text()) == [json.loads(json.dumps(right._asdict()))]
+
+
+def test_evaluate_by_an_index(dump):
+    pytest.importorskip("faiss")
+    arguments = ["evaluate", dump, "--labels", dump / "labels.npy", "--recall-at=3"]
+    right, found = invoke(*arguments), invoke(*arguments, "--index=faiss:Flat")
+    assert found.exit_code == 0, found.output
+    assert found.stdout == right.stdout.rstrip() + "; faiss:Flat finds 1.0000 of the 3 nearest\n"
+
+
+def test_probe_prints_and_writes_what_the_functions_return(dump):
+    output = dump / "probe.json"
+    arguments = [
+        "probe", dump, dump, "--labels", dump / "labels.npy", "--test-labels", dump / "clusters",
+        "--dims=3,8", "--k=1,5", "--temperature=0.2", "--output", output,
+    ]  # fmt: skip
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    known = torch.from_numpy(np.load(dump / "labels.npy"))
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["dimensions", "1-NN", "5-NN", "linear", "L2", "penalty"]
+    for line, dim, saved in zip(lines[1:3], (3, 8), json.loads(output.read_text()), strict=True):
+        parts = [rows_of(dump)[:, :dim], known] * 2
+        knn = retrieval.knn_accuracy(*parts, [1, 5], temperature=0.2)
+        linear = retrieval.linear_probe(*parts)
+        figures = [*knn.values(), linear.accuracy]
+        assert line == [str(dim), *(f"{x:.4f}" for x in figures), f"{linear.l2:g}"]
+        assert saved == {
+            "dim": dim, "knn": {str(k): v for k, v in knn.items()}, "linear": linear.accuracy,
+            "l2": linear.l2, "num_train": 39, "num_test": 39,
+        }  # fmt: skip
+    assert result.stdout.splitlines()[3] == "39 rows, by 39"
+    assert invoke(*arguments).exit_code == 0  # its own figures may be written over
+    retrieved = invoke("evaluate", dump, "--labels", dump / "labels.npy", "--output", output)
+    assert "holds no figures of `evaluate`" in " ".join(retrieved.output.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--labels={}/labels.npy", "--test-labels=nowhere.npy"],
+         "test_labels: nowhere.npy: cannot be read"),
+        (["--labels={}/labels.npy", "--test-labels={}/labels.npy", "--k=0"],
+         "k: got '0', must be a comma-separated list of whole numbers, each at least 1"),
+        (["--labels={}/labels.npy", "--test-labels={}/labels.npy", "--dims=9"],
+         "dims: got [9], must be a non-empty list of ints, each from 1 to 8"),
+        (["--labels={}/labels.npy", "--test-labels={}/labels.npy", "--temperature=0"],
+         "temperature: got 0.0, must be a finite number above 0"),
+        (["--labels={}/labels.npy", "--test-labels={}/labels.npy", "--joint=text",
+          "--output={}/labels.npy"], "must be named as a JSON file is, such as figures.json"),
+    ],
+)  # fmt: skip
+def test_bad_input_of_probe(dump, arguments, message):
+    result = invoke("probe", dump, dump, *(a.format(dump) for a in arguments))
+    assert result.exit_code in (1, 2)
+    assert isinstance(result.exception, SystemExit)
+    assert message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--labels={}/labels.npy", "--bootstrap=7"],
+         "bootstrap: got 7, must be 0, for no intervals, or at least 100 resamples"),
         (["--labels=nowhere.npy"], "labels: nowhere.npy: cannot be read"),
         (["--labels={}/img_emb"], "there is no labels_*.npy"),
         (["--labels={}/img_emb/img_emb_0000.npy"], "must be integers [40], one for each row"),

@@ -502,6 +502,7 @@ def on_different_ranks(group, changes):
         ({"query_labels": torch.zeros(9)}, "query_labels: got dtype torch.float32"),
         ({"query_labels": torch.arange(9) % 2}, "query_labels (CRC-32) must be the same on every"),
         ({"queries": torch.ones(9, 5)}, "shapes must be the same on every rank, got [[9, 4]"),
+        ({"bootstrap": 100}, "bootstrap must be the same on every rank, got [0, 'classes', 0] on"),
         ({"ks": [1, 2]}, "ks must be the same on every rank, got [1] on rank 0"),
     ],
     ids=str,

@@ -164,6 +164,12 @@ def the_rest(embeddings: Tensor, labels: Tensor) -> None:
     sampling.select_features(512, 0.5, seed=0, step=0, feature_selection="first")  # type: ignore[arg-type]
     for result in retrieval.evaluate(embeddings, labels, dims=[64, 512], ks=[1, 5]):
         assert_type(result.recall, dict[int, float])
+        assert_type(result.intervals, dict[str, tuple[float, float]] | None)
+    retrieval.evaluate(embeddings, labels, bootstrap=1000, codes="int8", index="exact")
+    assert_type(retrieval.encode(embeddings, "binary"), Tensor)
+    parts = embeddings, labels, embeddings, labels
+    assert_type(retrieval.knn_accuracy(*parts, k=(1, 20)), dict[int, float])
+    assert_type(retrieval.linear_probe(*parts, l2=1e-4).accuracy, float)
     cosine, index = retrieval.topk(embeddings, k=5)
     assert_type((cosine, index), tuple[Tensor, Tensor])
     assert_type(cluster(ClusterConfig(clusters=10), "features", "clusters"), dict[str, Any])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from unicom_ext.cli.common import broken
+from unicom_ext.cli.figures import check_output, counts_of, feature_options, report, table
 from unicom_ext.cli.options import counts
-from unicom_ext.data import JOINTS
 from unicom_ext.utils.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -43,18 +41,23 @@ if TYPE_CHECKING:
     help="K of Recall@K and mAP@K.",
 )  # fmt: skip
 @click.option(
-    "--joint", type=click.Choice(JOINTS), default="image", show_default=True,
-    help="The features: of the image, of the text, or of both.",
+    "--codes", type=click.Choice(["int8", "binary"]),
+    help="Compare what an index would store of each row.  [default: the rows]",
 )  # fmt: skip
 @click.option(
-    "--image-column", default="image_embedding", show_default=True, help="Column in Parquet files."
-)
+    "--index", default="exact", show_default=True,
+    help="'exact', or 'faiss:' and what faiss.index_factory takes, such as faiss:HNSW32.",
+)  # fmt: skip
 @click.option(
-    "--text-column", default="text_embedding", show_default=True, help="Column in Parquet files."
-)
+    "--bootstrap", type=int, default=0, metavar="N",
+    help="Resamples, such as 1000, for 95 % intervals of all figures.  [default: none]",
+)  # fmt: skip
 @click.option(
-    "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for the figures."
-)
+    "--bootstrap-over", type=click.Choice(["classes", "queries"]), default="classes",
+    show_default=True, help="What is drawn again: classes with all their queries, or queries.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the resamples.")
+@feature_options
 def evaluate(
     features: Path,
     labels: Path,
@@ -64,76 +67,66 @@ def evaluate(
     gallery_groups: Path | None,
     dims: str | None,
     ks: str,
+    codes: str | None,
+    index: str,
+    bootstrap: int,
+    bootstrap_over: str,
+    seed: int,
     joint: str,
     image_column: str,
     text_column: str,
     output: Path | None,
 ) -> None:
-    """Recall@K, mAP@R, R-precision and mAP@K of the feature files FEATURES by exact cosine search.
+    """Recall@K, mAP@R, R-precision and mAP@K of the feature files FEATURES by cosine search.
 
-    FEATURES is what `cluster` takes; all of it is read into memory.
+    FEATURES is what `cluster` takes; a block of it at a time is in memory.
     """
     try:
-        wanted_dims = None if dims is None else counts("dims", dims)
-        wanted_ks = counts("recall-at", ks)
-        if output is not None and output.suffix.lower() in (".npy", ".parquet"):
-            raise ConfigError(
-                f"output: {output}: must be named as a JSON file is, such as figures.json"
-            )
-        if output is not None and output.exists() and not _holds_figures(output):
-            raise ConfigError(
-                f"output: {output}: is there already, and holds no figures of `evaluate`"
-            )
-        if output is not None and not output.parent.is_dir():
-            raise ConfigError(f"output: {output.parent}: there is no such directory")
+        options = {
+            "dims": counts_of("dims", dims), "ks": counts("recall-at", ks), "codes": codes,
+            "index": index, "bootstrap": bootstrap, "bootstrap_over": bootstrap_over, "seed": seed,
+        }  # fmt: skip
+        check_output(output, "evaluate", {"dim", "recall"})
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     try:
         from unicom_ext.retrieval.files import evaluate_files
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
-    try:
-        with warnings.catch_warnings(record=True) as noticed:
-            warnings.simplefilter("always", UserWarning)
-            results = evaluate_files(
-                features, labels, gallery, gallery_labels,
-                groups=groups, gallery_groups=gallery_groups,
-                joint=joint, image_column=image_column, text_column=text_column,
-                dims=wanted_dims, ks=wanted_ks,
-            )  # fmt: skip
-        if output is not None:
-            output.write_text(json.dumps([result._asdict() for result in results], indent=1))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from None
-    for line in _retrieval_table(results):
-        click.echo(line)
-    for warning in noticed:
-        click.echo(f"Warning: {warning.message}", err=True)
+    report(
+        lambda: evaluate_files(
+            features, labels, gallery, gallery_labels,
+            groups=groups, gallery_groups=gallery_groups, options=options,
+            joint=joint, image_column=image_column, text_column=text_column,
+        ),
+        _show,
+        output,
+    )  # fmt: skip
 
 
-def _holds_figures(path: Path) -> bool:
-    try:
-        figures = json.loads(path.read_text())
-        return all({"dim", "recall"} <= result.keys() for result in figures)
-    except (OSError, ValueError, AttributeError, TypeError):
-        return False
+def _show(results: list[Result]) -> None:
+    names = list(results[0].figures)
+    table(["dimensions", *names], [row for result in results for row in _rows(result, names)])
+    click.echo("; ".join(_notes(results[0])))
 
 
-def _retrieval_table(results: list[Result]) -> Iterator[str]:
-    first = results[0]
-    columns = ["dimensions", *(f"Recall@{k}" for k in first.recall), "mAP@R", "R-precision"]
-    columns += [f"mAP@{k}" for k in first.map_at_k]
-    yield "  ".join(columns)
-    for result in results:
-        figures = [*result.recall.values(), result.map_at_r, result.r_precision]
-        figures += result.map_at_k.values()
-        cells = zip([str(result.dim), *(f"{x:.4f}" for x in figures)], columns, strict=True)
-        yield "  ".join(cell.rjust(len(column)) for cell, column in cells)
-    counts = f"{first.num_queries:,} queries"
-    if first.num_excluded:
-        counts += f"; {first.num_excluded:,} without another item of their label left out"
-    if first.num_unlabelled:
-        counts += f"; {first.num_unlabelled:,} without a label left out"
-    if first.num_distractors:
-        counts += f"; {first.num_distractors:,} in the gallery without a label, always wrong"
-    yield counts
+def _rows(result: Result, names: list[str]) -> Iterator[list[str]]:
+    """The figures, and beneath them their intervals."""
+    yield [str(result.dim), *(f"{result.figures[name]:.4f}" for name in names)]
+    if result.intervals is not None:
+        for end, title in enumerate(("2.5 %", "97.5 %")):
+            yield [title, *(f"{result.intervals[name][end]:.4f}" for name in names)]
+
+
+def _notes(result: Result) -> Iterator[str]:
+    yield f"{result.num_queries:,} queries"
+    if result.num_excluded:
+        yield f"{result.num_excluded:,} without another item of their label left out"
+    if result.num_unlabelled:
+        yield f"{result.num_unlabelled:,} without a label left out"
+    if result.num_distractors:
+        yield f"{result.num_distractors:,} in the gallery without a label, always wrong"
+    if result.codes is not None:
+        yield f"by {result.codes} codes"
+    if result.index_recall is not None:
+        yield f"{result.search} finds {result.index_recall:.4f} of the {max(result.recall)} nearest"

@@ -1,9 +1,10 @@
-"""Retrieval quality of features that lie in files."""
+"""Retrieval quality of features that lie in files, and stay there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -11,8 +12,24 @@ from torch import Tensor
 
 from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
-from unicom_ext.retrieval.metrics import Result, evaluate
+from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.retrieval.arguments import check_counts, check_same_width
+from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
+from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
+from unicom_ext.retrieval.metrics import Result
 from unicom_ext.utils.arrays import check_finite
+from unicom_ext.utils.search import DEFAULT_BLOCK_BYTES, VALUE_BYTES
+
+_READ_BYTES = 1 << 20
+
+
+class FeatureKwargs(TypedDict, total=False):
+    """Which features, as in `unicom-ext cluster`; see `unicom_ext.data.source.Source`."""
+
+    joint: str
+    image_weight: float
+    image_column: str
+    text_column: str
 
 
 def evaluate_files(
@@ -23,14 +40,10 @@ def evaluate_files(
     *,
     groups: str | Path | None = None,
     gallery_groups: str | Path | None = None,
-    joint: str = "image",
-    image_weight: float = 0.5,
-    image_column: str = "image_embedding",
-    text_column: str = "text_embedding",
-    dims: Sequence[int] | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    options: Mapping[str, Any] | None = None,
+    **which: Unpack[FeatureKwargs],
 ) -> list[Result]:
-    """`retrieval.evaluate` of the rows of feature files, all of which are read into memory.
+    """`retrieval.evaluate` of the rows of feature files, which are read a block at a time.
 
     features, gallery       see `unicom_ext.data.formats`: [n, d] each; without a gallery each row
                             is searched among the others
@@ -39,11 +52,16 @@ def evaluate_files(
                             as in `retrieval.evaluate`
     groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
                             `retrieval.evaluate`
-    joint, image_weight, image_column, text_column
-                            which features, as in `unicom-ext cluster`
-    dims, ks                see `retrieval.evaluate`
+    options                 of `retrieval.evaluate`: `dims`, `ks` and what follows, but for the
+                            process group
+    which                   features
 
-    Raises ConfigError, SourceError or ValueError; the message names the file or what is wrong.
+    In memory are the labels and groups and the working memory, which `block_bytes` bounds; of
+    Parquet files also a row group each. The gallery is read once for each block of queries, so
+    more `block_bytes` mean less reading.
+
+    Raises ConfigError, SourceError, ValueError or TypeError; the message names the file or what is
+    wrong.
     """
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: give both or neither")
@@ -51,37 +69,126 @@ def evaluate_files(
         raise ValueError("gallery_groups: was given without a gallery")
     if gallery is not None and (groups is None) != (gallery_groups is None):
         raise ValueError("groups and gallery_groups: give both or neither")
-
-    def read(name: str, path: str | Path) -> tuple[Source, Tensor]:
-        source = Source(
-            path,
-            joint=joint,
-            image_weight=image_weight,
-            image_column=image_column,
-            text_column=text_column,
-        )
-        rows = source.take(np.arange(source.rows))
-        for shard in source.shards:
-            files = " and ".join(str(file.path) for file in shard.files)
-            check_finite(f"{name}: {files}", rows[shard.first : shard.first + shard.rows])
-        return source, rows
-
-    source, queries = read("features", features)
+    queries = StoredRows(Source(features, **which))
+    checked = checked_options(queries.shape[1], **(options or {}))
+    queries.check_finite("features", checked.block_bytes)
+    source = queries.source
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     items = None
     if gallery is not None:
-        source, items = read("gallery", gallery)
-    return evaluate(
+        items = StoredRows(Source(gallery, **which))
+        items.check_finite("gallery", checked.block_bytes)
+        source = items.source
+    task = checked_task(
         queries,
         query_labels,
         items,
         _integers("gallery_labels", gallery_labels, source),
-        query_groups=query_groups,
-        gallery_groups=_integers("gallery_groups", gallery_groups, source),
-        dims=dims,
-        ks=ks,
+        query_groups,
+        _integers("gallery_groups", gallery_groups, source),
     )
+    return evaluate_task(task, checked, Ranks(None))
+
+
+class ProbeResult(NamedTuple):
+    """How well rows cut to `dim` leading dimensions are classified."""
+
+    dim: int
+    knn: dict[int, float]  # accuracy by k
+    linear: float
+    l2: float  # of the linear probe
+    num_train: int  # rows with a label
+    num_test: int
+
+
+def probe_files(
+    train: str | Path,
+    labels: str | Path,
+    test: str | Path,
+    test_labels: str | Path,
+    *,
+    dims: Sequence[int] | None = None,
+    k: Sequence[int] = (1, 20),
+    temperature: float = 0.07,
+    seed: int = 0,
+    **which: Unpack[FeatureKwargs],
+) -> list[ProbeResult]:
+    """`retrieval.knn_accuracy` and `linear_probe` of feature files, which are read into memory.
+
+    train, test          as the features of `evaluate_files`, and so are their labels
+    dims                 numbers of leading dimensions; None: all
+    k, temperature, seed of the two functions
+    which                features
+
+    Raises as `evaluate_files` does.
+    """
+    rows, numbers = [], []
+    for names, path, of in (
+        (("train", "labels"), train, labels),
+        (("test", "test_labels"), test, test_labels),
+    ):
+        stored = StoredRows(Source(path, **which))
+        stored.check_finite(names[0], DEFAULT_BLOCK_BYTES)
+        source = stored.source
+        rows.append(source.take(np.arange(source.rows)))
+        found = read_labels(names[1], of, source.rows, source.shards)
+        numbers.append(torch.from_numpy(found))
+    check_same_width("test", rows[1], "training rows", rows[0])
+    width = rows[0].shape[1]
+    results = []
+    for dim in check_counts("dims", [width] if dims is None else dims, width):
+        x, y = (part[:, :dim] for part in rows)
+        knn = knn_accuracy(x, numbers[0], y, numbers[1], k, temperature=temperature)
+        linear = linear_probe(x, numbers[0], y, numbers[1], seed=seed)
+        counts = (int((of >= 0).sum()) for of in numbers)
+        results.append(ProbeResult(dim, knn, linear.accuracy, linear.l2, *counts))
+    return results
+
+
+class StoredRows:
+    """The rows of feature files as a `unicom_ext.utils.search.Matrix`: fp32, read when they are
+    asked for.
+
+    Args:
+        source: the files.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.shape = torch.Size((source.rows, source.dim))
+
+    def __len__(self) -> int:
+        return self.source.rows
+
+    def __getitem__(self, index: tuple[slice | Tensor, slice]) -> Tensor:
+        rows, columns = index
+        if isinstance(rows, Tensor):
+            order = rows.argsort()
+            found = self._read(rows[order].numpy(), columns)
+            return found[order.argsort()]
+        return self._read(np.arange(rows.start, rows.stop), columns)
+
+    def _read(self, rows: np.ndarray, columns: slice) -> Tensor:
+        """Rows in increasing order. Files give whole ones: so many at a time that they take no more
+        than what is wanted of them, or than is too little to be worth a call."""
+        dim = columns.stop
+        part = max(
+            _READ_BYTES // (8 * self.source.dim), len(rows) * dim // (2 * self.source.dim), 1
+        )
+        found = torch.empty(len(rows), dim)
+        for start in range(0, len(rows), part):
+            found[start : start + part] = self.source.take(rows[start : start + part])[:, columns]
+        return found
+
+    def check_finite(self, name: str, block_bytes: int) -> None:
+        """SourceError with the file and the row where one is not."""
+        size = max(1, block_bytes // (4 * VALUE_BYTES * self.source.dim))
+        for shard, start, rows in self.source.blocks(size=size):
+            files = " and ".join(str(file.path) for file in shard.files)
+            check_finite(f"{name}: {files}", rows, start)
 
 
 def _integers(name: str, path: str | Path | None, source: Source) -> Tensor | None:

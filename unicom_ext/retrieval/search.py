@@ -7,9 +7,9 @@ from operator import index as as_int
 import torch
 from torch import Tensor
 
+from unicom_ext.retrieval.arguments import check_block_bytes, check_gallery, check_rows
 from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
-    LAST_ROW,
     best_keys,
     first_of_equals,
     id_of,
@@ -42,6 +42,7 @@ def topk(
     check_rows("queries", queries)
     exclude_self = gallery is None
     gallery = queries if gallery is None else gallery
+    check_rows("gallery", gallery)
     check_gallery(queries, gallery)
     check_block_bytes(block_bytes)
     available = max(len(gallery) - exclude_self, 0)
@@ -63,34 +64,3 @@ def topk(
         cosine[ids] = score_of(keys)
         index[ids] = id_of(keys)
     return cosine, index
-
-
-# ---- arguments -----------------------------------------------------------------------------------
-
-
-def check_rows(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, must be a torch.Tensor [N, d]")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name}: got a {x.layout} tensor, must be a dense one")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: got dtype {x.dtype}, must be floating point")
-    if x.ndim != 2 or x.shape[1] == 0:
-        raise ValueError(f"{name}: got shape {list(x.shape)}, must be [N, d] with d >= 1")
-
-
-def check_gallery(queries: Tensor, gallery: Tensor) -> None:
-    check_rows("gallery", gallery)
-    if gallery.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"gallery: got {gallery.shape[1]} dimensions, the queries have {queries.shape[1]}"
-        )
-    if gallery.device != queries.device:
-        raise ValueError(f"gallery: is on {gallery.device}, the queries are on {queries.device}")
-    if len(gallery) > LAST_ROW + 1:
-        raise ValueError(f"gallery: got {len(gallery)} rows, at most 2^31 are allowed")
-
-
-def check_block_bytes(block_bytes: int) -> None:
-    if as_int(block_bytes) < 1:
-        raise ValueError(f"block_bytes: got {block_bytes}, must be at least 1")

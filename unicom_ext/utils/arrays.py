@@ -140,11 +140,14 @@ def check_some_label(where: str, labels: np.ndarray) -> None:
         raise SourceError(f"{where}: holds negative labels only, must be not all negative")
 
 
-def check_finite(where: str, rows: Tensor) -> None:
-    """Raises SourceError with the first of the rows that has NaN or infinity."""
+def check_finite(where: str, rows: Tensor, first: int = 0) -> None:
+    """Raises SourceError with the first of the rows that has NaN or infinity.
+
+    first: the number of the first one.
+    """
     finite = rows.isfinite().all(dim=1)
     if not finite.all():
-        row = int((~finite).nonzero()[0])
+        row = first + int((~finite).nonzero()[0])
         raise SourceError(f"{where} must be finite, but row {row} is not")
 
 

@@ -12,7 +12,7 @@ order of the blocks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ LAST_ROW = 0x7FFFFFFF  # the largest index of a gallery row: one bit of the low 
 NOTHING = torch.iinfo(torch.int64).min  # the key of an entry that is still free: below every other
 
 
+class Matrix(Protocol):
+    """Rows [n, d] of which the search reads some at a time: a tensor, or what stands for one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: tuple[slice | Tensor, slice], /) -> Tensor:
+        """Rows [first, last), or those of the given ids, and their leading columns."""
+
+
 class TieRank(NamedTuple):
     """Decides between equal scores: the higher rank, an integer in [0, 2^32), comes first."""
 
@@ -36,8 +51,8 @@ class TieRank(NamedTuple):
 
 
 def best_keys(
-    queries: Tensor,
-    gallery: Tensor,
+    queries: Matrix,
+    gallery: Matrix,
     order: Tensor,
     list_length: Callable[[int], int],
     tie: TieRank,
@@ -55,6 +70,9 @@ def best_keys(
     groups       integers [Nq] and [Ng]: a query does not meet the items of its own group; a
                  negative one is none
     dim          number of leading dimensions to use; rows are normalised over these alone
+
+    Rows of integers, such as codes, have products without rounding, which are divided by the norms:
+    pairs of equal products and norms are equal.
     names        of queries and gallery, for the error where a row is not finite
     """
     dim = dim or queries.shape[1]
@@ -94,8 +112,8 @@ def id_of(key: Tensor) -> Tensor:
 
 
 def _search(
-    queries: Tensor,
-    gallery: Tensor,
+    queries: Matrix,
+    gallery: Matrix,
     ids: Tensor,
     k: int,
     block: int,
@@ -106,14 +124,19 @@ def _search(
     names: tuple[str, str],
 ) -> Tensor:
     """Keys int64 [q, k] of the best gallery rows for the queries `ids` [q], largest first."""
-    x = unit_rows(names[0], queries[ids, :dim], ids)
+    x, x_norm = _directions(names[0], queries[ids, :dim], ids)
     best = torch.full((len(ids), k), NOTHING, dtype=torch.int64, device=x.device)
     for begin in range(0, len(gallery), block):
-        y = unit_rows(names[1], gallery[begin : begin + block, :dim], begin)
+        end = min(begin + block, len(gallery))
+        y, y_norm = _directions(names[1], gallery[begin:end, :dim], begin)
         with torch.autocast(x.device.type, enabled=False):
             # In double: products of fp32 round otherwise in a column at the edge than in one inside
             # a block, and equal rows must have equal cosines.
-            score = (x @ y.T).float()  # [q, g]
+            product = x @ y.T  # [q, g]
+            if x_norm is not None and y_norm is not None:
+                product.div_(x_norm).div_(y_norm.T)
+            score = product.float()
+            del product
         if exclude_self:
             own = ((ids >= begin) & (ids < begin + len(y))).nonzero().flatten()
             score[own, ids[own] - begin] = -torch.inf
@@ -122,6 +145,16 @@ def _search(
             score.masked_fill_((mine == theirs) & (mine >= 0), -torch.inf)
         best = _merge(best, score, ids, begin, tie)
     return best
+
+
+def _directions(name: str, rows: Tensor, ids: Tensor | int) -> tuple[Tensor, Tensor | None]:
+    """Rows in double, and what products with them are to be divided by [n, 1]: unit rows by
+    nothing."""
+    if rows.is_floating_point():
+        return unit_rows(name, rows, ids), None
+    values = rows.double()
+    norm = torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    return values, norm.masked_fill_(norm == 0, 1)
 
 
 def _merge(best: Tensor, score: Tensor, ids: Tensor, begin: int, tie: TieRank) -> Tensor:
