@@ -33,12 +33,12 @@ PCA_BEFORE_LDA = 256  # keeps the within-class scatter well conditioned
 
 def raw_pixels(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
-    return _pca(train.flatten(1), test.flatten(1), dim)[1]
+    return pca(train.flatten(1), test.flatten(1), dim)[1]
 
 
 def hog(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
     train, test = _as_pixels("train_images", train_images), _as_pixels("images", images)
-    return _pca(_gradient_histograms(train), _gradient_histograms(test), dim)[1]
+    return pca(_gradient_histograms(train), _gradient_histograms(test), dim)[1]
 
 
 def lda(train_images: Array, train_labels: Array, images: Array, dim: int = 128) -> Tensor:
@@ -66,7 +66,7 @@ def _as_pixels(name: str, images: Array) -> Tensor:
     return images.float() / 255
 
 
-def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Both projected on the `dim` leading principal axes of train [m, f], centred at its mean."""
     if not 1 <= dim <= min(len(train) - 1, train.shape[1]):
         raise ValueError(
@@ -88,7 +88,7 @@ def _discriminants(train: Tensor, labels: Array, test: Tensor, dim: int) -> Tens
     separates classes weighs as much in a cosine as the best one, and dimensions past the first few
     make retrieval worse.
     """
-    train, test = _pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
+    train, test = pca(train, test, max(dim, min(PCA_BEFORE_LDA, train.shape[1], len(train) - 1)))
     labels = torch.as_tensor(labels)
     if labels.shape != train.shape[:1]:
         raise ValueError(f"train_labels: got shape {list(labels.shape)}, must be [{len(train)}]")

@@ -18,7 +18,7 @@ def distort(
     part: slice | None = None,
     of: int | None = None,
 ) -> Tensor:
-    """Each image float [B, 1, H, W] turned, slanted, stretched, moved, and bolder or thinner.
+    """Each image float [B, c, H, W] turned, slanted, stretched, moved, and bolder or thinner.
 
     At strength 1: up to 8 degrees, a slant of 0.2, 13 % of each side, 1/16 of the frame, and half
     of the way to the brightest (bolder) or darkest (thinner) of the 3 x 3 neighbourhood.

@@ -1,4 +1,4 @@
-"""The encoder of the demo: a small convolutional network for 32 x 32 grey images."""
+"""The encoder of the demo: a small convolutional network for 32 x 32 images."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Images float [B, 1, 32, 32] in [0, 1] -> embeddings [B, embedding_size], not normalised.
+    """Images float [B, channels, 32, 32] in [0, 1] -> embeddings [B, embedding_size].
 
-    Four convolutions, `width` to 8 * `width` channels. The last feature map (4 x 4) is flattened,
-    not averaged: where a stroke is matters as much as that it is there.
+    They are not normalised. Four convolutions, `width` to 8 * `width` channels. The last feature
+    map (4 x 4) is flattened, not averaged: where a stroke is matters as much as that it is there.
     """
 
-    def __init__(self, embedding_size: int = 128, width: int = 16) -> None:
+    def __init__(self, embedding_size: int = 128, width: int = 16, channels: int = 1) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *_convolution(1, width, kernel=5, stride=2),  # 16 x 16
+            *_convolution(channels, width, kernel=5, stride=2),  # 16 x 16
             *_convolution(width, 2 * width),
             nn.MaxPool2d(2),  # 8 x 8
             *_convolution(2 * width, 4 * width),
