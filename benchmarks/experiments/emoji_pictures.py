@@ -44,7 +44,7 @@ VENDORS = {
     ("@lobehub/fluent-emoji-3d", 1): "assets/*.webp",
 }
 CAPTIONS = ("emojilib", 4), "dist/emoji-en-US.json"
-MIN_VENDORS = 4
+MIN_VENDORS = 3
 _UNSEEN = {0xFE0F, 0x200D}  # which some vendors' names leave out
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 

@@ -45,7 +45,7 @@ from one_run import Recipe, run, tune
 from records import Records, read
 
 RESULTS = Path(__file__).parent.parent / "results" / "partial_selection.jsonl"
-RECIPES = {"glyphs": Recipe(epochs=5), "emoji": Recipe(epochs=10)}
+RECIPES = {"glyphs": Recipe(epochs=5), "emoji": Recipe(epochs=15)}
 TUNING_SEED = 1000  # no seed of a test
 
 
