@@ -70,7 +70,7 @@ FULL = Method("partial")
 RIVALS = [Method(name) for name in KNOBS if name != "partial"]
 GRID = [Method("partial", r1, r2) for r1 in RATES[0] for r2 in RATES[1]]
 METHODS = [*GRID, *RIVALS]
-QUICK = [FULL, *(Method("partial", r1, r2) for r1, r2 in ((1, 0.5), (0.1, 1), (0.1, 0.5))), *RIVALS]
+QUICK = [FULL, *(Method("partial", r1, r2) for r1, r2 in ((1, 0.5), (0.3, 1), (0.3, 0.5))), *RIVALS]
 
 
 class Heads(nn.Module):

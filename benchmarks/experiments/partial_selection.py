@@ -18,6 +18,10 @@ had suggested) against full softmax, joint labels, at 16 dimensions.
 
 Each run is a line of the results file. Runs that are in it are not run again, and they come in such
 an order that whatever there is when it stops is balanced over methods: one seed after the other.
+Training is short. Whether it decides the result, a file of its own says:
+
+    python benchmarks/experiments/partial_selection.py --quick --seeds 5 --epochs 14 \\
+        --results runs/long.jsonl
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -177,6 +181,9 @@ def run_all(experiment: Experiment, todo: list[Task], console: Console) -> None:
 @click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS)
 @click.option("--seeds", type=click.IntRange(1, TUNING_SEED), help="5, or 2 with --quick.")
 @click.option("--quick", is_flag=True, help="Few methods, joint and true labels, half an hour.")
+@click.option("--epochs", type=click.IntRange(1), help="Of a run, for a file of its own; "
+              + ", ".join(f"{r.epochs} on the {name}" for name, r in RECIPES.items()) + ".",
+)  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Of torch; its own choice.")
 @click.option("--summary", is_flag=True, help="Run nothing: tables and plots of what is there.")
 def main(
@@ -185,6 +192,7 @@ def main(
     results: Path,
     seeds: int | None,
     quick: bool,
+    epochs: int | None,
     threads: int | None,
     summary: bool,
 ) -> None:
@@ -200,7 +208,8 @@ def main(
     labels = ["joint", "true"] if quick else list(picture_sets.LABELS)
     todo = tasks(labels, QUICK if quick else METHODS, seeds or (2 if quick else 5))
     with Records(results) as records:
-        experiment = Experiment(data, emoji_cache, RECIPES[data], records)
+        recipe = replace(RECIPES[data], epochs=epochs or RECIPES[data].epochs)
+        experiment = Experiment(data, emoji_cache, recipe, records)
         run_all(experiment, list(todo), console)
 
 

@@ -15,6 +15,7 @@ import picture_sets
 import pytest
 import records
 import selection_numbers
+import selection_tables
 import torch
 from click.testing import CliRunner
 from methods import FULL, Heads, Method
@@ -29,11 +30,15 @@ FEW = [FULL, Method("partial", 0.3, 0.5), Method("matryoshka"), Method("filter")
 @pytest.fixture
 def tiny(monkeypatch):
     drawn = synthetic(60, seed=1)
-    pictures = replace(drawn, images=drawn.images[:, None])
+    # Of five words there are enough texts for so many clusters.
+    captions = [f"PATTERN {c} WITH {c % 7} AND {c % 11}" for c in range(60)]
+    pictures = replace(drawn, images=drawn.images[:, None], captions=captions)
     monkeypatch.setattr(picture_sets, "load", lambda name, cache: pictures)
     monkeypatch.setattr(partial_selection, "RECIPES", {"glyphs": RECIPE})
     monkeypatch.setattr(partial_selection, "METHODS", FEW)
-    monkeypatch.setattr(picture_sets, "LABELS", ("joint",))
+    # Histograms of gradients take long.
+    monkeypatch.setattr(picture_sets, "LABELS", ("text",))
+    monkeypatch.setattr(selection_tables, "PRIMARY", (FEW[1], "text", 16))
     return pictures
 
 
@@ -82,15 +87,14 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
     for row in ("full, r1 = 1, r2 = 1", "r1 = 0.3, r2 = 0.5", "matryoshka", "PCA of full",
                 "interclass filter", "Asked first", "r1, r2 chosen on validation"):  # fmt: skip
         assert row in text
-    numbers = json.loads((tmp_path / "results.json").read_text())["glyphs"]["joint"]["tables"]
+    numbers = json.loads((tmp_path / "results.json").read_text())["glyphs"]["text"]["tables"]
     a, b = ([r["results"]["leading"]["recall"]["16"] for r in whole[12:] if r["name"] == name]
             for name in ("matryoshka", "partial"))  # fmt: skip
     cell = numbers["Recall@1 at leading dimensions"]["matryoshka"]["16"]
     assert cell["mean"] == pytest.approx(np.mean(a))
     assert cell["difference"]["mean"] == pytest.approx(np.mean(a) - np.mean(b[::2]))
 
-    partial_selection.RECIPES["glyphs"] = replace(RECIPE, epochs=2)
-    done = call(*arguments)
+    done = call(*arguments, "--epochs", "2")
     assert done.exit_code == 1
     assert "'epochs': 1" in done.output
     assert "give another file" in done.output
@@ -187,6 +191,31 @@ def test_splits_share_no_class_and_validation_is_the_same_for_all_seeds(tiny):
         assert len(set.union(*parts)) == 60
     assert splits[0].validation.captions == splits[1].validation.captions
     assert splits[0].test.captions != splits[1].test.captions
+
+
+def test_pseudo_classes_are_of_every_colour_of_the_words_or_of_both(monkeypatch):
+    monkeypatch.setattr(picture_sets, "FEATURES", 12)
+    drawn = synthetic(20, seed=3)
+    grey = drawn.images[:, None, ::4, ::4]
+    pictures = replace(drawn, images=np.concatenate([grey, 255 - grey, 0 * grey + 7], axis=1))
+    features = {kind: picture_sets._features(pictures, kind, 0) for kind in ("image", "text")}
+    assert features["image"].shape == (120, 36)
+    # The opposite colour has the same unsigned gradients, and where there are none is nothing.
+    first, second, third = features["image"].split(12, dim=1)
+    torch.testing.assert_close(first.abs(), second.abs(), rtol=1e-3, atol=1e-4)
+    assert third.abs().max() < 1e-6
+    joint = picture_sets._features(pictures, "joint", 0)
+    torch.testing.assert_close(
+        torch.cosine_similarity(joint[:1], joint[1:]),
+        sum(torch.cosine_similarity(f[:1], f[1:]) for f in features.values()) / 2,
+    )
+    labelled, facts = picture_sets.labelled(pictures, "joint", 0)
+    assert facts["classes"] == labelled.num_classes == 46
+    assert facts["rows"] == 120
+    assert facts["nmi"] > 0.5
+    true, facts = picture_sets.labelled(pictures, "true", 0)
+    assert true is pictures
+    assert facts == {"classes": 20}
 
 
 def package(folder, name, version):
