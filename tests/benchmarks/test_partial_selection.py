@@ -32,7 +32,8 @@ def tiny(monkeypatch):
     drawn = synthetic(60, seed=1)
     # Of five words there are enough texts for so many clusters.
     captions = [f"PATTERN {c} WITH {c % 7} AND {c % 11}" for c in range(60)]
-    pictures = replace(drawn, images=drawn.images[:, None], captions=captions)
+    images = drawn.images[:, None].repeat(3, axis=1)
+    pictures = replace(drawn, images=images, captions=captions)
     monkeypatch.setattr(picture_sets, "load", lambda name, cache: pictures)
     monkeypatch.setattr(partial_selection, "RECIPES", {"glyphs": RECIPE})
     monkeypatch.setattr(partial_selection, "METHODS", FEW)
