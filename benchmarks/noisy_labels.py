@@ -30,8 +30,9 @@ from rich.console import Console
 from tables import Table
 
 from unicom_ext.cluster import ClusterConfig, cluster
-from unicom_ext.data import baselines, glyphs
-from unicom_ext.data.glyphs import Glyphs
+from unicom_ext.data import baselines
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.opening import open_images
 from unicom_ext.subcenters import SubCenters
 from unicom_ext.train.config import Config
 from unicom_ext.train.evaluation import evaluate
@@ -41,22 +42,22 @@ RESULTS = Path(__file__).parent / "results"
 CLUSTERS, POSITIVES, NOISE, CENTERS, FEATURES = 1500, 4, 0.2, 3, 128
 
 
-def trained(config: Config, train_set: Glyphs) -> Trainer:
+def trained(config: Config, train_set: ImageSet) -> Trainer:
     trainer = Trainer(config, train_set)
     while trainer.step < trainer.steps:
         trainer.step_once()
     return trainer
 
 
-def recall(trainer: Trainer, test_set: Glyphs) -> dict[str, float]:
+def recall(trainer: Trainer, test_set: ImageSet) -> dict[str, float]:
     """Recall@1 by the number of leading dimensions."""
-    found = evaluate(trainer.embed(test_set.images), test_set, trainer.config.dims)
+    found = evaluate(trainer.embed(test_set), None, trainer.config.dims)
     return {str(result["dim"]): result["recall"]["1"] for result in found}
 
 
-def clusters_of(train_set: Glyphs, seed: int) -> np.ndarray:
+def clusters_of(train_set: ImageSet, seed: int) -> np.ndarray:
     """int [n, POSITIVES], the nearest clusters of each image."""
-    images = train_set.images
+    images = train_set.pictures.images[train_set.rows]  # type: ignore[attr-defined]
     features = baselines.hog(images, train_set.labels, images, FEATURES)
     with tempfile.TemporaryDirectory() as directory:
         source, output = Path(directory) / "features.npy", Path(directory) / "clusters"
@@ -66,7 +67,7 @@ def clusters_of(train_set: Glyphs, seed: int) -> np.ndarray:
         return np.concatenate([np.load(path) for path in sorted(output.glob("positives_*.npy"))])
 
 
-def with_noise(train_set: Glyphs, seed: int) -> tuple[Glyphs, np.ndarray]:
+def with_noise(train_set: ImageSet, seed: int) -> tuple[ImageSet, np.ndarray]:
     """With a share NOISE of the labels replaced by other classes', and which they are."""
     random = np.random.default_rng(seed)
     wrong = random.random(len(train_set)) < NOISE
@@ -75,15 +76,15 @@ def with_noise(train_set: Glyphs, seed: int) -> tuple[Glyphs, np.ndarray]:
     return replace(train_set, labels=labels), wrong
 
 
-def clean_part(trainer: Trainer, train_set: Glyphs) -> np.ndarray:
+def clean_part(trainer: Trainer, train_set: ImageSet) -> np.ndarray:
     """Which training images lie near the dominant centre of their class."""
-    embeddings, labels = trainer.embed(train_set.images), torch.from_numpy(train_set.labels)
+    embeddings, labels = trainer.embed(train_set).embeddings, torch.from_numpy(train_set.labels)
     centers = SubCenters(trainer.loss)
     centers.add(embeddings, labels)
     return centers.is_clean(embeddings, labels).numpy()
 
 
-def run(config: Config, data: tuple[Glyphs, Glyphs], console: Console) -> dict[str, Any]:
+def run(config: Config, data: tuple[ImageSet, ImageSet], console: Console) -> dict[str, Any]:
     """Recall@1 of everything that is compared, by its name."""
     (train_set, test_set), seed = data, config.seed
     found: dict[str, Any] = {}
@@ -93,9 +94,9 @@ def run(config: Config, data: tuple[Glyphs, Glyphs], console: Console) -> dict[s
         console.print(f"seed {seed}, {name}: {found[name]}")
 
     several = clusters_of(train_set, seed)
-    one = glyphs.relabelled(train_set, several[:, 0])
+    one = train_set.relabelled(several[:, 0])
     note("clusters, the nearest", trained(config, one))
-    relabelled = glyphs.relabelled(train_set, several)
+    relabelled = train_set.relabelled(several)
     for form in ("average", "separate"):
         note(f"clusters, the 4 nearest, {form}",
              trained(replace(config, multi_label=form), relabelled))  # fmt: skip
@@ -111,7 +112,7 @@ def run(config: Config, data: tuple[Glyphs, Glyphs], console: Console) -> dict[s
         "right left out": float((~clean)[~wrong].mean()),
     }
     labels = np.where(clean, noisy.labels, -1)
-    note("20 % wrong, cleaned, 1 centre", trained(config, glyphs.relabelled(noisy, labels)))
+    note("20 % wrong, cleaned, 1 centre", trained(config, noisy.relabelled(labels)))
     return found
 
 
@@ -138,8 +139,9 @@ def main(seeds: int, epochs: int, output: Path) -> None:
     started = time.perf_counter()
     runs = []
     for seed in range(seeds):
-        data = glyphs.split(glyphs.load(), seed, config.test_fraction)
-        runs.append(run(replace(config, seed=seed), data, console))
+        parts = open_images(config, seed)
+        assert parts.query is not None
+        runs.append(run(replace(config, seed=seed), (parts.train, parts.query), console))
     shown = table(runs)
     console.print(shown.rich())
     cleaning = {

@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 
-from unicom_ext.utils.arrays import check_labels
 from unicom_ext.utils.files import cache_root, write_cached
 
 FACES = (
@@ -56,7 +55,6 @@ MIN_IMAGES = 4
 SIZE = 32  # side of an image, pixels
 INK = 28  # longer side of the glyph in it, pixels
 DRAWN = 128  # font size it is drawn at before scaling down, pixels
-NO_CLASS = -1  # what labels of several classes are filled up with
 FORMAT = 1  # raise it when anything here changes the result
 
 
@@ -65,8 +63,7 @@ class Glyphs:
     """Images of characters; labels run over 0 .. num_classes - 1, every class has an image.
 
     images      uint8 [n, 32, 32], white (255) on black (0)
-    labels      int64 [n], index into codepoints and captions; after `relabelled` also [n, P], rows
-                filled up with NO_CLASS
+    labels      int64 [n], index into codepoints and captions
     fonts       int64 [n], index into font_names: the first face that draws this bitmap
     codepoints  int64 [num_classes], lowest code point of the class
     captions    one Unicode name per class, such as "GREEK SMALL LETTER ALPHA"
@@ -83,11 +80,6 @@ class Glyphs:
     @property
     def num_classes(self) -> int:
         return len(self.codepoints)
-
-    @property
-    def first_labels(self) -> np.ndarray:
-        """int64 [n], one class of each image, for what takes no more."""
-        return self.labels if self.labels.ndim == 1 else self.labels[:, 0]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -133,33 +125,6 @@ def split(g: Glyphs, seed: int = 0, test_fraction: float = 0.5) -> tuple[Glyphs,
 
     order = sorted(range(g.num_classes), key=rank)
     return _take(g, sorted(order[num_test:])), _take(g, sorted(order[:num_test]))
-
-
-def relabelled(g: Glyphs, labels: np.ndarray) -> Glyphs:
-    """The images under other labels, integers [n], or [n, P] for several classes of an image.
-
-    A negative label is none, and images without any are left out. Labels are renumbered without
-    gaps, and the ones that are none go to the end of their row. A class then has no code point
-    (-1) and is called after its old number. Raises SourceError, a ValueError, on labels of another
-    shape or type.
-    """
-    check_labels("labels", labels, len(g), below=2**64, several=True)
-    known = labels >= 0
-    kept, numbers = np.unique(labels[known], return_inverse=True)
-    new = np.full(labels.shape, NO_CLASS, np.int64)
-    new[known] = numbers
-    if labels.ndim == 2:
-        order = np.argsort(~known, axis=1, kind="stable")
-        new = np.take_along_axis(new, order, 1)
-    rows = np.flatnonzero(known.reshape(len(g), -1).any(axis=1))
-    return Glyphs(
-        images=g.images[rows],
-        labels=new[rows],
-        fonts=g.fonts[rows],
-        codepoints=np.full(len(kept), -1, np.int64),
-        captions=[f"pseudo-class {number}" for number in kept.tolist()],
-        font_names=g.font_names,
-    )
 
 
 def _take(g: Glyphs, classes: list[int]) -> Glyphs:

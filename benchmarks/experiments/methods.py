@@ -1,0 +1,102 @@
+"""What is compared: a part of the prototypes and dimensions in each step, and the rivals of it.
+
+Every method trains the same encoder on the same batches for as many steps with the same optimizer.
+Each has one knob with three candidates, of which its results on the validation classes choose:
+
+    partial     margin softmax over a share r1 of the classes and r2 of the dimensions, those of
+                GRID; (1, 1) is full margin softmax. Knob: the margin m2
+    matryoshka  the sum of full margin softmaxes over the first 8, 16, ... dimensions, each with its
+                own prototypes (Kusupati et al., NeurIPS 2022). Knob: the margin m2
+    softmax     full softmax over cosines without a margin. Knob: the scale
+    filter      full margin softmax without negatives whose cosine is above a threshold. Knob: the
+                threshold, which is what it adds; its margin is what full margin softmax has chosen
+
+The principal components of full margin softmax cost no training: they are evaluated with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unicom_ext.data.images.imageset import NO_CLASS
+from unicom_ext.loss.module import PartialMarginSoftmax
+from unicom_ext.margins import ArcFace
+
+SIZE = 128  # of an embedding
+DIMS = (8, 16, 32, 64, 128)
+RATES = (1.0, 0.3, 0.1, 0.03), (1.0, 0.75, 0.5, 0.25)  # r1 and r2 of the grid
+KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "partial": ("m2", (0.15, 0.3, 0.5)),
+    "matryoshka": ("m2", (0.15, 0.3, 0.5)),
+    "softmax": ("scale", (16.0, 32.0, 64.0)),
+    "filter": ("interclass_filter", (0.3, 0.4, 0.6)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """name: one of KNOBS."""
+
+    name: str
+    sample_rate: float = 1.0
+    feature_rate: float = 1.0
+
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        return KNOBS[self.name][1]
+
+    @property
+    def title(self) -> str:
+        if self.name == "partial":
+            rates = f"r1 = {self.sample_rate:g}, r2 = {self.feature_rate:g}"
+            return f"full, {rates}" if self == FULL else rates
+        return {"softmax": "softmax without margin", "filter": "interclass filter"}.get(
+            self.name, self.name
+        )
+
+    def settings(self, candidate: float, margin_of_full: float | None) -> dict[str, Any]:
+        """Margin, scale and filter of the loss with this candidate."""
+        settings = {"m2": 0.0 if self.name == "softmax" else 0.3, "scale": 32.0}
+        if self.name == "filter":
+            settings["m2"] = margin_of_full
+        return {**settings, "interclass_filter": None, KNOBS[self.name][0]: candidate}
+
+
+FULL = Method("partial")
+RIVALS = [Method(name) for name in KNOBS if name != "partial"]
+GRID = [Method("partial", r1, r2) for r1 in RATES[0] for r2 in RATES[1]]
+METHODS = [*GRID, *RIVALS]
+QUICK = [FULL, *(Method("partial", r1, r2) for r1, r2 in ((1, 0.5), (0.3, 1), (0.3, 0.5))), *RIVALS]
+
+
+class Heads(nn.Module):
+    """The loss of a method, embeddings [B, SIZE] and labels [B] -> scalar: one margin softmax, or
+    for Matryoshka the sum of one for each of DIMS."""
+
+    def __init__(
+        self, method: Method, settings: dict[str, Any], num_classes: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.dims = DIMS if method.name == "matryoshka" else (SIZE,)
+        self.heads = nn.ModuleList(
+            PartialMarginSoftmax(
+                dim,
+                num_classes,
+                margin=ArcFace(settings["m2"]),
+                scale=settings["scale"],
+                interclass_filter=settings["interclass_filter"],
+                sample_rate=method.sample_rate,
+                feature_rate=method.feature_rate,
+                ignore_index=NO_CLASS,
+                seed=seed,
+            )
+            for dim in self.dims
+        )
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        parts = zip(self.heads, self.dims, strict=True)
+        return torch.stack([head(embeddings[:, :dim], labels) for head, dim in parts]).sum()
