@@ -23,17 +23,30 @@ from PIL import Image
 from scipy import stats
 from support.training import synthetic
 
+from unicom_ext.data.glyphs import Glyphs
+
 RECIPE = one_run.Recipe(epochs=1, batch_size=80, width=1)
 FEW = [FULL, Method("partial", 0.3, 0.5), Method("matryoshka"), Method("filter")]
 
 
+def drawn(num_classes, seed, captions):
+    """Patterns in three equal colours."""
+    images = synthetic(num_classes, seed)
+    return Glyphs(
+        images=images.pictures.images[:, None].repeat(3, axis=1),
+        labels=images.labels,
+        fonts=np.zeros(len(images), np.int64),
+        codepoints=np.arange(num_classes) + 0x4E00,
+        captions=captions,
+        font_names=["1"],
+    )
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    drawn = synthetic(60, seed=1)
     # Of five words there are enough texts for so many clusters.
     captions = [f"PATTERN {c} WITH {c % 7} AND {c % 11}" for c in range(60)]
-    images = drawn.images[:, None].repeat(3, axis=1)
-    pictures = replace(drawn, images=images, captions=captions)
+    pictures = drawn(60, 1, captions)
     monkeypatch.setattr(picture_sets, "load", lambda name, cache: pictures)
     monkeypatch.setattr(partial_selection, "RECIPES", {"glyphs": RECIPE})
     monkeypatch.setattr(partial_selection, "METHODS", FEW)
@@ -196,9 +209,9 @@ def test_splits_share_no_class_and_validation_is_the_same_for_all_seeds(tiny):
 
 def test_pseudo_classes_are_of_every_colour_of_the_words_or_of_both(monkeypatch):
     monkeypatch.setattr(picture_sets, "FEATURES", 12)
-    drawn = synthetic(20, seed=3)
-    grey = drawn.images[:, None, ::4, ::4]
-    pictures = replace(drawn, images=np.concatenate([grey, 255 - grey, 0 * grey + 7], axis=1))
+    whole = drawn(20, 3, [f"PATTERN {c}" for c in range(20)])
+    grey = whole.images[:, :1, ::4, ::4]
+    pictures = replace(whole, images=np.concatenate([grey, 255 - grey, 0 * grey + 7], axis=1))
     features = {kind: picture_sets._features(pictures, kind, 0) for kind in ("image", "text")}
     assert features["image"].shape == (120, 36)
     # The opposite colour has the same unsigned gradients, and where there are none is nothing.
