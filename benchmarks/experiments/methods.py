@@ -1,15 +1,15 @@
 """What is compared: a part of the prototypes and dimensions in each step, and the rivals of it.
 
 Every method trains the same encoder on the same batches for as many steps with the same optimizer.
-Each has one knob with three candidates, of which its results on the validation classes choose:
+Each has three candidates, of which its results on the validation classes choose one:
 
     partial     margin softmax over a share r1 of the classes and r2 of the dimensions, those of
-                GRID; (1, 1) is full margin softmax. Knob: the margin m2
+                GRID; (1, 1) is full margin softmax. Tuned: margin m2 and scale
     matryoshka  the sum of full margin softmaxes over the first 8, 16, ... dimensions, each with its
-                own prototypes (Kusupati et al., NeurIPS 2022). Knob: the margin m2
-    softmax     full softmax over cosines without a margin. Knob: the scale
-    filter      full margin softmax without negatives whose cosine is above a threshold. Knob: the
-                threshold, which is what it adds; its margin is what full margin softmax has chosen
+                own prototypes (Kusupati et al., NeurIPS 2022). Tuned: margin m2 and scale
+    softmax     full softmax over cosines without a margin. Tuned: the scale
+    filter      full margin softmax without negatives whose cosine is above a threshold. Tuned: the
+                threshold, which is what it adds; the rest is what full margin softmax has chosen
 
 The principal components of full margin softmax cost no training: they are evaluated with it.
 """
@@ -29,25 +29,30 @@ from unicom_ext.margins import ArcFace
 SIZE = 128  # of an embedding
 DIMS = (8, 16, 32, 64, 128)
 RATES = (1.0, 0.3, 0.1, 0.03), (1.0, 0.75, 0.5, 0.25)  # r1 and r2 of the grid
-KNOBS: dict[str, tuple[str, tuple[float, ...]]] = {
-    "partial": ("m2", (0.15, 0.3, 0.5)),
-    "matryoshka": ("m2", (0.15, 0.3, 0.5)),
-    "softmax": ("scale", (16.0, 32.0, 64.0)),
-    "filter": ("interclass_filter", (0.3, 0.4, 0.6)),
+# What is tuned, as many candidates for each method: margin and scale, the scale alone, the filter.
+_MARGINS = {
+    f"m2 {m2:g}, s {scale:g}": {"m2": m2, "scale": scale}
+    for m2, scale in ((0.15, 16.0), (0.3, 16.0), (0.3, 32.0))
+}
+CANDIDATES: dict[str, dict[str, dict[str, float]]] = {
+    "partial": _MARGINS,
+    "matryoshka": _MARGINS,
+    "softmax": {f"s {scale:g}": {"m2": 0.0, "scale": scale} for scale in (8.0, 16.0, 32.0)},
+    "filter": {f"above {c:g}": {"interclass_filter": c} for c in (0.3, 0.4, 0.6)},
 }
 
 
 @dataclass(frozen=True)
 class Method:
-    """name: one of KNOBS."""
+    """name: one of CANDIDATES."""
 
     name: str
     sample_rate: float = 1.0
     feature_rate: float = 1.0
 
     @property
-    def candidates(self) -> tuple[float, ...]:
-        return KNOBS[self.name][1]
+    def candidates(self) -> tuple[str, ...]:
+        return tuple(CANDIDATES[self.name])
 
     @property
     def title(self) -> str:
@@ -58,16 +63,15 @@ class Method:
             self.name, self.name
         )
 
-    def settings(self, candidate: float, margin_of_full: float | None) -> dict[str, Any]:
-        """Margin, scale and filter of the loss with this candidate."""
-        settings = {"m2": 0.0 if self.name == "softmax" else 0.3, "scale": 32.0}
-        if self.name == "filter":
-            settings["m2"] = margin_of_full
-        return {**settings, "interclass_filter": None, KNOBS[self.name][0]: candidate}
+    def settings(self, candidate: str, of_full: str | None) -> dict[str, Any]:
+        """Margin, scale and filter of the loss with this candidate. The filter is put on what full
+        softmax has chosen."""
+        chosen = CANDIDATES["partial"][of_full] if of_full else {}
+        return {"interclass_filter": None, **chosen, **CANDIDATES[self.name][candidate]}
 
 
 FULL = Method("partial")
-RIVALS = [Method(name) for name in KNOBS if name != "partial"]
+RIVALS = [Method(name) for name in CANDIDATES if name != "partial"]
 GRID = [Method("partial", r1, r2) for r1 in RATES[0] for r2 in RATES[1]]
 METHODS = [*GRID, *RIVALS]
 QUICK = [FULL, *(Method("partial", r1, r2) for r1, r2 in ((1, 0.5), (0.3, 1), (0.3, 0.5))), *RIVALS]

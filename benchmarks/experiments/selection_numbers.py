@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from methods import DIMS, FULL, KNOBS, METHODS, Method
+from methods import DIMS, FULL, METHODS, Method
 from scipy import stats
 
 LEVEL = 0.95
@@ -66,7 +66,7 @@ def holm(p_values: Sequence[float], level: float = 1 - LEVEL) -> list[bool]:
 
 
 def numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """By set of pictures and kind of labels: tables, chosen knobs, and what labels were like."""
+    """By set of pictures and kind of labels: tables, what was tuned, and what labels were like."""
     parts: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         parts[record["data"]][record["labels"]].append(record)
@@ -79,7 +79,7 @@ def numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one set of pictures and one kind of labels."""
     tests: dict[Method, dict[int, dict[str, Any]]] = defaultdict(dict)
-    tuning: dict[Method, dict[float, float]] = defaultdict(dict)
+    tuning: dict[Method, dict[str, float]] = defaultdict(dict)
     for record in records:
         method = Method(record["name"], record["sample_rate"], record["feature_rate"])
         if record["stage"] == "test":
@@ -94,9 +94,8 @@ def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
             table[CHOSEN_ROW] = table[best.title]
     return {
         "tables": tables,
-        "knobs": {
-            method.title: {"knob": KNOBS[method.name][0], "validation": tuning[method]}
-            for method in METHODS if method in tuning
+        "tuning": {
+            method.title: tuning[method] for method in METHODS if method in tuning
         },
         "chosen": None if best is None else best.title,
         "labels": _label_facts(records),
@@ -107,7 +106,7 @@ def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _best_cell(tuning: dict[Method, dict[float, float]]) -> Method | None:
+def _best_cell(tuning: dict[Method, dict[str, float]]) -> Method | None:
     """The point of the grid that did best on the validation classes; None until all have been."""
     grid = [method for method in tuning if method.name == "partial"]
     if not grid or any(len(tuning[method]) < len(method.candidates) for method in grid):

@@ -73,13 +73,13 @@ def _section(labels: str, part: dict[str, Any]) -> list[str]:
     for title, rows in tables.items():
         if rows:
             lines += [t.markdown() for t in _level_and_difference(title, rows)]
-    knobs = [
-        [title, of["knob"], *(f"{c}: {recall:.4f}" for c, recall in of["validation"].items())]
-        for title, of in part["knobs"].items()
+    tuned = [
+        [title, *(f"{c}: {recall:.4f}" for c, recall in candidates.items())]
+        for title, candidates in part["tuning"].items()
     ]
-    if knobs:
-        header = ["", "knob", *[""] * (max(map(len, knobs)) - 2)]
-        lines.append(Table("Tuning: mean Recall@1 by candidate", header, knobs).markdown())
+    if tuned:
+        header = ["", *[""] * (max(map(len, tuned)) - 1)]
+        lines.append(Table("Tuning: mean Recall@1 by candidate", header, tuned).markdown())
     return lines
 
 

@@ -82,10 +82,11 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
         is_full = (record["name"], record["sample_rate"]) == ("partial", 1)
         assert ("pca" in record["results"]) == (is_full and record["stage"] == "test")
     # The margin of the filter is that of full softmax, which its results on validation chose.
-    margins = {r["settings"]["m2"]: r["results"]["leading"]["recall"] for r in whole[:3]}
+    margins = {r["candidate"]: r["results"]["leading"]["recall"] for r in whole[:3]}
     best = max(margins, key=lambda m: np.mean(list(margins[m].values())))
-    assert {r["settings"]["m2"] for r in whole if r["name"] == "filter"} == {best}
-    assert whole[12]["settings"]["m2"] == best
+    chosen = methods.CANDIDATES["partial"][best]
+    for r in [r for r in whole if r["name"] == "filter"] + whole[12:13]:
+        assert {name: r["settings"][name] for name in chosen} == chosen
 
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:18]) + lines[18][:50])
@@ -154,7 +155,7 @@ def test_holm_steps_down():
 
 
 def test_matryoshka_is_the_sum_over_its_dimensions():
-    settings = Method("matryoshka").settings(0.3, None)
+    settings = Method("matryoshka").settings("m2 0.3, s 32", None)
     heads = Heads(Method("matryoshka"), settings, 20, seed=3).double()
     x, labels = torch.randn(6, 128, dtype=torch.float64), torch.randint(20, (6,))
     total = 0.0
@@ -171,14 +172,14 @@ def test_matryoshka_is_the_sum_over_its_dimensions():
 @pytest.mark.parametrize(
     ("method", "candidate", "right"),
     [
-        (FULL, 0.15, (0.15, 32.0, None)),
-        (Method("softmax"), 64.0, (0.0, 64.0, None)),
-        (Method("filter"), 0.4, (0.5, 32.0, 0.4)),
+        (FULL, "m2 0.15, s 16", (0.15, 16.0, None)),
+        (Method("softmax"), "s 8", (0.0, 8.0, None)),
+        (Method("filter"), "above 0.4", (0.3, 32.0, 0.4)),
     ],
 )
-def test_a_candidate_sets_the_knob_of_its_method(method, candidate, right):
-    settings = method.settings(candidate, 0.5)
-    assert tuple(settings.values()) == right
+def test_a_candidate_sets_what_is_tuned_of_its_method(method, candidate, right):
+    settings = method.settings(candidate, "m2 0.3, s 32" if method.name == "filter" else None)
+    assert tuple(settings[n] for n in ("m2", "scale", "interclass_filter")) == right
     head = Heads(method, settings, 20, seed=0).heads[0]
     assert (head.margin.m2, head.scale, head.interclass_filter) == right
 
