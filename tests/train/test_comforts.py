@@ -201,8 +201,8 @@ def recalls(monkeypatch):
     """Sets what Recall@1 on the validation classes is, one evaluation after the other."""
     real, of_validation = driver.evaluate, []
 
-    def evaluate(query, gallery, dims, group):
-        results = real(query, gallery, dims, group)
+    def evaluate(query, gallery, dims, group, **options):
+        results = real(query, gallery, dims, group, **options)
         if query.images is VALIDATED.validation:
             number = len([e for e in seen if e == "validation"])
             seen.append("validation")
@@ -230,7 +230,7 @@ def test_training_stops_when_nothing_gets_better(tmp_path, recalls):
     for _ in range(2 * steps):
         trainer.step_once()
     assert_same_bits(dict(trainer.encoder.state_dict()), dict(best))
-    expected = driver.evaluate(trainer.embed(DATA[1]), None, TINY.dims, None)
+    expected = driver.evaluate(trainer.embed(DATA[1]), None, TINY.dims, None, bootstrap=1000)
     assert metrics["evaluations"][-1]["results"] == expected
     kept = {k: v for k, v in saved(tmp_path)["tensors"].items() if k.startswith("modules.encoder")}
     assert kept

@@ -22,6 +22,7 @@ from unicom_ext.train.config import BASELINES, Config
 from unicom_ext.utils.settings import ConfigError
 
 RECALL_AT = (1, 5, 10)
+RESAMPLES = 1000  # for the intervals of what counts
 MOST_IMAGES = 50_000  # that baselines are computed of where the settings leave it open
 GREY = Preprocessing(32, "L", (0.0,), (1.0,))  # what baselines look at
 BLOCK = 512
@@ -32,8 +33,15 @@ def evaluate(
     gallery: Embedded | None,
     dims: Sequence[int],
     group: dist.ProcessGroup | None = None,
+    *,
+    bootstrap: int = 0,
 ) -> list[dict[str, Any]]:
-    """Results at each of dims, for JSON; without a gallery each query among the others."""
+    """Results at each of dims, for JSON; without a gallery each query among the others.
+
+    bootstrap: resamples of the classes for 95 % intervals of the results; 0 for none.
+    """
+    if len(np.unique(query.images.labels)) < 2:
+        bootstrap = 0  # nothing varies
     results = retrieval.evaluate(
         query.embeddings,
         torch.from_numpy(query.images.labels),
@@ -42,17 +50,21 @@ def evaluate(
         dims=list(dims),
         ks=RECALL_AT,
         process_group=group,
+        bootstrap=bootstrap,
     )
     return [_plain(r) for r in results]
 
 
 def _plain(result: retrieval.Result) -> dict[str, Any]:
-    """With strings for keys, as JSON has them."""
+    """With strings for keys and lists, as JSON has them."""
     by_k = {
         name: {str(k): value for k, value in getattr(result, name).items()}
         for name in ("recall", "map_at_k")
     }
-    return {**result._asdict(), **by_k}
+    intervals = None
+    if result.intervals is not None:
+        intervals = {name: list(interval) for name, interval in result.intervals.items()}
+    return {**result._asdict(), **by_k, "intervals": intervals}
 
 
 def evaluate_baselines(
@@ -82,7 +94,9 @@ def evaluate_baselines(
             console.print(f"No {name}: {error}")
             continue
         query, *gallery = _cut(features, sets[1:])
-        found[name] = evaluate(query, gallery[0] if gallery else None, config.dims)
+        found[name] = evaluate(
+            query, gallery[0] if gallery else None, config.dims, bootstrap=RESAMPLES
+        )
         best = max(result["recall"]["1"] for result in found[name])
         console.print(f"To beat: {name}, Recall@1 {best:.3f} at its best dimension")
     return found

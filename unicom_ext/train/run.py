@@ -29,7 +29,7 @@ from unicom_ext.distributed.failures import agree
 from unicom_ext.train import checkpoints, curves, report
 from unicom_ext.train.config import Config
 from unicom_ext.train.curves import Curves
-from unicom_ext.train.evaluation import evaluate, evaluate_baselines
+from unicom_ext.train.evaluation import RESAMPLES, evaluate, evaluate_baselines
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
@@ -259,15 +259,20 @@ class _Run:
                 agree({}, None, trainer.group)  # the first has written it
                 trainer.load_encoder(checkpoints.read_best(self.output))
             if self.parts.query is not None:
-                self._note("test", *self.embedded(), config.dims)
+                self._note("test", *self.embedded(), config.dims, bootstrap=RESAMPLES)
         return last
 
     def _note(
-        self, part: str, query: Embedded, gallery: Embedded | None, dims: Sequence[int]
+        self,
+        part: str,
+        query: Embedded,
+        gallery: Embedded | None,
+        dims: Sequence[int],
+        bootstrap: int = 0,
     ) -> float:
         """Evaluate and keep the results; returns Recall@1 at the most dimensions."""
         trainer = self.trainer
-        results = evaluate(query, gallery, dims, trainer.group)
+        results = evaluate(query, gallery, dims, trainer.group, bootstrap=bootstrap)
         epoch = trainer.step / trainer.steps_per_epoch
         self.metrics["evaluations"].append(
             {"step": trainer.step, "epoch": epoch, "part": part, "results": results}
