@@ -97,9 +97,13 @@ def on_ranks(group, *arguments):
     return evaluate(*arguments, index="faiss:Flat", process_group=group)[0]
 
 
-def test_ranks_find_the_same(ranks):
-    right = on_ranks(None, *problem())
-    for found in ranks.run(2, on_ranks, *problem()):
+@pytest.mark.parametrize("queries", [1, 200])
+def test_ranks_find_the_same(ranks, queries):
+    """Also a rank that has no query."""
+    x, labels, *rest = problem()
+    arguments = x[-queries:], labels[-queries:], *rest
+    right = on_ranks(None, *arguments)
+    for found in ranks.run(2, on_ranks, *arguments):
         assert list(found.figures.values()) == pytest.approx(list(right.figures.values()))
         assert found.index_recall == 1.0
 

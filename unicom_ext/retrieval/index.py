@@ -104,6 +104,8 @@ class FaissSearch:
 def found_of_exact(search: Search, order: Tensor, k: int, *rows: Any, **how: Any) -> Tensor:
     """How many of the exact k nearest of some of the queries `order` a search finds, and how many
     there are: float64 [2]. rows, how: what both searches take."""
+    if len(order) == 0:  # a rank of more than there are queries
+        return torch.zeros(2, dtype=torch.float64)
     some = order[:: max(1, -(-len(order) // _SAMPLE))]
     queries, gallery, tie = rows
     found, exact = (
