@@ -21,6 +21,7 @@ from device import CPU, Cpu, Cuda
 
 import unicom_ext
 from unicom_ext import _core
+from unicom_ext.utils.versions import cpu_model
 
 PHASES = ("forward", "backward", "optimizer")
 # Sums of phases that are reported too.

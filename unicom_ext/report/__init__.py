@@ -9,7 +9,7 @@ figures as in metrics.json, `Embedded` images, labels of clusters. Nothing here 
 from unicom_ext.report.clusters import Clusters
 from unicom_ext.report.methods import Methods
 from unicom_ext.report.page import Headline, Page, write
-from unicom_ext.report.tested import Tested
+from unicom_ext.report.queries import Queries
 from unicom_ext.report.training import Training
 
-__all__ = ["Clusters", "Headline", "Methods", "Page", "Tested", "Training", "write"]
+__all__ = ["Clusters", "Headline", "Methods", "Page", "Queries", "Training", "write"]

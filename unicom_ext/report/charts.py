@@ -58,7 +58,8 @@ def lines(
     y_ticks = ticks(0 if from_zero else min(ys), max(ys))
     y_of = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
     parts = [_axes(x_label, y_label, y_ticks, y_of)]
-    for x in x_ticks or [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)]:
+    inner = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)]
+    for x in x_ticks or inner:
         parts.append(_x_tick(x_of(x), f"{x:,.10g}"))
     for line in drawn:
         at = [x_of(x) for x in line.x]

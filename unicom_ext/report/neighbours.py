@@ -13,7 +13,7 @@ from unicom_ext.retrieval import topk
 
 TOP = 5
 BLOCK_BYTES = 256 << 20  # of the search, which is twice as fast so as with a quarter of it
-NEAR = 0.05  # by so much in cosine the right one may be behind in a near miss
+NEAR = 0.02  # by so much in cosine the right one may be behind in a near miss
 
 
 class Outcomes(NamedTuple):

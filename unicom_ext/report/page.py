@@ -14,18 +14,18 @@ import numpy as np
 from markupsafe import Markup
 
 from unicom_ext.data.images.imageset import ImageSet
-from unicom_ext.report import methods, tested, thumbnails
+from unicom_ext.report import methods, queries, thumbnails
 from unicom_ext.report.clusters import Clusters
 from unicom_ext.report.methods import Methods
+from unicom_ext.report.names import short
 from unicom_ext.report.neighbours import Neighbours
 from unicom_ext.report.projection import Projection
-from unicom_ext.report.tested import Tested
+from unicom_ext.report.queries import Queries
 from unicom_ext.report.training import Training
 from unicom_ext.utils.files import write_file
 
 EXAMPLES = 24  # images of `Page.examples`
 UNREADABLE = 5  # names of images that could not be read
-LONGEST = 80  # letters of a name
 QUERIES, SHEETS, MAP, OF_TRAINING = range(4)  # streams of random numbers, one for each section
 
 
@@ -50,7 +50,7 @@ class Page:
     headline     the figure that matters
     methods      results side by side
     training     its course
-    tested       embeddings of test images: queries and what they find, confused classes, a map
+    queries      embeddings of test images: queries and what they find, confused classes, a map
     clusters     of images
     examples     images to show some of, such as those that were trained on
     data         (part, images, classes) of each part of the data
@@ -67,7 +67,7 @@ class Page:
     headline: Headline | None = None
     methods: Methods | None = None
     training: Training | None = None
-    tested: Tested | None = None
+    queries: Queries | None = None
     clusters: Clusters | None = None
     examples: ImageSet | None = None
     data: Sequence[tuple[str, int, int]] = ()
@@ -103,25 +103,18 @@ def render(page: Page) -> str:
     )
 
 
-def short(name: object) -> str:
-    """A name on one line, of at most `LONGEST` letters."""
-    text = " ".join(str(name).split())
-    text = "".join(c if c.isprintable() or c in "\u200d\u200c" else "�" for c in text)
-    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-
-
 def _drawn(page: Page) -> dict[str, Any]:
     """What the sections show that is searched or drawn at random."""
     found = projection = None
-    if page.tested is not None and len(page.tested.query.images):
-        found = Neighbours.search(page.tested.query, page.tested.gallery)
-        projection = Projection.of(page.tested.query, _random(page, MAP))
+    if page.queries is not None and len(page.queries.query.images):
+        found = Neighbours.search(page.queries.query, page.queries.gallery)
+        projection = Projection.of(page.queries.query, _random(page, MAP))
     clusters = page.clusters
     if clusters is not None and not clusters.sizes.any():
         clusters = None
     return {
-        "grids": tested.grids(found, _random(page, QUERIES)) if found else [],
-        "confused": tested.confused(found) if found else [],
+        "grids": queries.grids(found, _random(page, QUERIES)) if found else [],
+        "confused": queries.confused(found) if found else [],
         "projection": projection,
         "clusters": clusters,
         "sheets": clusters.sheets(_random(page, SHEETS)) if clusters else [],

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from unicom_ext.report import charts
 from unicom_ext.report.methods import interval
 
-POINTS = 120  # of the line of the loss, at most
+POINTS = 60  # of the line of the loss, at most
 PARTS = {"validation": "k1", "test": "k0"}
 
 

@@ -75,7 +75,7 @@ def page(
             metrics["seconds"],
             len(metrics["loss"]) * min(config["batch_size"], data["train_images"]),
         ),
-        tested=None if query is None else report.Tested(query, gallery),
+        queries=None if query is None else report.Queries(query, gallery),
         examples=train,
         data=[
             (part, data[f"{name}_images"], data[f"{name}_classes"])
@@ -122,9 +122,9 @@ def _lead(metrics: dict[str, Any]) -> str:
     data = metrics["data"]
     what = "one character, drawn in different fonts," if _is_glyphs(metrics) else "one class"
     return (
-        f"A network learned to turn images into short vectors, such that images of {what} lie close "
-        f"together. It was trained with PartialMarginSoftmax on {data['train_images']:,} images of "
-        f"{data['train_classes']:,} {noun(metrics)}."
+        f"A network learned to turn images into short vectors, such that images of {what} lie "
+        "close together. It was trained with PartialMarginSoftmax on "
+        f"{data['train_images']:,} images of {data['train_classes']:,} {noun(metrics)}."
     )
 
 
@@ -132,11 +132,11 @@ def _headline(metrics: dict[str, Any]) -> report.Headline:
     """Recall@1 at the most dimensions."""
     final = _last(metrics)["results"][-1]
     gallery = metrics["data"].get("gallery_images")
-    of_its_own = "is of the same character" if _is_glyphs(metrics) else "is of the same class"
     among = f"nearest of {gallery:,} images" if gallery else "nearest other image"
+    same = "character" if _is_glyphs(metrics) else "class"
     return report.Headline(
         final["recall"]["1"],
-        f"Recall@1: so many of {_tested(metrics)} that it was not trained on find that their "
-        f"{among} {of_its_own}, at {final['dim']} dimensions.",
+        f"Recall@1 at {final['dim']} dimensions: of {_tested(metrics)} that it was not trained "
+        f"on, the share whose {among} is of the same {same}.",
         interval(final, "Recall@1"),
     )

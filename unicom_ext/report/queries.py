@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from unicom_ext.data.images.embedded import Embedded
+from unicom_ext.report.names import short
 from unicom_ext.report.neighbours import NEAR, Confusion, Neighbours
 from unicom_ext.report.thumbnails import Thumbnail, first_readable, thumbnail
 
@@ -17,8 +17,10 @@ PAIRS = 12  # of classes
 
 
 @dataclass(frozen=True, eq=False)
-class Tested:
-    """query  the images to look for
+class Queries:
+    """Of a test.
+
+    query    the images to look for
     gallery  what they are searched in; None: the other queries
     """
 
@@ -58,23 +60,23 @@ class ConfusedPair(NamedTuple):
 
 def grids(found: Neighbours, rng: np.random.Generator) -> list[Grid]:
     """Queries that are drawn at random among the right, the nearly right and the wrong ones."""
-    right, near, wrong = found.outcomes
-    kinds: list[tuple[str, str, np.ndarray, Callable[[Neighbours, int], str]]] = [
-        ("Right", "The nearest image is of the query’s class.", right, lambda found, query: ""),
-        ("Near misses", f"The right one is just behind: among the first {found.index.shape[1]}, at "
-         f"most {NEAR:g} in cosine behind the nearest.", near, _behind),
-        ("Wrong", "The nearest image is of another class, and no right one is close behind.",
-         wrong, _nearest),
-    ]  # fmt: skip
+    outcomes = found.outcomes
+    close = f"among the first {found.index.shape[1]}, at most {NEAR:g} in cosine behind the nearest"
+    kinds = (
+        ("Right", "The nearest image is of the query's class.", outcomes.right),
+        ("Near misses", f"The right one is just behind: {close}.", outcomes.near),
+        ("Wrong", "The nearest image is of another class, and no right one is close behind it.",
+         outcomes.wrong),
+    )  # fmt: skip
     drawn = []
-    for title, text, among, note in kinds:
+    for title, text, among in kinds:
         queries = first_readable(found.queries, rng.permutation(among), CARDS)
         cards = [
             Card(
                 picture,
                 found.queries.class_name(query),
                 [_answer(found, query, rank) for rank in range(found.index.shape[1])],
-                note(found, query),
+                _note(found, query),
             )
             for query, picture in queries
         ]
@@ -93,7 +95,7 @@ def _pair(found: Neighbours, confusion: Confusion) -> ConfusedPair:
         thumbnail(found.queries, confusion.query),
         thumbnail(found.gallery, confusion.found),
     )
-    first, second = (np.count_nonzero(found.counted & (labels == c)) for c in classes)
+    first, second = (int((found.counted & (labels == c)).sum()) for c in classes)
     return ConfusedPair(
         (found.queries.class_names[classes[0]], found.queries.class_names[classes[1]]),
         (confusion.there, confusion.back),
@@ -112,12 +114,15 @@ def _answer(found: Neighbours, query: int, rank: int) -> Answer:
     )
 
 
-def _nearest(found: Neighbours, query: int) -> str:
+def _note(found: Neighbours, query: int) -> str:
+    """What is wrong with what it finds; "" where nothing is."""
+    right = found.right[query]
+    if right[0]:
+        return ""
     name = found.gallery.class_name(int(found.index[query, 0]))
-    return f"finds {name}" if name else "finds an image without a class"
-
-
-def _behind(found: Neighbours, query: int) -> str:
-    rank = int(found.right[query].argmax())
+    text = f"finds {short(name)}" if name else "finds an image without a class"
+    if not right.any():
+        return text
+    rank = int(right.argmax())
     behind = float(found.cosine[query, 0] - found.cosine[query, rank])
-    return f"{_nearest(found, query)}; right at rank {rank + 1}, {behind:.3f} behind"
+    return f"{text}; right at rank {rank + 1}, {behind:.3f} behind"
