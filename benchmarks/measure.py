@@ -21,6 +21,7 @@ from device import CPU, Cpu, Cuda
 
 import unicom_ext
 from unicom_ext import _core
+from unicom_ext.utils.versions import cpu_model
 
 PHASES = ("forward", "backward", "optimizer")
 # Sums of phases that are reported too.
@@ -181,7 +182,7 @@ def status_bytes(key: str) -> int:
 
 def describe_machine() -> dict[str, object]:
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "capability": _core.cpu_capability(),
         "platform": platform.platform(),
@@ -198,15 +199,6 @@ def describe_machine() -> dict[str, object]:
 def load_average() -> float | None:
     """Programs that wanted to run in the last minute, ours among them; None if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _git_commit() -> str | None:

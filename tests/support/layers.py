@@ -17,6 +17,7 @@ PACKAGE = "unicom_ext"
 FLOORS = (
     ("cli",),
     ("train",),
+    ("report",),
     ("encoders",),
     ("cluster", "retrieval", "checkpoint", "optim", "compat"),
     ("loss", "data"),

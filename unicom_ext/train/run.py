@@ -20,7 +20,6 @@ import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
-from unicom_ext.data.images.batches import random_numbers
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
@@ -35,9 +34,7 @@ from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, natural_name_key, write_atomically
 from unicom_ext.utils.settings import ConfigError
-from unicom_ext.utils.versions import versions
-
-EXAMPLES = 2  # the stream of random numbers beside those of the batches
+from unicom_ext.utils.versions import cpu_model, versions
 
 
 def train(
@@ -87,6 +84,8 @@ def train(
         "config": config.to_dict(),
         "data": facts,
         "versions": versions(),
+        "machine": {"cpu": cpu_model(), "threads": torch.get_num_threads(),
+                    "device": _device_name(trainer.device)},
         "step": 0,
         "steps": trainer.steps,
         "loss": trainer.losses,
@@ -133,11 +132,9 @@ def train(
             f"{output / checkpoints.UNREADABLE} says why.",
             soft_wrap=True,
         )
-    if parts.query is not None:
-        query, gallery = run.embedded()
-        if first:
-            examples = random_numbers(config.seed, EXAMPLES, 0)
-            report.write(output, metrics, query, gallery, examples)
+    query, gallery = (None, None) if parts.query is None else run.embedded()
+    if first:
+        report.write(output, metrics, parts.train, query, gallery)
     return metrics
 
 
@@ -313,6 +310,10 @@ class _Run:
         if unreadable and self.first:
             checkpoints.write_unreadable(self.output, unreadable)
         return path
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _facts(parts: Parts) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The version of this package, and those that a result depends on."""
+"""The version of this package, and what else a result depends on."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": metadata.version("numpy"),
     }
+
+
+def cpu_model() -> str:
+    """As its maker calls it, where Linux says so."""
+    import platform
+
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
