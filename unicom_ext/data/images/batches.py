@@ -138,6 +138,8 @@ def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[
 
     workers: how many processes make them; 0: this one; -1: as many as cores, up to `MOST_WORKERS`,
     but none for images in memory.
+
+    Raises ChildProcessError where one of them was killed.
     """
     if workers < 0:
         in_memory = isinstance(batches.images.pictures, ArrayPictures)
@@ -150,7 +152,15 @@ def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # not the global one, from which it would draw
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except RuntimeError as error:  # torch has no type of its own
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"workers: one of {workers} processes that read images was killed ({str(error).strip()}"
+            "), perhaps because memory ran out; fewer of them need less"
+        ) from None
 
 
 def _ignore_signals(worker: int) -> None:
