@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,22 @@ def test_workers_make_the_same_batches_in_the_same_order(workers):
     alone = made(0, 0)
     assert_same(made(0, workers), alone)
     assert_same(made(6, workers), alone[6:])  # in the middle of the second epoch
+
+
+class Deadly(ArrayPictures):
+    """Pictures that end the process that reads them, as the kernel does when memory runs out."""
+
+    def read(self, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed():
+    images = ImageSet(Deadly(np.zeros((4, 8, 8), np.uint8)), np.arange(4), np.zeros(4, int), ["a"])
+    with pytest.raises(ChildProcessError) as raised:
+        list(in_order(ImageBatches(images, GREY, 2), range(2), 1))
+    before, _, after = str(raised.value).partition(" (DataLoader worker ")
+    assert before == "workers: one of 1 processes that read images was killed"
+    assert after.endswith("), perhaps because memory ran out; fewer of them need less")
 
 
 def test_an_epoch_is_in_another_order_with_other_distortions():

@@ -164,9 +164,7 @@ def of_other_images(group, output):
     data = PARTS
     if dist.get_rank(group) == 1:  # as many of as many classes
         data = dataclasses.replace(PARTS, train=synthetic(20, seed=3))
-    with pytest.raises(
-        ValueError, match="^the data must be the same on every rank, got "
-    ) as raised:
+    with pytest.raises(ValueError, match="the data must be the same on every rank") as raised:
         train(CONFIG, output, data=data, group=group)
     return str(raised.value)
 
