@@ -20,7 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
-from unicom_ext.data.images.batches import AT_LEAST, random_numbers
+from unicom_ext.data.images.batches import AT_LEAST, killed_workers_named, random_numbers
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
@@ -40,6 +40,7 @@ from unicom_ext.utils.versions import versions
 EXAMPLES = 2  # the stream of random numbers beside those of the batches
 
 
+@killed_workers_named()
 def train(
     config: Config,
     output: str | Path,
@@ -62,7 +63,8 @@ def train(
 
     Returns what metrics.json holds. Nothing is chosen by looking at the test classes: the last
     model counts, or with `patience` the best one on the validation classes. Raises CheckpointError
-    if the output directory does not fit `resume`, and Interrupted after SIGINT or SIGTERM, when
+    if the output directory does not fit `resume`, ChildProcessError if a process that reads images
+    was killed, and Interrupted after SIGINT or SIGTERM, when
     everything needed to resume has been saved.
     """
     output = Path(output)
