@@ -303,6 +303,17 @@ def test_resume_refuses_another_config(finished):
         run(finished[0], config=dataclasses.replace(TINY, epochs=4, scale=8.0), resume=True)
 
 
+def test_resumed_with_settings_that_do_not_change_the_model(finished, tmp_path, no_report):
+    def stop(done):
+        if done == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_step=stop)
+    changed = dataclasses.replace(TINY, workers=0, checkpoint_every=5)
+    assert run(tmp_path, config=changed, resume=True)["loss"] == finished[1]["loss"]
+
+
 def test_resume_refuses_other_data(finished):
     with pytest.raises(CheckpointError, match="other data"):
         run(finished[0], data=Parts(DATA[0], None, synthetic(12, seed=3), None), resume=True)

@@ -16,6 +16,7 @@ from unicom_ext.train.config import Config
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
 
+FREE_TO_CHANGE = ("workers", "checkpoint_every", "tensorboard")  # which do not change the model
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"  # directory in the output directory
 BEST = "best.pt"  # the best encoder on the validation classes so far
@@ -90,7 +91,7 @@ def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
     saved = checkpoint.read_about(path)["extra"]
     if "config" not in saved:
         raise CheckpointError(f"{path}: is not a checkpoint of this driver")
-    differences = config.differences(Config.from_mapping(saved["config"]))
+    differences = config.differences(Config.from_mapping(saved["config"]), FREE_TO_CHANGE)
     if differences:
         raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
     return path
