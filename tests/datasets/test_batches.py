@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unicom_ext.data.images.augment import crop_and_light
-from unicom_ext.data.images.batches import ImageBatches, TrainingBatches, in_order, share
+from unicom_ext.data.images.batches import (
+    ImageBatches,
+    TrainingBatches,
+    in_order,
+    killed_workers_named,
+    share,
+)
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.pictures import ArrayPictures, PictureError
 from unicom_ext.data.images.preprocessing import Preprocessing, as_tensor
@@ -56,6 +67,48 @@ def test_workers_make_the_same_batches_in_the_same_order(workers):
     alone = made(0, 0)
     assert_same(made(0, workers), alone)
     assert_same(made(6, workers), alone[6:])  # in the middle of the second epoch
+
+
+class Deadly(ArrayPictures):
+    """Pictures that end the process that reads them, as the kernel does when memory runs out."""
+
+    def read(self, number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed():
+    images = ImageSet(Deadly(np.zeros((4, 8, 8), np.uint8)), np.arange(4), np.zeros(4, int), ["a"])
+    with pytest.raises(ChildProcessError) as raised, killed_workers_named():
+        list(in_order(ImageBatches(images, GREY, 2), range(2), 1))
+    before, _, after = str(raised.value).partition(" (DataLoader worker ")
+    assert before == "workers: a process that reads images was killed"
+    assert after.endswith("), perhaps because memory ran out; fewer of them need less")
+    with pytest.raises(RuntimeError, match="anything else"), killed_workers_named():
+        raise RuntimeError("anything else")
+
+
+@pytest.mark.slow
+def test_workers_heed_their_parent_alone():
+    """They outlive the SIGTERM of anyone else, and not the end of a process that failed."""
+    script = """
+import os, signal, subprocess, numpy as np, torch.multiprocessing
+from unicom_ext.data.images.batches import ImageBatches, in_order
+from unicom_ext.data.images.imageset import ImageSet
+from unicom_ext.data.images.preprocessing import Preprocessing
+images = ImageSet.of_arrays(np.zeros((64, 8, 8), np.uint8), np.zeros(64, int), ["a"])
+batches = in_order(ImageBatches(images, Preprocessing(32), 2), range(32), 1)
+next(batches)
+(worker,) = torch.multiprocessing.active_children()
+subprocess.run(["kill", str(worker.pid)], check=True)
+subprocess.run(["kill", "-INT", str(worker.pid)], check=True)
+print(1 + len(list(zip(range(20), batches))), flush=True)
+raise KeyError("the exception holds on to", batches)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "21\n"
+    assert done.stderr.splitlines()[-1].startswith("KeyError")
 
 
 def test_an_epoch_is_in_another_order_with_other_distortions():

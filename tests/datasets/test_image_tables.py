@@ -76,6 +76,7 @@ def test_only_paths_are_needed(tmp_path):
     ("label", "name"),
     [
         (3, "3"), (3.0, "3"), (" a ", "a"), ("-x", "-x"), ("007", "007"), (-1, None), ("-2", None),
+        ("-1.0", None), ("1.0", "1.0"),
         ("", None), (" ", None), (None, None), (float("nan"), None),
     ],
 )  # fmt: skip

@@ -11,10 +11,12 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from support.images import encoded, exactly, pictures, write
 
 from unicom_ext.data.images import pictures as pictures_module
 from unicom_ext.data.images.pictures import FilePictures, PictureError, decode
+from unicom_ext.data.images.preprocessing import Preprocessing
 
 RGB = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 8, 7]]], np.uint8)
 GREY = np.array([[0, 1, 128, 255]], np.uint8)
@@ -144,6 +146,33 @@ def test_every_cut_of_a_file_is_a_picture_error():
         for size in range(0, len(data) - 20, 97):
             with pytest.raises(PictureError, match=r"^x: ."):
                 decode(io.BytesIO(data[:size]), "x")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_is_a_picture_error(monkeypatch, error):
+    # AVIF's raises RuntimeError on spoilt files, DDS's NotImplementedError.
+    def load(self):
+        raise error("spoilt")
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    with pytest.raises(PictureError, match=exactly("a.png: spoilt")):
+        decode(io.BytesIO(noise("PNG")), "a.png")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_very_long_picture_the_middle_is_scaled(monkeypatch, turned):
+    middle = [0] * 16 + [200] * 8 + [0] * 16
+    line = np.repeat(np.array([50] * 5000 + middle + [50] * 5000, np.uint8)[None], 8, 0)
+    picture = Image.fromarray(line.T if turned else line)
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a: sizes.append(size) or resize(self, size, *a)
+    )
+    got = np.asarray(Preprocessing(64, "L", interpolation="bilinear")(picture))
+    assert max(sizes[0]) == 32 * 64  # and not 1255 * 64
+    assert got.shape == (64, 64)
+    assert got[32, 32] == 200
+    assert got.min() > 100
 
 
 def test_a_folder_is_no_file(tmp_path):

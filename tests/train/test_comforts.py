@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from support.images import exactly
 from support.training import (
     DATA,
     FLAT,
@@ -370,6 +371,27 @@ def test_images_without_labels(tmp_path):
     # Where some have labels, these are trained on.
     some = dataclasses.replace(DATA[0], labels=np.where(DATA[0].labels < 10, DATA[0].labels, -1))
     assert run(tmp_path / "some", data=Parts(some, None, None, None))["data"]["train_images"] == 60
+
+
+def test_parts_that_cannot_be_trained_on_or_searched(tmp_path):
+    each_once = DATA[1].take(np.arange(0, 72, 6))
+    train_set, one = DATA[0], DATA[0].take(np.arange(1))
+    for parts, message in (
+        (Parts(one, None, DATA[1], None), "glyphs has 1 images to train on, must have at least 2"),
+        (
+            Parts(train_set, each_once, DATA[1], None),
+            "no validation image of glyphs has another one of its class in the part, so that there "
+            "is nothing to find",
+        ),
+        (
+            Parts(train_set, None, DATA[1].take(np.arange(6)), DATA[1].take(np.arange(6, 12))),
+            "no test image of glyphs has another one of its class in the gallery, so that there is "
+            "nothing to find",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=exactly(f"data: {message}")):
+            run(tmp_path / "new", data=parts)
+        assert not (tmp_path / "new").exists()
 
 
 def test_a_gallery_of_its_own(tmp_path):

@@ -302,6 +302,17 @@ def test_resume_refuses_another_config(finished):
         run(finished[0], config=dataclasses.replace(TINY, epochs=4, scale=8.0), resume=True)
 
 
+def test_resumed_with_settings_that_do_not_change_the_model(finished, tmp_path, no_report):
+    def stop(done):
+        if done == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, on_step=stop)
+    changed = dataclasses.replace(TINY, workers=0, checkpoint_every=5)
+    assert run(tmp_path, config=changed, resume=True)["loss"] == finished[1]["loss"]
+
+
 def test_resume_refuses_other_data(finished):
     with pytest.raises(CheckpointError, match="other data"):
         run(finished[0], data=Parts(DATA[0], None, synthetic(12, seed=3), None), resume=True)
@@ -321,7 +332,9 @@ def test_does_not_overwrite_unasked(finished, tmp_path, no_report):
     assert run(tmp_path, config=TINY, overwrite=True)["steps"] == STEPS
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "report.html", "config.toml"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "report.html", "config.toml", "best.pt", "unreadable.txt"]
+)
 def test_files_of_the_user_are_not_overwritten_unasked(tmp_path, name, no_report):
     (tmp_path / name).write_text("mine = 1")
     with pytest.raises(CheckpointError, match=rf"{name}: is there already; overwrite it"):
@@ -331,7 +344,9 @@ def test_files_of_the_user_are_not_overwritten_unasked(tmp_path, name, no_report
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path, no_report):
     (tmp_path / "config.toml").write_text(TINY.to_toml())
+    (tmp_path / "best.pt").write_text("of the best step before it was killed")
     assert run(tmp_path)["steps"] == STEPS
+    assert not (tmp_path / "best.pt").exists()
 
 
 def test_overwriting_removes_the_earlier_run_and_nothing_else(tmp_path, no_report):

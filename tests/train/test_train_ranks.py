@@ -25,6 +25,7 @@ from support.training import (
     assert_same_bits,
     run,
     saved,
+    synthetic,
 )
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -157,6 +158,22 @@ def test_every_rank_refuses(ranks, finished):
         assert small == "batch_size: got 5, must be at least 2 for each of the 3 ranks"
         assert "is of another config: scale: 8.0 here, 32.0 there" in other
         assert "is there already" in there
+
+
+def of_other_images(group, output):
+    data = PARTS
+    if dist.get_rank(group) == 1:  # as many of as many classes
+        data = dataclasses.replace(PARTS, train=synthetic(20, seed=3))
+    with pytest.raises(ValueError, match="the data must be the same on every rank") as raised:
+        train(CONFIG, output, data=data, group=group)
+    return str(raised.value)
+
+
+def test_ranks_that_find_other_images(ranks, tmp_path):
+    one, other = ranks.run(2, of_other_images, tmp_path / "new")
+    assert one == other
+    assert one.count("'train_images': 120") == 2
+    assert not (tmp_path / "new").exists()
 
 
 # ---- a rank that fails ----

@@ -80,7 +80,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
         raise click.UsageError(str(error)) from None
     except CheckpointError as error:
         raise click.ClickException(f"{error}\n({ways_on(resume)})") from None
-    except RankFailed as error:
+    except (RankFailed, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from None
     except Interrupted as stop:
         if launch.is_first():

@@ -130,7 +130,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         theirs = ExtractConfig.from_mapping(there["config"])
     except (ConfigError, KeyError, TypeError):
         return ["other settings"]
-    found = [d for d in mine.differences(theirs) if d.split(":")[0] not in _FREE_TO_CHANGE]
+    found = mine.differences(theirs, _FREE_TO_CHANGE)
     data, own = there.get("data"), here["data"]
     return found or ([] if data == own else [f"other images: {own} here, {data} there"])
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from unicom_ext.data.images.batches import ImageBatches, in_order
+from unicom_ext.data.images.batches import ImageBatches, in_order, killed_workers_named
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.encoders import registry, text
 from unicom_ext.encoders.dump import ENCODER, LABELS, SHARD_ROWS, THUMBNAILS, Dump, shard_name
@@ -44,6 +44,7 @@ FIT_IMAGES = 20_000  # that an encoder is fitted to, at most
 BATCH = 128
 
 
+@killed_workers_named()
 def extract(
     config: ExtractConfig,
     images: ImageSet,
@@ -69,7 +70,8 @@ def extract(
 
     Raises:
         ConfigError: settings that cannot be used. SourceError: other files are in the way, or
-        features of other settings or images.
+        features of other settings or images. ChildProcessError: a process that reads images was
+        killed.
     """
     console = console or Console()
     encoder = _image_encoder(config)

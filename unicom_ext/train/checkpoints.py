@@ -16,10 +16,12 @@ from unicom_ext.train.config import Config
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
 
+FREE_TO_CHANGE = ("workers", "checkpoint_every", "tensorboard")  # which do not change the model
 CONFIG = "config.toml"
 CHECKPOINTS = "checkpoints"  # directory in the output directory
 BEST = "best.pt"  # the best encoder on the validation classes so far
 UNREADABLE = "unreadable.txt"
+ON_THE_WAY = (BEST, UNREADABLE)  # of a run, which it may write before its first checkpoint
 # Of the metrics: what a run that goes on must know.
 KEPT = ("baselines", "evaluations", "best", "stopped_early", "unreadable", "seconds", "step")
 
@@ -41,7 +43,7 @@ def remove_earlier(output: Path) -> None:
     """Remove what an earlier run has written there, and nothing else: a run that is killed before
     its first checkpoint must not seem to have this one."""
     _remove_steps(output / CHECKPOINTS)
-    for name in ("metrics.json", "report.html", BEST, UNREADABLE):
+    for name in ("metrics.json", "report.html", *ON_THE_WAY):
         (output / name).unlink(missing_ok=True)
 
 
@@ -76,22 +78,20 @@ def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
     if not resume:
         if path is not None and not overwrite:
             raise CheckpointError(f"{path}: is there already; resume it, or overwrite it")
-        for name, text in (
-            ("metrics.json", None),
-            ("report.html", None),
-            (CONFIG, config.to_toml()),
-        ):
-            there = output / name
-            # A run that was killed before its first checkpoint has left its settings.
-            if there.exists() and not overwrite and (text is None or there.read_text() != text):
-                raise CheckpointError(f"{there}: is there already; overwrite it")
+        # A run that was killed before its first checkpoint has left its settings, and what it wrote
+        # on the way.
+        settings = output / CONFIG
+        begun = settings.is_file() and settings.read_bytes() == config.to_toml().encode()
+        for name in ("metrics.json", "report.html", *(() if begun else (CONFIG, *ON_THE_WAY))):
+            if (output / name).exists() and not overwrite:
+                raise CheckpointError(f"{output / name}: is there already; overwrite it")
         return None
     if path is None:
         raise CheckpointError(f"{directory}: there is no checkpoint")
     saved = checkpoint.read_about(path)["extra"]
     if "config" not in saved:
         raise CheckpointError(f"{path}: is not a checkpoint of this driver")
-    differences = config.differences(Config.from_mapping(saved["config"]))
+    differences = config.differences(Config.from_mapping(saved["config"]), FREE_TO_CHANGE)
     if differences:
         raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
     return path

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
+from unicom_ext.data.images.batches import AT_LEAST, killed_workers_named
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
@@ -37,6 +38,7 @@ from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import cpu_model, versions
 
 
+@killed_workers_named()
 def train(
     config: Config,
     output: str | Path,
@@ -59,25 +61,26 @@ def train(
 
     Returns what metrics.json holds. Nothing is chosen by looking at the test classes: the last
     model counts, or with `patience` the best one on the validation classes. Raises CheckpointError
-    if the output directory does not fit `resume`, and Interrupted after SIGINT or SIGTERM, when
+    if the output directory does not fit `resume`, ChildProcessError if a process that reads images
+    was killed, and Interrupted after SIGINT or SIGTERM, when
     everything needed to resume has been saved.
     """
     output = Path(output)
     first = group is None or dist.get_rank(group) == 0
     console = (console or Console()) if first else Console(quiet=True)
     began = time.perf_counter()
-    saved, failure = None, None
+    saved, facts, failure = None, {}, None
     try:
         saved = checkpoints.to_resume(output, config, resume, overwrite)
         if config.tensorboard:
             curves.check_installed()
         parts = _labelled(config, open_images(config, config.seed) if data is None else data)
+        facts = _facts(parts)
     except Exception as error:
         failure = error
-    agree({"the checkpoint": str(saved)}, failure, group)
+    agree({"the checkpoint": str(saved), "the data": facts}, failure, group)
     if config.threads:
         torch.set_num_threads(config.threads)
-    facts = _facts(parts)
     _announce(config, facts, parts, console)
     trainer = Trainer(config, parts.train, group)
     metrics: dict[str, Any] = {
@@ -139,8 +142,16 @@ def train(
 
 
 def _labelled(config: Config, parts: Parts) -> Parts:
-    """With the labels to train on."""
+    """With the labels to train on. Raises ConfigError where there is nothing to train on, or
+    nothing to find: not after hours of training."""
     train_set = parts.train
+    if len(train_set) < AT_LEAST:
+        raise ConfigError(
+            f"data: {config.data} has {len(train_set)} images to train on, must have at least "
+            f"{AT_LEAST}"
+        )
+    _check_relevant(config, "validation", parts.validation, None)
+    _check_relevant(config, "test", parts.query, parts.gallery)
     if config.labels:
         labels = read_positives("labels", config.labels, len(train_set), config.positives)
         train_set = train_set.relabelled(labels)
@@ -158,6 +169,25 @@ def _labelled(config: Config, parts: Parts) -> Parts:
     if config.patience and parts.validation is None:
         raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
     return replace(parts, train=train_set)
+
+
+def _check_relevant(
+    config: Config, part: str, query: ImageSet | None, gallery: ImageSet | None
+) -> None:
+    """Raises ConfigError where no image of a part has another one to be found."""
+    if query is None:
+        return
+    labels = query.labels[query.labels != NO_CLASS]
+    if gallery is None:
+        found = len(np.unique(labels)) < len(labels)
+    else:
+        found = bool(np.isin(labels, gallery.labels).any())
+    if not found:
+        where = "the gallery" if gallery is not None else "the part"
+        raise ConfigError(
+            f"data: no {part} image of {config.data} has another one of its class in {where}, so "
+            "that there is nothing to find"
+        )
 
 
 def _announce(config: Config, facts: dict[str, Any], parts: Parts, console: Console) -> None:

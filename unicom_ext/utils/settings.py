@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -94,10 +94,11 @@ class Settings:
             lines.append(f"{setting.name} = {value}  # {setting.metadata['help']}\n")
         return "".join(lines)
 
-    def differences(self, other: Self) -> list[str]:
-        """One line for each setting that has another value in `other`."""
+    def differences(self, other: Self, free: Collection[str] = ()) -> list[str]:
+        """One line for each setting that has another value in `other`, but for those in `free`."""
         mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{n}: {mine[n]} here, {theirs[n]} there" for n in mine if mine[n] != theirs[n]]
+        names = [n for n in mine if mine[n] != theirs[n] and n not in free]
+        return [f"{n}: {mine[n]} here, {theirs[n]} there" for n in names]
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -137,7 +139,7 @@ def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[
     """The batches of these numbers.
 
     workers: how many processes make them; 0: this one; -1: as many as cores, up to `MOST_WORKERS`,
-    but none for images in memory.
+    but none for images in memory. See `killed_workers_named`.
     """
     if workers < 0:
         in_memory = isinstance(batches.images.pictures, ArrayPictures)
@@ -147,17 +149,43 @@ def in_order(batches: Numbered[Item], numbers: range, workers: int) -> Iterator[
         batch_size=None,
         sampler=numbers,
         num_workers=workers,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_heed_the_parent_alone,
         generator=torch.Generator(),  # not the global one, from which it would draw
     )
     return iter(loader)
 
 
-def _ignore_signals(worker: int) -> None:
+@contextmanager
+def killed_workers_named() -> Iterator[None]:
+    """Raises ChildProcessError where a worker of `in_order` was killed in the block, or function.
+
+    torch raises RuntimeError then: at any moment, when the signal that a child has ended comes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"workers: a process that reads images was killed ({str(error).strip()}), perhaps "
+            "because memory ran out; fewer of them need less"
+        ) from None
+
+
+def _heed_the_parent_alone(worker: int) -> None:
     """The process that asked for the batches decides what Ctrl-C and SIGTERM mean, and needs these
-    workers up to the end of its step."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    workers up to the end of its step, whoever else is sent a signal. It ends them by SIGTERM
+    itself: without that it could not end where an exception holds on to them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    parent = os.getppid()
+
+    def listen() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def share(size: int, part: int, of: int) -> slice:

@@ -135,8 +135,8 @@ def decode(file: IO[bytes], name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PictureError(f"{name}: {error}") from None
     # What Pillow's decoders raise on files that are cut off or spoilt.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError,
-            struct.error, OverflowError, AttributeError, MemoryError) as error:  # fmt: skip
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, RuntimeError,
+            ArithmeticError, AttributeError, MemoryError, struct.error) as error:  # fmt: skip
         reason = "is no image" if isinstance(error, UnidentifiedImageError) else str(error)
         raise PictureError(f"{name}: {reason or type(error).__name__}") from None
 

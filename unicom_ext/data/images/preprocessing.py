@@ -15,6 +15,8 @@ from torch import Tensor
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+LONGEST = 32  # longer side of a picture that is scaled, in shorter ones
+
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -44,8 +46,10 @@ class Preprocessing:
         """The middle of the picture, as a square of that size and mode.
 
         Sides are rounded as torchvision's Resize and CenterCrop do, with which encoders were
-        published.
+        published. Of a picture that is much longer than wide only the middle is scaled, as all of
+        it could take gigabytes.
         """
+        picture = _shortened(picture)
         shorter = math.floor(self.size / self.crop)
         width, height = picture.size
         if width <= height:
@@ -85,6 +89,16 @@ class Preprocessing:
         """What `standardised` was given."""
         mean, std = (images.new_tensor(x).view(1, -1, 1, 1) for x in (self.mean, self.std))
         return images * std + mean
+
+
+def _shortened(picture: Image.Image) -> Image.Image:
+    """The middle of the picture, at most `LONGEST` times as long as it is wide."""
+    width, height = picture.size
+    most = LONGEST * min(width, height)
+    left, top = max(width - most, 0) // 2, max(height - most, 0) // 2
+    if not (left or top):
+        return picture
+    return picture.crop((left, top, left + min(width, most), top + min(height, most)))
 
 
 def as_tensor(picture: Image.Image) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,7 +101,8 @@ def class_of(where: str, label: Any) -> str | None:
     if isinstance(label, bool) or not isinstance(label, (int, str)):
         raise SourceError(f"{where} is {label!r}, must be text or a whole number")
     name = str(label).strip()
-    return None if not name or (name[0] == "-" and name[1:].isdecimal()) else name
+    # -1.0 is how the text of a column looks that has gaps.
+    return None if not name or re.fullmatch(r"-[0-9]+(\.0+)?", name) else name
 
 
 def _text(where: str, row: Mapping[str, Any], column: str) -> str:
