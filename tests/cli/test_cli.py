@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -84,6 +85,17 @@ def test_train_prints_a_table_and_writes_its_files(tmp_path, tiny_glyphs):
         figures = " *│ *".join(f"{r['recall']['1']:.3f}" for r in results)
         assert re.search(rf"{re.escape(name)} *│ *{figures}", result.output), result.output
     assert "report.html" in result.output
+
+
+def test_train_without_a_test(tmp_path, tiny_glyphs, monkeypatch):
+    """There is a page, but no table."""
+    parts = dataclasses.replace(PARTS, query=None)
+    monkeypatch.setattr("unicom_ext.train.run.open_images", lambda *arguments: parts)
+    result = invoke("train", "--output", tmp_path, *TINY, "--epochs=1")
+    assert result.exit_code == 0, result.output
+    assert "Recall@1" not in result.output
+    assert (tmp_path / "report.html").exists()
+    assert str(tmp_path / "report.html") in result.output
 
 
 def test_settings_come_from_the_file_and_then_the_options(tmp_path, tiny_glyphs, no_report):

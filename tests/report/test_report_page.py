@@ -225,6 +225,33 @@ def test_a_loss_that_is_no_number(tmp_path):
     assert not parsed.all("svg")
 
 
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_can_be_read(full, dark):
+    """The contrast that WCAG 2 asks for at level AA, and of lines and points that of graphics."""
+    light, dark_colours = (
+        dict(re.findall(r"--(\w+): #(\w+)", block))
+        for block in re.findall(r":root \{(.*?)\}", full, re.S)
+    )
+    colours = {**light, **(dark_colours if dark else {})}
+    assert set(light) == set(dark_colours)
+
+    def luminance(name):
+        code = colours[name] if len(colours[name]) == 6 else "".join(c * 2 for c in colours[name])
+        rgb = np.array([int(code[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    def contrast(a, b):
+        low, high = sorted(map(luminance, (a, b)))
+        return (high + 0.05) / (low + 0.05)
+
+    for name in ("text", "muted"):
+        assert all(contrast(name, below) >= 4.5 for below in ("page", "raised", "ours"))
+    for name in ("right", "wrong", "k0"):  # k0 is that of links
+        assert contrast(name, "page") >= 4.5
+    assert all(contrast(f"k{i}", "page") >= 3 for i in range(8))
+
+
 # ---- clusters ------------------------------------------------------------------------------------
 
 

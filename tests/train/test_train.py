@@ -568,7 +568,7 @@ def test_report_of_a_run_without_a_test(tmp_path):
 
 def test_report_of_a_run_with_validation_alone(tmp_path):
     parts = dataclasses.replace(PARTS, query=None, validation=DATA[1])
-    metrics = run(tmp_path, config=dataclasses.replace(TINY, epochs=1), data=parts)
+    metrics = run(tmp_path, config=dataclasses.replace(TINY, epochs=2), data=parts)
     recall = metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
     page = (tmp_path / "report.html").read_text()
     assert f"<strong>{100 * recall:.1f}&nbsp;%</strong>" in page

@@ -90,5 +90,6 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
         sys.exit(INTERRUPTED)
     if not launch.is_first():
         return
-    console.print(report.table(metrics))
+    if metrics["evaluations"]:
+        console.print(report.table(metrics))
     console.print(f"Pictures and curves: {output / 'report.html'}", soft_wrap=True)
