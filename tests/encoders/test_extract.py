@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from rich.console import Console
-from support.images import encoded, pictures
+from support.images import encoded, exactly, pictures
 
 from unicom_ext.cli.main import main
 from unicom_ext.data import ngrams
@@ -338,3 +340,33 @@ def test_the_command(tmp_path):
         result = invoke("extract", *arguments)
         assert result.exit_code != 0
         assert words in " ".join(result.output.split()), result.output
+
+
+def test_names_that_are_not_text(tmp_path):
+    folder = tmp_path / "images"
+    names = [os.fsdecode(b"caf\xe9%d.png" % i) for i in range(6)]
+    pictures(folder, names)
+    (folder / names[5]).write_bytes(b"spoilt")
+    config = dataclasses.replace(CONFIG, data=str(folder), workers=0)
+    facts = write(tmp_path / "a", open_part(config, 0, "all"), config)
+    assert facts["unreadable"] == 1
+    lines = [
+        json.loads(line)
+        for file in sorted((tmp_path / "a" / "metadata").iterdir())
+        for line in file.read_text("utf-8").splitlines()
+    ]
+    assert [line["name"] for line in lines] == names
+
+
+def test_a_full_disk_is_said_and_not_a_bus_error(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    path = tmp_path / "a" / "extract.tmp" / "images.npy"
+    with pytest.raises(OSError, match=exactly(
+        f"[Errno 28] {path} cannot be written: No space left on device"
+    )):  # fmt: skip
+        write(tmp_path / "a")
+    monkeypatch.undo()
+    assert write(tmp_path / "a")["unreadable"] == 0

@@ -409,3 +409,8 @@ def test_a_colour_picture_for_a_grey_encoder(tmp_path):
     assert run(tmp_path / "a", data=dataclasses.replace(PARTS, train=colour))[
         "loss"
     ] == pytest.approx(run(tmp_path / "b")["loss"], rel=1e-3)
+
+
+def test_names_in_the_list_of_what_cannot_be_read_need_not_be_text(tmp_path):
+    checkpoints.write_unreadable(tmp_path, {"caf\udce9": "is no image"})
+    assert (tmp_path / "unreadable.txt").read_bytes() == b"caf\xe9\tis no image\n"

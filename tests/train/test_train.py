@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -494,6 +495,20 @@ def test_a_failure_at_any_moment_keeps_the_old_file(tmp_path, monkeypatch, momen
     write_atomically(path, lambda file: file.write(b"three"))
     assert path.read_bytes() == b"three"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_is_said(tmp_path, no_report):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    name = re.escape(f"{tmp_path}/checkpoints/step-4.tmp")
+
+    def fill(done):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=rf"^{name}: cannot be written: File too large$"):
+            run(tmp_path, on_step=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_is_on_the_disk_before_it_is_renamed(tmp_path, monkeypatch):

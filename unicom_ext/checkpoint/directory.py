@@ -136,7 +136,16 @@ def read(directory: Path) -> tuple[Any, dict[str, Any]]:
 def write_tensors(state: dict[str, Tensor], **where: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
-        dcp.save(state, **where)
+        try:
+            dcp.save(state, **where)
+        except CheckpointException as error:  # which is no Exception
+            path, (reason, _) = where["checkpoint_id"], next(iter(error.failures.values()))
+            cause: BaseException | None = reason
+            # Where a disk is full torch's writer fails a second time, and says that alone.
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            text = getattr(cause, "strerror", None) or str(cause or reason)
+            raise CheckpointError(f"{path}: cannot be written: {text}") from error
 
 
 def read_tensors(state: dict[str, Tensor], **where: Any) -> None:

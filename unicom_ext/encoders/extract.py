@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -133,7 +134,7 @@ class _Extraction:
         labels, at = self.images.first_labels.copy(), 0
         unreadable = 0
         for path in list_files(self.directory / "metadata", ".jsonl"):
-            with open(path) as lines:
+            with open(path, encoding="utf-8") as lines:
                 for line in lines:
                     if "unreadable" in json.loads(line):
                         labels[at], unreadable = NO_CLASS, unreadable + 1
@@ -198,7 +199,8 @@ class _Extraction:
             )
             for i in range(len(rows))
         )
-        content = "".join(line + "\n" for line in lines).encode(errors="surrogateescape")
+        # What is not UTF-8 in a name becomes an escape of JSON, which reads as the same name.
+        content = "".join(line + "\n" for line in lines).encode(errors="backslashreplace")
         write_file(self._path("metadata", number), lambda file: file.write(content))
         if self.text_encoder is not None:
             encoded = self.text_encoder.encode(captions)
@@ -238,11 +240,17 @@ class _Extraction:
         if side == 0:
             return None
         path = self.directory / THUMBNAILS
-        if path.exists():
-            return np.load(path, mmap_mode="r+")
-        channels = (3,) if self.encoder.preprocessing.mode == "RGB" else ()
-        shape = (len(self.images), side, side, *channels)
-        return np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if not path.exists():
+            channels = (3,) if self.encoder.preprocessing.mode == "RGB" else ()
+            shape = (len(self.images), side, side, *channels)
+            np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        try:
+            with open(path, "r+b") as file:
+                # Else the process dies by a signal where the disk gets full.
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from None
+        return np.load(path, mmap_mode="r+")
 
     def _shrunk(self, pixels: Tensor) -> np.ndarray:
         """uint8 [b, side, side] or [b, side, side, 3]."""

@@ -61,7 +61,9 @@ def read_best(output: Path) -> dict[str, Any]:
 def write_unreadable(output: Path, unreadable: dict[str, str]) -> None:
     """One line for each image that could not be read: its name, and why."""
     lines = "".join(f"{name}\t{why}\n" for name, why in unreadable.items())
-    write_atomically(output / UNREADABLE, lambda file: file.write(lines.encode()))
+    write_atomically(
+        output / UNREADABLE, lambda file: file.write(lines.encode(errors="surrogateescape"))
+    )
 
 
 def _remove_steps(directory: Path, kept: Path | None = None) -> None:
