@@ -94,7 +94,7 @@ def write(
         methods=rows,
         at=_at,
         top=TOP,
-        pictures={name: _embedded(figure) for name, figure in pictures.items() if figure},
+        pictures={name: figure and _embedded(figure) for name, figure in pictures.items()},
     )
     write_atomically(output / "report.html", lambda file: file.write(page.encode()))
 
