@@ -13,6 +13,7 @@ from unicom_ext.cli.checkpoint import checkpoint
 from unicom_ext.cli.cluster import cluster
 from unicom_ext.cli.doctor import doctor
 from unicom_ext.cli.evaluate import evaluate
+from unicom_ext.cli.export import export
 from unicom_ext.cli.extract import extract
 from unicom_ext.cli.pipeline import pipeline
 from unicom_ext.cli.report import report
@@ -25,6 +26,6 @@ def main() -> None:
 
 
 for command in (
-    train, pipeline, report, extract, cluster, evaluate, checkpoint, bench, doctor
+    train, pipeline, report, extract, cluster, evaluate, export, checkpoint, bench, doctor
 ):  # fmt: skip
     main.add_command(command)

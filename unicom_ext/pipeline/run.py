@@ -89,7 +89,7 @@ def run(
         _do(step, record, console)
     for name, why in without.items():
         if until is None:
-            console.print(f"{name}: left out, as {why}.")
+            _say(console, f"{name}: left out, as {why}.")
     done = Evaluate.name in [step.name for step in steps]
     return json.loads((output / Evaluate.directory / Evaluate.result).read_text()) if done else None
 
@@ -97,9 +97,9 @@ def run(
 def _do(step: Step, record: Record, console: Console) -> None:
     result = _result(step)
     if record.is_whole(step.name, step.key, result):
-        console.print(f"{step.name}: is there already, {result}", highlight=False, soft_wrap=True)
+        _say(console, f"{step.name}: is there already, {result}")
         return
-    console.print(f"{step.name}: {step.purpose()}", style="bold", highlight=False, soft_wrap=True)
+    _say(console, f"{step.name}: {step.purpose()}", style="bold")
     if not record.is_begun(step.name, step.key):
         record.keep([name for name in NAMES if name != step.name])
         step.clear()
@@ -109,7 +109,11 @@ def _do(step: Step, record: Record, console: Console) -> None:
         step.run(console)
     seconds = time.perf_counter() - began
     record.finish(step.name, result, seconds)
-    console.print(f"{step.name}: took {timedelta(seconds=round(seconds))}", highlight=False)
+    _say(console, f"{step.name}: took {timedelta(seconds=round(seconds))}")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _result(step: Step) -> Path:

@@ -24,6 +24,7 @@ from unicom_ext.cluster import outputs
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts
+from unicom_ext.data.images.settings import DataSettings
 from unicom_ext.encoders import dump, registry
 from unicom_ext.encoders import extract as extraction
 from unicom_ext.encoders.extract_config import ExtractConfig
@@ -145,6 +146,7 @@ class Extract(Step):
                 f"{facts['unreadable']:,} images could not be read: they are in no cluster, and "
                 f"{self.output / 'metadata'} says why.",
                 soft_wrap=True,
+                markup=False,
             )
 
 
@@ -201,6 +203,7 @@ class Cluster(Step):
 
 class _Training(Step):
     result, kind = checkpoints.METRICS, Config
+    classes: ClassVar[str]  # that are trained on
 
     def __init__(self, place: Place, inputs: Mapping[str, str]) -> None:
         super().__init__(place, inputs)
@@ -230,6 +233,7 @@ class _Training(Step):
 
 class Train(_Training):
     name, directory = "train", "pretrained"
+    classes = "pseudo-classes"
 
     def training(self) -> Config:
         labels = self.place.output / Cluster.directory
@@ -245,6 +249,7 @@ class Train(_Training):
 
 class Finetune(_Training):
     name, directory = "finetune", "finetuned"
+    classes = "true classes"
 
     def training(self) -> Config:
         assert self.config.finetune is not None
@@ -279,8 +284,14 @@ class Evaluate(Step):
     def run(self, console: Console) -> None:
         trained = [step for step in self.before if issubclass(step, _Training)]
         figures = {step.directory: self._evaluated(step, console) for step in trained}
-        metrics = json.loads((self.place.output / Train.directory / Train.result).read_text())
-        text = json.dumps({"baselines": metrics["baselines"], **figures}, indent=1)
+        baselines: dict[str, Any] = {}
+        for step in trained:
+            metrics = json.loads((self.place.output / step.directory / step.result).read_text())
+            for name, results in metrics["baselines"].items():
+                # What has learned classes has learned those of the training.
+                learned = f" on {step.classes}" if "LDA" in name else ""
+                baselines.setdefault(name + learned, results)
+        text = json.dumps({"baselines": baselines, **figures}, indent=1)
         write_file(self.output / FIGURES, lambda file: file.write(text.encode()))
 
     def _evaluated(self, step: type[_Training], console: Console) -> list[dict[str, Any]]:
@@ -374,4 +385,7 @@ def names_its_table(kind: type[Step]) -> Iterator[None]:
 
 
 def _without(settings: Settings, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: v for name, v in settings.to_dict().items() if name not in names}
+    """The settings by name, but for these, and for those of where images lie: the digests of the
+    images say which they are."""
+    left = (*names, *(f.name for f in dataclasses.fields(DataSettings)))
+    return {name: v for name, v in settings.to_dict().items() if name not in left}
