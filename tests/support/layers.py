@@ -16,6 +16,7 @@ PACKAGE = "unicom_ext"
 # A file of a room imports from its own room and from lower floors, the top one first.
 FLOORS = (
     ("cli",),
+    ("pipeline",),
     ("train",),
     ("report",),
     ("encoders",),

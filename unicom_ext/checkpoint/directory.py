@@ -72,6 +72,11 @@ def read_module(directory: str | os.PathLike[str], name: str) -> dict[str, Tenso
     return of_module(directory, _tensors(Path(directory), f"modules.{name}."), name)
 
 
+def saved_names(directory: str | os.PathLike[str]) -> list[str]:
+    """The names of the tensors in a checkpoint."""
+    return list(read(Path(directory))[0].state_dict_metadata)
+
+
 def of_module(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], name: str
 ) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from unicom_ext.cli.checkpoint import checkpoint
 from unicom_ext.cli.cluster import cluster
 from unicom_ext.cli.doctor import doctor
 from unicom_ext.cli.evaluate import evaluate
+from unicom_ext.cli.export import export
 from unicom_ext.cli.extract import extract
+from unicom_ext.cli.pipeline import pipeline
 from unicom_ext.cli.probe import probe
 from unicom_ext.cli.report import report
 from unicom_ext.cli.train import train
@@ -24,5 +26,7 @@ def main() -> None:
     """Partial margin softmax for PyTorch: train embeddings on very many classes."""
 
 
-for command in (train, report, extract, cluster, evaluate, probe, checkpoint, bench, doctor):
+for command in (
+    train, pipeline, report, extract, cluster, evaluate, probe, export, checkpoint, bench, doctor
+):  # fmt: skip
     main.add_command(command)

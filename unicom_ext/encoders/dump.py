@@ -17,12 +17,12 @@ from unicom_ext.utils.settings import ConfigError
 SHARD_ROWS = 10_000
 FACTS = "extract.json"
 LABELS, THUMBNAILS, ENCODER = "true_labels.npy", "images.npy", "encoder.pt"
-_NEW = "extract.tmp"  # where files are until all are whole
+NEW = "extract.tmp"  # where files are until all are whole
 _NAME = (
     r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{4,}\.npy|metadata/metadata_[0-9]{4,}\.jsonl|"
     + "|".join(map(re.escape, (LABELS, THUMBNAILS, ENCODER)))
 )
-_FREE_TO_CHANGE = ("device", "workers")  # which do not change the features
+FREE_TO_CHANGE = ("device", "workers")  # which do not change the features
 
 
 def shard_name(kind: str, number: int) -> str:
@@ -44,7 +44,7 @@ class Dump:
     """
 
     def __init__(self, output: Path, facts: dict[str, Any], files: Sequence[str]) -> None:
-        self.output, self.new = output, output / _NEW
+        self.output, self.new = output, output / NEW
         self.facts, self.files = facts, files
         self._earlier = self._earlier_files()
 
@@ -130,7 +130,7 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         theirs = ExtractConfig.from_mapping(there["config"])
     except (ConfigError, KeyError, TypeError):
         return ["other settings"]
-    found = mine.differences(theirs, _FREE_TO_CHANGE)
+    found = mine.differences(theirs, FREE_TO_CHANGE)
     data, own = there.get("data"), here["data"]
     return found or ([] if data == own else [f"other images: {own} here, {data} there"])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from unicom_ext import checkpoint
-from unicom_ext.checkpoint.directory import ABOUT, of_module, read_module
+from unicom_ext.checkpoint.directory import ABOUT, of_module, read_module, saved_names
 from unicom_ext.encoders.packages import package
 from unicom_ext.encoders.vit import VisionTransformer, released_as
 from unicom_ext.utils.files import CheckpointError
 
-ENCODER = "encoder"  # what a run calls the module in its checkpoints
+# What a run calls the module in its checkpoints. Where its weights are averaged, these count.
+ENCODER, AVERAGED = "encoder", "averaged"
+_COUNTER = "n_averaged"  # how many steps the average is of, beside its weights
 BODY, HEAD = "body.", "head."  # beginnings of names in an encoder `WithHead`
 _WRAPPED_IN = "state_dict", "model"  # keys under which trainers put a state dict
 _WRAPPERS = "module.", "_orig_mod.", "model."  # beginnings of all names, of those around a model
@@ -68,7 +70,7 @@ def read(path: str) -> Saved:
     Args:
         path: a .pt, .pth or .safetensors file; a directory of `unicom_ext.checkpoint`, the file
             that its `merge` has made of one, or a directory with checkpoints step-N, of which the
-            last is taken.
+            last is taken. Of a run with `ema` it is the average.
 
     Raises CheckpointError: it cannot be read or holds anything else; ConfigError: reading it needs
     a package that is not installed.
@@ -77,7 +79,7 @@ def read(path: str) -> Saved:
     if where.is_dir():
         if not (where / ".metadata").exists():
             where = checkpoint.latest(where) or where
-        tensors: Any = read_module(where, ENCODER)
+        tensors: Any = read_module(where, _counting(saved_names(where)))
     elif not where.exists():
         raise CheckpointError(f"{path}: is not there")
     elif where.suffix == ".safetensors":
@@ -85,7 +87,9 @@ def read(path: str) -> Saved:
     else:
         tensors = _read_torch(where)
     if isinstance(tensors, dict) and ABOUT in tensors:
-        tensors = of_module(where, tensors, ENCODER)
+        tensors = of_module(where, tensors, _counting(tensors))
+    if isinstance(tensors, dict):
+        tensors.pop(_COUNTER, None)
     for key in _WRAPPED_IN:
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
@@ -118,6 +122,12 @@ def load(module: nn.Module, saved: Saved, encoder: str) -> None:
             f"differ{_explanation(module, saved)}"
         )
     module.load_state_dict({real_names[name]: value for name, value in saved.tensors.items()})
+
+
+def _counting(names: Iterable[str]) -> str:
+    """Which module of a run's checkpoint is its encoder, by the names of the tensors in it."""
+    averaged = any(name.startswith(f"modules.{AVERAGED}.") for name in names)
+    return AVERAGED if averaged else ENCODER
 
 
 def _fault(name: str, there: Tensor | None, here: Tensor) -> str:

@@ -16,14 +16,15 @@ from unicom_ext.train.config import Config
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
 
-FREE_TO_CHANGE = ("workers", "checkpoint_every", "tensorboard")  # which do not change the model
-CONFIG = "config.toml"
+CONFIG, METRICS = "config.toml", "metrics.json"
 CHECKPOINTS = "checkpoints"  # directory in the output directory
 BEST = "best.pt"  # the best encoder on the validation classes so far
 UNREADABLE = "unreadable.txt"
 ON_THE_WAY = (BEST, UNREADABLE)  # of a run, which it may write before its first checkpoint
 # Of the metrics: what a run that goes on must know.
 KEPT = ("baselines", "evaluations", "best", "stopped_early", "unreadable", "seconds", "step")
+# Settings that may differ when a run goes on: they do not change what it computes.
+FREE_TO_CHANGE = ("workers", "checkpoint_every", "tensorboard")
 
 
 def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
@@ -33,17 +34,27 @@ def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
     path = output / CHECKPOINTS / f"step-{trainer.step}"
     trainer.save(path, {"config": metrics["config"], "data": metrics["data"], "metrics": kept})
     if trainer.rank == 0:
-        text = json.dumps(metrics, indent=1).encode()
-        write_atomically(output / "metrics.json", lambda file: file.write(text))
-        _remove_steps(path.parent, path)
+        write_beside(output, path, metrics)
     return path
+
+
+def write_beside(output: Path, path: Path, metrics: dict[str, Any]) -> None:
+    """What belongs to a checkpoint that is whole, if it is not there yet. May be repeated after a
+    kill."""
+    text = json.dumps(metrics, indent=1).encode()
+    there = output / METRICS
+    if not there.exists() or there.read_bytes() != text:
+        write_atomically(there, lambda file: file.write(text))
+    _remove_steps(path.parent, path)
+    if metrics["unreadable"]:
+        write_unreadable(output, metrics["unreadable"])
 
 
 def remove_earlier(output: Path) -> None:
     """Remove what an earlier run has written there, and nothing else: a run that is killed before
     its first checkpoint must not seem to have this one."""
     _remove_steps(output / CHECKPOINTS)
-    for name in ("metrics.json", "report.html", *ON_THE_WAY):
+    for name in (METRICS, "report.html", *ON_THE_WAY):
         (output / name).unlink(missing_ok=True)
 
 
@@ -84,7 +95,7 @@ def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
         # on the way.
         settings = output / CONFIG
         begun = settings.is_file() and settings.read_bytes() == config.to_toml().encode()
-        for name in ("metrics.json", "report.html", *(() if begun else (CONFIG, *ON_THE_WAY))):
+        for name in (METRICS, "report.html", *(() if begun else (CONFIG, *ON_THE_WAY))):
             if (output / name).exists() and not overwrite:
                 raise CheckpointError(f"{output / name}: is there already; overwrite it")
         return None

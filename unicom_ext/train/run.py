@@ -126,6 +126,8 @@ def train(
         seconds = {**metrics["seconds"], **earlier.pop("seconds")}
         metrics.update(earlier, loss=trainer.losses, seconds=seconds)
         console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
+        if first:  # it may have been killed as soon as its checkpoint was whole
+            checkpoints.write_beside(output, saved, metrics)
 
     run = _Run(trainer, metrics, parts, output, console)
     run.to_the_end(on_step)
@@ -166,9 +168,14 @@ def _labelled(config: Config, parts: Parts) -> Parts:
         raise ConfigError(
             f"multi_label: got {config.multi_label!r}, but the images have one label each"
         )
+    check_parts(config, parts)
+    return replace(parts, train=train_set)
+
+
+def check_parts(config: Config, parts: Parts) -> None:
+    """Raises ConfigError where there is no part of the images that the settings need."""
     if config.patience and parts.validation is None:
         raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
-    return replace(parts, train=train_set)
 
 
 def _check_relevant(
@@ -336,10 +343,7 @@ class _Run:
         found = metrics["unreadable"] | trainer.all_unreadable()
         unreadable = {name: found[name] for name in sorted(found, key=natural_name_key)}
         metrics["unreadable"] = unreadable
-        path = checkpoints.save(self.output, trainer, metrics)
-        if unreadable and self.first:
-            checkpoints.write_unreadable(self.output, unreadable)
-        return path
+        return checkpoints.save(self.output, trainer, metrics)
 
 
 def _device_name(device: torch.device) -> str:

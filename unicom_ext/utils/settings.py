@@ -10,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
@@ -74,12 +74,7 @@ class Settings:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Settings by name; the ones that are not given have their default."""
-        names = [setting.name for setting in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                close = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise ConfigError(f"{name}: no such setting; {hint}There are {', '.join(names)}")
+        check_names(values, [setting.name for setting in dataclasses.fields(cls)], "setting")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +94,15 @@ class Settings:
         mine, theirs = self.to_dict(), other.to_dict()
         names = [n for n in mine if mine[n] != theirs[n] and n not in free]
         return [f"{n}: {mine[n]} here, {theirs[n]} there" for n in names]
+
+
+def check_names(given: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raises ConfigError for the first name that is not known."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ConfigError(f"{name}: no such {what}; {hint}There are {', '.join(known)}")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

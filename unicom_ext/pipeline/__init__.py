@@ -1,0 +1,1 @@
+"""UNICOM's whole way, step after step: `unicom-ext pipeline`, or `run.run`."""
