@@ -538,6 +538,16 @@ def test_report_of_a_run_of_before(finished, tmp_path):
     assert "<th>mAP@R</th></tr>" in page
 
 
+def test_report_without_a_wrong_answer(finished, tmp_path):
+    output, _ = finished
+    metrics = json.loads((output / "metrics.json").read_text())
+    embeddings = torch.nn.functional.one_hot(torch.from_numpy(DATA[1].labels)).float()
+    report.write(tmp_path, metrics, Embedded(embeddings, DATA[1]), None, np.random.default_rng(0))
+    page = (tmp_path / "report.html").read_text()
+    assert "Random queries" in page
+    assert "Queries whose nearest image is wrong" not in page
+
+
 def test_neighbours_are_marked_right_and_wrong():
     embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.2], [0.0, 1.0]])
     images = dataclasses.replace(DATA[0], rows=np.arange(4), labels=np.array([0, 1, 0, 1]))
