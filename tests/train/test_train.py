@@ -538,6 +538,7 @@ def test_report_of_a_run_of_before(finished, tmp_path):
     assert "<th>mAP@R</th></tr>" in page
 
 
+@pytest.mark.slow
 def test_report_without_a_wrong_answer(finished, tmp_path):
     output, _ = finished
     metrics = json.loads((output / "metrics.json").read_text())
