@@ -287,6 +287,9 @@ def test_an_output_directory_of_others(pictures, tmp_path, monkeypatch):
 # ---- kills ---------------------------------------------------------------------------------------
 
 
+EVERY = 9
+
+
 class Killed(BaseException):
     """Not an Exception: nothing on the way may mend it."""
 
@@ -310,7 +313,9 @@ def killed_at(number: int, output: Path, settings) -> bool:
             patch.setattr(place, name, killing(getattr(place, name)))
         try:
             run_pipeline(output, settings)
-        except Killed:
+        except BaseException:  # torch's checkpoints wrap whatever it is
+            if len(calls) < number:
+                raise
             return True
     return False
 
@@ -318,8 +323,12 @@ def killed_at(number: int, output: Path, settings) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [None, {"m2": 0.2}])
 def test_a_killed_pipeline_goes_on(whole, pictures, tmp_path, before):
-    """Whatever it was about to write, rename or remove, also over a pipeline of other settings."""
-    settings, number, there = tables(pictures), 1, tmp_path / "there"
+    """Whatever it was about to write, rename or remove, also over a pipeline of other settings.
+
+    Every ninth of these places: all of them would take a minute.
+    """
+    settings, there = tables(pictures), tmp_path / "there"
+    number = EVERY if before else 1
     if before is not None:
         run_pipeline(there, tables(pictures, cluster={"clusters": 4}, train=before))
     while True:
@@ -332,27 +341,27 @@ def test_a_killed_pipeline_goes_on(whole, pictures, tmp_path, before):
             break
         run_pipeline(output, again)
         assert_same_results(output, whole)
-        number += 1
+        number += EVERY
     assert number > 30
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["extract", "cluster", "train", "finetune", "evaluate"])
-def test_a_pipeline_that_gets_sigkill_goes_on(whole, pictures, tmp_path, step):
+def test_a_pipeline_that_gets_sigkill_in_each_step_goes_on(whole, pictures, tmp_path):
     settings = PipelineConfig.from_mapping(tables(pictures)).to_toml()
     (tmp_path / "settings.toml").write_text(settings)
     output = tmp_path / "output"
     arguments = ["pipeline", "--config", tmp_path / "settings.toml", "--output", output]
     command = [sys.executable, "-u", "-m", "unicom_ext", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            # In the middle of its work: what follows the line that announces it.
-            if line.startswith(f"{step}: "):
-                process.send_signal(signal.SIGKILL)
-                break
-    assert process.returncode == -signal.SIGKILL
-    recorded = json.loads((output / "pipeline.json").read_text())["steps"]
-    assert "result" not in recorded.get(step, {})
+    for step in ("extract", "cluster", "train", "finetune", "evaluate"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                # What follows the line that announces a step is its work.
+                if line.startswith(f"{step}: "):
+                    process.send_signal(signal.SIGKILL)
+                    break
+        assert process.returncode == -signal.SIGKILL
+        recorded = json.loads((output / "pipeline.json").read_text())["steps"]
+        assert "result" not in recorded.get(step, {})
     result = CliRunner().invoke(main, ["pipeline", "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "pseudo-classes (zero-shot)" in result.output

@@ -17,6 +17,7 @@ from support.training import (
     DATA,
     FLAT,
     PARTS,
+    STEPS,
     TINY,
     apart_from_timing,
     assert_same_bits,
@@ -32,6 +33,7 @@ from unicom_ext.train import checkpoints, report
 from unicom_ext.train import run as driver
 from unicom_ext.train.interrupt import Interrupted
 from unicom_ext.train.trainer import Trainer
+from unicom_ext.utils.files import CheckpointError
 from unicom_ext.utils.settings import ConfigError
 
 
@@ -246,6 +248,39 @@ def test_the_best_step_may_be_the_last_or_before_a_kill(tmp_path, recalls):
     metrics = run(tmp_path, config=early(), data=VALIDATED)
     assert not metrics["stopped_early"]
     assert metrics["best"]["step"] == metrics["step"] == metrics["steps"]
+
+
+def test_a_kill_after_the_last_checkpoint_leaves_nothing_undone(tmp_path, monkeypatch):
+    expected = run(tmp_path / "whole")
+
+    class Killed(BaseException):
+        pass
+
+    def killed(output, path, metrics):
+        if path.name == f"step-{STEPS}":
+            raise Killed
+        beside(output, path, metrics)
+
+    beside = checkpoints.write_beside
+    monkeypatch.setattr(checkpoints, "write_beside", killed)
+    with pytest.raises(Killed):
+        run(tmp_path / "run")
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["step"] < STEPS
+    run(tmp_path / "run", resume=True)
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert apart_from_timing(found) == json.loads(json.dumps(apart_from_timing(expected)))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{STEPS}"]
+
+
+def test_what_may_differ_when_a_run_goes_on(tmp_path):
+    run(tmp_path)
+    other = dataclasses.replace(TINY, workers=0, checkpoint_every=5)
+    assert run(tmp_path, config=other, resume=True)["step"] == STEPS
+    with pytest.raises(
+        CheckpointError, match=r"is of another config: scale: 8\.0 here, 32\.0 there$"
+    ):
+        run(tmp_path, config=dataclasses.replace(other, scale=8.0), resume=True)
 
 
 @pytest.mark.parametrize(

@@ -534,9 +534,9 @@ def test_report_is_complete(finished):
     output, metrics = finished
     page = (output / "report.html").read_text()
     for result in metrics["evaluations"][-1]["results"]:
-        assert f">{result['recall']['1']:.3f}</td>" in page
+        assert f">{result['recall']['1']:.3f} " in page
         for figure in (result["map_at_r"], result["r_precision"], result["map_at_k"]["10"]):
-            assert f"<td>{figure:.4f}</td>" in page
+            assert f"<td>{figure:.4f}" in page
     assert '<th scope="col">R-precision</th><th scope="col">mAP@1</th>' in page
     assert "<bdi>our model</bdi>" in page
     assert re.findall(r'<section id="(\w+)"', page) == [
@@ -598,6 +598,15 @@ def test_page_has_intervals_where_there_are_some(finished):
     headline = report.page(metrics, DATA[0], None, None).headline
     assert headline.interval == (0.25, 0.75)
     assert headline.share == metrics["evaluations"][-1]["results"][-1]["recall"]["1"]
+
+
+def test_report_without_a_wrong_answer(finished, tmp_path):
+    metrics = json.loads((finished[0] / "metrics.json").read_text())
+    embeddings = torch.nn.functional.one_hot(torch.from_numpy(DATA[1].labels)).float()
+    report.write(tmp_path, metrics, DATA[0], Embedded(embeddings, DATA[1]), None)
+    page = (tmp_path / "report.html").read_text()
+    assert '<section id="queries"' in page
+    assert '<section id="confusions"' not in page
 
 
 # ---- settings ------------------------------------------------------------------------------------
