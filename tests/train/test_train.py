@@ -534,9 +534,9 @@ def test_report_is_complete(finished):
     output, metrics = finished
     page = (output / "report.html").read_text()
     for result in metrics["evaluations"][-1]["results"]:
-        assert f">{result['recall']['1']:.3f} " in page
+        assert f">{result['recall']['1']:.3f}<small>" in page
         for figure in (result["map_at_r"], result["r_precision"], result["map_at_k"]["10"]):
-            assert f"<td>{figure:.4f}" in page
+            assert f"<td>{figure:.4f}<small>" in page
     assert '<th scope="col">R-precision</th><th scope="col">mAP@1</th>' in page
     assert "<bdi>our model</bdi>" in page
     assert re.findall(r'<section id="(\w+)"', page) == [
