@@ -59,8 +59,8 @@ def test_help_names_the_commands_and_is_not_heavy():
     result = run("--help")
     assert result.returncode == 0, result.stderr
     for command in (
-        "train", "cluster", "extract", "evaluate", "probe", "report", "checkpoint", "bench",
-        "doctor",
+        "train", "pipeline", "cluster", "extract", "evaluate", "probe", "export", "report",
+        "checkpoint", "bench", "doctor",
     ):  # fmt: skip
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
     heavy = "import sys, unicom_ext.cli.main; print([m for m in %r if m in sys.modules])"

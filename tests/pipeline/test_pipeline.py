@@ -201,6 +201,7 @@ def test_a_changed_setting_makes_its_step_and_later_ones_anew(output, pictures, 
     )
 
 
+@pytest.mark.slow
 def test_results_are_those_of_a_pipeline_from_nothing(output, pictures, tmp_path):
     run_pipeline(output, tables(pictures, cluster={"clusters": 6}))
     assert figures(output) != {}
@@ -287,7 +288,7 @@ def test_an_output_directory_of_others(pictures, tmp_path, monkeypatch):
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-EVERY = 9
+EVERY = 13
 
 
 class Killed(BaseException):
@@ -325,7 +326,7 @@ def killed_at(number: int, output: Path, settings) -> bool:
 def test_a_killed_pipeline_goes_on(whole, pictures, tmp_path, before):
     """Whatever it was about to write, rename or remove, also over a pipeline of other settings.
 
-    Every ninth of these places: all of them would take a minute.
+    Some of these places: all of them would take a minute.
     """
     settings, there = tables(pictures), tmp_path / "there"
     number = EVERY if before else 1
