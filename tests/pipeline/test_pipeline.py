@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from support.images import exactly
 from support.pipelines import photographs, run_pipeline, tables
 from support.training import assert_same_bits, saved
@@ -23,7 +24,7 @@ from unicom_ext.cli.main import main
 from unicom_ext.data.images.opening import open_images
 from unicom_ext.encoders import registry
 from unicom_ext.pipeline import run as pipeline
-from unicom_ext.pipeline import steps
+from unicom_ext.pipeline import steps, table
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.retrieval import evaluate
 from unicom_ext.train import checkpoints, report
@@ -136,6 +137,27 @@ def test_single_commands_take_what_it_leaves(output):
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 0, result.output
         assert words in result.output
+
+
+def test_baselines_say_which_classes_they_have_learned(output, pictures):
+    for step, names in (("pretrained", ["HOG", "LDA"]), ("finetuned", ["LDA"])):
+        path = output / step / "metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["baselines"] = {name: figures(output)[step] for name in names}
+        path.write_text(json.dumps(metrics))
+    config = PipelineConfig.from_mapping(tables(pictures))
+    place = steps.Place(config, open_images(config.data, 0), output)
+    evaluate_step = steps.planned(place)[4]
+    evaluate_step.run(Console(quiet=True))
+    names = ["HOG", "LDA on pseudo-classes", "LDA on true classes"]
+    assert list(figures(output)["baselines"]) == names
+    grid = table.table(figures(output))
+    names += ["pseudo-classes (zero-shot)", "fine-tuned"]
+    assert list(grid.columns[0].cells) == names
+    best = figures(output)["finetuned"][-1]
+    assert [list(c.cells)[-1] for c in grid.columns[2:]] == [
+        f"{best['recall']['1']:.3f}", f"{best['map_at_r']:.3f}"
+    ]  # fmt: skip
 
 
 def test_images_that_cannot_be_read_and_captions(pictures, tmp_path):
