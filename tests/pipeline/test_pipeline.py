@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from support.images import exactly
 from support.pipelines import photographs, run_pipeline, tables
 from support.training import assert_same_bits, saved
 
+from unicom_ext import report
 from unicom_ext.cli.main import main
 from unicom_ext.data.images.opening import open_images
 from unicom_ext.encoders import registry
@@ -27,20 +29,22 @@ from unicom_ext.pipeline import run as pipeline
 from unicom_ext.pipeline import steps, table
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.retrieval import evaluate
-from unicom_ext.train import checkpoints, report
+from unicom_ext.train import checkpoints
 from unicom_ext.utils.settings import ConfigError
 
 STEPS = list(steps.NAMES)
+WRITE = report.write
+
+
+def write_quickly(path, page):
+    path.write_text("a page")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Drawing takes longer than all the rest."""
 
-    def write(output, *arguments):
-        (output / "report.html").write_text("a page")
-
-    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr(report, "write", write_quickly)
     monkeypatch.setattr("unicom_ext.cluster.pictures.draw", lambda *arguments: [])
 
 
@@ -55,7 +59,7 @@ def pictures(tmp_path_factory):
 def whole(pictures, tmp_path_factory):
     """A pipeline that nothing has interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write", lambda at, *_: (at / "report.html").write_text("a page"))
+        patch.setattr(report, "write", write_quickly)
         patch.setattr("unicom_ext.cluster.pictures.draw", lambda *arguments: [])
         output = tmp_path_factory.mktemp("whole") / "output"
         run_pipeline(output, tables(pictures))
@@ -305,6 +309,19 @@ def test_an_output_directory_of_others(pictures, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"^a pipeline runs in one process, without torchrun; "):
         run_pipeline(tmp_path / "new", tables(pictures))
+
+
+def test_the_page_has_every_encoder_and_the_clusters(output, pictures, monkeypatch):
+    monkeypatch.setattr(report, "write", WRITE)
+    run_pipeline(output, tables(pictures), begin_at="report")
+    page = (output / "report.html").read_text()
+    sections = re.findall(r'<section id="(\w+)"', page)
+    assert {"results", "training", "queries", "clusters", "map", "about"} <= set(sections)
+    figures = json.loads((output / "evaluation" / "figures.json").read_text())
+    for key, name in table.ENCODERS.items():
+        assert f"<bdi>{name}</bdi>" in page
+        for result in figures[key]:
+            assert f"{result['recall']['1']:.3f}<small>" in page
 
 
 # ---- kills ---------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from rich.console import Console
 
-from unicom_ext import checkpoint
+from unicom_ext import checkpoint, report
 from unicom_ext.cluster import driver as clustering
 from unicom_ext.cluster import outputs
 from unicom_ext.cluster.config import ClusterConfig
@@ -29,11 +29,12 @@ from unicom_ext.encoders import dump, registry
 from unicom_ext.encoders import extract as extraction
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.pipeline.config import PipelineConfig, SharedSettings
+from unicom_ext.pipeline.page import page
 from unicom_ext.pipeline.record import key_of
 from unicom_ext.retrieval.files import evaluate_files
 from unicom_ext.train import checkpoints, run
 from unicom_ext.train.config import Config
-from unicom_ext.train.evaluation import RECALL_AT
+from unicom_ext.train.evaluation import RECALL_AT, RESAMPLES
 from unicom_ext.utils.files import write_file
 from unicom_ext.utils.settings import ConfigError, Settings
 
@@ -303,10 +304,11 @@ class Evaluate(Step):
                 config = self._extraction(step, part)
                 extraction.extract(config, images, output, overwrite=True, console=console)
                 files |= {part: output, f"{part}_labels": output / dump.LABELS}
+        several = self.place.parts.query is not None and self.place.parts.query.num_classes > 1
         results = evaluate_files(
             files["query"], files["query_labels"],
             files.get("gallery"), files.get("gallery_labels"),
-            options={"dims": self.config.dims, "ks": RECALL_AT},
+            options={"dims": self.config.dims, "ks": RECALL_AT, "bootstrap": RESAMPLES * several},
         )  # fmt: skip
         return [result._asdict() for result in results]
 
@@ -337,8 +339,15 @@ class Report(Step):
 
     def run(self, console: Console) -> None:
         *_, last = (step for step in self.before if issubclass(step, _Training))
-        content = (self.place.output / last.directory / REPORT).read_bytes()
-        write_file(self.output / REPORT, lambda file: file.write(content))
+        output, evaluation = self.place.output, self.place.output / Evaluate.directory
+        shown = page(
+            json.loads((output / last.directory / last.result).read_text()),
+            json.loads((evaluation / FIGURES).read_text()),
+            self.place.parts,
+            output / Cluster.directory,
+            evaluation / last.directory,
+        )
+        report.write(self.output / REPORT, shown)
 
 
 STEPS: tuple[type[Step], ...] = (Extract, Cluster, Train, Finetune, Evaluate, Report)
