@@ -15,7 +15,7 @@ NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -nam
 .PHONY: demo test test-quick lint format bench build doctor gpu-check clean
 
 demo: build
-	$(BIN)/unicom-ext train --config unicom_ext/train/demo.toml --output $(DEMO)
+	$(BIN)/unicom-ext pipeline --output $(DEMO)
 	@echo "Open $(DEMO)/report.html"
 
 # More for pytest may stand in PYTEST: make test PYTEST="--durations=20 tests/loss"
