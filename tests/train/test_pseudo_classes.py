@@ -90,6 +90,26 @@ def test_training_on_pseudo_classes(tmp_path):
     assert both[0]["loss"] == both[1]["loss"]
 
 
+def test_clusters_of_other_images_are_refused(tmp_path):
+    """Of as many: each would get the label of another one."""
+    np.save(tmp_path / "labels_0000.npy", np.arange(len(TRAIN)) % 7)
+    other = TRAIN.take(np.arange(len(TRAIN))[::-1])
+    for images, right in ((TRAIN.facts(), True), (None, True), (other.facts(), False)):
+        (tmp_path / "clusters.json").write_text(json.dumps({"images": images}))
+        if right:
+            metrics = train_on(tmp_path, tmp_path / f"right {images is None}")
+            assert metrics["data"]["train_classes"] == 7
+            continue
+        with pytest.raises(ConfigError) as caught:
+            train_on(tmp_path, tmp_path / "run")
+        assert str(caught.value) == (
+            f"labels: {tmp_path}: are clusters of other images (120 of 20 classes) than these (120 "
+            "of 20 classes); must be of features that were extracted with the same data, seed and "
+            "fractions, and of the part train"
+        )
+        assert not (tmp_path / "run").exists()
+
+
 def test_relabelled_with_several():
     labels = np.full((len(TRAIN), 3), -1)
     labels[0] = [7, -5, 3]
@@ -281,6 +301,7 @@ def test_features_then_clusters(tmp_path, monkeypatch):
     assert all(line in said for line in summary)
     facts = json.loads((output / "clusters.json").read_text())
     assert facts["rows"]["clustered"] == len(TRAIN)
+    assert facts["images"] == images.facts()
     assert len(facts["source"]["shards"]) > 1
     assert facts["quality"]["nmi"] > 0.3
     assert (output / "members.png").exists()

@@ -15,6 +15,7 @@ from unicom_ext.data.labels import LABELS, POSITIVES
 from unicom_ext.data.source import Source
 from unicom_ext.utils.settings import ConfigError
 
+CLUSTERS = "clusters.json"
 STATE = "state"  # directory of what is needed to go on
 STATE_FILE, PASSES, COARSE, FINAL = "state.pt", ("pass-0", "pass-1"), "coarse", "final"
 UNFINISHED = "positives"  # directory of the positives until all are there
@@ -25,7 +26,7 @@ def written(output: Path, shards: Iterable[str]) -> list[Path]:
     last."""
     labels = [f"{kind}{name}.npy" for name in shards for kind in (LABELS, POSITIVES)]
     names = [*labels, "centroids.npy", *PICTURES]
-    return [output / name for name in (*names, "clusters.json", f"{STATE}/{STATE_FILE}")]
+    return [output / name for name in (*names, CLUSTERS, f"{STATE}/{STATE_FILE}")]
 
 
 def remove_state(output: Path) -> list[str]:
@@ -75,7 +76,7 @@ def check_apart(output: Path, source: Source, read: list[Path]) -> None:
 def shards_of(output: Path) -> list[str]:
     """The names of the shards of earlier runs. What cannot be read names none."""
     names: dict[str, None] = {}
-    for read, path in ((_result, output / "clusters.json"), (_state, output / STATE / STATE_FILE)):
+    for read, path in ((_result, output / CLUSTERS), (_state, output / STATE / STATE_FILE)):
         try:
             names |= dict.fromkeys(shard["name"] for shard in read(path)["source"]["shards"])
         except Exception:  # not there, or spoilt, which is a reason to overwrite it

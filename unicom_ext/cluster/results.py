@@ -16,6 +16,7 @@ from unicom_ext.cluster import pictures
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.labels import LabelFiles, sha256
 from unicom_ext.cluster.lloyd import Totals
+from unicom_ext.cluster.outputs import CLUSTERS
 from unicom_ext.cluster.quality import quality
 from unicom_ext.data.source import Source
 from unicom_ext.utils.files import write_file
@@ -71,6 +72,7 @@ def write(
     result = {
         "config": config.to_dict(),
         "source": source.describe(),
+        "images": source.images,
         "rows": {
             "clustered": clustered,
             "zero": totals.zero,
@@ -91,7 +93,7 @@ def write(
         "sha256": checksums,
     }
     text = json.dumps(result, indent=1).encode()
-    write_file(output / "clusters.json", lambda file: file.write(text))
+    write_file(output / CLUSTERS, lambda file: file.write(text))
     return result
 
 

@@ -5,6 +5,7 @@ All headers are read, and all shapes compared, before anything else happens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from unicom_ext.data.joint import check_joint, join
 from unicom_ext.utils.arrays import SourceError
 
 BLOCK_BYTES = 32 << 20  # of fp32 rows, of which three blocks are in memory at a time
+
+EXTRACTED = "extract.json"  # what `unicom-ext extract` writes beside features
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -155,6 +158,15 @@ class Source:
             return parts[0]
         image, text = parts
         return join(image, text, self._joint, self._image_weight)
+
+    @property
+    def images(self) -> dict[str, Any] | None:
+        """Facts about the images that `unicom-ext extract` has made these features of; None where
+        it has not, or does not say."""
+        try:
+            return json.loads((self.path / EXTRACTED).read_text())["data"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     @property
     def names(self) -> list[str]:

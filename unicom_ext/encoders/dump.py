@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unicom_ext.data.source import EXTRACTED
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.files import list_files, natural_key, write_file
 from unicom_ext.utils.settings import ConfigError
 
 SHARD_ROWS = 10_000
-FACTS = "extract.json"
+FACTS = EXTRACTED
 LABELS, THUMBNAILS, ENCODER = "true_labels.npy", "images.npy", "encoder.pt"
 NEW = "extract.tmp"  # where files are until all are whole
 _NAME = (

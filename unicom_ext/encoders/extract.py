@@ -13,7 +13,6 @@ Row i is image i. One that cannot be read has a zero row and no label, which clu
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -79,7 +78,7 @@ def extract(
     text_encoder = None
     if images.pictures.has_captions and config.text_encoder != "none":
         text_encoder = text.create(config.text_encoder, config.dim, config.seed)
-    facts = {"config": config.to_dict(), "data": _data_facts(images)}
+    facts = {"config": config.to_dict(), "data": images.facts()}
     kinds = ["img_emb", *([] if text_encoder is None else ["text_emb"]), "metadata"]
     shards = range(-(-len(images) // SHARD_ROWS))
     names = [shard_name(kind, number) for kind in kinds for number in shards] + [LABELS]
@@ -280,9 +279,3 @@ def _image_encoder(config: ExtractConfig) -> ImageEncoder:
     with torch.random.fork_rng(devices=[]):
         size = config.dim if config.encoder in ("pixels", "hog") else 0
         return registry.create(config, size)
-
-
-def _data_facts(images: ImageSet) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    images.digest(digest)
-    return {"images": len(images), "classes": images.num_classes, "sha256": digest.hexdigest()}

@@ -152,7 +152,7 @@ class Extract(Step):
 
 
 class Cluster(Step):
-    name, directory, result = "cluster", "clusters", "clusters.json"
+    name, directory, result = "cluster", "clusters", outputs.CLUSTERS
     kind = ClusterConfig
 
     def __init__(self, place: Place, inputs: Mapping[str, str]) -> None:

@@ -8,6 +8,7 @@ at another number of them.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
+from unicom_ext.cluster.outputs import CLUSTERS
 from unicom_ext.data.images.batches import AT_LEAST, killed_workers_named
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
@@ -155,6 +157,7 @@ def _labelled(config: Config, parts: Parts) -> Parts:
     _check_relevant(config, "validation", parts.validation, None)
     _check_relevant(config, "test", parts.query, parts.gallery)
     if config.labels:
+        _check_clustered(config, train_set)
         labels = read_positives("labels", config.labels, len(train_set), config.positives)
         train_set = train_set.relabelled(labels)
     elif (train_set.labels == NO_CLASS).any():
@@ -170,6 +173,25 @@ def _labelled(config: Config, parts: Parts) -> Parts:
         )
     check_parts(config, parts)
     return replace(parts, train=train_set)
+
+
+def _check_clustered(config: Config, train_set: ImageSet) -> None:
+    """ConfigError where the labels are clusters of other images: as many of them would be taken for
+    these, each with another one's label."""
+    try:
+        clustered = json.loads((Path(config.labels) / CLUSTERS).read_text())["images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of no directory of clusters, or of features that say nothing of their images
+    facts = train_set.facts()
+    if clustered is not None and clustered != facts:
+        there, here = (
+            f"{of['images']:,} of {of['classes']:,} classes" for of in (clustered, facts)
+        )
+        raise ConfigError(
+            f"labels: {config.labels}: are clusters of other images ({there}) than these ({here}); "
+            "must be of features that were extracted with the same data, seed and fractions, and "
+            "of the part train"
+        )
 
 
 def check_parts(config: Config, parts: Parts) -> None:

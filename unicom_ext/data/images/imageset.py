@@ -142,6 +142,14 @@ class ImageSet:
         names = [f"pseudo-class {number}" for number in kept.tolist()]
         return ImageSet(self.pictures, self.rows[indices], new[indices], names)
 
+    def facts(self) -> dict[str, Any]:
+        """What tells this set from others: counts, and a digest of its images and labels."""
+        digest = hashlib.sha256()
+        self.digest(digest)
+        return {
+            "images": len(self), "classes": self.num_classes, "sha256": digest.hexdigest()
+        }  # fmt: skip
+
     def digest(self, into: Any) -> None:
         """Add what tells this set from others to a hash."""
         self.pictures.digest(self.rows, into)
