@@ -35,6 +35,7 @@ from unicom_ext.retrieval.files import evaluate_files
 from unicom_ext.train import checkpoints, run
 from unicom_ext.train.config import Config
 from unicom_ext.train.evaluation import RECALL_AT, RESAMPLES
+from unicom_ext.train.images import check_parts
 from unicom_ext.utils.files import write_file
 from unicom_ext.utils.settings import ConfigError, Settings
 
@@ -208,7 +209,7 @@ class _Training(Step):
 
     def __init__(self, place: Place, inputs: Mapping[str, str]) -> None:
         super().__init__(place, inputs)
-        run.check_parts(self.training(), place.parts)
+        check_parts(self.training(), place.parts)
 
     def training(self) -> Config:
         raise NotImplementedError

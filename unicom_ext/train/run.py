@@ -7,36 +7,29 @@ at another number of them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from unicom_ext import checkpoint
-from unicom_ext.cluster.outputs import CLUSTERS
-from unicom_ext.data.images.batches import AT_LEAST, killed_workers_named
+from unicom_ext.data.images.batches import killed_workers_named
 from unicom_ext.data.images.embedded import Embedded
-from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
-from unicom_ext.data.labels import read_positives
 from unicom_ext.distributed.failures import agree
 from unicom_ext.train import checkpoints, curves, report
 from unicom_ext.train.config import Config
 from unicom_ext.train.curves import Curves
 from unicom_ext.train.evaluation import RESAMPLES, evaluate, evaluate_baselines
+from unicom_ext.train.images import facts_of, labelled
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, natural_name_key, write_atomically
-from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import cpu_model, versions
 
 
@@ -64,8 +57,8 @@ def train(
     Returns what metrics.json holds. Nothing is chosen by looking at the test classes: the last
     model counts, or with `patience` the best one on the validation classes. Raises CheckpointError
     if the output directory does not fit `resume`, ChildProcessError if a process that reads images
-    was killed, and Interrupted after SIGINT or SIGTERM, when
-    everything needed to resume has been saved.
+    was killed, and Interrupted after SIGINT or SIGTERM, when everything needed to resume has been
+    saved.
     """
     output = Path(output)
     first = group is None or dist.get_rank(group) == 0
@@ -76,8 +69,8 @@ def train(
         saved = checkpoints.to_resume(output, config, resume, overwrite)
         if config.tensorboard:
             curves.check_installed()
-        parts = _labelled(config, open_images(config, config.seed) if data is None else data)
-        facts = _facts(parts)
+        parts = labelled(config, open_images(config, config.seed) if data is None else data)
+        facts = facts_of(parts)
     except Exception as error:
         failure = error
     agree({"the checkpoint": str(saved), "the data": facts}, failure, group)
@@ -139,84 +132,10 @@ def train(
             f"{output / checkpoints.UNREADABLE} says why.",
             soft_wrap=True,
         )
-    query, gallery = (None, None) if parts.query is None else run.embedded()
+    query, gallery = (None, None) if parts.query is None else run.tested()
     if first:
         report.write(output, metrics, parts.train, query, gallery)
     return metrics
-
-
-def _labelled(config: Config, parts: Parts) -> Parts:
-    """With the labels to train on. Raises ConfigError where there is nothing to train on, or
-    nothing to find: not after hours of training."""
-    train_set = parts.train
-    if len(train_set) < AT_LEAST:
-        raise ConfigError(
-            f"data: {config.data} has {len(train_set)} images to train on, must have at least "
-            f"{AT_LEAST}"
-        )
-    _check_relevant(config, "validation", parts.validation, None)
-    _check_relevant(config, "test", parts.query, parts.gallery)
-    if config.labels:
-        _check_clustered(config, train_set)
-        labels = read_positives("labels", config.labels, len(train_set), config.positives)
-        train_set = train_set.relabelled(labels)
-    elif (train_set.labels == NO_CLASS).any():
-        if (train_set.labels == NO_CLASS).all():
-            raise ConfigError(
-                f"data: the images of {config.data} have no labels; `labels` can name those that "
-                "`unicom-ext cluster` finds"
-            )
-        train_set = train_set.take(np.flatnonzero(train_set.labels != NO_CLASS))
-    if config.multi_label != "average" and train_set.labels.ndim == 1:
-        raise ConfigError(
-            f"multi_label: got {config.multi_label!r}, but the images have one label each"
-        )
-    check_parts(config, parts)
-    return replace(parts, train=train_set)
-
-
-def _check_clustered(config: Config, train_set: ImageSet) -> None:
-    """ConfigError where the labels are clusters of other images: as many of them would be taken for
-    these, each with another one's label."""
-    try:
-        clustered = json.loads((Path(config.labels) / CLUSTERS).read_text())["images"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # of no directory of clusters, or of features that say nothing of their images
-    facts = train_set.facts()
-    if clustered is not None and clustered != facts:
-        there, here = (
-            f"{of['images']:,} of {of['classes']:,} classes" for of in (clustered, facts)
-        )
-        raise ConfigError(
-            f"labels: {config.labels}: are clusters of other images ({there}) than these ({here}); "
-            "must be of features that were extracted with the same data, seed and fractions, and "
-            "of the part train"
-        )
-
-
-def check_parts(config: Config, parts: Parts) -> None:
-    """Raises ConfigError where there is no part of the images that the settings need."""
-    if config.patience and parts.validation is None:
-        raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
-
-
-def _check_relevant(
-    config: Config, part: str, query: ImageSet | None, gallery: ImageSet | None
-) -> None:
-    """Raises ConfigError where no image of a part has another one to be found."""
-    if query is None:
-        return
-    labels = query.labels[query.labels != NO_CLASS]
-    if gallery is None:
-        found = len(np.unique(labels)) < len(labels)
-    else:
-        found = bool(np.isin(labels, gallery.labels).any())
-    if not found:
-        where = "the gallery" if gallery is not None else "the part"
-        raise ConfigError(
-            f"data: no {part} image of {config.data} has another one of its class in {where}, so "
-            "that there is nothing to find"
-        )
 
 
 def _announce(config: Config, facts: dict[str, Any], parts: Parts, console: Console) -> None:
@@ -247,6 +166,7 @@ class _Run:
         self.trainer, self.metrics, self.parts = trainer, metrics, parts
         self.output, self.console = output, console
         self.first = trainer.rank == 0
+        self._tested: tuple[Embedded, Embedded | None] | None = None
 
     def to_the_end(self, on_step: Callable[[int], object] | None) -> None:
         """Train up to the last step, with evaluations and checkpoints on the way."""
@@ -291,8 +211,14 @@ class _Run:
                 if stopping and not last:
                     raise Interrupted(trainer.step, trainer.steps, path)
 
-    def embedded(self) -> tuple[Embedded, Embedded | None]:
-        """The test images."""
+    def tested(self) -> tuple[Embedded, Embedded | None]:
+        """The test images by the final encoder."""
+        if self._tested is None:
+            self._tested = self._embedded()
+        return self._tested
+
+    def _embedded(self) -> tuple[Embedded, Embedded | None]:
+        """The test images by the encoder as it is."""
         query, gallery = self.parts.query, self.parts.gallery
         assert query is not None
         return self.trainer.embed(query), None if gallery is None else self.trainer.embed(gallery)
@@ -309,13 +235,13 @@ class _Run:
             if config.patience:
                 last = self._compare(recall) or last
         elif self.parts.query is not None and not last:
-            self._note("test", *self.embedded(), config.dims[-1:])
+            self._note("test", *self._embedded(), config.dims[-1:])
         if last:
             if config.patience:
                 agree({}, None, trainer.group)  # the first has written it
                 trainer.load_encoder(checkpoints.read_best(self.output))
             if self.parts.query is not None:
-                self._note("test", *self.embedded(), config.dims, bootstrap=RESAMPLES)
+                self._note("test", *self.tested(), config.dims, bootstrap=RESAMPLES)
         return last
 
     def _note(
@@ -370,20 +296,3 @@ class _Run:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _facts(parts: Parts) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    sets: dict[str, ImageSet | None] = {
-        "train": parts.train,
-        "test": parts.query,
-        "gallery": parts.gallery,
-        "validation": parts.validation,
-    }
-    facts: dict[str, Any] = {}
-    for name, images in sets.items():
-        if images is not None:
-            images.digest(digest)
-            facts[f"{name}_images"] = len(images)
-            facts[f"{name}_classes"] = images.num_classes
-    return {**facts, "sha256": digest.hexdigest()}

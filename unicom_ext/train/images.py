@@ -1,0 +1,111 @@
+"""The images of a run: what is trained on, and whether there is something to find."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unicom_ext.cluster.outputs import CLUSTERS
+from unicom_ext.data.images.batches import AT_LEAST
+from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
+from unicom_ext.data.images.opening import Parts
+from unicom_ext.data.labels import read_positives
+from unicom_ext.train.config import Config
+from unicom_ext.utils.settings import ConfigError
+
+
+def labelled(config: Config, parts: Parts) -> Parts:
+    """With the labels to train on. Raises ConfigError where there is nothing to train on, or
+    nothing to find: not after hours of training."""
+    train_set = parts.train
+    if len(train_set) < AT_LEAST:
+        raise ConfigError(
+            f"data: {config.data} has {len(train_set)} images to train on, must have at least "
+            f"{AT_LEAST}"
+        )
+    _check_relevant(config, "validation", parts.validation, None)
+    _check_relevant(config, "test", parts.query, parts.gallery)
+    if config.labels:
+        _check_clustered(config, train_set)
+        labels = read_positives("labels", config.labels, len(train_set), config.positives)
+        train_set = train_set.relabelled(labels)
+    elif (train_set.labels == NO_CLASS).any():
+        if (train_set.labels == NO_CLASS).all():
+            raise ConfigError(
+                f"data: the images of {config.data} have no labels; `labels` can name those that "
+                "`unicom-ext cluster` finds"
+            )
+        train_set = train_set.take(np.flatnonzero(train_set.labels != NO_CLASS))
+    if config.multi_label != "average" and train_set.labels.ndim == 1:
+        raise ConfigError(
+            f"multi_label: got {config.multi_label!r}, but the images have one label each"
+        )
+    check_parts(config, parts)
+    return replace(parts, train=train_set)
+
+
+def _check_clustered(config: Config, train_set: ImageSet) -> None:
+    """ConfigError where the labels are clusters of other images: as many of them would be taken for
+    these, each with another one's label."""
+    try:
+        clustered = json.loads((Path(config.labels) / CLUSTERS).read_text())["images"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # of no directory of clusters, or of features that say nothing of their images
+    facts = train_set.facts()
+    if clustered is not None and clustered != facts:
+        there, here = (
+            f"{of['images']:,} of {of['classes']:,} classes" for of in (clustered, facts)
+        )
+        raise ConfigError(
+            f"labels: {config.labels}: are clusters of other images ({there}) than these ({here}); "
+            "must be of features that were extracted with the same data, seed and fractions, and "
+            "of the part train"
+        )
+
+
+def check_parts(config: Config, parts: Parts) -> None:
+    """Raises ConfigError where there is no part of the images that the settings need."""
+    if config.patience and parts.validation is None:
+        raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
+
+
+def _check_relevant(
+    config: Config, part: str, query: ImageSet | None, gallery: ImageSet | None
+) -> None:
+    """Raises ConfigError where no image of a part has another one to be found."""
+    if query is None:
+        return
+    labels = query.labels[query.labels != NO_CLASS]
+    if gallery is None:
+        found = len(np.unique(labels)) < len(labels)
+    else:
+        found = bool(np.isin(labels, gallery.labels).any())
+    if not found:
+        where = "the gallery" if gallery is not None else "the part"
+        raise ConfigError(
+            f"data: no {part} image of {config.data} has another one of its class in {where}, so "
+            "that there is nothing to find"
+        )
+
+
+def facts_of(parts: Parts) -> dict[str, Any]:
+    """Counts, and a digest of all images and labels: what a checkpoint must fit."""
+    digest = hashlib.sha256()
+    sets: dict[str, ImageSet | None] = {
+        "train": parts.train,
+        "test": parts.query,
+        "gallery": parts.gallery,
+        "validation": parts.validation,
+    }
+    facts: dict[str, Any] = {}
+    for name, images in sets.items():
+        if images is not None:
+            images.digest(digest)
+            facts[f"{name}_images"] = len(images)
+            facts[f"{name}_classes"] = images.num_classes
+    return {**facts, "sha256": digest.hexdigest()}
