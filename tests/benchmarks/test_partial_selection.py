@@ -115,6 +115,20 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
     assert "give another file" in done.output
 
 
+def test_what_answers_the_question_comes_first_and_is_tuned_before():
+    todo = list(partial_selection.tasks(["joint", "true"], methods.METHODS, 5))
+    assert len(todo) == len(set(todo)) == 2 * len(methods.METHODS) * (3 + 5)
+    few = len(methods.QUICK) * (3 + 5)
+    assert {t.method for t in todo[: 2 * few]} == set(methods.QUICK)
+    assert {t.labels for t in todo[:few]} == {"joint"}
+    seen = []
+    for task in todo:
+        same = [t for t in seen if (t.labels, t.method) == (task.labels, task.method)]
+        if task.candidate is None:
+            assert set(task.method.candidates) <= {t.candidate for t in same}
+        seen.append(task)
+
+
 def test_what_a_file_of_results_cannot_be(tmp_path):
     path = tmp_path / "results.jsonl"
     done = call("--results", str(path), "--summary")
