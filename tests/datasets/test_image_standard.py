@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import warnings
 
 import numpy as np
 import pytest
+from rich.console import Console
 from support.images import exactly, opened, pictures, refused, told, write
 
 from unicom_ext.data.images.standard import STANDARD
+from unicom_ext.encoders.extract import extract
+from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.retrieval.files import evaluate_files
 from unicom_ext.utils.settings import ConfigError
 
 
@@ -185,14 +190,51 @@ def test_landmarks_of_other_lists(tmp_path):
 
 
 @pytest.mark.filterwarnings(SMALL)
-def test_landmarks_whose_answers_are_no_classes(tmp_path):
-    file = tmp_path / "test/retrieval_solution_v2.1.csv"
-    landmarks(tmp_path, {"0001": ("aa1 aa2", "Private"), "0002": ("aa1", "Private")})
-    refused(
-        tmp_path,
-        f"{file}: the queries 0001 and 0002 have some answers in common, but not all, which one "
-        "class for each image cannot say; without this file there are images to train on alone",
+def test_landmarks_whose_answers_share_some_images(tmp_path):
+    """mAP@100 from the features of both parts is that of the lists of answers."""
+    answers = {"0001": "aa1 aa2", "0002": "aa1", "0003": "aa2 bb1 aa1", "0004": "", "0006": "aa1"}
+    landmarks(tmp_path, {query: (images, "Private") for query, images in answers.items()})
+    parts = opened(tmp_path)
+    assert parts.train.labels.shape == (3,)
+    classes = parts.gallery.class_names
+    assert list(classes) == ["0001", "0002", "0003"] == list(parts.query.class_names)
+    assert [name for _, name, _ in told(parts.query)] == ["0001", "0002", "0003", None, "0002"]
+    of = {parts.gallery.name(i)[-7:-4]: {classes[c] for c in row if c >= 0}
+          for i, row in enumerate(parts.gallery.labels.tolist())}  # fmt: skip
+    assert of == {"bb1": {"0003"}, "cc1": set(), "aa2": {"0001", "0003"},
+                  "aa1": {"0001", "0002", "0003"}}  # fmt: skip
+
+    for part in ("query", "gallery"):
+        images = {"query": parts.query, "gallery": parts.gallery}[part]
+        config = ExtractConfig(encoder="pixels", dim=2, part=part)
+        extract(config, images, tmp_path / part, console=Console(quiet=True))
+    lines = (tmp_path / "gallery/metadata/metadata_0000.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("classes") for line in lines] == [
+        ["0003"], None, ["0001", "0003"], ["0001", "0002", "0003"]
+    ]  # fmt: skip
+    (result,) = evaluate_files(
+        tmp_path / "query/img_emb", tmp_path / "query/true_labels.npy",
+        tmp_path / "gallery/img_emb", tmp_path / "gallery/true_labels.npy",
+        options={"ks": [100]},
+    )  # fmt: skip
+    assert (result.num_queries, result.num_unlabelled, result.num_distractors) == (4, 1, 1)
+    query, gallery = (
+        np.load(tmp_path / part / "img_emb/img_emb_0000.npy").astype(np.float64)
+        for part in ("query", "gallery")
     )
+    index = [parts.gallery.name(i)[-7:-4] for i in range(4)]
+    averages = []
+    for row, wanted in zip(query, map(str.split, answers.values()), strict=True):
+        ranked = [index[i] for i in np.argsort(-(gallery @ row) / np.linalg.norm(gallery, axis=1))]
+        hits = [ranked.index(image) + 1 for image in wanted]
+        if wanted:
+            averages.append(np.mean([(i + 1) / at for i, at in enumerate(sorted(hits))]))
+    assert result.map_at_k[100] == pytest.approx(np.mean(averages))
+
+
+@pytest.mark.filterwarnings(SMALL)
+def test_landmarks_whose_answers_are_not_there(tmp_path):
+    file = tmp_path / "test/retrieval_solution_v2.1.csv"
     landmarks(tmp_path, {"0001": ("aa1 dd1", "Private")})
     refused(tmp_path, f"{file}: names dd1, which is not in {tmp_path}/index/index.csv")
     landmarks(tmp_path, {"0001": ("aa1", "Public")})

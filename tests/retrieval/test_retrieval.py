@@ -43,6 +43,12 @@ def hide_own_groups(cosine, query_groups, gallery_groups):
     return np.where((mine == theirs) & (mine >= 0), -np.inf, cosine)
 
 
+def relevance(query_labels, gallery_labels):
+    """bool [Nq, Ng] of labels [Nq] and [Ng] or [Ng, P]."""
+    rows = gallery_labels.reshape(len(gallery_labels), -1).tolist()
+    return np.array([[label >= 0 and label in row for row in rows] for label in query_labels])
+
+
 def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
     """The definitions by full sorting, as a Result of dim 0.
 
@@ -50,12 +56,13 @@ def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
     """
     recall, precision_at_k = {k: [] for k in ks}, {k: [] for k in ks}
     precision_at_r, r_precision, alone, unlabelled = [], [], 0, 0
-    for c, label in zip(cosine, query_labels, strict=True):
+    relevant = relevance(query_labels, gallery_labels)
+    for c, label, right in zip(cosine, query_labels, relevant, strict=True):
         if label < 0:
             unlabelled += 1
             continue
         item = np.isfinite(c)
-        wrong = gallery_labels[item] != label
+        wrong = ~right[item]
         r = int((~wrong).sum())
         if r == 0:
             alone += 1
@@ -78,7 +85,7 @@ def oracle(cosine, query_labels, gallery_labels, ks, bonus=0.0):
         r_precision=np.mean(r_precision),
         map_at_k={k: np.mean(v) for k, v in precision_at_k.items()},
         num_unlabelled=unlabelled,
-        num_distractors=int((gallery_labels < 0).sum()),
+        num_distractors=int((gallery_labels.reshape(len(gallery_labels), -1) < 0).all(1).sum()),
     )
 
 
@@ -117,6 +124,9 @@ def retrieval_problem(draw, rows):
     gallery = draw(st.none() | rows)
     both = [queries] if gallery is None else [queries, gallery]
     problem = [x for rows in both for x in (rows, labels_for(draw, rows))]
+    if gallery is not None and draw(st.booleans()):  # several labels of an item, some of them equal
+        others = [labels_for(draw, gallery) for _ in range(draw(st.integers(0, 2)))]
+        problem[3] = torch.stack([problem[3], *others], dim=1)
     groups = {}
     if draw(st.booleans()):
         groups = {
@@ -133,8 +143,7 @@ def expected(problem, groups, dim, ks, bonus=0.0):
     cosine = cosines(queries, gallery, dim)
     cosine = hide_own_groups(cosine, mine, groups.get("gallery_groups", mine))
     among = query_labels if gallery is None else gallery_labels
-    same = (query_labels.numpy()[:, None] == among.numpy()) & np.isfinite(cosine)
-    if not same[query_labels.numpy() >= 0].any():
+    if not (relevance(query_labels.numpy(), among.numpy()) & np.isfinite(cosine)).any():
         return None
     return oracle(cosine, query_labels.numpy(), among.numpy(), ks, bonus)
 
@@ -593,6 +602,10 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         (TypeError, "query_labels: got list", lambda: evaluate(X, Y.tolist())),
         (ValueError, r"query_labels: got shape \[5\]", lambda: evaluate(X, Y[:5])),
         (ValueError, r"gallery_labels: got shape \[6\]", lambda: evaluate(X, Y, X[:2], Y)),
+        (ValueError, r"gallery_labels: .* must be \[2\], one per row of gallery, or \[2, P\]$",
+         lambda: evaluate(X, Y, X[:2], Y[None])),
+        (ValueError, r"query_labels: got shape \[6, 1\], must be \[6\], one per row of queries$",
+         lambda: evaluate(X, Y[:, None])),
         (ValueError, "gallery and gallery_labels", lambda: evaluate(X, Y, X)),
         (ValueError, "^gallery_groups: was given without a gallery, must be None$",
          lambda: evaluate(X, Y, gallery_groups=Y)),

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     "--gallery", type=click.Path(path_type=Path),
     help="Feature files to search in; without it each row is searched among the others.",
 )  # fmt: skip
-@click.option("--gallery-labels", type=click.Path(path_type=Path), help="Labels of the gallery.")
+@click.option(
+    "--gallery-labels", type=click.Path(path_type=Path),
+    help="Labels of the gallery; [n, P] where a row has several.",
+)  # fmt: skip
 @click.option(
     "--groups", type=click.Path(path_type=Path),
     help="Integers as for --labels, such as cameras: what is in a row's own group counts neither "

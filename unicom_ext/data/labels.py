@@ -48,7 +48,7 @@ def read_positives(name: str, path: str | Path, count: int, most: int = 0) -> np
 
 
 def read_integers(
-    name: str, path: str | Path, count: int, shards: Sequence[Shard] = ()
+    name: str, path: str | Path, count: int, shards: Sequence[Shard] = (), several: bool = False
 ) -> np.ndarray:
     """The integers int64 [count] in a .npy file, or in the labels_*.npy of a directory.
 
@@ -58,8 +58,9 @@ def read_integers(
             where there are several shards, else they are in natural order.
         count: how many rows have one.
         shards: of the features whose labels they are.
+        several: a row may have several, int64 [count, P].
     """
-    return _read(name, Path(path), count, shards, LABELS, several=False)
+    return _read(name, Path(path), count, shards, LABELS, several)
 
 
 def _read(

@@ -2,8 +2,8 @@
 
     img_emb/img_emb_0000.npy ...       float16 [n, d], of norm 1, in shards of `SHARD_ROWS`
     text_emb/text_emb_0000.npy ...     of captions, where there are any
-    metadata/metadata_0000.jsonl ...   a line for each image: name, class, caption
-    true_labels.npy                    int64 [N], -1 for none
+    metadata/metadata_0000.jsonl ...   a line for each image: name, class or classes, caption
+    true_labels.npy                    int64 [N], -1 for none; [N, P] where some have several
     images.npy                         small images, for pictures of clusters
     encoder.pt                         of an encoder that was fitted to these images
     extract.json                       settings, facts, and a list of these files
@@ -130,7 +130,7 @@ class _Extraction:
 
     def finish(self) -> int:
         """Write true_labels.npy; returns how many images cannot be read."""
-        labels, at = self.images.first_labels.copy(), 0
+        labels, at = self.images.labels.copy(), 0
         unreadable = 0
         for path in list_files(self.directory / "metadata", ".jsonl"):
             with open(path, encoding="utf-8") as lines:
@@ -217,9 +217,13 @@ class _Extraction:
 
     def _described(
         self, images: ImageSet, index: int, caption: str, unreadable: str | None
-    ) -> dict[str, str]:
-        line = {"name": images.name(index)}
-        if images.first_labels[index] != NO_CLASS:
+    ) -> dict[str, Any]:
+        line: dict[str, Any] = {"name": images.name(index)}
+        labels = images.labels[index]
+        if labels.ndim:
+            found = [images.class_names[label] for label in labels.tolist() if label != NO_CLASS]
+            line |= {"classes": found} if found else {}
+        elif labels != NO_CLASS:
             line["class"] = images.class_name(index)
         if caption:
             line["caption"] = caption

@@ -59,9 +59,10 @@ class Neighbours:
             raise ValueError("gallery: holds nothing to find")
         others_embedded = None if gallery is None else gallery.embeddings
         cosine, index = topk(query.embeddings, others_embedded, k, block_bytes=BLOCK_BYTES)
-        labels, others = query.images.first_labels, among.images.first_labels
-        right = (others[index] == labels[:, None]) & (labels >= 0)[:, None]
-        sizes = np.bincount(others[others >= 0], minlength=labels.max(initial=0) + 1)
+        labels, others = query.images.first_labels, among.images.labels
+        some = others.reshape(len(others), -1)  # of each image one class, or several
+        right = (some[index] == labels[:, None, None]).any(2) & (labels >= 0)[:, None]
+        sizes = np.bincount(some[some >= 0], minlength=labels.max(initial=0) + 1)
         counted = (labels >= 0) & (sizes[labels] > (gallery is None))
         return cls(index.numpy(), cosine.numpy(), right, counted, query.images, among.images)
 
@@ -78,7 +79,7 @@ class Neighbours:
         equal ones that of the smaller numbers."""
         labels = self.queries.first_labels
         nearest = self.gallery.first_labels[self.index[:, 0]]
-        rows = np.flatnonzero(self.counted & (nearest != labels) & (nearest >= 0))
+        rows = np.flatnonzero(self.counted & ~self.right[:, 0] & (nearest >= 0))
         of, to = labels[rows], nearest[rows]
         pairs, at, counts = np.unique(
             np.stack([np.minimum(of, to), np.maximum(of, to)]),

@@ -120,17 +120,20 @@ def check_both(name: str, value: object, other_name: str, other: object) -> None
         raise ValueError(f"{name} and {other_name}: give both or neither")
 
 
-def check_integers(name: str, values: Tensor, rows_name: str, rows: Matrix) -> None:
-    """One integer for each row."""
+def check_integers(
+    name: str, values: Tensor, rows_name: str, rows: Matrix, several: bool = False
+) -> None:
+    """One integer for each row; with `several` also [N, P]."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: got {type(values).__name__}, must be an integer torch.Tensor")
     if values.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{name}: got dtype {values.dtype}, must be an integer type")
-    if values.shape != rows.shape[:1]:
-        raise ValueError(
-            f"{name}: got shape {list(values.shape)}, must be [{len(rows)}], one per row of "
-            f"{rows_name}"
-        )
+    one_each = values.shape == rows.shape[:1]
+    if not one_each and not (several and values.ndim == 2 and values.shape[0] == len(rows)):
+        wanted = f"[{len(rows)}], one per row of {rows_name}"
+        if several:
+            wanted += f", or [{len(rows)}, P]"
+        raise ValueError(f"{name}: got shape {list(values.shape)}, must be {wanted}")
     if values.device != rows.device:
         raise ValueError(f"{name}: is on {values.device}, {rows_name} on {rows.device}")
 

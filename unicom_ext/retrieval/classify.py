@@ -19,7 +19,7 @@ from unicom_ext.retrieval.arguments import (
     check_same_width,
     check_seed,
 )
-from unicom_ext.retrieval.metrics import against_the_model
+from unicom_ext.retrieval.relevance import against_the_model
 from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
     VALUE_BYTES,

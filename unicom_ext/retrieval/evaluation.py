@@ -30,7 +30,8 @@ from unicom_ext.retrieval.bootstrap import UnitSums, intervals
 from unicom_ext.retrieval.codes import CodedRows
 from unicom_ext.retrieval.copies import num_copies
 from unicom_ext.retrieval.index import FaissSearch, Search, found_of_exact
-from unicom_ext.retrieval.metrics import Result, against_the_model, names, values
+from unicom_ext.retrieval.metrics import Result, names, values
+from unicom_ext.retrieval.relevance import against_the_model, has_no_label, num_relevant
 from unicom_ext.utils.search import (
     DEFAULT_BLOCK_BYTES,
     VALUE_BYTES,
@@ -103,7 +104,7 @@ def checked_task(
     if gallery is None or gallery_labels is None:
         gallery, gallery_labels = queries, query_labels
     check_gallery(queries, gallery)
-    check_integers("gallery_labels", gallery_labels, "gallery", gallery)
+    check_integers("gallery_labels", gallery_labels, "gallery", gallery, several=not exclude_self)
     groups = check_groups(queries, query_groups, gallery, gallery_groups, exclude_self)
     return Task(queries, query_labels, gallery, gallery_labels, groups, exclude_self)
 
@@ -135,9 +136,11 @@ def evaluate(
                     another -1: such a query is left out and counted (`num_unlabelled`), such a
                     gallery item is a distractor, found as any other and always wrong
                     (`num_distractors`)
-    gallery         [Ng, d] and gallery_labels [Ng], on the same device. None: the queries are the
-                    gallery. Each query is then left out of its own list by its index, never by its
-                    score or position, so an exact copy of it counts like any other item.
+    gallery         [Ng, d] and gallery_labels [Ng], on the same device, or [Ng, P] where an item
+                    has several, rows filled up with negative ones: it is relevant to the queries of
+                    each. None: the queries are the gallery. Each query is then left out of its own
+                    list by its index, never by its score or position, so an exact copy of it counts
+                    like any other item.
     query_groups    [Nq] integers, and gallery_groups [Ng] where there is a gallery. Items of the
                     query's own group are neither right nor wrong: it is searched for as if they
                     were not there. A negative group is none. For "the same class by the same
@@ -211,7 +214,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
     )
 
     labelled = query_labels >= 0
-    relevant = _num_relevant(query_labels, gallery_labels, groups, task.exclude_self)  # R, [Nq]
+    relevant = num_relevant(query_labels, gallery_labels, groups, task.exclude_self)  # R, [Nq]
     counted = (labelled & (relevant > 0)).nonzero().flatten()
     if len(counted) == 0:
         outside = "" if groups is None else ", outside its own group"
@@ -222,7 +225,7 @@ def evaluate_task(task: Task, options: Options, ranks: Ranks) -> list[Result]:
     counted = counted[relevant[counted].argsort(descending=True, stable=True)]
     n = len(counted)
     num_labelled = int(labelled.sum())
-    num_distractors = int((gallery_labels < 0).sum())
+    num_distractors = int(has_no_label(gallery_labels).sum())
     unit = _units(query_labels[counted], options)
     counted = counted[ranks.rank :: ranks.world_size]  # so that ranks have as much to do
     longest = relevant[counted].tolist()
@@ -328,30 +331,3 @@ def _check_finite(name: str, rows: Tensor, block_bytes: int) -> None:
     block = max(1, block_bytes // (VALUE_BYTES * rows.shape[1]))
     for start in range(0, len(rows), block):
         check_finite(name, rows[start : start + block], start)
-
-
-def _num_relevant(
-    query_labels: Tensor,
-    gallery_labels: Tensor,
-    groups: tuple[Tensor, Tensor] | None,
-    exclude_self: bool,
-) -> Tensor:
-    """How many items of each query's label it may meet, int64 [Nq]."""
-    count = _num_equal(query_labels, gallery_labels)
-    if groups is None:
-        return count - int(exclude_self)
-    # As many of them as have its group too are not met; itself is one of these if it has a group.
-    label, group = (
-        torch.cat([a.long(), b.long()]).unique(return_inverse=True)[1]
-        for a, b in ((query_labels, gallery_labels), groups)
-    )
-    pair = label * (group.max() + 1) + group
-    own = _num_equal(*pair.split([len(query_labels), len(gallery_labels)]))
-    return count - torch.where(groups[0] >= 0, own, int(exclude_self))
-
-
-def _num_equal(these: Tensor, those: Tensor) -> Tensor:
-    """How often each of `these` occurs among `those`, int64."""
-    ordered = those.long().sort().values
-    wanted = these.long().contiguous()
-    return torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)

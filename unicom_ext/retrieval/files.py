@@ -49,7 +49,7 @@ def evaluate_files(
                             is searched among the others
     labels, gallery_labels  .npy files of integers [n] below 2^63, or directories of labels_*.npy,
                             which belong to the shards of the same number; a negative label is none,
-                            as in `retrieval.evaluate`
+                            as in `retrieval.evaluate`. Those of a gallery may be [n, P]
     groups, gallery_groups  files like those of labels: the `query_groups` and `gallery_groups` of
                             `retrieval.evaluate`
     options                 of `retrieval.evaluate`: `dims`, `ks` and what follows, but for the
@@ -84,7 +84,7 @@ def evaluate_files(
         queries,
         query_labels,
         items,
-        _integers("gallery_labels", gallery_labels, source),
+        _integers("gallery_labels", gallery_labels, source, several=True),
         query_groups,
         _integers("gallery_groups", gallery_groups, source),
     )
@@ -191,8 +191,11 @@ class StoredRows:
             check_finite(f"{name}: {files}", rows, start)
 
 
-def _integers(name: str, path: str | Path | None, source: Source) -> Tensor | None:
-    """int64 [n], one for each row of the source; None where there is no file."""
+def _integers(
+    name: str, path: str | Path | None, source: Source, several: bool = False
+) -> Tensor | None:
+    """int64 [n], one for each row of the source, with `several` also [n, P]; None where there is
+    no file."""
     if path is None:
         return None
-    return torch.from_numpy(read_integers(name, path, source.rows, source.shards))
+    return torch.from_numpy(read_integers(name, path, source.rows, source.shards, several))

@@ -20,19 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unicom_ext.utils.search import LAST_ROW, NOTHING, TieRank
-
-WRONG = LAST_ROW + 1  # the bit of a key's low half that says that the item is not relevant
-
-
-def against_the_model(query_labels: Tensor, gallery_labels: Tensor) -> TieRank:
-    """Of equal scores those of items that are not relevant come first, then by id."""
-
-    def rank_of(query: Tensor, item: Tensor) -> Tensor:
-        wrong = query_labels[query] != gallery_labels[item]
-        return wrong * WRONG + (LAST_ROW - item)
-
-    return TieRank(rank_of, lambda begin: WRONG + (LAST_ROW - begin))
+from unicom_ext.retrieval.relevance import WRONG
+from unicom_ext.utils.search import NOTHING
 
 
 class Result(NamedTuple):

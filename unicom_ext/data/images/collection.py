@@ -25,11 +25,15 @@ PART_NAMES = {
 _SHOWN = 3  # names in a message
 
 
+# The name of an image's class, or those of several; None where it has none.
+Classes = str | tuple[str, ...] | None
+
+
 class Named(NamedTuple):
     """An image as a list of them names it."""
 
     path: str
-    of_class: str | None
+    of_class: Classes
     part: str
 
 
@@ -38,30 +42,37 @@ class Collection:
     """The images of one place.
 
     pictures  where they are read from
-    classes   the name of each one's class; None where it has none
+    classes   the name of each one's class, or of several
     parts     numbers of the pictures of each part, by one of PART_NAMES' values; None where the
               data do not say
     """
 
     pictures: Pictures
-    classes: Sequence[str | None]
+    classes: Sequence[Classes]
     parts: Mapping[str, np.ndarray] | None = None
 
     def image_sets(self, *rows: np.ndarray) -> list[ImageSet]:
         """The given pictures of each; they share one numbering of the classes that are in them."""
-        found = {self.classes[row] for part in rows for row in part.tolist()} - {None}
-        names = sorted((name for name in found if name is not None), key=natural_name_key)
+        classes = [[self._classes_of(row) for row in part.tolist()] for part in rows]
+        found = {name for part in classes for some in part for name in some}
+        names = sorted(found, key=natural_name_key)
         number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-        number[None] = NO_CLASS
-        return [
-            ImageSet(
-                self.pictures,
-                part,
-                np.array([number[self.classes[row]] for row in part.tolist()], np.int64),
-                names,
-            )
-            for part in rows
-        ]
+        number[None] = NO_CLASS  # which rows of several are filled up with
+        sets = []
+        for part, of_part in zip(rows, classes, strict=True):
+            most = max(1, *map(len, of_part), 1)
+            numbers = [
+                number[name] for some in of_part for name in (*some, *[None] * (most - len(some)))
+            ]
+            labels = np.array(numbers, np.int64)
+            if most > 1:
+                labels = labels.reshape(len(part), most)
+            sets.append(ImageSet(self.pictures, part, labels, names))
+        return sets
+
+    def _classes_of(self, row: int) -> tuple[str, ...]:
+        found = self.classes[row]
+        return found if isinstance(found, tuple) else () if found is None else (found,)
 
 
 def check_parts(where: str, names: Sequence[str]) -> None:

@@ -25,8 +25,8 @@ class ImageSet:
 
     pictures     where they are read from
     rows         int64 [n], their numbers there
-    labels       int64 [n], index into class_names, or NO_CLASS; after `relabelled` also [n, P],
-                 rows filled up with NO_CLASS
+    labels       int64 [n], index into class_names, or NO_CLASS; [n, P], rows filled up with
+                 NO_CLASS, after `relabelled` and where the data give some of a gallery several
     class_names  one for each class; labels run over 0 .. num_classes - 1
     """
 

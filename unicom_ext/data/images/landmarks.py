@@ -34,34 +34,21 @@ def read(root: Path) -> Iterator[Named]:
         for row in csv_rows(solution, ("id", "images", "Usage"))
         if row["Usage"] == "Private"
     }
-    class_of = _classes(solution, queries)
-    for query, answers in queries.items():
-        yield Named(_path("test", query), class_of[answers[0]] if answers else None, QUERY)
-    index = _needed(root, "index", "index.csv")
-    for row in csv_rows(index, ("id",)):
-        yield Named(_path("index", row["id"]), class_of.pop(row["id"], None), GALLERY)
-    if class_of:
-        raise SourceError(f"{solution}: names {next(iter(class_of))}, which is not in {index}")
-
-
-def _classes(solution: Path, queries: dict[str, list[str]]) -> dict[str, str]:
-    """The class of each image that is an answer, called after the first query that it answers.
-
-    A query's answers are given as a list. Classes say the same if two lists are equal or have
-    nothing in common.
-    """
+    # Queries with the same answers are of one class, called after the first of them. An image that
+    # answers others too is of several.
     first: dict[frozenset[str], str] = {}
-    class_of: dict[str, str] = {}
+    classes_of: dict[str, tuple[str, ...]] = {}
     for query, answers in queries.items():
         name = first.setdefault(frozenset(answers), query)
-        for image in answers:
-            if class_of.setdefault(image, name) != name:
-                raise SourceError(
-                    f"{solution}: the queries {class_of[image]} and {query} have some answers in "
-                    "common, but not all, which one class for each image cannot say; without this "
-                    "file there are images to train on alone"
-                )
-    return class_of
+        yield Named(_path("test", query), name if answers else None, QUERY)
+        if name == query:
+            for image in dict.fromkeys(answers):
+                classes_of[image] = (*classes_of.get(image, ()), name)
+    index = _needed(root, "index", "index.csv")
+    for row in csv_rows(index, ("id",)):
+        yield Named(_path("index", row["id"]), classes_of.pop(row["id"], None), GALLERY)
+    if classes_of:
+        raise SourceError(f"{solution}: names {next(iter(classes_of))}, which is not in {index}")
 
 
 def _path(part: str, image: str) -> str:
