@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from unicom_ext.cluster.progress import PassProgress
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks, default_group
-from unicom_ext.utils.files import CheckpointError
+from unicom_ext.utils.files import CheckpointError, only_writer
 
 # What a random number is for; keeps the streams of one seed apart.
 INIT, MEASURE = range(2)
@@ -69,16 +70,18 @@ def cluster(
     to rounding. An error on one process is raised on all.
 
     Raises SourceError (input files), ConfigError (settings), CheckpointError (what is in `output`),
-    OSError (writing); all before anything is changed, but the last.
+    OSError (writing, also where another process writes there); all before anything is changed, but
+    the last.
     """
     run = _Run(config, Path(input), Path(output), console or Console())
     settings = {k: v for k, v in config.to_dict().items() if k not in ("device", "threads")}
     arguments = {"input": input, "output": output, "resume": resume, "overwrite": overwrite}
     agree(settings | arguments, None, run.ranks.group)
-    with run.ranks.together():
-        run.prepare(true_labels, images, resume, overwrite)
-    run.train()
-    return run.finish()
+    with ExitStack() as held:
+        with run.ranks.together():
+            run.prepare(true_labels, images, resume, overwrite, held)
+        run.train()
+        return run.finish()
 
 
 class _Run:
@@ -100,6 +103,7 @@ class _Run:
         images: str | Path | None,
         resume: bool,
         overwrite: bool,
+        held: ExitStack,
     ) -> None:
         config = self.config
         if config.threads:
@@ -117,7 +121,7 @@ class _Run:
         if self.begins and init is not None:
             self.state["centroids"] = inputs.read_centroids(init, self.num_first, self.source.dim)
         if self.ranks.is_first:
-            self.output.mkdir(parents=True, exist_ok=True)
+            held.enter_context(only_writer(self.output))
             self.state_dir.mkdir(exist_ok=True)
         self.console.print(
             f"{self.source.rows:,} rows of {self.source.dim} dimensions in "

@@ -37,7 +37,7 @@ from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.encoders.text import TextEncoder
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.devices import device_of
-from unicom_ext.utils.files import list_files, write_file
+from unicom_ext.utils.files import list_files, only_writer, write_file
 from unicom_ext.utils.settings import ConfigError
 
 FIT_IMAGES = 20_000  # that an encoder is fitted to, at most
@@ -71,7 +71,7 @@ def extract(
     Raises:
         ConfigError: settings that cannot be used. SourceError: other files are in the way, or
         features of other settings or images. ChildProcessError: a process that reads images was
-        killed.
+        killed. OSError: writing, also where another process writes to the directory.
     """
     console = console or Console()
     encoder = _image_encoder(config)
@@ -88,19 +88,20 @@ def extract(
     finished = dump.finished(overwrite)
     if finished is not None:
         return finished
-    dump.begin()
-    work = _Extraction(config, images, encoder, text_encoder, dump.new)
-    work.run(console)
-    unreadable = work.finish()
-    if unreadable == len(images):
-        raise SourceError(f"{config.data}: none of the {len(images)} images can be read")
-    return dump.end(
-        {
-            "unreadable": unreadable,
-            "image_dim": encoder.dim,
-            "text_dim": None if text_encoder is None else text_encoder.dim,
-        }
-    )
+    with only_writer(Path(output)):
+        dump.begin()
+        work = _Extraction(config, images, encoder, text_encoder, dump.new)
+        work.run(console)
+        unreadable = work.finish()
+        if unreadable == len(images):
+            raise SourceError(f"{config.data}: none of the {len(images)} images can be read")
+        return dump.end(
+            {
+                "unreadable": unreadable,
+                "image_dim": encoder.dim,
+                "text_dim": None if text_encoder is None else text_encoder.dim,
+            }
+        )
 
 
 @dataclass

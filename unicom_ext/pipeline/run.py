@@ -26,7 +26,7 @@ from unicom_ext.pipeline.steps import (
     names_its_table,
     planned,
 )
-from unicom_ext.utils.files import write_file
+from unicom_ext.utils.files import only_writer, write_file
 from unicom_ext.utils.settings import ConfigError
 
 CONFIG = "pipeline.toml"
@@ -59,8 +59,8 @@ def run(
 
     Raises:
         ConfigError: settings that cannot be used, images that are not there, or other files in the
-        way; before anything is changed. And what the steps raise: CheckpointError, OSError,
-        Interrupted.
+        way; before anything is changed. And what the steps raise: CheckpointError, OSError
+        (another process writes to the directory, for one), Interrupted.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
@@ -82,11 +82,11 @@ def run(
         if step.name not in kept or not record.is_whole(step.name, step.key, _result(step)):
             with names_its_table(type(step)):
                 step.check()
-    output.mkdir(parents=True, exist_ok=True)
-    record.keep(kept)
-    write_file(output / CONFIG, lambda file: file.write(config.to_toml().encode()))
-    for step in steps:
-        _do(step, record, console)
+    with only_writer(output):
+        record.keep(kept)
+        write_file(output / CONFIG, lambda file: file.write(config.to_toml().encode()))
+        for step in steps:
+            _do(step, record, console)
     for name, why in without.items():
         if until is None:
             _say(console, f"{name}: left out, as {why}.")

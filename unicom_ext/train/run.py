@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from unicom_ext.train.images import facts_of, labelled
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
-from unicom_ext.utils.files import CheckpointError, natural_name_key, write_atomically
+from unicom_ext.utils.files import (
+    CheckpointError,
+    natural_name_key,
+    only_writer,
+    write_atomically,
+)
 from unicom_ext.utils.versions import cpu_model, versions
 
 
@@ -56,9 +62,9 @@ def train(
 
     Returns what metrics.json holds. Nothing is chosen by looking at the test classes: the last
     model counts, or with `patience` the best one on the validation classes. Raises CheckpointError
-    if the output directory does not fit `resume`, ChildProcessError if a process that reads images
-    was killed, and Interrupted after SIGINT or SIGTERM, when everything needed to resume has been
-    saved.
+    if the output directory does not fit `resume`, OSError if another process writes to it,
+    ChildProcessError if a process that reads images was killed, and Interrupted after SIGINT or
+    SIGTERM, when everything needed to resume has been saved.
     """
     output = Path(output)
     first = group is None or dist.get_rank(group) == 0
@@ -96,46 +102,47 @@ def train(
                     "waiting": 0.0, "evaluation": 0.0},
     }  # fmt: skip
 
-    failure = None
-    if saved is None and first:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            began = time.perf_counter()
-            # They may refuse the settings, so before anything is removed.
-            metrics["baselines"] = evaluate_baselines(config, parts, console)
-            metrics["seconds"]["baselines"] = time.perf_counter() - began
-            checkpoints.remove_earlier(output)
-            write_atomically(
-                output / checkpoints.CONFIG, lambda file: file.write(config.to_toml().encode())
-            )
-        except Exception as error:
-            failure = error
-    agree({}, failure, group)  # the others wait here for the first
-    if saved is not None:
-        there = checkpoint.read_about(saved)["extra"]["data"]
-        if there != facts:
-            raise CheckpointError(
-                f"{saved}: the checkpoint is of other data: {there} there, {facts} here"
-            )
-        earlier = trainer.load(saved)["metrics"]
-        seconds = {**metrics["seconds"], **earlier.pop("seconds")}
-        metrics.update(earlier, loss=trainer.losses, seconds=seconds)
-        console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
-        if first:  # it may have been killed as soon as its checkpoint was whole
-            checkpoints.write_beside(output, saved, metrics)
+    with ExitStack() as held:  # the output directory, from here on
+        failure = None
+        if first:
+            try:
+                held.enter_context(only_writer(output))
+                if saved is None:
+                    began = time.perf_counter()
+                    # They may refuse the settings, so before anything is removed.
+                    metrics["baselines"] = evaluate_baselines(config, parts, console)
+                    metrics["seconds"]["baselines"] = time.perf_counter() - began
+                    checkpoints.remove_earlier(output)
+                    text = config.to_toml().encode()
+                    write_atomically(output / checkpoints.CONFIG, lambda file: file.write(text))
+            except Exception as error:
+                failure = error
+        agree({}, failure, group)  # the others wait here for the first
+        if saved is not None:
+            there = checkpoint.read_about(saved)["extra"]["data"]
+            if there != facts:
+                raise CheckpointError(
+                    f"{saved}: the checkpoint is of other data: {there} there, {facts} here"
+                )
+            earlier = trainer.load(saved)["metrics"]
+            seconds = {**metrics["seconds"], **earlier.pop("seconds")}
+            metrics.update(earlier, loss=trainer.losses, seconds=seconds)
+            console.print(f"Resuming after step {trainer.step} of {trainer.steps}.")
+            if first:  # it may have been killed as soon as its checkpoint was whole
+                checkpoints.write_beside(output, saved, metrics)
 
-    run = _Run(trainer, metrics, parts, output, console)
-    run.to_the_end(on_step)
-    if metrics["unreadable"]:
-        console.print(
-            f"{len(metrics['unreadable']):,} of {len(parts.train):,} images could not be read; "
-            f"{output / checkpoints.UNREADABLE} says why.",
-            soft_wrap=True,
-        )
-    query, gallery = (None, None) if parts.query is None else run.tested()
-    if first:
-        report.write(output, metrics, parts.train, query, gallery)
-    return metrics
+        run = _Run(trainer, metrics, parts, output, console)
+        run.to_the_end(on_step)
+        if metrics["unreadable"]:
+            console.print(
+                f"{len(metrics['unreadable']):,} of {len(parts.train):,} images could not be read; "
+                f"{output / checkpoints.UNREADABLE} says why.",
+                soft_wrap=True,
+            )
+        query, gallery = (None, None) if parts.query is None else run.tested()
+        if first:
+            report.write(output, metrics, parts.train, query, gallery)
+        return metrics
 
 
 def _announce(config: Config, facts: dict[str, Any], parts: Parts, console: Console) -> None:

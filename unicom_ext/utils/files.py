@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -41,6 +44,45 @@ def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         path.with_name(path.name + ".tmp").unlink(missing_ok=True)
         # NumPy's own have no number.
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from None
+
+
+_locks: set[int] = set()
+
+
+def _close_locks() -> None:
+    """In a process that was forked: it would hold them longer than the one that has asked."""
+    for handle in _locks:
+        os.close(handle)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Others are kept from a directory, which is made if need be, as long as this lasts.
+
+    The lock ends with the process, however that ends. Raises OSError where another has it. A file
+    system that knows no locks gives none.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    handle = os.open(directory, os.O_RDONLY)
+    _locks.add(handle)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OSError(
+                    f"{directory}: another process is writing to it; wait for its end, or name "
+                    "another directory"
+                ) from None
+        yield
+    finally:
+        with suppress(KeyError):  # in a child that was forked meanwhile
+            _locks.remove(handle)
+            os.close(handle)
 
 
 def cache_root() -> Path:
