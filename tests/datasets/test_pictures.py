@@ -47,6 +47,7 @@ KINDS = {
     "grey of 16 bits in TIFF": (file(WIDE, "TIFF"), "L", OF_WIDE),
     "grey of 32 bits": (file(WIDE.astype(np.int32), "TIFF"), "L", OF_WIDE),
     "floating point": (file(GREY.astype(np.float32), "TIFF"), "L", GREY),
+    "floating point in [0, 1]": (file(GREY.astype(np.float32) / 255, "TIFF"), "L", GREY),
     "black and white": (file(Image.fromarray(GREY[:, [0, 3]]).convert("1"), "PNG"), "L",
                         GREY[:, [0, 3]]),
     "colour": (file(RGB, "PNG"), "RGB", RGB),
@@ -107,6 +108,10 @@ def huge() -> bytes:
 
 
 SPOILT = {  # to what is said; Pillow's own words differ between its versions
+    "floating point": (
+        file(np.array([[-0.5, 1]], np.float32), "TIFF"),
+        "has values from -0.5 to 1.0, must be in [0, 1] or [0, 255]",
+    ),
     "empty": (b"", "is no image"),
     "a page": (b"<html><body>404</body></html>", "is no image"),
     "the head of a JPEG": (noise("JPEG")[:20], "is no image"),

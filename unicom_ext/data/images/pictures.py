@@ -126,7 +126,8 @@ def as_text(data: bytes, name: str) -> str:
 def decode(file: IO[bytes], name: str) -> Image.Image:
     """The picture in an open image file: upright, grey ("L") or colour ("RGB").
 
-    What is transparent becomes white, and grey of 16 bits grey of 8. Raises PictureError.
+    What is transparent becomes white, grey of 16 bits grey of 8, and so does grey of floating point
+    in [0, 1]. Raises PictureError.
     """
     try:
         with Image.open(file) as opened:
@@ -147,7 +148,13 @@ def _plain(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # Pillow would cut off at 255
         values = np.asarray(picture).astype(np.int64)
         return Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
-    if picture.mode in ("1", "F"):
+    if picture.mode == "F":
+        grey = np.asarray(picture)
+        low, high = grey.min(), grey.max()
+        if not 0 <= low <= high <= 255:  # or NaN
+            raise ValueError(f"has values from {low} to {high}, must be in [0, 1] or [0, 255]")
+        return Image.fromarray((grey * (255 if high <= 1 else 1)).round().astype(np.uint8))
+    if picture.mode == "1":
         return picture.convert("L")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
