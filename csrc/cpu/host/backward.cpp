@@ -90,6 +90,9 @@ class Backward {
   static constexpr int64_t kPanelsPerItem = kPanelsTogether;
   // Probabilities of one run, per layout: bounded, so that they stay in cache.
   static constexpr int64_t kRunElements = int64_t{1} << 20;
+  // Panels that an embedding gradient sums over in Real before the sum joins one in double: with a
+  // million classes one sum in float32 has a relative error of 1e-4.
+  static constexpr int64_t kPanelsInReal = 256;
 
  public:
   Backward(const Plan& p, const Gradients& gradients, const RowUpdate* update,
@@ -114,6 +117,7 @@ class Backward {
         weighted_(want_prototypes() ? row_stride_ * s_.height : 0),
         class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
         embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
+        embedding_sum_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
         target_embedding_(want_embeddings() ? p.batch * s_.dim : 0),
         target_prototype_(want_prototypes() ? p.batch * p.positives.width * s_.dim : 0),
         smooth_(p.smooths() && want_prototypes() ? s_.height : 0) {}
@@ -121,7 +125,8 @@ class Backward {
   void run() {
     prepare_rows();
     if (s_.panels == 0 && want_embeddings())  // a shard without classes
-      std::fill_n(embedding_gradient_.get(), row_panels_ * s_.height * kLanes, Real(0));
+      std::fill_n(embedding_sum_.get(), row_panels_ * s_.height * kLanes, 0.0);
+    int64_t summed = 0;  // panels in embedding_gradient_
     for (int64_t first = 0; first < s_.panels; first += run_panels_) {
       const int64_t panels = std::min(run_panels_, s_.panels - first);
       const int64_t tiles = s_.blocks * ceil_div(panels, logit_panels_);
@@ -138,8 +143,9 @@ class Backward {
         if (item < class_items)
           prototype_gradients(first, panels, item);
         else
-          add_embedding_gradients(first, panels, item - class_items);
+          add_embedding_gradients(first, panels, summed, item - class_items);
       });
+      summed = summed + panels < kPanelsInReal ? summed + panels : 0;
     }
     if (want_embeddings()) finish_embeddings();
   }
@@ -294,7 +300,7 @@ class Backward {
     }
   }
 
-  void add_embedding_gradients(int64_t first_panel, int64_t panels, int64_t item) {
+  void add_embedding_gradients(int64_t first_panel, int64_t panels, int64_t summed, int64_t item) {
     const int64_t row_panel = item * kPanelsPerItem;
     Product<Unit> a;
     a.group_units = kGroup;
@@ -314,21 +320,28 @@ class Backward {
     // Panels past the last row are not needed.
     a.panels = std::min(kPanelsPerItem, ceil_div(p_.batch, kLanes) - row_panel);
     a.units = panels * kGroup;
-    a.accumulate = first_panel > 0;
-    if (a.panels > 0) k_.product(a);
+    a.accumulate = summed > 0;
+    if (a.panels <= 0) return;
+    k_.product(a);
+    if (summed + panels < kPanelsInReal && first_panel + panels < s_.panels) return;
+    double* sum = embedding_sum_.get() + row_panel * a.out_panel_stride;
+    const bool is_first = first_panel == summed;
+    for (int64_t k = 0; k < a.panels * a.out_panel_stride; ++k)
+      sum[k] = is_first ? a.out[k] : sum[k] + a.out[k];
   }
 
   void finish_embeddings() {
     const RowSink out = sink(p_.embeddings, g_.embeddings, p_.dim);
     parallel_.run(ceil_div(p_.batch, kLanes), [&](int64_t panel) {
       Buffer<Real> gradient(s_.dim), row(s_.dim);
-      const Real* lines = embedding_gradient_.get() + panel * s_.height * kLanes;
+      const double* lines = embedding_sum_.get() + panel * s_.height * kLanes;
       const int64_t end = std::min(p_.batch, (panel + 1) * kLanes);
       for (int64_t i = panel * kLanes; i < end; ++i) {
         if (p_.positives.count(i) == 0) continue;  // its row stays zero
         const int64_t lane = i - panel * kLanes;
         const Real* x = rows_.unit.get() + i * s_.height;
-        for (int64_t d = 0; d < s_.dim; ++d) gradient[d] = lines[d * kLanes + lane];
+        for (int64_t d = 0; d < s_.dim; ++d)
+          gradient[d] = static_cast<Real>(lines[d * kLanes + lane]);
         const double dot = k_.dot(gradient.get(), x, s_.dim);
         if (g_.radial != nullptr) g_.radial[i] = g_.states.sample(i).push * dot;
         if (g_.embeddings == nullptr) continue;
@@ -358,7 +371,8 @@ class Backward {
   Buffer<Unit> along_classes_;       // [row panel][class unit][16 rows]
   Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
   Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
-  Buffer<Real> embedding_gradient_;  // [row panel][height][16]
+  Buffer<Real> embedding_gradient_;  // [row panel][height][16], of up to kPanelsInReal panels
+  Buffer<double> embedding_sum_;     // [row panel][height][16], of the panels before them
   Buffer<Real> target_embedding_;    // [batch][dim], the positives' part of each sample's gradient
   Buffer<Real> target_prototype_;    // [batch][width][dim], and of that of each one's prototype
   Buffer<Real> smooth_;              // [height], label smoothing's part of each one's

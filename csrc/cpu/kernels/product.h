@@ -129,7 +129,8 @@ struct TileOperand {
   int64_t group_stride;
 };
 
-// out[p * out_panel + m * 16 + lane] (+)= the product of one tile with P panels.
+// out[p * out_panel + m * 16 + lane] (+)= the product of one tile with P panels. It begins at zero and
+// joins what is there at the end: sums of sums, whose rounding grows much less with their length.
 // Not inlined: alone, the loop gets all the registers.
 template <class Unit, int P>
 __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit* b,
@@ -145,11 +146,7 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < P * kV; ++v)
-        acc[m][v] =
-            accumulate
-                ? load(out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>)
-                : Vec<Real>{};
+      for (int v = 0; v < P * kV; ++v) acc[m][v] = Vec<Real>{};
     if (tile.group_units == 0) {
       for (int64_t u = 0; u < units; u += kAskUnits) {
         ahead->ask();
@@ -166,9 +163,10 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int v = 0; v < P * kV; ++v)
-        store(out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>,
-              acc[m][v]);
+      for (int v = 0; v < P * kV; ++v) {
+        Real* sum = out + (v / kV) * out_panel + (first + m) * kLanes + (v % kV) * kWidth<Real>;
+        store(sum, accumulate ? load(sum) + acc[m][v] : acc[m][v]);
+      }
   }
 }
 
