@@ -92,9 +92,9 @@ def write(
     sync_directory(directory.parent)
 
 
-def read_rows(directory: Path, metadata: Any, names: Mapping[str, str], start: int, stop: int) -> (
-    dict[str, Tensor]
-):  # fmt: skip
+def read_rows(
+    directory: Path, metadata: Any, names: Mapping[str, str], start: int, stop: int
+) -> dict[str, Tensor]:
     """Rows [start, stop) of tensors of a checkpoint, by the names here of those there.
 
     Beside the rows at most one piece of a file is in memory, as large as the rank that has saved it

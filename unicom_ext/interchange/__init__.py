@@ -16,5 +16,6 @@ from unicom_ext.interchange.found import Found
 from unicom_ext.interchange.partial_fc import to_partial_fc
 from unicom_ext.interchange.prototypes import save_prototypes
 from unicom_ext.interchange.reading import read
+from unicom_ext.utils.files import CheckpointError
 
-__all__ = ["Found", "read", "save_prototypes", "to_partial_fc"]
+__all__ = ["CheckpointError", "Found", "read", "save_prototypes", "to_partial_fc"]

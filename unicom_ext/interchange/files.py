@@ -63,8 +63,8 @@ class File:
 def read_file(path: Path) -> File:
     """Recognise a file.
 
-    Raises CheckpointError: it cannot be read, or is none of those that can be imported; ConfigError:
-    reading it needs a package that is not installed.
+    Raises CheckpointError: it cannot be read, or is none of those that can be imported;
+    ConfigError: reading it needs a package that is not installed.
     """
     if path.is_dir() or path.suffix == ".safetensors":
         return File(path, ENCODER, encoder=weights.read(str(path)).tensors)
@@ -73,7 +73,7 @@ def read_file(path: Path) -> File:
     content = weights.read_torch(path, _MUST_HOLD)
     if isinstance(content, Tensor):
         return _oldest(path, content)
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
         raise CheckpointError(f"{path}: holds no tensors by name")
     if content.keys() & {BACKBONE, SOFTMAX}:
         return _trainer(path, content)
@@ -166,7 +166,7 @@ def _rows(path: Path, head: dict[str, Any]) -> dict[str, Rows]:
         if (
             newer.shape != (len(sampled), whole.shape[1])
             or sampled.dtype != torch.int64
-            or not (0 <= int(sampled.min()) and int(sampled.max()) < len(whole))
+            or not all(0 <= int(end) < len(whole) for end in sampled.aminmax())
         ):
             raise CheckpointError(
                 f"{path}: {key.replace('weight', 'weight_activated', 1)} {list(newer.shape)} must "

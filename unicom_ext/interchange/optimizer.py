@@ -138,7 +138,9 @@ def _groups(file: File) -> list[dict[str, Any]]:
     return groups
 
 
-def _named_groups(file: File, groups: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:  # fmt: skip
+def _named_groups(
+    file: File, groups: list[dict[str, Any]], names: list[str]
+) -> list[dict[str, Any]]:
     named, first = [], 0
     for group in groups:
         options = {key: plain_value(value) for key, value in group.items() if key != "params"}
@@ -202,7 +204,7 @@ def _add_prototypes(result: State, head: Head, own: Mapping[str, Pieces]) -> Non
         result.add(PROTOTYPES, key, _shared(key, [state[key] for state in states], head, result))
     for key, pieces in own.items():
         result.add(PROTOTYPES, key, pieces)
-    if any([_sampled(key, head, states) for key in of_rows - own.keys()]):
+    if any(_sampled(key, head, states) for key in sorted(of_rows - own.keys())):
         result.of_param.pop(PROTOTYPES, None)
         result.notes.append(
             "the optimizer's state of the prototypes is of the classes of the last step alone, and "

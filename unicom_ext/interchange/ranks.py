@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from unicom_ext.interchange.files import OPTIMIZER, SCHEDULER, File, beside
-from unicom_ext.interchange.rows import class_counts, counted
+from unicom_ext.interchange.rows import class_counts
 from unicom_ext.utils.files import CheckpointError
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # each rank has its own
@@ -120,7 +120,7 @@ def _check_same(first: File, other: File) -> None:
     check("embedding size", *of_both(lambda file: file.rows["weight"].whole.shape[1]))
     check("dtype", *of_both(lambda file: file.rows["weight"].whole.dtype))
     for key in ("epoch", "global_step", SCHEDULER):
-        check(key, *of_both(lambda file, key=key: file.trainer.get(key)))
+        check(key, first.trainer.get(key), other.trainer.get(key))
     check("optimizer", *of_both(lambda file: file.trainer.get(OPTIMIZER, {}).get("param_groups")))
     check(
         "tensors of the backbone",

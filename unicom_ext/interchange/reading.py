@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unicom_ext.checkpoint.pieces import Pieces
 from unicom_ext.interchange import ranks
 from unicom_ext.interchange.files import ENCODER as ENCODER_FILE
 from unicom_ext.interchange.files import METRIC_LEARNING, SCHEDULER, File, read_file
 from unicom_ext.interchange.found import LOSS, PROTOTYPES, Found, of_encoder
 from unicom_ext.interchange.optimizer import State, read_state
 from unicom_ext.interchange.ranks import Head
-from unicom_ext.interchange.rows import Pieces, counted, in_rank_order, of_columns
+from unicom_ext.interchange.rows import counted, in_rank_order, of_columns
 from unicom_ext.loss import checks
 from unicom_ext.utils.files import CheckpointError
 
@@ -116,9 +117,7 @@ def _metric_learning(
     _check_classes(num_classes, count, f"W is {[dim, columns]}")
     centers = f", {num_centers} centers each" if num_centers > 1 else ""
     described = {"format": file.kind, "classes": f"{count:,}{centers}"}
-    return _found(
-        described, of_columns(matrix, num_centers), num_centers, encoders, State(), {}, 0
-    )
+    return _found(described, of_columns(matrix, num_centers), num_centers, encoders, State(), {}, 0)
 
 
 def _partial_fc(head: Head, encoders: list[File], state: State) -> Found:
