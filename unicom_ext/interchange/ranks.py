@@ -39,7 +39,7 @@ def in_order(files: Sequence[File]) -> Head:
     Raises CheckpointError: a rank is missing or there twice, or they are of different runs.
     """
     by_rank = _by_rank(files)
-    _check_complete(by_rank)
+    _check_complete(by_rank, [file.path for file in files])
     ranks = [by_rank[rank] for rank in range(len(by_rank))]
     first = ranks[0]
     for other in ranks[1:]:
@@ -84,7 +84,7 @@ def _by_rank(files: Sequence[File]) -> dict[int, File]:
     return by_rank
 
 
-def _check_complete(by_rank: dict[int, File]) -> None:
+def _check_complete(by_rank: dict[int, File], given: Sequence[Path]) -> None:
     paths = [by_rank[rank].path for rank in sorted(by_rank)]
     missing = [rank for rank in range(max(by_rank) + 1) if rank not in by_rank]
     if missing:
@@ -95,9 +95,9 @@ def _check_complete(by_rank: dict[int, File]) -> None:
     for rank, file in by_rank.items():
         if "weight" not in file.rows:
             raise CheckpointError(f"{file.path}: the weight of rank {rank} is missing beside it")
-    given = {path.resolve() for path in paths}
-    others = {path.resolve(): path for folder_of in paths for path in beside(folder_of)}
-    left_out = [path for resolved, path in others.items() if resolved not in given]
+    resolved = {path.resolve() for path in given}
+    others = {path.resolve(): path for like in given for path in beside(like)}
+    left_out = [path for there, path in others.items() if there not in resolved]
     if left_out:
         raise CheckpointError(
             f"{_listed(left_out)}: beside the files that are given, but not among them; without "
