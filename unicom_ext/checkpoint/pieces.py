@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from unicom_ext.checkpoint.directory import ABOUT, FORMAT, VERSION, read_tensors, write_tensors
 from unicom_ext.utils.files import CheckpointError, sync_directory
 
-PIECE_BYTES = 1 << 28
+PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)

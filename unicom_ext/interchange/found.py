@@ -45,7 +45,7 @@ class Found:
         Args:
             output: a directory, which must not exist; it appears when it is whole.
 
-        At most 256 MiB of a tensor of prototypes are in memory at a time.
+        At most 64 MiB of each tensor of prototypes are in memory at a time.
 
         Raises CheckpointError, OSError: it cannot be written; nothing is left then.
         """

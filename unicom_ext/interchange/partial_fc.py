@@ -56,26 +56,23 @@ def to_partial_fc(
     if ranks > source.num_classes:
         raise ValueError(f"ranks must be at most the {source.num_classes} classes, got {ranks}")
     state = source.optimizer() if optimizer else None
-    order = [] if state is None else state.names
-    trainer, missing = source.progress()
+    shared, missing = source.progress()
+    shared[BACKBONE] = source.encoder([] if state is None else state.names)
     if state is None:
         missing = [OPTIMIZER, *missing]
-    encoder = source.encoder(order)
-    of_encoder_alone = {} if state is None else source.states(state, order[:-1])
+    else:
+        shared[OPTIMIZER] = {
+            "state": source.states(state, state.names[:-1]),
+            "param_groups": state.groups,
+        }
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         start = 0
         for rank, count in enumerate(class_counts(source.num_classes, ranks)):
-            head, own = source.head(state, start, start + count)
-            content = {**trainer, BACKBONE: encoder, SOFTMAX: {"weight": head}}
-            if state is not None:
-                states = dict(of_encoder_alone)
-                if own:
-                    states[len(order) - 1] = own
-                content[OPTIMIZER] = {"state": states, "param_groups": state.groups}
-            torch.save(content, temporary / f"checkpoint_gpu_{rank}.pt")
+            path = temporary / f"checkpoint_gpu_{rank}.pt"
+            torch.save(_of_rank(source, shared, state, start, start + count), path)
             start += count
         os.rename(temporary, output)
     except BaseException:
@@ -83,6 +80,19 @@ def to_partial_fc(
         raise
     sync_directory(output.parent)
     return missing
+
+
+def _of_rank(
+    source: _Source, shared: dict[str, Any], optimizer: _Optimizer | None, start: int, stop: int
+) -> dict[str, Any]:
+    """What the file of the rank with these classes holds.  shared: what all files do."""
+    weight, own = source.head(optimizer, start, stop)
+    content = {**shared, SOFTMAX: {"weight": weight}}
+    if optimizer is not None and own:
+        number = len(optimizer.names) - 1
+        states = {**shared[OPTIMIZER]["state"], number: own}
+        content[OPTIMIZER] = {**shared[OPTIMIZER], "state": states}
+    return content
 
 
 @dataclass
