@@ -395,6 +395,12 @@ def sized(rows, dim=D):
     return lambda head: {"weight": torch.ones(rows, dim)}
 
 
+def in_halves(state):
+    last = max(state["state"])
+    own = {k: v.half() if v.dim() else v for k, v in state["state"][last].items()}
+    return {**state, "state": {**state["state"], last: own}}
+
+
 def moved(backbone):
     return {**backbone, "0.weight": backbone["0.weight"] * 1.1}
 
@@ -414,13 +420,13 @@ FAULTS = {
     ),
     "another step": (
         lambda f: change(f, 1, global_step=39),
-        r"0.pt and \S+1.pt are not of one run: global_step 40 and 39",
+        r"0.pt and \S+1.pt are not of one run: global_step is 40 and 39",
     ),
     "another learning rate": (
         lambda f: change(
             f, 1, state_optimizer=lambda s: {**s, "param_groups": s["param_groups"][::-1]}
         ),
-        "are not of one run: optimizer",
+        "are not of one run: the number of parameters of the optimizer's group 0 is 9 and 1",
     ),
     "another backbone": (
         lambda f: change(f, 3, state_dict_backbone=moved),
@@ -428,7 +434,7 @@ FAULTS = {
     ),
     "another size of embeddings": (
         lambda f: change(f, 2, state_dict_softmax_fc=sized(6, 7)),
-        r"0.pt and \S+2.pt are not of one run: embedding size 6 and 7",
+        r"0.pt and \S+2.pt are not of one run: the embedding size is 6 and 7",
     ),
     "a split that is none": (
         lambda f: change(f, 0, state_dict_softmax_fc=sized(7)),
@@ -447,6 +453,28 @@ FAULTS = {
     "an unknown tensor in the head": (
         lambda f: change(f, 1, state_dict_softmax_fc={"kernel": torch.ones(6, D)}),
         r"1.pt: kernel is not known; it holds kernel, expected are weight, weight_mom",
+    ),
+    "another schedule": (
+        lambda f: change(f, 2, state_lr_scheduler={"last_epoch": 40, "base_lrs": [0.1, 0.2]}),
+        r"base_lrs of the scheduler is \[0.1, 0.1\] and \[0.1, 0.2\]",
+    ),
+    "a backbone of another shape": (
+        lambda f: change(f, 2, state_dict_backbone=lambda b: {**b, "3.bias": torch.ones(9)}),
+        r"not of one run: 3.bias of the backbone is \[6\] and \[9\]",
+    ),
+    "moments of another dtype": (
+        lambda f: change(f, 2, state_optimizer=in_halves),
+        r"exp_avg of the prototypes is torch.float32 and torch.float16",
+    ),
+    "newer rows of unknown classes": (
+        lambda f: change(
+            f, 0, state_dict_softmax_fc=lambda h: {**h, "weight_activated": torch.ones(2, D)}
+        ),
+        r"0.pt: the head has newer rows of weight, but no weight_index that says of which",
+    ),
+    "no state of an optimizer": (
+        lambda f: change(f, 0, state_optimizer={"state": {}}),
+        r"0.pt: state_optimizer holds state, must hold state and param_groups",
     ),
     "three groups": (
         lambda f: [

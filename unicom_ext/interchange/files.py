@@ -153,13 +153,18 @@ def _rows(path: Path, head: dict[str, Any]) -> dict[str, Rows]:
     if "weight" not in head:
         raise CheckpointError(f"{path}: the head has no weight, only {_listed(head)}")
     index = head.get(_INDEX)
-    sampled = None if index is None or index.numel() == 0 else index
+    sampled = index if isinstance(index, Tensor) and index.numel() else None
     rows = {}
     for key, name in {"weight": "weight", **_OLD_STATE}.items():
         if key not in head:
             continue
         whole = _matrix(path, key, head[key])
         newer = head.get(key.replace("weight", "weight_activated", 1))
+        if sampled is None and newer is not None and newer.numel():
+            raise CheckpointError(
+                f"{path}: the head has newer rows of {key}, but no {_INDEX} that says of which "
+                "classes"
+            )
         if sampled is None or newer is None:
             rows[name] = Rows(whole)
             continue

@@ -19,7 +19,7 @@ from unicom_ext.checkpoint.parts import check_plain, plain_value
 from unicom_ext.checkpoint.pieces import Pieces
 from unicom_ext.interchange.files import OPTIMIZER, File
 from unicom_ext.interchange.found import MAIN, PROTOTYPES, of_encoder
-from unicom_ext.interchange.ranks import Head, same_tensor
+from unicom_ext.interchange.ranks import Head, optimizer_groups, same
 from unicom_ext.interchange.rows import Rows, in_rank_order
 from unicom_ext.utils.files import CheckpointError
 
@@ -121,13 +121,7 @@ def _of_trainer(file: File, encoder: nn.Module | None) -> State:
 
 
 def _groups(file: File) -> list[dict[str, Any]]:
-    state = file.trainer[OPTIMIZER]
-    groups = state.get("param_groups")
-    if not isinstance(groups, list) or not isinstance(state.get("state"), dict) or not groups:
-        raise CheckpointError(
-            f"{file.path}: {OPTIMIZER} holds {', '.join(map(str, state))}, must hold state and "
-            "param_groups as the state dict of torch's optimizers does"
-        )
+    groups = optimizer_groups(file)
     sizes = [len(group["params"]) for group in groups]
     if len(groups) > 2 or sizes[-1] == 0 or (len(groups) == 2 and sizes[1] != 1):
         raise CheckpointError(
@@ -225,6 +219,11 @@ def _sampled(key: str, head: Head, states: list[dict[str, Any]]) -> bool:
                 f"{file.path}: {key} of the prototypes is {list(value.shape)} in the optimizer, "
                 f"must be {list(weight.shape)} as they are"
             )
+        if value.dtype != states[0][key].dtype:
+            raise CheckpointError(
+                f"{head.files[0].path} and {file.path} are not of one run: {key} of the prototypes "
+                f"is {states[0][key].dtype} and {value.dtype}"
+            )
         sampled |= len(value) < len(weight)
     return sampled
 
@@ -239,7 +238,7 @@ def _shared(key: str, values: list[Any], head: Head, result: State) -> Any:
                 "number counts for all prototypes"
             )
         return max(steps)
-    if not all(same_tensor(values[0], value) for value in values):
+    if not all(same(values[0], value) for value in values):
         raise CheckpointError(
             f"{head.files[0].path} and the other ranks' files are not of one run: {key} of the "
             f"prototypes is {values}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,34 +106,62 @@ def _check_complete(by_rank: dict[int, File], given: Sequence[Path]) -> None:
 
 
 def _check_same(first: File, other: File) -> None:
-    def check(what: str, here: Any, there: Any) -> None:
-        if here != there:
+    here, there = _facts(first), _facts(other)
+    for what in {**here, **there}:
+        if not same(here.get(what), there.get(what)):
             raise CheckpointError(
-                f"{first.path} and {other.path} are not of one run: {what} {here} and {there}"
+                f"{first.path} and {other.path} are not of one run: {what} is {here.get(what)} "
+                f"and {there.get(what)}"
             )
-
-    def of_both(read: Callable[[File], Any]) -> tuple[Any, Any]:
-        return read(first), read(other)
-
-    check("they hold", *of_both(lambda file: ", ".join(sorted(file.trainer)) or file.kind))
-    check("they hold", *of_both(lambda file: ", ".join(sorted(file.rows))))
-    check("embedding size", *of_both(lambda file: file.rows["weight"].whole.shape[1]))
-    check("dtype", *of_both(lambda file: file.rows["weight"].whole.dtype))
-    for key in ("epoch", "global_step", SCHEDULER):
-        check(key, first.trainer.get(key), other.trainer.get(key))
-    check("optimizer", *of_both(lambda file: file.trainer.get(OPTIMIZER, {}).get("param_groups")))
-    check(
-        "tensors of the backbone",
-        *of_both(lambda file: {name: list(value.shape) for name, value in file.encoder.items()}),
-    )
     for name, value in first.encoder.items():
         if value.is_floating_point() and not name.endswith(STATISTICS) and value.numel():
-            here, there = value.detach().float(), other.encoder[name].detach().float()
-            if not (here - there).abs().max() <= _SAME * here.abs().max():
+            ours, theirs = value.detach().float(), other.encoder[name].detach().float()
+            if not (ours - theirs).abs().max() <= _SAME * ours.abs().max():
                 raise CheckpointError(
                     f"{first.path} and {other.path} are not of one run: {name} of the backbone "
                     "differs"
                 )
+
+
+def _facts(file: File) -> dict[str, Any]:
+    """What the files of all ranks have in common, by what it is called in messages."""
+    weight = file.rows["weight"].whole
+    facts: dict[str, Any] = {
+        "what they hold": ", ".join([*sorted(file.rows), *sorted(file.trainer)]),
+        "the embedding size": weight.shape[1],
+        "the dtype": weight.dtype,
+    }
+    for key, value in file.trainer.items():
+        if key == SCHEDULER:
+            facts |= {f"{name} of the scheduler": v for name, v in value.items()}
+        elif key == OPTIMIZER:
+            for number, group in enumerate(optimizer_groups(file)):
+                of_group = {**group, "the number of parameters": len(group["params"])}
+                del of_group["params"]
+                facts |= {
+                    f"{name} of the optimizer's group {number}": v for name, v in of_group.items()
+                }
+        else:
+            facts[key] = value
+    return facts | {f"{name} of the backbone": list(v.shape) for name, v in file.encoder.items()}
+
+
+def optimizer_groups(file: File) -> list[dict[str, Any]]:
+    """The groups in a trainer's file.
+
+    Raises CheckpointError: the state is not that of an optimizer of torch.
+    """
+    state = file.trainer[OPTIMIZER]
+    groups = state.get("param_groups")
+    is_state = isinstance(state.get("state"), dict) and isinstance(groups, list) and groups
+    if not is_state or not all(
+        isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
+    ):
+        raise CheckpointError(
+            f"{file.path}: {OPTIMIZER} holds {', '.join(map(str, state)) or 'nothing'}, must hold "
+            "state and param_groups as the state dict of an optimizer of torch does"
+        )
+    return groups
 
 
 def _ranks(numbers: Sequence[int]) -> str:
@@ -146,7 +174,7 @@ def _listed(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def same_tensor(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two values of a state are the same."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
