@@ -144,6 +144,7 @@ def test_what_has_no_prototypes(tmp_path):
         ([{"a": torch.ones(1)}], {"num_classes": 2}, "is 2, but the files hold no prototypes"),
         ([torch.ones(C, D)], {}, r"0.pt: holds one tensor \[7, 4\], and nothing says what it is"),
         ([{"epoch": 3, "a": torch.ones(1)}], {}, "0.pt: holds a int under 'epoch', must hold tens"),
+        ([{"W": torch.ones(D, 0)}], {}, r"the files hold no prototypes: they are \[0, 4\]"),
         ([{3: torch.ones(1)}], {}, "0.pt: holds no tensors by name"),
         ([[torch.ones(1)]], {}, "0.pt: holds no tensors by name"),
     ],

@@ -24,10 +24,10 @@ def import_(
 ) -> None:
     """Make a checkpoint of FILES of another trainer.
 
-    FILES are InsightFace's checkpoint_gpu_*.pt of all ranks, or its older softmax_fc_gpu_*.pt or
-    rank_*_softmax_weight*.pt; or the state dict of a loss of pytorch-metric-learning. An encoder's
-    weights may be beside the latter, or alone. Prototypes, the optimizer's state and progress are
-    carried; unicom_ext.checkpoint.load reads them at any number of ranks.
+    FILES are InsightFace's checkpoint_gpu_*.pt of all ranks; or its older softmax_fc_gpu_*.pt or
+    rank_*_softmax_weight*.pt, or the state dict of a loss of pytorch-metric-learning, each with a
+    file of the encoder's weights or without; or these weights alone. Prototypes, the optimizer's
+    state and progress are carried; unicom_ext.checkpoint.load reads them at any number of ranks.
     """
     try:
         from unicom_ext import interchange

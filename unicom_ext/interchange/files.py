@@ -123,7 +123,7 @@ def _trainer(path: Path, content: dict[str, Any]) -> File:
         kind = int if key in ("epoch", "global_step") else dict
         if key in content and not isinstance(content[key], kind):
             raise CheckpointError(
-                f"{path}: {key} must be a {kind.__name__}, got a {type(content[key]).__name__}"
+                f"{path}: {key} must be of type {kind.__name__}, got {type(content[key]).__name__}"
             )
     backbone, head = content.pop(BACKBONE), content.pop(SOFTMAX)
     for name, value in backbone.items():

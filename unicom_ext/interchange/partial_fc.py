@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unicom_ext.checkpoint.directory import read, read_tensors
-from unicom_ext.checkpoint.names import SavedNames, joined, plain_name
+from unicom_ext.checkpoint.names import joined, plain_name
 from unicom_ext.checkpoint.parts import as_option
 from unicom_ext.checkpoint.pieces import read_rows
 from unicom_ext.interchange.files import BACKBONE, OPTIMIZER, SCHEDULER, SOFTMAX
@@ -31,7 +31,7 @@ def to_partial_fc(
     ranks: int,
     optimizer: bool = True,
 ) -> list[str]:
-    """Write ``checkpoint_gpu_{rank}.pt`` as InsightFace's trainer goes on from, and UNICOM's could.
+    """Write ``checkpoint_gpu_{rank}.pt``, from which InsightFace's trainer goes on.
 
     Args:
         directory: a checkpoint with the modules "encoder" and "loss", and the optimizer "main" of
@@ -113,7 +113,6 @@ class _Source:
         self.directory = directory
         self.metadata, self.about = read(directory)
         self.saved = self.metadata.state_dict_metadata
-        self.names = SavedNames(self.saved)
         classes = self.about["classes"].get(PROTOTYPES)
         if classes is None or not any(name.startswith(of_encoder("")) for name in self.saved):
             modules = {name.split(".")[1] for name in self.saved if name.startswith("modules.")}
@@ -202,9 +201,8 @@ class _Source:
         keys = {} if optimizer is None else optimizer.keys[PROTOTYPES]
         of_rows = {key: name for key, name in keys.items() if len(self.saved[name].size)}
         shared = self.read({key: name for key, name in keys.items() if key not in of_rows})
-        weight = self.names.find(PROTOTYPES)
         rows = read_rows(
-            self.directory, self.metadata, {"weight": weight or PROTOTYPES, **of_rows}, start, stop
+            self.directory, self.metadata, {"weight": PROTOTYPES, **of_rows}, start, stop
         )
         values = {} if optimizer is None else optimizer.values[PROTOTYPES]
         return rows.pop("weight"), {**values, **shared, **rows}

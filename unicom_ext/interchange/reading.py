@@ -154,6 +154,8 @@ def _found(
     step: int,
 ) -> Found:
     dim = weight.shape[-1]
+    if 0 in weight.shape:
+        raise CheckpointError(f"the files hold no prototypes: they are {list(weight.shape)}")
     dtype = str(weight.dtype).removeprefix("torch.")
     described["embeddings"] = f"{dim} dimensions, {dtype}"
     described["encoder"] = _sizes(encoders[0].encoder) if encoders else "none"
