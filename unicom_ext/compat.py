@@ -19,11 +19,9 @@ What differs from the published head:
   published trainers, a rank whose prototypes overflow would skip a step alone.
 - m1, m2 and m3 combine. The published loss leaves m2 out where m3 > 0; there is a warning then.
 
-To go on from the published trainer's files, put the ranks' parts together, in rank order::
-
-    files = [f"checkpoint_gpu_{rank}.pt" for rank in range(8)]
-    parts = [torch.load(f, map_location="cpu")["state_dict_softmax_fc"]["weight"] for f in files]
-    module_partial_fc.load_state_dict({"weight": torch.cat(parts)}, strict=False)
+The published trainer's files of all ranks become a checkpoint for any number of ranks, the state of
+the optimizer included, by ``unicom-ext import checkpoint_gpu_*.pt --output DIR``
+(`unicom_ext.interchange`); ``unicom-ext checkpoint to-partial-fc`` is the way back.
 """
 
 from __future__ import annotations

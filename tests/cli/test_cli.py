@@ -60,7 +60,7 @@ def test_help_names_the_commands_and_is_not_heavy():
     assert result.returncode == 0, result.stderr
     for command in (
         "train", "pipeline", "cluster", "extract", "evaluate", "probe", "export", "report",
-        "checkpoint", "bench", "doctor",
+        "import", "checkpoint", "bench", "doctor",
     ):  # fmt: skip
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
     heavy = "import sys, unicom_ext.cli.main; print([m for m in %r if m in sys.modules])"

@@ -18,7 +18,7 @@ FLOORS = (
     ("cli",),
     ("pipeline",),
     ("train",),
-    ("report",),
+    ("interchange", "report"),
     ("encoders",),
     ("cluster", "retrieval", "checkpoint", "optim", "compat"),
     ("loss", "data"),

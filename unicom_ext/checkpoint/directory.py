@@ -138,11 +138,11 @@ def read(directory: Path) -> tuple[Any, dict[str, Any]]:
     return metadata, about
 
 
-def write_tensors(state: dict[str, Tensor], **where: Any) -> None:
+def write_tensors(state: Mapping[str, Any], **where: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as is meant
         try:
-            dcp.save(state, **where)
+            dcp.save(dict(state), **where)
         except CheckpointException as error:  # which is no Exception
             path, (reason, _) = where["checkpoint_id"], next(iter(error.failures.values()))
             cause: BaseException | None = reason

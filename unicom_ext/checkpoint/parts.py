@@ -136,18 +136,19 @@ class Parts:
         """The optimizer's groups as JSON can hold them."""
         return [
             {
-                key: [self.names[p] for p in value] if key == "params" else _plain(value)
+                key: [self.names[p] for p in value] if key == "params" else plain_value(value)
                 for key, value in group.items()
             }
             for group in optimizer.param_groups
         ]
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """An option of an optimizer's group as JSON can hold it."""
     if isinstance(value, Tensor):
         return float(value)
     if isinstance(value, tuple):
-        return tuple(_plain(each) for each in value)
+        return tuple(plain_value(each) for each in value)
     if isinstance(value, np.floating):
         return float(value)
     return str(value) if isinstance(value, torch.dtype) else value

@@ -15,6 +15,7 @@ from unicom_ext.cli.doctor import doctor
 from unicom_ext.cli.evaluate import evaluate
 from unicom_ext.cli.export import export
 from unicom_ext.cli.extract import extract
+from unicom_ext.cli.imports import import_
 from unicom_ext.cli.pipeline import pipeline
 from unicom_ext.cli.probe import probe
 from unicom_ext.cli.report import report
@@ -27,6 +28,7 @@ def main() -> None:
 
 
 for command in (
-    train, pipeline, report, extract, cluster, evaluate, probe, export, checkpoint, bench, doctor
+    train, pipeline, report, extract, cluster, evaluate, probe, export, import_, checkpoint, bench,
+    doctor,
 ):  # fmt: skip
     main.add_command(command)

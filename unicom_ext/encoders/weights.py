@@ -85,7 +85,9 @@ def read(path: str) -> Saved:
     elif where.suffix == ".safetensors":
         tensors = _read_safetensors(where)
     else:
-        tensors = _read_torch(where)
+        tensors = read_torch(
+            where, "tensors alone, as torch.save(encoder.state_dict(), ...) writes them"
+        )
     if isinstance(tensors, dict) and ABOUT in tensors:
         tensors = of_module(where, tensors, _counting(tensors))
     if isinstance(tensors, dict):
@@ -168,7 +170,15 @@ def _read_safetensors(path: Path) -> Any:
         raise _unreadable(path, error) from None
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path, must_hold: str) -> Any:
+    """What torch.save has written, in memory that is the file's, without running code.
+
+    Args:
+        must_hold: the end of the message where it holds something else.
+
+    Raises CheckpointError: it cannot be read, or reading it could run code.
+    """
+
     def load(**how: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **how)
 
@@ -184,8 +194,7 @@ def _read_torch(path: Path) -> Any:
         if named is None:
             raise CheckpointError(f"{path}: is no file that torch.save has written") from None
         raise CheckpointError(
-            f"{path}: holds {named[1]}, and reading that could run code; must hold tensors alone, "
-            "as torch.save(encoder.state_dict(), ...) writes them"
+            f"{path}: holds {named[1]}, and reading that could run code; must hold {must_hold}"
         ) from None
 
 
