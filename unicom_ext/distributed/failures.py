@@ -154,6 +154,7 @@ class Failures:
 
     def _raise(self) -> None:
         own, self.own = self.own, None
+        self.optimizer_steps = 0  # which was said, if they differ: what comes after begins anew
         agree(self._settings(), own, self._group())
 
 
