@@ -57,8 +57,8 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
         if loss.training:
             loss._standing_still.look(param)
         if any(other is param for group in optimizer.param_groups for other in group["params"]):
-            if loss.shard is not None and not _was_skipped(optimizer):
-                failures_of(loss.shard.group).optimizer_steps += 1
+            if loss.shard is not None:
+                failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
             for mistake, message in _mistakes(watched, loss, param):
                 if mistake not in watched.told:
                     watched.told.add(mistake)
@@ -125,8 +125,12 @@ def look_at_labels(loss: Any, slot: Tensor) -> None:
         )
 
 
-def _was_skipped(optimizer: Optimizer) -> bool:
-    """Whether a GradScaler lets an optimizer, a fused one, leave out the step itself. Others it
-    does not call. On a device looking would wait for it."""
+def _steps_of(optimizer: Optimizer) -> int | Tensor:
+    """1, or 0 where a GradScaler lets an optimizer leave out the step itself, which those do that
+    are fused. Others it does not call. On a device nobody waits for the number."""
     found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found)
+    if not isinstance(found, Tensor):
+        return 1
+    if found.is_cuda and torch.cuda.is_current_stream_capturing():
+        return 1
+    return (found.detach() != 1).long().reshape(())  # as the fused kernels read it
