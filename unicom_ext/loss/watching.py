@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ReferenceType, ref
@@ -56,9 +57,10 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
             continue
         if loss.training:
             loss._standing_still.look(param)
-        if any(other is param for group in optimizer.param_groups for other in group["params"]):
+        if _holds(optimizer, param):
             if loss.shard is not None:
-                failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
+                with suppress(ValueError):  # the group was destroyed
+                    failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
             for mistake, message in _mistakes(watched, loss, param):
                 if mistake not in watched.told:
                     watched.told.add(mistake)
@@ -66,6 +68,12 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_look)
+
+
+def _holds(optimizer: Optimizer, param: Tensor) -> bool:
+    """From the end, where prototypes usually are."""
+    groups = reversed(optimizer.param_groups)
+    return any(other is param for group in groups for other in reversed(group["params"]))
 
 
 def _mistakes(watched: _Watched, loss: Any, param: Tensor) -> Iterator[tuple[str, str]]:
