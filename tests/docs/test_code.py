@@ -12,6 +12,7 @@ from support.pages import PAGES, python_blocks, run_python
 from support.ranks import free_port
 
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
+OPTIONAL = {"docs/pytorch-metric-learning.md": "pytorch_metric_learning"}  # what a page needs
 ON_RANKS = [page for page in WITH_CODE if "init_process_group" in PAGES[page]]
 
 
@@ -22,6 +23,7 @@ def test_there_is_code_to_run():
 
 @pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in ON_RANKS])
 def test_in_one_process(page, tmp_path, monkeypatch):
+    pytest.importorskip(OPTIONAL.get(page, "torch"))
     monkeypatch.chdir(tmp_path)
     assert run_python(page) > 0
 

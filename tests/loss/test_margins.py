@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
-numbers = st.floats(-3, 3)
+numbers = st.floats(-2, 2)
 per_sample = st.lists(numbers, min_size=1, max_size=5).map(torch.tensor)
 values = numbers | per_sample
 margins = (

@@ -97,6 +97,8 @@ class Failures:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)  # which has threads that must not outlive it
         self.own: Exception | None = None
+        # Which have updated what the ranks share; an int64 scalar where only a device knows.
+        self.optimizer_steps: int | Tensor = 0
         self._count: Tensor | None = None  # on the host, of what went wrong in the last step
         self._settings: Callable[[], Mapping[str, object]] = dict  # of that step
         self._arrival: torch.cuda.Event | None = None
@@ -153,6 +155,7 @@ class Failures:
 
     def _raise(self) -> None:
         own, self.own = self.own, None
+        self.optimizer_steps = 0  # which was said, if they differ: what comes after begins anew
         agree(self._settings(), own, self._group())
 
 

@@ -34,7 +34,8 @@ class CombinedMargin:
     are equal when they are the same function psi, whichever class they were written with.
 
     Raises TypeError for a wrong kind of value and ValueError for a wrong value, and warns of an m2
-    beyond pi, which is likely one in degrees; the values inside a tensor are not looked at.
+    beyond pi, which is likely one in degrees, and of an m3 beyond 2; the values inside a tensor are
+    not looked at.
     """
 
     m1: float = 1.0
@@ -54,6 +55,11 @@ class CombinedMargin:
                 stacklevel=4,
             )
         object.__setattr__(self, "m3", _number_or_per_sample("m3", self.m3))
+        if not isinstance(self.m3, Tensor) and abs(self.m3) > 2:
+            warnings.warn(
+                f"m3 is subtracted from a cosine, and {self.m3:g} is more than two cosines differ",
+                stacklevel=4,
+            )
 
     @property
     def requires_grad(self) -> bool:

@@ -32,6 +32,7 @@ from unicom_ext.loss.sampling import (
     num_selected_features,
 )
 from unicom_ext.loss.selection import Sampling, select
+from unicom_ext.loss.watching import look_at_labels
 from unicom_ext.ops import counter, memory, transforms
 
 __all__ = ["PartialMarginSoftmax", "Selection"]
@@ -160,12 +161,13 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             failure = error  # which the other ranks must learn of
         self.shard = None
         if process_group is not None:
-            from unicom_ext.distributed.failures import agree
+            from unicom_ext.distributed.failures import agree, failures_of
             from unicom_ext.distributed.shard import ClassShard
 
             centers = 1 if failure else self.options.num_centers
             self.shard = ClassShard(process_group, 1 if failure else num_classes, centers)
             agree(settings, failure, process_group)
+            failures_of(process_group).optimizer_steps = 0
         self.embedding_size = embedding_size
         self.num_classes = num_classes
         self.sample_rate = sample_rate
@@ -237,6 +239,10 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     @feature_selection.setter
     def feature_selection(self, value: FeatureSelection) -> None:
         self._feature_selection = check_feature_selection(value)
+
+    @property
+    def draws(self) -> bool:
+        return self.num_sampled < self.num_classes or self.num_features < self.embedding_size
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -351,6 +357,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             )
             rows = selected.class_index
             class_index = None if rows is None else rows + self.shard.start
+            if self.training and not compiling and not transforms.transforming():
+                look_at_labels(self, selected.slot)
         self._drawn = class_index, selected.num_valid, selected.feature_index
         if transforms.transforming():
             self._drawn = transforms.kept(self._drawn)

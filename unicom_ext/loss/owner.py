@@ -10,10 +10,12 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from unicom_ext.distributed.failures import failures_of
 from unicom_ext.loss import checks
 from unicom_ext.loss.options import LossOptions
 from unicom_ext.loss.prototypes import fill_prototypes
-from unicom_ext.loss.standing_still import StandingStill, watch
+from unicom_ext.loss.standing_still import StandingStill
+from unicom_ext.loss.watching import watch
 from unicom_ext.loss.wrapping import NeverWrapped
 
 if TYPE_CHECKING:
@@ -57,6 +59,11 @@ class PrototypeOwner(NeverWrapped):
     def _enlist(self) -> None:
         _owners.add(self)
         watch(self)
+
+    @property
+    def draws(self) -> bool:
+        """Whether a step of training uses some classes or dimensions only."""
+        return False
 
     @property
     def _start(self) -> int:
@@ -197,6 +204,8 @@ class PrototypeOwner(NeverWrapped):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         name = prefix + "weight"
         value = state_dict.get(name)
+        if value is not None and self.shard is not None:
+            failures_of(self.shard.group).optimizer_steps = 0  # the ranks are of one mind again
         if isinstance(value, Tensor) and (self.shard is not None or not checks.is_local(value)):
             try:
                 expected = [self._num_rows, self.embedding_size]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
 _STEPS = 50  # of any optimizer: a model may have several, and a GradScaler skips some steps
 
@@ -54,35 +52,6 @@ class StandingStill:
 
     def __reduce__(self) -> tuple[type[StandingStill], tuple[()]]:
         return StandingStill, ()  # a copy may be in no optimizer though the original is
-
-
-# By their ids: the modules of which nothing is known yet.
-_watched: dict[int, ReferenceType[nn.Module]] = {}
-
-
-def watch(module: nn.Module) -> None:
-    """From now on look at a loss, `_standing_still` of which keeps count."""
-    key = id(module)
-    _watched[key] = ref(module, lambda _: _watched.pop(key, None))
-
-
-def _look(*_: Any) -> None:
-    """After each step of any optimizer."""
-    if not _watched:
-        return
-    for key, reference in tuple(_watched.items()):
-        module: Any = reference()
-        if module is None or module._standing_still.done:
-            _watched.pop(key, None)
-        elif module.training:
-            param = module._parameters.get("weight")
-            if param is None:  # where weight_norm or the like has put a function of these
-                param = next(module.parameters(), None)
-            if param is not None:
-                module._standing_still.look(param)
-
-
-register_optimizer_step_post_hook(_look)
 
 
 def _total(param: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The norm of gradients of which each rank holds a part: for clipping, and to skip a step together.
 
 To scale losses under autocast use torch's `ShardedGradScaler(process_group=...)`: it shares what it
-finds, while with `torch.amp.GradScaler` a rank whose prototypes overflow would skip a step alone.
+finds, while with `torch.amp.GradScaler`, and with either where an optimizer is fused, a rank whose
+prototypes overflow would skip a step alone; every rank raises at the next call of the loss then.
 """
 
 from __future__ import annotations

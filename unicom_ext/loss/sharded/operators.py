@@ -35,6 +35,12 @@ from unicom_ext.ops.shapes import state_size, sums_size
 from unicom_ext.ops.transforms import in_forward_mode, transformable, transforming
 
 _MANY = 1 << 20
+_ODD = 7919  # so that multiples of it fill all that is below _MANY
+_OPTIMIZER_STEPS = (
+    "the number of steps that optimizers have made with the prototypes (where gradients overflow "
+    "on one rank, GradScaler lets it leave out a step alone; ShardedGradScaler with an optimizer "
+    "that is not fused does not)"
+)
 _IGNORED = -1  # kIgnoredSlot in csrc/core/sampler.h
 
 
@@ -98,12 +104,18 @@ def forward(
         exponent = common
     # Some rows more say how many ranks have failed, and whether all are of one mind.
     step = None if step is None else step.clone()  # which will have gone on when it is told
-    words = _words(call, step, rows)
+    steps = failures.optimizer_steps
+    words = _words(call, step, steps, rows)
     flag = torch.full_like(words[:1], float(failures.own is not None))
     rows = shard.sum(torch.cat([rows, flag, words]))
     rows, flag, summed = rows.split([len(rows) - 3, 1, 2])
     failed = flag[0, 0] + (summed != shard.world_size * words).sum()
-    failures.settle(failed, lambda: call.settings() | {"step": None if step is None else int(step)})
+
+    def settings() -> dict[str, float | None]:
+        numbers = {"step": None if step is None else int(step), _OPTIMIZER_STEPS: int(steps)}
+        return {**call.settings(), **numbers}
+
+    failures.settle(failed, settings)
     slot = selected.slot.masked_fill(failed > 0, _IGNORED)  # for then there are no gradients
 
     sample_loss, state = library.ops.loss_merge(
@@ -172,12 +184,13 @@ def _select(
     return selected._replace(class_index=(selected.class_index - shard.start).clamp_(min=0))
 
 
-def _words(call: Call, step: Tensor | None, like: Tensor) -> Tensor:
-    """What must be the same on every rank, float64 [2, columns of `like`]: a number of the call and
-    its square, and of the step. The sums over n ranks are n times these only where all have the
-    same. They are below 2^20, so that all this is exact."""
+def _words(call: Call, step: Tensor | None, optimizer_steps: int | Tensor, like: Tensor) -> Tensor:
+    """What must be the same on every rank, float64 [2, columns of `like`]: two numbers and their
+    squares, one of the call, and one of the step and of how many optimizer steps were before it.
+    The sums over n ranks are n times these only where all have the same. They are below 2^20, so
+    that all this is exact."""
     words = like.new_full((2,), float(hash(tuple(call.settings().values())) % _MANY))
-    words[1] = 0 if step is None else step % _MANY
+    words[1] = ((0 if step is None else step) + _ODD * optimizer_steps) % _MANY
     return pad(torch.stack([words, words * words], dim=1), (0, like.shape[1] - 2))
 
 
