@@ -1,4 +1,4 @@
-"""The head of PartialFC v2 and UNICOM trainers: change the import, keep the trainer.
+"""The head of PartialFC v2 and UNICOM trainers: change the import, keep the trainer::
 
     from unicom_ext.compat import PartialFC_V2
 
@@ -62,7 +62,8 @@ class PartialFC_V2(PartialMarginSoftmax):
         options: further ones of `PartialMarginSoftmax`, such as `sparse_grad`, `seed`.
             `process_group` is all ranks where torch.distributed is initialised.
 
-    Raises TypeError, ValueError as `PartialMarginSoftmax` does.
+    Raises:
+        TypeError, ValueError: as `PartialMarginSoftmax` does.
     """
 
     def __init__(
@@ -101,8 +102,18 @@ class PartialFC_V2(PartialMarginSoftmax):
         margin: CombinedMargin | None = None,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss, as `PartialMarginSoftmax` has it; labels may be [B, 1] and of any integers but
-        uint64, which may not fit."""
+        """The loss of a batch, as `PartialMarginSoftmax` has it.
+
+        Args:
+            embeddings, step, margin, scale: as there.
+            labels: as there, and also [B, 1], and of any integers but uint64, which may not fit.
+
+        Returns:
+            The loss, as there.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             labels = labels.squeeze(1) if labels.dim() == 2 else labels
             labels = labels if labels.dtype == torch.uint64 else labels.long()

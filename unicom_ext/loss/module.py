@@ -197,6 +197,12 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
                 a random one: equal ones would not part.
             options: those of the constructor but `embedding_size` and `num_classes`. With a process
                 group every rank gives all centroids and keeps its own.
+
+        Returns:
+            The loss, of C classes and d dimensions.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or `device` is the meta device.
         """
         centroids = read_centroids(centroids)
         num_classes, embedding_size = centroids.shape
@@ -239,6 +245,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         self._feature_selection = check_feature_selection(value)
 
     def reset_parameters(self) -> None:
+        """Back to the initial prototypes, and to step 0. To be called after `to_empty`."""
         super().reset_parameters()
         self._drawn = self._metrics = None
 

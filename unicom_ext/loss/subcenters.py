@@ -128,8 +128,15 @@ class SubCenters:
     @torch.no_grad()
     @torch.inference_mode(False)  # what is made in it could not be trained
     def to_single_center(self) -> PartialMarginSoftmax:
-        """A loss with one prototype for each class, its dominant centre, and else all that the loss
-        has: options, step, mode. The prototypes are new, so is what an optimizer has of them."""
+        """A loss with one prototype for each class, its dominant centre.
+
+        Returns:
+            The loss, with the options, step and mode of this one. Its prototypes are new tensors,
+            of which no optimizer knows.
+
+        Raises:
+            RuntimeError: `weight` is made of other parameters, as by `weight_norm`.
+        """
         loss = self._loss
         if "weight" not in loss._parameters:
             raise RuntimeError(

@@ -187,7 +187,11 @@ class RowOptimizer(RowStateOptimizer):
         is whatever is made of them. (A GradScaler skips such steps and lowers its factor, and the
         next backward raises as no step has been made.)
 
-        Raises ValueError: the loss cannot be updated so.
+        Args:
+            loss_fn: with ``sparse_grad=True``; its `weight` is one of this optimizer's parameters.
+
+        Raises:
+            ValueError: the loss cannot be updated so.
         """
         param = loss_fn.weight
         self._group_of("the weight of the loss", param)
@@ -255,6 +259,12 @@ class RowOptimizer(RowStateOptimizer):
         For code that needs the state tensors before the first step, such as
         `torch.distributed.checkpoint`. Prototypes of a loss with ``sparse_grad=True`` are known,
         and need no call; embeddings with ``sparse=True`` do.
+
+        Args:
+            params: matrices [C, d] of this optimizer.
+
+        Raises:
+            ValueError: one is no matrix, or not this optimizer's.
         """
         found = [(self._group_of("params", param), param) for param in params]
         for _, param in found:
