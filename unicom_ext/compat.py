@@ -105,8 +105,11 @@ class PartialFC_V2(PartialMarginSoftmax):
         """The loss of a batch, as `PartialMarginSoftmax` has it.
 
         Args:
-            embeddings, step, margin, scale: as there.
+            embeddings: [B, d] floating point.
             labels: as there, and also [B, 1], and of any integers but uint64, which may not fit.
+            step: as there.
+            margin: as there.
+            scale: as there.
 
         Returns:
             The loss, as there.

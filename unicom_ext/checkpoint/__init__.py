@@ -124,8 +124,9 @@ def load(
 
     Args:
         directory: what `save` wrote.
-        modules, optimizers, process_group: as for `save`, with the same names; those of the
-            checkpoint that are not named are left out.
+        modules: as for `save`, with the same names; those of the checkpoint that are not named are
+            left out.
+        optimizers: as for `save`, with the same names, or left out.
         class_map: int64 [C], for a loss of C classes that are not those of the checkpoint: the
             class there that each class here goes on from, or -1 for a class that is new, which
             keeps its initial prototype and gets fresh optimizer state. In any order; a class there
@@ -137,6 +138,7 @@ def load(
             ``torch.arange(C)`` with -1 past the old classes appends classes;
             ``torch.tensor(kept_ids)`` drops those that are not in it. With `num_centers` > 1 a
             class takes all centres of another; classes cannot be merged.
+        process_group: as for `save`.
 
     Returns:
         What was given to `save` as `extra`.

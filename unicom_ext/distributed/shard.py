@@ -34,7 +34,7 @@ def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
         rank: in [0, world_size).
 
     Returns:
-        start and stop: the rank owns the classes in [start, stop).
+        start and stop, of which the rank owns the classes in [start, stop).
     """
     chunk = -(-num_classes // world_size)
     start = min(rank * chunk, num_classes)
@@ -62,9 +62,12 @@ class ClassShard(Ranks):
     Attributes:
         group: the process group.
         group_name: by which operators find it.
-        rank, world_size: this process in the group, and the group's size.
-        num_classes, num_centers: as given.
-        start, stop: this rank owns the classes in [start, stop).
+        rank: of this process in the group.
+        world_size: how many ranks there are.
+        num_classes: as given.
+        num_centers: as given.
+        start: the first class of this rank.
+        stop: the class after its last.
 
     Raises:
         ValueError: the group is none that this rank is in.

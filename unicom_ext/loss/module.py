@@ -71,7 +71,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
             and top-1 among the classes of all ranks, which costs one more message. Without a
             process group they are always there.
         seed: of the selections and the initial prototypes, any int64.
-        device, dtype: of `weight`.
+        device: of `weight`.
+        dtype: of `weight`, floating point.
         full_state_dict: with a process group, whether `state_dict` holds the prototypes of all
             classes as a plain tensor, not as a `DTensor`; and a row optimizer's its moments. For
             trainers that write what the first rank has: each rank takes its own classes when it
@@ -276,7 +277,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
                 must be the same on every rank.
 
         Returns:
-            The loss: a scalar, or [B] for ``reduction="none"``.
+            The loss, a scalar, or [B] for ``reduction="none"``.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing has changed then. With a process

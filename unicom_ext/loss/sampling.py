@@ -52,8 +52,9 @@ def select_classes(
             the *global* batch.
         seed: any int64; different seeds give independent selections.
         step: any int64; different steps give independent selections.
-        start, stop: return only the ids in ``[start, stop)``, a rank's shard; default all. Shards
-            need not follow block borders: over any split they concatenate to the whole selection.
+        start: return only the ids in ``[start, stop)``, a rank's shard; default all. Shards need
+            not follow block borders: over any split they concatenate to the whole selection.
+        stop: the id after the shard's last; default num_classes.
 
     Returns:
         Sorted unique ids, int64 on the CPU.

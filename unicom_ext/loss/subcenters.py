@@ -101,7 +101,8 @@ class SubCenters:
         """Which samples lie near the dominant centre of their class.
 
         Args:
-            embeddings, labels: as for `add`.
+            embeddings: as for `add`.
+            labels: as for `add`.
             max_angle: radians in (0, pi], from the dominant centre; 75 degrees in the paper. With a
                 process group the same on every rank.
 

@@ -55,7 +55,8 @@ def clip_grad_norm_(
     """Scale all gradients in place so that their `global_grad_norm` is at most `max_norm`.
 
     Args:
-        parameters, loss: as for `global_grad_norm`. Every rank of the loss's group calls this.
+        parameters: as for `global_grad_norm`.
+        loss: as there. Every rank of its group calls this.
         max_norm: Euclidean norm of all gradients together.
         error_if_nonfinite: whether a norm that is not finite is an error.
 

@@ -66,9 +66,10 @@ def knn_accuracy(
     is Recall@1 of `retrieval.evaluate`.
 
     Args:
-        train, test: [n, d] and [m, d] floating point, of any norm, on one device.
-        train_labels, test_labels: [n] and [m] integers. A negative label is none: such rows are
-            left out.
+        train: [n, d] floating point, of any norm.
+        train_labels: [n] integers. A negative label is none: such rows are left out.
+        test: [m, d] floating point, of any norm, on the same device.
+        test_labels: [m] integers, as `train_labels`.
         k: how many neighbours vote. One beyond the training rows takes all of them.
         temperature: each votes for its class with weight exp(cosine / temperature) (Wu, Xiong, Yu,
             Lin: "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
@@ -135,11 +136,13 @@ def linear_probe(
     """Accuracy on the test rows of multinomial logistic regression on the training rows.
 
     Rows are normalised; what is minimised, by L-BFGS over all rows, is the mean cross entropy of
-    the logits W x + b, plus l2 / 2 |W|^2, in double.
+    the logits W x + b, plus ``l2 / 2 |W|^2``, in double.
 
     Args:
-        train, test, train_labels, test_labels: as for `knn_accuracy`; test rows of classes that
-            have no training row are wrong.
+        train: as for `knn_accuracy`, and so are the next three.
+        train_labels: [n] integers.
+        test: [m, d].
+        test_labels: [m] integers; rows of classes that have no training row are wrong.
         l2: one number, or several, of which the best is taken: the one with the most accuracy on
             every fifth training row of each class, after training on the others; of equally good
             ones the largest. They are tried from the largest on, until one is worse than the best.

@@ -25,7 +25,7 @@ def encode(rows: Tensor, codes: str) -> Tensor:
 
     Args:
         rows: [n, d] floating point, of any norm.
-        codes: ``"int8"``, round(127 x / max |x|) with the largest of the row's own, or
+        codes: ``"int8"``, ``round(127 x / max |x|)`` with the largest of the row's own, or
             ``"binary"``, whether x > 0.
 
     Returns:

@@ -140,13 +140,15 @@ def evaluate(
         query_labels: [Nq] integers. A negative label, such as -1, is none, and matches nothing, nor
             another -1: such a query is left out and counted (`num_unlabelled`), such a gallery item
             is a distractor, found as any other and always wrong (`num_distractors`).
-        gallery, gallery_labels: [Ng, d] and [Ng], on the same device. None: the queries are the
-            gallery. Each query is then left out of its own list by its index, never by its score or
-            position, so an exact copy of it counts like any other item.
-        query_groups, gallery_groups: [Nq] integers, and [Ng] where there is a gallery. Items of the
-            query's own group are neither right nor wrong: it is searched for as if they were not
-            there. A negative group is none. For "the same class by the same camera", as person
-            re-identification has it, number the pairs of class and camera.
+        gallery: [Ng, d] on the same device. None: the queries are the gallery. Each query is then
+            left out of its own list by its index, never by its score or position, so an exact copy
+            of it counts like any other item.
+        gallery_labels: [Ng] integers, where there is a gallery.
+        query_groups: [Nq] integers. Items of the query's own group are neither right nor wrong: it
+            is searched for as if they were not there. A negative group is none. For "the same class
+            by the same camera", as person re-identification has it, number the pairs of class and
+            camera.
+        gallery_groups: [Ng] integers, where there are groups and a gallery.
         dims: numbers of leading dimensions; rows are cut, then normalised again. None: [d].
         ks: K of Recall@K and mAP@K. One beyond the gallery takes all of it.
         codes: None: the rows as they are. ``"int8"`` or ``"binary"``: queries and gallery are coded

@@ -28,7 +28,8 @@ class ClassSizeMargin(nn.Module):
     Args:
         counts: [C] integers >= 0, samples of each class. A class without any gets `largest`, and
             so does each one where all have the same number.
-        smallest, largest: bounds of the margins, in radians; 0.05 and 0.5 in the paper.
+        smallest: margin of the largest class, in radians; 0.05 in the paper.
+        largest: margin of the smallest class, in radians; 0.5 in the paper.
         exponent: lambda, > 0; 1/4 in the paper.
         ignore_index: the label of samples that do not count, as the loss's.
 

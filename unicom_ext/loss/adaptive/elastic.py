@@ -102,14 +102,16 @@ class ElasticArcFace(_Elastic):
     batches in the order of the ranks. In `eval()` mode the margin is the mean.
 
     Args:
-        mean, std: of the margins, in radians; 0.5 and 0.05 in the paper.
+        mean: of the margins, in radians; 0.5 in the paper.
+        std: their standard deviation; 0.05 in the paper.
         seed: any int64.
         process_group: its ranks make one batch, of any sizes: one message of one number. Every rank
             must call then. Ranks without it that have the same seed draw the same margins.
         device: of the buffers.
 
     Attributes:
-        seed, step: int64 scalar buffers; step is how many training batches were drawn.
+        seed: int64 scalar buffer.
+        step: int64 scalar buffer, how many training batches were drawn.
     """
 
     _margin = staticmethod(ArcFace)
@@ -136,14 +138,16 @@ class ElasticCosFace(_Elastic):
     batches in the order of the ranks. In `eval()` mode the margin is the mean.
 
     Args:
-        mean, std: of the margins, as cosines; 0.35 and 0.05 in the paper.
+        mean: of the margins, as cosines; 0.35 in the paper.
+        std: their standard deviation; 0.05 in the paper.
         seed: any int64.
         process_group: its ranks make one batch, of any sizes: one message of one number. Every rank
             must call then. Ranks without it that have the same seed draw the same margins.
         device: of the buffers.
 
     Attributes:
-        seed, step: int64 scalar buffers; step is how many training batches were drawn.
+        seed: int64 scalar buffer.
+        step: int64 scalar buffer, how many training batches were drawn.
     """
 
     _margin = staticmethod(CosFace)
