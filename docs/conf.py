@@ -1,49 +1,48 @@
-"""How `make docs` makes a site of the pages: Sphinx over the whole repository, see `make docs`.
+"""`make docs`: the pages as a site, by Sphinx.
 
-The source directory is the root, not docs/, so that a link such as ../benchmarks/README.md means
-the same file here and where the pages are read as they are.
+Sphinx reads from the root of the repository, not from docs/, so that a link such as
+../benchmarks/README.md means the same here and where the pages are read as they are.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the API pages are of this tree, whatever else is installed
+sys.path.insert(0, str(ROOT))  # the reference is that of this tree, whatever is installed
 
 from unicom_ext import __version__  # noqa: E402
 
 project = "unicom_ext"
 release = __version__
-html_title = f"unicom_ext {release}"
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**.md", "benchmarks/**.md"]
+include_patterns = ["*.md", "docs/**.md", "benchmarks/**.md", "examples/**.md"]
 exclude_patterns = ["build", "demo", "runs", "**/.*"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
-html_extra_path = ["site/index.html"]  # sends the site's root to docs/
+html_title = f"unicom_ext {release}"
+html_extra_path = ["site/index.html"]  # the first page of the site, which sends on to root_doc
 html_static_path = ["site/site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 
-# Pages: headings have the anchors that GitHub gives them.
-myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]  # results begin below the first level
+myst_heading_anchors = 4  # as GitHub makes them
+suppress_warnings = ["myst.header"]  # tables of results have no second level
 
-# Docstrings: Google's sections, and names in backticks that become links where they are ours.
-default_role = "py:obj"
-napoleon_numpy_docstring = False
+default_role = "py:obj"  # what stands in backticks in a docstring is a link, where it is ours
 napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-autodoc_class_signature = "mixed"
 add_module_names = False
-toc_object_entries_show_parents = "hide"
+toc_object_entries = False
 
-# A name that is ours must lead somewhere; others' have no inventory here, for want of a network.
+# A reference must lead somewhere. Those to others' names cannot, without a network.
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:obj", r".*"),
@@ -51,3 +50,18 @@ nitpick_ignore_regex = [
     (r"py:class", r"Tensor|FeatureSelection"),
     (r"py:exc", r"ConfigError|SourceError"),
 ]
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_navigation)
+
+
+def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
+    """Make the navigation of the lists on the first page: of each heading one of its links."""
+    if page != root_doc:
+        return
+    for heading, text in re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", source[0], re.M):
+        items = "".join(line for line in text.splitlines(True) if line.startswith("- "))
+        links = re.findall(r"\[([^]]+)\]\(([^)]+)\.md\)", items)
+        lines = "\n".join(f"{title[0].upper()}{title[1:]} <{target}>" for title, target in links)
+        source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{lines}\n```\n"
