@@ -30,12 +30,13 @@ html_extra_path = ["site/index.html"]  # the first page of the site, which sends
 html_static_path = ["site/site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = False
+html_domain_indices = False
 
 myst_heading_anchors = 4  # as GitHub makes them
 suppress_warnings = ["myst.header"]  # tables of results have no second level
 
 default_role = "py:obj"  # what stands in backticks in a docstring is a link, where it is ours
-napoleon_use_ivar = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"

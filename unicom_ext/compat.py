@@ -52,7 +52,7 @@ class PartialFC_V2(PartialMarginSoftmax):
             m1, m2, m3, interclass_filtering_threshold), `ArcFace` (s or scale, margin), `CosFace`
             (s, m). Only these numbers are read, it is never called. Or a margin of this package
             such as ``unicom_ext.ArcFace(0.5)``; the scale is 64 then, unless `scale` is given.
-        embedding_size: d.
+        embedding_size: d, the dimensions of an embedding.
         num_classes: C, of all ranks.
         sample_rate: share of the classes in each step, in [0, 1]; 0 for the positives alone.
         fp16: multiply unit vectors in fp16 (where the device has no fp16 products, as CPUs, in

@@ -96,7 +96,8 @@ def partial_margin_softmax(
     This is the loss of UNICOM (arXiv:2304.05884); with all dimensions that of PartialFC
     (arXiv:2203.15565); with all classes too that of ArcFace (arXiv:1801.07698). A sample may have
     several positives y; then `multi_label` says what its loss is. The B x ``|S|`` logits are
-    never stored: memory is that of the packed prototypes (``|S| * |G|`` values) and a bounded workspace.
+    never stored: memory is that of the packed prototypes (``|S| * |G|`` values) and a bounded
+    workspace.
 
     Args:
         embeddings: [B, d], float32, bfloat16, float16 or float64; any strides. B may be 0.

@@ -43,7 +43,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
     classes that conflict, a random part of the feature dimensions makes embeddings that may be cut
     short. With `feature_rate` 1 it is PartialFC (arXiv:2203.15565), with both rates 1 plain
-    ArcFace, CosFace or SphereFace. See `unicom_ext.functional.partial_margin_softmax` for the
+    ArcFace, CosFace or SphereFace. See `unicom_ext.partial_margin_softmax` for the
     formula.
 
     In training mode each call draws max(1, round(sample_rate * C)) classes, the batch's own among
@@ -52,8 +52,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     dimensions take part.
 
     Args:
-        embedding_size: d.
-        num_classes: C.
+        embedding_size: d, the dimensions of an embedding.
+        num_classes: C, how many classes there are.
         margin: psi; default ``ArcFace(0.3)``, 0.3 radians.
         scale: s, default 64.
         sample_rate: share of the classes, in [0, 1].
@@ -65,7 +65,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         process_group: share the prototypes with the other ranks of this group, such as
             ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
             rank calls the loss with a batch of its own; see
-            `unicom_ext.functional.partial_margin_softmax` for what it gets back. The selections,
+            `unicom_ext.partial_margin_softmax` for what it gets back. The selections,
             the loss and the gradients are those of one process with all batches together.
         want_metrics: with a process group, whether `last_metrics` finds the largest negative cosine
             and top-1 among the classes of all ranks, which costs one more message. Without a

@@ -125,7 +125,7 @@ def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_ra
     """How many of `num_classes` classes a step draws at least: max(1, rate * C rounded half up).
 
     Args:
-        num_classes: C.
+        num_classes: C, how many classes there are.
         rate: share of the classes, in [0, 1].
         name: of the rate in messages.
 
@@ -143,7 +143,7 @@ def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") 
     """How many of `dim` dimensions a step draws: rate * d rounded half up.
 
     Args:
-        dim: d.
+        dim: d, the dimensions of an embedding.
         rate: share of the dimensions, in (0, 1].
         name: of the rate in messages.
 

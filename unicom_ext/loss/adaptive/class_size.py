@@ -68,7 +68,7 @@ class ClassSizeMargin(nn.Module):
 
         Args:
             labels: int32 or int64 of any shape, in [0, num_classes) or `ignore_index`.
-            num_classes: C.
+            num_classes: C, how many classes there are.
             options: those of the constructor.
         """
         batch.check_labels(labels)

@@ -52,8 +52,8 @@ def communication_volume(
 
     Args:
         batch_size: b, samples of one rank.
-        embedding_size: d.
-        world_size: n.
+        embedding_size: d, the dimensions of an embedding.
+        world_size: n, how many ranks there are.
         uneven_batches: whether sizes are exchanged first.
         embedding_bytes: per value of the embeddings, 2 for half precision.
         grad_bytes: per value of their gradient while it is summed: 8 for float64, else 4.
