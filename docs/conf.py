@@ -6,6 +6,7 @@ Sphinx reads from the root of the repository, not from docs/, so that a link suc
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the reference is that of this tree, whatever is installed
 
 from unicom_ext import __version__  # noqa: E402
+from unicom_ext.utils.settings import Settings  # noqa: E402
 
 project = "unicom_ext"
 release = __version__
@@ -55,6 +57,7 @@ nitpick_ignore_regex = [
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", add_navigation)
+    app.connect("autodoc-process-docstring", describe_settings, priority=400)  # before napoleon
 
 
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
@@ -66,3 +69,14 @@ def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:
         links = re.findall(r"\[([^]]+)\]\(([^)]+)\.md\)", items)
         lines = "\n".join(f"{title[0].upper()}{title[1:]} <{target}>" for title, target in links)
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {heading}\n\n{lines}\n```\n"
+
+
+def describe_settings(
+    app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """Say of each field of a class of settings what `--help` says of the option."""
+    if isinstance(value, type) and issubclass(value, Settings):
+        lines += ["", "Args:"]
+        for field in dataclasses.fields(value):
+            about = field.metadata
+            lines.append(f"    {field.name}: {about['help']}. Allowed: {about['allowed']}.")

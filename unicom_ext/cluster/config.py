@@ -27,7 +27,7 @@ FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_c
 @dataclass(frozen=True)
 class ClusterConfig(Settings):
     """What a clustering does: a field for each option of ``unicom-ext cluster``, whose ``--help``
-    describes them and says which values are allowed.
+    says what they are.
 
     Raises:
         ConfigError: a ValueError, for values that cannot be used.

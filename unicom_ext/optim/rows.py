@@ -93,8 +93,16 @@ class RowOptimizer(RowStateOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
-        Raises ValueError: a gradient or an option cannot be used. RuntimeError: prototypes that
-            were updated in backward have a gradient besides. Nothing has changed then.
+        Args:
+            closure: computes the loss again, with its gradients; called first.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a gradient or an option cannot be used; nothing has changed then.
+            RuntimeError: prototypes that were updated in backward have a gradient besides; nothing
+                has changed then.
         """
         loss = None
         if closure is not None:

@@ -70,6 +70,12 @@ class ClassSizeMargin(nn.Module):
             labels: int32 or int64 of any shape, in [0, num_classes) or `ignore_index`.
             num_classes: C, how many classes there are.
             options: those of the constructor.
+
+        Returns:
+            The module.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
         """
         batch.check_labels(labels)
         num_classes = integer("num_classes", num_classes, 1)

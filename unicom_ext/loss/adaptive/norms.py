@@ -35,6 +35,7 @@ class AdaFace(batch.OfRanks):
         ignore_index: the label of samples that do not count, as the loss's.
         process_group: mean and std are over the batches of all its ranks, of any sizes: one message
             of three numbers. Every rank must call then.
+        device: of the buffers.
 
     Attributes:
         mean: float64 buffer [1], the running mean of the norms, 20 at first.
