@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the reference is that of this tree, whatever is installed
@@ -58,6 +59,10 @@ nitpick_ignore_regex = [
 def setup(app: Sphinx) -> None:
     app.connect("source-read", add_navigation)
     app.connect("autodoc-process-docstring", describe_settings, priority=400)  # before napoleon
+    for module in ("functional", "reference"):  # one signature, not one for each type of result
+        analyzer = ModuleAnalyzer.for_module(f"unicom_ext.loss.{module}")
+        analyzer.analyze()
+        analyzer.overloads.clear()
 
 
 def add_navigation(app: Sphinx, page: str, source: list[str]) -> None:

@@ -191,7 +191,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
 
         Args:
             centroids: [C, d] floating point, finite: a tensor, a NumPy array, or the name of a
-                `.npy` file such as `unicom-ext cluster` writes. d must be the size of the
+                ``.npy`` file such as `unicom-ext cluster` writes. d must be the size of the
                 embeddings. They are scaled to the norm that random prototypes have on average,
                 0.01 * sqrt(d), so that an optimizer's steps turn them as far; a zero row stays
                 zero. With `num_centers` each prototype of a class starts there, but for a tenth of
