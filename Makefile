@@ -12,7 +12,7 @@ BIN     = $(VENV)/bin
 RUN     = $(BIN)/python
 NATIVE  = $(shell find csrc tests/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-quick lint format bench build doctor gpu-check clean
+.PHONY: demo test test-quick lint format docs bench build doctor gpu-check clean
 
 demo: build
 	$(BIN)/unicom-ext pipeline --output $(DEMO)
@@ -36,6 +36,10 @@ format: build
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
+
+docs: build
+	$(RUN) -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	@echo "Open build/docs/index.html"
 
 bench: build
 	$(BIN)/unicom-ext bench --quick

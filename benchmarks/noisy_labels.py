@@ -152,7 +152,9 @@ def main(seeds: int, epochs: int, output: Path) -> None:
     result = {"machine": describe_machine(), "epochs": epochs, "runs": runs,
               "seconds": time.perf_counter() - started}  # fmt: skip
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    output.with_suffix(".md").write_text(f"{shown.markdown()}\nCleaning, {words}\n")
+    output.with_suffix(".md").write_text(
+        f"# Wrong labels\n\n{shown.markdown()}\nCleaning, {words}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Public path of `unicom_ext.optim.gradients`."""
+"""The norm of gradients of which each rank holds a part.
+
+Public path of `unicom_ext.optim.gradients`.
+"""
 
 from unicom_ext.optim.gradients import clip_grad_norm_, global_grad_norm
 

@@ -1,4 +1,7 @@
-"""Public path of `unicom_ext.loss.margins` and of the modules in `unicom_ext.loss.adaptive`."""
+"""Margins: fixed ones, and modules that make the margins of each batch.
+
+Public path of `unicom_ext.loss.margins` and of the modules in `unicom_ext.loss.adaptive`.
+"""
 
 from unicom_ext.loss.adaptive.class_size import ClassSizeMargin
 from unicom_ext.loss.adaptive.elastic import ElasticArcFace, ElasticCosFace

@@ -1,4 +1,7 @@
-"""Public path of `unicom_ext.loss.reference`."""
+"""The loss in plain PyTorch, the oracle of the tests.
+
+Public path of `unicom_ext.loss.reference`.
+"""
 
 from unicom_ext.loss.reference import Metrics, partial_margin_softmax
 

@@ -1,4 +1,7 @@
-"""Public path of `unicom_ext.loss.sampling`."""
+"""The selections of a step alone, without a loss.
+
+Public path of `unicom_ext.loss.sampling`.
+"""
 
 from unicom_ext.loss.sampling import (
     num_sampled_classes,

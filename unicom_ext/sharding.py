@@ -1,5 +1,7 @@
-"""Which rank owns which classes, and what a step sends.  Public path of `unicom_ext.distributed`
-and `unicom_ext.loss.sharded`."""
+"""Which rank owns which classes, and what a step sends.
+
+Public path of `unicom_ext.distributed` and `unicom_ext.loss.sharded`.
+"""
 
 from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.shard import ClassShard, class_range

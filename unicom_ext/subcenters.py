@@ -1,4 +1,7 @@
-"""Public path of `unicom_ext.loss.subcenters`."""
+"""Several prototypes of a class, and what they tell of its labels.
+
+Public path of `unicom_ext.loss.subcenters`.
+"""
 
 from unicom_ext.loss.subcenters import SubCenters
 

@@ -14,6 +14,7 @@ from support.ranks import free_port
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
 OPTIONAL = {"docs/pytorch-metric-learning.md": "pytorch_metric_learning"}  # what a page needs
 ON_RANKS = [page for page in WITH_CODE if "init_process_group" in PAGES[page]]
+TRAINS = {"docs/start.md"}  # until there is something to see
 
 
 def test_there_is_code_to_run():
@@ -21,14 +22,20 @@ def test_there_is_code_to_run():
     assert ON_RANKS == ["docs/several-ranks.md"]
 
 
-@pytest.mark.parametrize("page", [page for page in WITH_CODE if page not in ON_RANKS])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.slow if page in TRAINS else ())
+        for page in WITH_CODE
+        if page not in ON_RANKS
+    ],
+)
 def test_in_one_process(page, tmp_path, monkeypatch):
     pytest.importorskip(OPTIONAL.get(page, "torch"))
     monkeypatch.chdir(tmp_path)
     assert run_python(page) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ON_RANKS)
 def test_on_two_ranks(page, tmp_path):

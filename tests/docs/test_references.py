@@ -80,6 +80,15 @@ def test_paths_that_are_named():
     assert not missing, "\n".join(missing)
 
 
+def test_tests_that_are_named():
+    files = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    there = {*files, *re.findall(r"^def (test_\w+)", "\n".join(files.values()), re.M)}
+    for page, text in PAGES.items():
+        # Shorter names are those of settings, such as test_fraction.
+        named = set(re.findall(r"`(?:[\w/]+/)?(test_\w+\.py|test_\w+_\w+)`", text))
+        assert named <= there, f"{page} names {sorted(named - there)}"
+
+
 def test_python_names():
     """Of modules and what is in them, in pages (but for what the changelog says is gone) and in
     the package's own docstrings and comments."""

@@ -12,7 +12,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in [
         *sorted(ROOT.glob("*.md")),
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "benchmarks/README.md",
     ]
 }

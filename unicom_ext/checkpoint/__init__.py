@@ -1,4 +1,4 @@
-"""Checkpoints that any number of ranks can read: modules, optimizers and plain values.
+"""Checkpoints that any number of ranks can read: modules, optimizers and plain values::
 
     checkpoint.save("runs/a/step-1000", modules={"encoder": encoder, "loss": loss_fn},
                     optimizers={"main": optimizer}, extra={"epoch": 3})
@@ -69,7 +69,9 @@ def save(
         process_group: the ranks that save; default the group of a `PartialMarginSoftmax` among the
             modules, else all ranks of a program that has initialised torch.distributed.
 
-    Raises CheckpointError, or what writing raised.
+    Raises:
+        CheckpointError: the directory is there already, or something cannot be saved.
+        OSError: writing failed.
     """
     directory = Path(directory)
     temporary = directory.with_name(directory.name + ".tmp")
@@ -115,15 +117,16 @@ def load(
     class_map: Tensor | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Read a checkpoint into modules and optimizers, in place; returns its `extra`.
+    """Read a checkpoint into modules and optimizers, in place.
 
     Every rank calls this; their number need not be that of the ranks that saved, nor need modules
     be in the same wrappers.
 
     Args:
         directory: what `save` wrote.
-        modules, optimizers, process_group: as for `save`, with the same names; those of the
-            checkpoint that are not named are left out.
+        modules: as for `save`, with the same names; those of the checkpoint that are not named are
+            left out.
+        optimizers: as for `save`, with the same names, or left out.
         class_map: int64 [C], for a loss of C classes that are not those of the checkpoint: the
             class there that each class here goes on from, or -1 for a class that is new, which
             keeps its initial prototype and gets fresh optimizer state. In any order; a class there
@@ -135,10 +138,17 @@ def load(
             ``torch.arange(C)`` with -1 past the old classes appends classes;
             ``torch.tensor(kept_ids)`` drops those that are not in it. With `num_centers` > 1 a
             class takes all centres of another; classes cannot be merged.
+        process_group: as for `save`.
 
-    Raises CheckpointError, or ValueError for the class_map, on every rank, if something does not
-    fit; nothing has changed then. (Bytes that are damaged within a file are met when it is read,
-    after what was read before them has changed.)
+    Returns:
+        What was given to `save` as `extra`.
+
+    Raises:
+        CheckpointError: it is not there, not whole, or does not fit.
+        ValueError: the class_map does not fit.
+
+    Every rank raises, and nothing has changed then. (Bytes that are damaged within a file are met
+    when it is read, after what was read before them has changed.)
     """
     directory = Path(directory)
     parts = Parts(modules, optimizers or {}, process_group)

@@ -28,7 +28,14 @@ ABOUT = "about"  # the tensor of plain values
 
 
 def latest(directory: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint ``step-N`` in a directory with the largest N; None if there is none."""
+    """The checkpoint ``step-N`` in a directory with the largest N.
+
+    Args:
+        directory: in which checkpoints lie; need not exist.
+
+    Returns:
+        Its path; None if there is none.
+    """
     found = [
         path
         for path in Path(directory).glob("step-*")
@@ -38,12 +45,29 @@ def latest(directory: str | os.PathLike[str]) -> Path | None:
 
 
 def read_about(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The plain values of a checkpoint: its losses' sizes, optimizers' settings, and `extra`."""
+    """The plain values of a checkpoint: its losses' sizes, optimizers' settings, and `extra`.
+
+    Args:
+        directory: what `save` wrote.
+
+    Returns:
+        What JSON can hold; `extra` is under ``"extra"``.
+
+    Raises:
+        CheckpointError: it is not there, or not whole.
+    """
     return read(Path(directory))[1]
 
 
 def show(directory: str | os.PathLike[str]) -> None:
-    """Print what is in a checkpoint."""
+    """Print what is in a checkpoint: each tensor with its dtype and shape, and the plain values.
+
+    Args:
+        directory: what `save` wrote.
+
+    Raises:
+        CheckpointError: it is not there, or not whole.
+    """
     metadata, about = read(Path(directory))
     for key, entry in sorted(metadata.state_dict_metadata.items()):
         if key != ABOUT:
@@ -59,6 +83,14 @@ def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> No
 
     Names are without those of wrappers such as torch.compile, also where an older version has saved
     them.
+
+    Args:
+        directory: what `save` wrote.
+        file: to write; one that is there is replaced when the new one is whole.
+
+    Raises:
+        CheckpointError: the checkpoint is not there, or not whole.
+        OSError: writing failed.
     """
     merged = _tensors(Path(directory))
     write_atomically(file, lambda handle: torch.save(merged, handle))
@@ -67,7 +99,8 @@ def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> No
 def read_module(directory: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
     """The state dict of one of the modules that were saved, without names of wrappers.
 
-    Raises CheckpointError: it is not there.
+    Raises:
+        CheckpointError: it is not there.
     """
     return of_module(directory, _tensors(Path(directory), f"modules.{name}."), name)
 
@@ -103,7 +136,16 @@ def _tensors(directory: Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def split(file: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
-    """The inverse of `merge`: a directory that any number of ranks can load."""
+    """The inverse of `merge`: a directory that any number of ranks can load.
+
+    Args:
+        file: what `merge` wrote.
+        directory: must not exist.
+
+    Raises:
+        CheckpointError: the file is no merged checkpoint, or the directory is there already.
+        OSError: writing failed.
+    """
     directory = Path(directory)
     if directory.exists():
         raise CheckpointError(f"{directory}: is there already")

@@ -26,7 +26,12 @@ FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_c
 
 @dataclass(frozen=True)
 class ClusterConfig(Settings):
-    """What a clustering does. Raises ConfigError (a ValueError) on values that cannot be used."""
+    """What a clustering does: a field for each option of ``unicom-ext cluster``, whose ``--help``
+    says what they are.
+
+    Raises:
+        ConfigError: a ValueError, for values that cannot be used.
+    """
 
     clusters: int = whole(1000, "k, how many clusters to find", 1)
     passes: int = whole(20, "at most so many passes over the rows", 1)
@@ -92,4 +97,5 @@ class ClusterConfig(Settings):
 
     @property
     def num_coarse(self) -> int:
+        """How many coarse clusters the method ``two-level`` makes."""
         return self.coarse or math.isqrt(self.clusters)

@@ -55,23 +55,33 @@ def cluster(
 ) -> dict[str, Any]:
     """Cluster the rows of feature files.
 
-    config       what to do
-    input        feature files, see `unicom_ext.data.formats`
-    output       directory for the results, made if need be
-    true_labels  .npy file of integers [rows], -1 for unknown: NMI, purity and conflict are reported
-    images       .npy file uint8 [rows, h, w] or [rows, h, w, 3]: members of some clusters are shown
-    resume       go on after the last pass that was finished there
-    overwrite    begin anew although there is something
-
-    Returns what clusters.json holds. Rows that are zero or not finite are counted and get label -1.
+    Rows that are zero or not finite are counted and get label -1.
 
     Where torch.distributed is initialised every process calls this with the same arguments, on a
     file system they share; each reads its part of the rows, and the result is that of one process
     to rounding. An error on one process is raised on all.
 
-    Raises SourceError (input files), ConfigError (settings), CheckpointError (what is in `output`),
-    OSError (writing, also where another process writes there); all before anything is changed, but
-    the last.
+    Args:
+        config: what to do.
+        input: feature files, see `unicom_ext.data.formats`.
+        output: directory for the results, made if need be.
+        true_labels: .npy file of integers [rows], -1 for unknown; NMI, purity and conflict are then
+            reported.
+        images: .npy file uint8 [rows, h, w] or [rows, h, w, 3]; members of some clusters are then
+            shown.
+        resume: go on after the last pass that was finished there.
+        overwrite: begin anew although there is something.
+        console: where progress is shown; default standard output.
+
+    Returns:
+        What clusters.json holds.
+
+    Raises:
+        SourceError: of input files.
+        ConfigError: of settings.
+        CheckpointError: of what is in `output`.
+        OSError: of writing, also where another process writes there; of these it alone may come
+            after something has changed.
     """
     run = _Run(config, Path(input), Path(output), console or Console())
     settings = {k: v for k, v in config.to_dict().items() if k not in ("device", "threads")}

@@ -14,15 +14,18 @@ from unicom_ext.ops import library
 class Centroids:
     """Centroids [k, d], packed for `nearest`.
 
-    Args:
-        centroids: [k, d] floating point, finite, any norm, on the CPU or a CUDA device; k >= 1. A
-            zero row has cosine 0 with everything. Kept in float32.
-
     Products of 8-bit integers on CPUs, of fp16 on CUDA, find the few centroids that may be the
     nearest, and these are compared in double.
 
     Memory: the centroids and their packed copy, k * d values of 4 bytes and of 1 (CUDA: 2). A
     search on CUDA takes up to 50 MB and 2 d bytes for each of 16,384 rows at a time.
+
+    Args:
+        centroids: [k, d] floating point, finite, any norm, on the CPU or a CUDA device; k >= 1. A
+            zero row has cosine 0 with everything. Kept in float32.
+
+    Raises:
+        TypeError, ValueError: `centroids` is something else.
     """
 
     def __init__(self, centroids: Tensor) -> None:
@@ -36,6 +39,7 @@ class Centroids:
 
     @property
     def device(self) -> torch.device:
+        """Where they are, and where rows have to be."""
         return self.values.device
 
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -48,11 +52,13 @@ class Centroids:
                 not in [-1, k) counts as -1.
 
         Returns:
-            index: [N] int64; -1 for a zero row and for one with NaN or infinity.
-            score: [N] float32, the cosine; 0 for a zero row, NaN for a row that is not finite.
+            index [N] int64, -1 for a zero row and for one with NaN or infinity, and score [N]
+            float32, the cosine, 0 for a zero row and NaN for a row that is not finite. Both are
+            those of double arithmetic on the float32 values, whatever the device, the instruction
+            set and the number of threads. On CUDA the host does not wait for them.
 
-            Both are those of double arithmetic on the float32 values, whatever the device, the
-            instruction set and the number of threads. On CUDA the host does not wait for them.
+        Raises:
+            TypeError, ValueError: an argument is wrong.
         """
         rows = _fp32_rows("rows", rows)
         if rows.device != self.device:
@@ -61,7 +67,18 @@ class Centroids:
 
 
 def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """`Centroids(centroids).nearest(rows)`."""
+    """The centroid of largest cosine to each row, as ``Centroids(centroids).nearest(rows)``.
+
+    Args:
+        rows: [N, d] floating point, any norm.
+        centroids: [k, d] floating point, finite, any norm, on the same device.
+
+    Returns:
+        index [N] int64 and cosine [N] float32, as of `Centroids.nearest`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+    """
     return Centroids(centroids).nearest(rows)
 
 
@@ -75,6 +92,9 @@ def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> 
         counts: [k] int64.
         rows: [N, d] float32.
         index: [N] int64 in [-1, k); rows with -1 are left out, and on CUDA what is not in [-1, k).
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; on CPUs an index that is not in [-1, k) too.
     """
     library.run(library.ops.add_unit_rows, sums, counts, rows, index)
 

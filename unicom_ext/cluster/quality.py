@@ -11,10 +11,13 @@ from unicom_ext.utils.arrays import check_labels
 
 
 class Quality(NamedTuple):
-    """nmi       mutual information over the mean of the two entropies (Strehl, Ghosh, JMLR 2002)
-    purity    share of the rows whose class is the most frequent one of their cluster
-    conflict  share of the pairs of rows of one class that lie in different clusters
-    rows      that have both a cluster and a class
+    """How well clusters match true classes; NaN where no row has both.
+
+    Attributes:
+        nmi: mutual information over the mean of the two entropies (Strehl, Ghosh, JMLR 2002).
+        purity: share of the rows whose class is the most frequent one of their cluster.
+        conflict: share of the pairs of rows of one class that lie in different clusters.
+        rows: how many rows have both a cluster and a class.
     """
 
     nmi: float
@@ -24,10 +27,19 @@ class Quality(NamedTuple):
 
 
 def quality(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Quality:
-    """From pieces of (cluster [n], class [n]), integers of any dtype, below 2**31.
+    """Compare clusters with true classes, piece by piece.
 
-    Rows where either is negative are left out. Memory is that of the different (cluster, class)
-    pairs, and of a piece. Raises SourceError, a ValueError, on other pieces.
+    Memory is that of the different (cluster, class) pairs, and of a piece.
+
+    Args:
+        pairs: pieces of (cluster [n], class [n]), integers of any dtype, below 2**31. Rows where
+            either is negative are left out.
+
+    Returns:
+        The figures of all pieces together.
+
+    Raises:
+        SourceError: a ValueError; a piece is something else.
     """
     pair, count = np.empty(0, np.int64), np.empty(0, np.int64)
     for cluster, true in pairs:

@@ -1,4 +1,4 @@
-"""The head of PartialFC v2 and UNICOM trainers: change the import, keep the trainer.
+"""The head of PartialFC v2 and UNICOM trainers: change the import, keep the trainer::
 
     from unicom_ext.compat import PartialFC_V2
 
@@ -50,7 +50,7 @@ class PartialFC_V2(PartialMarginSoftmax):
             m1, m2, m3, interclass_filtering_threshold), `ArcFace` (s or scale, margin), `CosFace`
             (s, m). Only these numbers are read, it is never called. Or a margin of this package
             such as ``unicom_ext.ArcFace(0.5)``; the scale is 64 then, unless `scale` is given.
-        embedding_size: d.
+        embedding_size: d, the dimensions of an embedding.
         num_classes: C, of all ranks.
         sample_rate: share of the classes in each step, in [0, 1]; 0 for the positives alone.
         fp16: multiply unit vectors in fp16 (where the device has no fp16 products, as CPUs, in
@@ -60,7 +60,8 @@ class PartialFC_V2(PartialMarginSoftmax):
         options: further ones of `PartialMarginSoftmax`, such as `sparse_grad`, `seed`.
             `process_group` is all ranks where torch.distributed is initialised.
 
-    Raises TypeError, ValueError as `PartialMarginSoftmax` does.
+    Raises:
+        TypeError, ValueError: as `PartialMarginSoftmax` does.
     """
 
     def __init__(
@@ -99,8 +100,21 @@ class PartialFC_V2(PartialMarginSoftmax):
         margin: CombinedMargin | None = None,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        """The loss, as `PartialMarginSoftmax` has it; labels may be [B, 1] and of any integers but
-        uint64, which may not fit."""
+        """The loss of a batch, as `PartialMarginSoftmax` has it.
+
+        Args:
+            embeddings: [B, d] floating point.
+            labels: as there, and also [B, 1], and of any integers but uint64, which may not fit.
+            step: as there.
+            margin: as there.
+            scale: as there.
+
+        Returns:
+            The loss, as there.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
+        """
         if isinstance(labels, Tensor) and not labels.is_floating_point():
             labels = labels.squeeze(1) if labels.dim() == 2 else labels
             labels = labels if labels.dtype == torch.uint64 else labels.long()

@@ -62,12 +62,13 @@ FORMAT = 1  # raise it when anything here changes the result
 class Glyphs:
     """Images of characters; labels run over 0 .. num_classes - 1, every class has an image.
 
-    images      uint8 [n, 32, 32], white (255) on black (0)
-    labels      int64 [n], index into codepoints and captions
-    fonts       int64 [n], index into font_names: the first face that draws this bitmap
-    codepoints  int64 [num_classes], lowest code point of the class
-    captions    one Unicode name per class, such as "GREEK SMALL LETTER ALPHA"
-    font_names  one name per face
+    Attributes:
+        images: uint8 [n, 32, 32], white (255) on black (0).
+        labels: int64 [n], index into codepoints and captions.
+        fonts: int64 [n], index into font_names: the first face that draws this bitmap.
+        codepoints: int64 [num_classes], lowest code point of the class.
+        captions: one Unicode name per class, such as "GREEK SMALL LETTER ALPHA".
+        font_names: one name per face.
     """
 
     images: np.ndarray
@@ -79,6 +80,7 @@ class Glyphs:
 
     @property
     def num_classes(self) -> int:
+        """How many characters there are."""
         return len(self.codepoints)
 
     def __len__(self) -> int:
@@ -88,11 +90,19 @@ class Glyphs:
 def load(cache_dir: str | os.PathLike[str] | None = None) -> Glyphs:
     """The glyph images, drawn on the first call (some seconds) and read from disk afterwards.
 
-    cache_dir: where to keep them; None is `$XDG_CACHE_HOME/unicom_ext`, or `~/.cache/unicom_ext`.
     The file's name holds a hash of the versions that decide the pixels, and the file a checksum
     that is verified here. A damaged file is drawn again; a directory that cannot be written to
     costs a warning and the next call draws again.
-    Raises ModuleNotFoundError where matplotlib or Pillow, which are optional, are not installed.
+
+    Args:
+        cache_dir: where to keep them; None is ``$XDG_CACHE_HOME/unicom_ext``, or
+            ``~/.cache/unicom_ext``.
+
+    Returns:
+        The images and their labels.
+
+    Raises:
+        ModuleNotFoundError: matplotlib or Pillow, which are optional, are not installed.
     """
     folder = cache_root() if cache_dir is None else Path(cache_dir)
     path = folder / f"glyphs-{_version_key()}.npz"
@@ -109,9 +119,20 @@ def load(cache_dir: str | os.PathLike[str] | None = None) -> Glyphs:
 def split(g: Glyphs, seed: int = 0, test_fraction: float = 0.5) -> tuple[Glyphs, Glyphs]:
     """Cut the classes into a train and a test part that share none; labels are renumbered.
 
-    The test part gets round(test_fraction * num_classes) classes. Classes are ordered by a hash of
-    (seed, code point), so the cut is the same on every machine and NumPy version.
-    Raises ValueError if either part would be empty.
+    Classes are ordered by a hash of (seed, code point), so the cut is the same on every machine and
+    NumPy version.
+
+    Args:
+        g: all of them.
+        seed: any integer.
+        test_fraction: share of the classes, in (0, 1): the test part gets
+            round(test_fraction * num_classes) of them.
+
+    Returns:
+        The train part and the test part.
+
+    Raises:
+        ValueError: either part would be empty.
     """
     num_test = round(test_fraction * g.num_classes) if 0 < test_fraction < 1 else 0
     if not 0 < num_test < g.num_classes:

@@ -27,7 +27,16 @@ def agree(
     """Raise on every rank if one has failed, or if the settings differ between ranks.
 
     Slow (it sends Python objects): for construction, checkpoints, and to say what went wrong.
-    group: None for one process alone.
+
+    Args:
+        settings: by name, whatever can be pickled and compared.
+        failure: what has gone wrong on this rank, or None.
+        group: whose ranks all call this; None for one process alone.
+
+    Raises:
+        Exception: `failure`, on the rank that gave it.
+        RuntimeError: another rank has failed; it names the rank and repeats its words.
+        ValueError: the settings differ; it names the first that does.
     """
     reports = words_of_all(dict(settings), failure, group)
     for name in settings:

@@ -27,6 +27,14 @@ def class_range(num_classes: int, world_size: int, rank: int) -> tuple[int, int]
 
     These are the chunks of `torch.distributed.tensor.Shard`. The last ranks may own fewer classes
     than the others, or none.
+
+    Args:
+        num_classes: C, of all ranks.
+        world_size: how many ranks there are.
+        rank: in [0, world_size).
+
+    Returns:
+        start and stop, of which the rank owns the classes in [start, stop).
     """
     chunk = -(-num_classes // world_size)
     start = min(rank * chunk, num_classes)
@@ -46,10 +54,23 @@ def each_row(classes: Tensor, num_centers: int) -> Tensor:
 class ClassShard(Ranks):
     """One rank's part of the classes, and the group it shares them with.
 
-    group: the process group, group_name: by which operators find it.
-    rank, world_size: this process in it and its size.
-    num_classes: C, of all ranks.  start, stop: this rank owns the classes in [start, stop).
-    num_centers: rows that a class has in the tensors of its prototypes.
+    Args:
+        group: the process group.
+        num_classes: C, of all ranks.
+        num_centers: rows that a class has in the tensors of its prototypes.
+
+    Attributes:
+        group: the process group.
+        group_name: by which operators find it.
+        rank: of this process in the group.
+        world_size: how many ranks there are.
+        num_classes: as given.
+        num_centers: as given.
+        start: the first class of this rank.
+        stop: the class after its last.
+
+    Raises:
+        ValueError: the group is none that this rank is in.
     """
 
     def __init__(self, group: dist.ProcessGroup, num_classes: int, num_centers: int = 1) -> None:

@@ -95,8 +95,9 @@ def partial_margin_softmax(
 
     This is the loss of UNICOM (arXiv:2304.05884); with all dimensions that of PartialFC
     (arXiv:2203.15565); with all classes too that of ArcFace (arXiv:1801.07698). A sample may have
-    several positives y; then `multi_label` says what its loss is. The B x |S| logits are never
-    stored: memory is that of the packed prototypes (|S| * |G| values) and a bounded workspace.
+    several positives y; then `multi_label` says what its loss is. The B x ``|S|`` logits are
+    never stored: memory is that of the packed prototypes (``|S| * |G|`` values) and a bounded
+    workspace.
 
     Args:
         embeddings: [B, d], float32, bfloat16, float16 or float64; any strides. B may be 0.
@@ -119,7 +120,7 @@ def partial_margin_softmax(
             `reduction`; `LossOptions`, beside this function, describes them all.
 
     Returns:
-        The loss, float64 if an input is, else float32: a scalar, or [B] for ``reduction="none"``
+        The loss, float64 if an input is, else float32; a scalar, or [B] for ``reduction="none"``
         (0 where ignored). With `return_metrics` a pair of it and `Metrics` (without gradient).
         Gradients have the dtype of their input.
 

@@ -125,7 +125,7 @@ class InferenceCalls(PrototypeOwner):
                 floating value. With a process group the same on every rank.
 
         Returns:
-            [b, n], or [b, C]: float64 if embeddings or prototypes are, else float32. Computed in
+            [b, n], or [b, C], float64 if embeddings or prototypes are, else float32. Computed in
             double and rounded once, under autocast too. With a zero row logits are 0. For inference
             alone: no gradient. On CUDA the host waits for the device.
 

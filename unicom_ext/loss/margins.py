@@ -23,19 +23,23 @@ from torch import Tensor
 class CombinedMargin:
     """psi(c) = cos(m1 * arccos(c) + m2) - m3 (Deng et al., "ArcFace", arXiv:1801.07698, eq. 4).
 
-    m1: factor on the angle, > 0, one number for all samples.
-    m2: added to the angle, in radians. A number, or a floating point tensor [B] with one value
-        per sample, as AdaFace (arXiv:2204.00964) and ElasticFace (arXiv:2109.09416) need; or, with
-        labels [B, P], a tensor [B, P] with one for each positive.
-    m3: subtracted from the cosine. A number or such a tensor.
-
     A tensor that requires a gradient gets the derivative of the loss, whatever `margin_grad` is:
     margins may be learned, or be made of the embeddings (MagFace, arXiv:2103.06627). Two margins
     are equal when they are the same function psi, whichever class they were written with.
 
-    Raises TypeError for a wrong kind of value and ValueError for a wrong value, and warns of an m2
-    beyond pi, which is likely one in degrees, and of an m3 beyond 2; the values inside a tensor are
-    not looked at.
+    Args:
+        m1: factor on the angle, > 0, one number for all samples.
+        m2: added to the angle, in radians. A number, or a floating point tensor [B] with one value
+            per sample, as AdaFace (arXiv:2204.00964) and ElasticFace (arXiv:2109.09416) need; or,
+            with labels [B, P], a tensor [B, P] with one for each positive.
+        m3: subtracted from the cosine. A number or such a tensor.
+
+    Raises:
+        TypeError: a wrong kind of value.
+        ValueError: a wrong value; those inside a tensor are not looked at.
+
+    Warns:
+        UserWarning: m2 is beyond pi, and so likely in degrees; m3 is beyond 2.
     """
 
     m1: float = 1.0
@@ -87,6 +91,9 @@ class ArcFace(CombinedMargin):
 
     Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition",
     arXiv:1801.07698. UNICOM (arXiv:2304.05884) trains with m2 = 0.3.
+
+    Args:
+        m2: in radians, as of `CombinedMargin`.
     """
 
     def __init__(self, m2: float | Tensor = 0.5) -> None:
@@ -100,6 +107,9 @@ class CosFace(CombinedMargin):
     """Additive cosine margin: psi(c) = c - m3, m3 a number or a tensor [B].
 
     Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition", arXiv:1801.09414.
+
+    Args:
+        m3: subtracted from the cosine, as of `CombinedMargin`.
     """
 
     def __init__(self, m3: float | Tensor = 0.35) -> None:
@@ -115,6 +125,9 @@ class SphereFace(CombinedMargin):
     Liu et al., "SphereFace: Deep Hypersphere Embedding for Face Recognition", arXiv:1704.08063;
     the default is the value that the ArcFace paper compares with. Where m1 * arccos(c) > pi, psi
     turns back up; ``beyond_pi="linear"`` of the loss keeps it monotone.
+
+    Args:
+        m1: factor on the angle, > 0.
     """
 
     def __init__(self, m1: float = 1.35) -> None:

@@ -44,7 +44,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     UNICOM (arXiv:2304.05884): a random part of the class prototypes makes training robust to
     classes that conflict, a random part of the feature dimensions makes embeddings that may be cut
     short. With `feature_rate` 1 it is PartialFC (arXiv:2203.15565), with both rates 1 plain
-    ArcFace, CosFace or SphereFace. See `unicom_ext.functional.partial_margin_softmax` for the
+    ArcFace, CosFace or SphereFace. See `unicom_ext.partial_margin_softmax` for the
     formula.
 
     In training mode each call draws max(1, round(sample_rate * C)) classes, the batch's own among
@@ -53,8 +53,8 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
     dimensions take part.
 
     Args:
-        embedding_size: d.
-        num_classes: C.
+        embedding_size: d, the dimensions of an embedding.
+        num_classes: C, how many classes there are.
         margin: psi; default ``ArcFace(0.3)``, 0.3 radians.
         scale: s, default 64.
         sample_rate: share of the classes, in [0, 1].
@@ -66,13 +66,14 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         process_group: share the prototypes with the other ranks of this group, such as
             ``dist.group.WORLD``: each rank owns ceil(C / ranks) of them, the last ones fewer. Every
             rank calls the loss with a batch of its own; see
-            `unicom_ext.functional.partial_margin_softmax` for what it gets back. The selections,
+            `unicom_ext.partial_margin_softmax` for what it gets back. The selections,
             the loss and the gradients are those of one process with all batches together.
         want_metrics: with a process group, whether `last_metrics` finds the largest negative cosine
             and top-1 among the classes of all ranks, which costs one more message. Without a
             process group they are always there.
         seed: of the selections and the initial prototypes, any int64.
-        device, dtype: of `weight`.
+        device: of `weight`.
+        dtype: of `weight`, floating point.
         full_state_dict: with a process group, whether `state_dict` holds the prototypes of all
             classes as a plain tensor, not as a `DTensor`; and a row optimizer's its moments. For
             trainers that write what the first rank has: each rank takes its own classes when it
@@ -192,13 +193,19 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
 
         Args:
             centroids: [C, d] floating point, finite: a tensor, a NumPy array, or the name of a
-                `.npy` file such as `unicom-ext cluster` writes. d must be the size of the
+                ``.npy`` file such as `unicom-ext cluster` writes. d must be the size of the
                 embeddings. They are scaled to the norm that random prototypes have on average,
                 0.01 * sqrt(d), so that an optimizer's steps turn them as far; a zero row stays
                 zero. With `num_centers` each prototype of a class starts there, but for a tenth of
                 a random one: equal ones would not part.
             options: those of the constructor but `embedding_size` and `num_classes`. With a process
                 group every rank gives all centroids and keeps its own.
+
+        Returns:
+            The loss, of C classes and d dimensions.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong, or `device` is the meta device.
         """
         centroids = read_centroids(centroids)
         num_classes, embedding_size = centroids.shape
@@ -245,6 +252,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
         return self.num_sampled < self.num_classes or self.num_features < self.embedding_size
 
     def reset_parameters(self) -> None:
+        """Back to the initial prototypes, and to step 0. To be called after `to_empty`."""
         super().reset_parameters()
         self._drawn = self._metrics = None
 
@@ -275,7 +283,7 @@ class PartialMarginSoftmax(OptionAttributes, InferenceCalls):
                 must be the same on every rank.
 
         Returns:
-            The loss: a scalar, or [B] for ``reduction="none"``.
+            The loss, a scalar, or [B] for ``reduction="none"``.
 
         Raises:
             TypeError, ValueError: an argument is wrong; nothing has changed then. With a process

@@ -83,7 +83,7 @@ class LossOptions:
             positives each one's cross entropy is smoothed over it and the negatives. Not together
             with `interclass_filter` or ``multi_label="separate"``.
         margin_grad: ``"straight_through"`` takes psi' as 1, as the published recipes do;
-            ``"exact"`` is the true derivative, bounded near |c| = 1.
+            ``"exact"`` is the true derivative, bounded near c = 1 and -1.
         beyond_pi: ``"keep"`` the formula where m1 * theta + m2 > pi, or ``"linear"``, ArcFace's
             continuation, so that psi stays monotone. Where m1 * theta + m2 < 0, ``"linear"`` holds
             psi at 1 - m3, as AdaFace does.

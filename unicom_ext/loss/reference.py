@@ -97,13 +97,6 @@ def partial_margin_softmax(
         loss_i = mean over p of log(exp z_ip + sum over j in N_i of exp z_ij) - z_ip      "average"
         loss_i = log(1 + sum over N_i of exp z_ij) + log(1 + sum over P_i of exp -z_ip)  "separate"
 
-    embeddings: [B, d].  labels: int32 or int64, global class ids or ``ignore_index``: [B], [B, P],
-    or a pair (ids, offsets).
-    prototypes: [C, d], or with K centers of each class [C * K, d], whose cosine is the largest.
-    class_index, feature_index: sorted unique int64 ids, or None for all; class_index holds every
-    label.  The keywords are those of `unicom_ext.loss.options.LossOptions`,
-    the result is that of `unicom_ext.functional.partial_margin_softmax`.
-
     The arithmetic is done in the promoted dtype of embeddings and prototypes, float32 at least
     (float64 makes an oracle), and the loss has that dtype. ``precision``, ``grad_average``,
     ``workspace_bytes`` and autocast change nothing here.
@@ -112,7 +105,27 @@ def partial_margin_softmax(
     gradient are 0. Ignored samples have loss 0 and gradient 0, whatever their rows hold, and
     ``reduction="mean"`` is over the others (0 if there are none).
 
-    Raises TypeError or ValueError for bad input, NotImplementedError for a process group.
+    Args:
+        embeddings: [B, d] floating point.
+        labels: int32 or int64, class ids in [0, C) or ``ignore_index``: [B], [B, P], or a pair
+            (ids, offsets).
+        prototypes: [C, d] floating point, or with K centers of each class [C * K, d], of which the
+            largest cosine counts.
+        margin: psi (radians); m2 and m3 may be per-sample tensors like labels.
+        scale: s > 0, a number or a tensor of one value.
+        class_index: int64, sorted unique class ids that contain every label, or None for all.
+        feature_index: int64, sorted unique dimensions, or None for all.
+        process_group: must be None.
+        return_metrics: also return the `Metrics` of each sample.
+        keywords: the other options, those of `unicom_ext.functional.LossOptions`.
+
+    Returns:
+        The loss, a scalar, or [B] for ``reduction="none"``; with `return_metrics` a pair of it and
+        `Metrics`.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        NotImplementedError: there is a process group.
     """
     if process_group is not None:
         raise NotImplementedError("process_group must be None: the reference runs in one process")

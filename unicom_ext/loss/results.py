@@ -8,13 +8,24 @@ from torch import Tensor
 
 
 class Metrics(NamedTuple):
-    """Per-sample figures of one call, without gradient; B samples, ignored ones included."""
+    """Per-sample figures of one call, without gradient; B samples, ignored ones included.
 
-    loss: Tensor  # [B], 0 where ignored
-    target_cosine: Tensor  # like labels, before the margin, 0 where ignored or repeated
-    # With a process group the next two are there if they were asked for, and else None.
-    largest_negative: Tensor  # [B], largest cosine of a negative in S, before the filter
-    top1: Tensor  # [B] bool, some target_cosine >= largest_negative, False where ignored
+    With a process group `largest_negative` and `top1` are there if they were asked for, and else
+    None.
+
+    Attributes:
+        loss: [B] floating point, 0 where ignored.
+        target_cosine: floating point like labels, the cosine before the margin; 0 where ignored or
+            repeated.
+        largest_negative: [B] floating point, the largest cosine of a negative in S, before the
+            filter.
+        top1: [B] bool, some target_cosine >= largest_negative; False where ignored.
+    """
+
+    loss: Tensor
+    target_cosine: Tensor
+    largest_negative: Tensor
+    top1: Tensor
 
 
 def is_top1(counts: Tensor, target_cosine: Tensor, largest_negative: Tensor) -> Tensor:
@@ -25,14 +36,24 @@ def is_top1(counts: Tensor, target_cosine: Tensor, largest_negative: Tensor) -> 
 
 
 class Selection(NamedTuple):
-    """What the last forward pass drew."""
+    """What the last forward pass drew.
 
-    class_index: Tensor  # [|S|] int64, sorted class ids; with a process group this rank's part
-    feature_index: Tensor  # [d'] int64, sorted dimensions
+    Attributes:
+        class_index: int64 [number of classes], sorted ids; with a process group this rank's part.
+        feature_index: int64 [number of dimensions], sorted.
+    """
+
+    class_index: Tensor
+    feature_index: Tensor
 
 
 class NearestClasses(NamedTuple):
-    """What `PartialMarginSoftmax.topk` finds for each of b samples, without gradient."""
+    """What `PartialMarginSoftmax.topk` finds for each of b samples, without gradient.
 
-    cosine: Tensor  # [b, k] float32, falling
-    class_index: Tensor  # [b, k] int64, the lower id first where cosines are equal
+    Attributes:
+        cosine: [b, k] float32, falling.
+        class_index: [b, k] int64, the lower id first where cosines are equal.
+    """
+
+    cosine: Tensor
+    class_index: Tensor

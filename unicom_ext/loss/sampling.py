@@ -52,8 +52,9 @@ def select_classes(
             the *global* batch.
         seed: any int64; different seeds give independent selections.
         step: any int64; different steps give independent selections.
-        start, stop: return only the ids in ``[start, stop)``, a rank's shard; default all. Shards
-            need not follow block borders: over any split they concatenate to the whole selection.
+        start: return only the ids in ``[start, stop)``, a rank's shard; default all. Shards need
+            not follow block borders: over any split they concatenate to the whole selection.
+        stop: the id after the shard's last; default num_classes.
 
     Returns:
         Sorted unique ids, int64 on the CPU.
@@ -123,14 +124,35 @@ def select_features(
 def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_rate") -> int:
     """How many of `num_classes` classes a step draws at least: max(1, rate * C rounded half up).
 
-    0 for a rate of 0, with which the positives alone take part.
+    Args:
+        num_classes: C, how many classes there are.
+        rate: share of the classes, in [0, 1].
+        name: of the rate in messages.
+
+    Returns:
+        The number; 0 for a rate of 0, with which the positives alone take part.
+
+    Raises:
+        TypeError, ValueError: the rate is wrong.
     """
     rate = _rate(name, rate, zero=True)
     return max(1, library.core.sample_size(rate, num_classes)) if rate else 0
 
 
 def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") -> int:
-    """How many of `dim` dimensions a step draws: rate * d rounded half up; 0 is a ValueError."""
+    """How many of `dim` dimensions a step draws: rate * d rounded half up.
+
+    Args:
+        dim: d, the dimensions of an embedding.
+        rate: share of the dimensions, in (0, 1].
+        name: of the rate in messages.
+
+    Returns:
+        The number, at least 1.
+
+    Raises:
+        TypeError, ValueError: the rate is wrong, or gives no dimension.
+    """
     count = library.core.sample_size(_rate(name, rate, zero=False), dim)
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")

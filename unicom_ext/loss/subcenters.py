@@ -101,7 +101,8 @@ class SubCenters:
         """Which samples lie near the dominant centre of their class.
 
         Args:
-            embeddings, labels: as for `add`.
+            embeddings: as for `add`.
+            labels: as for `add`.
             max_angle: radians in (0, pi], from the dominant centre; 75 degrees in the paper. With a
                 process group the same on every rank.
 
@@ -128,8 +129,15 @@ class SubCenters:
     @torch.no_grad()
     @torch.inference_mode(False)  # what is made in it could not be trained
     def to_single_center(self) -> PartialMarginSoftmax:
-        """A loss with one prototype for each class, its dominant centre, and else all that the loss
-        has: options, step, mode. The prototypes are new, so is what an optimizer has of them."""
+        """A loss with one prototype for each class, its dominant centre.
+
+        Returns:
+            The loss, with the options, step and mode of this one. Its prototypes are new tensors,
+            of which no optimizer knows.
+
+        Raises:
+            RuntimeError: `weight` is made of other parameters, as by `weight_norm`.
+        """
         loss = self._loss
         if "weight" not in loss._parameters:
             raise RuntimeError(

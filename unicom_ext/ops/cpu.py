@@ -11,8 +11,12 @@ from unicom_ext.ops import library
 def set_cpu_capability(name: str) -> None:
     """Use the kernels of instruction set `name` from now on, in the whole process.
 
-    name: one of ``unicom_ext._core.cpu_capabilities()``, which this CPU can run: "portable",
-    "avx2", "avx512", "avx512_bf16". Raises ValueError for any other.
+    Args:
+        name: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``; those that this CPU can
+            run are in ``unicom_ext._core.cpu_capabilities()``.
+
+    Raises:
+        ValueError: this CPU cannot run it, or there is no such instruction set.
     """
     if not library.core.set_cpu_capability(name):
         raise ValueError(f"name must be one of {library.core.cpu_capabilities()}, got {name!r}")
@@ -20,7 +24,14 @@ def set_cpu_capability(name: str) -> None:
 
 @contextmanager
 def cpu_capability(name: str) -> Iterator[None]:
-    """`set_cpu_capability` for the length of a ``with`` block."""
+    """`set_cpu_capability` for the length of a ``with`` block.
+
+    Args:
+        name: as there.
+
+    Raises:
+        ValueError: as there.
+    """
     before = library.core.cpu_capability()
     set_cpu_capability(name)
     try:

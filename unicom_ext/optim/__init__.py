@@ -1,4 +1,4 @@
-"""Optimizers that touch only the prototypes that were sampled, and dense parameters as torch's do.
+"""Optimizers that touch only the prototypes that were sampled, and dense parameters as torch's do::
 
     loss_fn = PartialMarginSoftmax(512, 1_000_000, sample_rate=0.1, sparse_grad=True)
     optimizer = RowAdamW([

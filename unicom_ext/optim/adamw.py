@@ -55,6 +55,7 @@ class RowAdamW(RowOptimizer):
             [C] instead of [C, d]. All dimensions of a row then share a step size.
         fused: one pass in C++, or several in plain PyTorch; None: the pass where it exists for the
             parameter's device. Both give the same results but for rounding.
+        dense_only: options of `torch.optim.AdamW` that rows do not have; they must be off.
 
     State of a row parameter [C, d]: exp_avg [C, d]; exp_avg_sq [C, d] or [C]; row_step [C] int32,
     steps each row has had; log_decay [C] float64, log of the decay each row has had, and

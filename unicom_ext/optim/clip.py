@@ -22,12 +22,21 @@ def clip_grad_norm_(
     """`torch.nn.utils.clip_grad_norm_` for parameters of which some have sparse gradients.
 
     The gradients are scaled in place so that their norm, as if they were one vector, is at most
-    max_norm. Rows that micro-batches have in common are added up first, as the norm needs their
+    `max_norm`. Rows that micro-batches have in common are added up first, as the norm needs their
     sums.
 
-    Returns the norm before clipping. Raises RuntimeError if it is not finite and
-    `error_if_nonfinite` is set, or if prototypes have been updated in backward already; nothing has
-    been scaled then.
+    Args:
+        parameters: a parameter, or several; those without a gradient are passed over.
+        max_norm: of all gradients together.
+        norm_type: which norm, ``float("inf")`` too.
+        error_if_nonfinite: whether a norm that is not finite is an error.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set, or prototypes have
+            been updated in backward already; nothing has been scaled then.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     refuse_updated(parameters)

@@ -22,14 +22,17 @@ from unicom_ext.optim.clip import refuse_updated, stored_values
 def global_grad_norm(parameters: Iterable[Tensor], loss: PartialMarginSoftmax) -> Tensor:
     """Euclidean norm of all gradients, those of other ranks' prototypes included.
 
-    parameters: those with the same gradient on every rank, such as a DDP encoder's, or `DTensor`s
-        such as FSDP's; and `loss.weight`, or not: it is counted once.
-    loss: whose prototypes are shared. Every rank of its group calls this.
+    Args:
+        parameters: those with the same gradient on every rank, such as a DDP encoder's, or
+            `DTensor`s such as FSDP's; and `loss.weight`, or not: it is counted once.
+        loss: whose prototypes are shared. Every rank of its group calls this.
 
-    A scalar, the same on every rank. It is not finite if any gradient on any rank is not, so
-    ``if norm.isfinite(): optimizer.step()`` is decided alike everywhere.
+    Returns:
+        A scalar, the same on every rank. It is not finite if any gradient on any rank is not, so
+        ``if norm.isfinite(): optimizer.step()`` is decided alike everywhere.
 
-    Raises RuntimeError if the prototypes have been updated in backward already.
+    Raises:
+        RuntimeError: the prototypes have been updated in backward already.
     """
     refuse_updated([loss.weight])
     gradients = [p.grad for p in parameters if p.grad is not None and p is not loss.weight]
@@ -50,10 +53,20 @@ def clip_grad_norm_(
     max_norm: float,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale all gradients in place so that their `global_grad_norm` is at most max_norm.
+    """Scale all gradients in place so that their `global_grad_norm` is at most `max_norm`.
 
-    Returns the norm before, on every rank the same. Raises RuntimeError on every rank if it is not
-    finite and `error_if_nonfinite` is set; nothing has been scaled then.
+    Args:
+        parameters: as for `global_grad_norm`.
+        loss: as there. Every rank of its group calls this.
+        max_norm: Euclidean norm of all gradients together.
+        error_if_nonfinite: whether a norm that is not finite is an error.
+
+    Returns:
+        The norm before, a scalar, on every rank the same.
+
+    Raises:
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set, or the prototypes have
+            been updated in backward already; on every rank, and nothing has been scaled then.
     """
     parameters = list(parameters)
     norm = global_grad_norm(parameters, loss)

@@ -93,8 +93,16 @@ class RowOptimizer(RowStateOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of all parameters that have a gradient.
 
-        Raises ValueError: a gradient or an option cannot be used. RuntimeError: prototypes that
-            were updated in backward have a gradient besides. Nothing has changed then.
+        Args:
+            closure: computes the loss again, with its gradients; called first.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            ValueError: a gradient or an option cannot be used; nothing has changed then.
+            RuntimeError: prototypes that were updated in backward have a gradient besides; nothing
+                has changed then.
         """
         loss = None
         if closure is not None:
@@ -187,7 +195,11 @@ class RowOptimizer(RowStateOptimizer):
         is whatever is made of them. (A GradScaler skips such steps and lowers its factor, and the
         next backward raises as no step has been made.)
 
-        Raises ValueError: the loss cannot be updated so.
+        Args:
+            loss_fn: with ``sparse_grad=True``; its `weight` is one of this optimizer's parameters.
+
+        Raises:
+            ValueError: the loss cannot be updated so.
         """
         param = loss_fn.weight
         self._group_of("the weight of the loss", param)
@@ -255,6 +267,12 @@ class RowOptimizer(RowStateOptimizer):
         For code that needs the state tensors before the first step, such as
         `torch.distributed.checkpoint`. Prototypes of a loss with ``sparse_grad=True`` are known,
         and need no call; embeddings with ``sparse=True`` do.
+
+        Args:
+            params: matrices [C, d] of this optimizer.
+
+        Raises:
+            ValueError: one is no matrix, or not this optimizer's.
         """
         found = [(self._group_of("params", param), param) for param in params]
         for _, param in found:

@@ -49,6 +49,7 @@ class RowSGD(RowOptimizer):
         maximize: climb instead.
         fused: one pass in C++, or several in plain PyTorch; None: the pass where it exists for the
             parameter's device. Both give the same results but for rounding.
+        dense_only: options of `torch.optim.SGD` that rows do not have; they must be off.
 
     State of a row parameter [C, d]: momentum_buffer [C, d], with momentum; log_decay [C] float64
     and total_log_decay (log of the decay each row has had, and that of a row that missed nothing)

@@ -35,11 +35,17 @@ _HELD_OUT = 5  # every fifth row of a class
 
 
 class Probe(NamedTuple):
-    """What `linear_probe` found."""
+    """What `linear_probe` found.
+
+    Attributes:
+        accuracy: on the test rows, in [0, 1].
+        l2: that was used.
+        validation: accuracy on held-out training rows, by the l2 that were tried.
+    """
 
     accuracy: float
-    l2: float  # that was used
-    validation: dict[float, float]  # accuracy on held-out training rows by the l2 that were tried
+    l2: float
+    validation: dict[float, float]
 
 
 @torch.no_grad()
@@ -55,21 +61,28 @@ def knn_accuracy(
 ) -> dict[int, float]:
     """Share of the test rows that their k nearest training rows classify rightly, by k.
 
-    train, test    [n, d] and [m, d] floating point, of any norm, on one device
-    train_labels, test_labels
-                   [n] and [m] integers. A negative label is none: such rows are left out
-    k              how many neighbours vote. One beyond the training rows takes all of them
-    temperature    each votes for its class with weight exp(cosine / temperature) (Wu, Xiong, Yu,
-                   Lin: "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
-                   CVPR 2018; so has DINO)
-    block_bytes    bound on the working memory, as in `retrieval.evaluate`
-
     Ties are broken against the model: of neighbours at equal fp32 cosines those of other classes
     come first, and a class wins with more votes than any other, not with as many. With k = 1 this
     is Recall@1 of `retrieval.evaluate`.
 
-    Raises ValueError where no row has a label, on NaN or infinity, and on shapes, devices or values
-    that do not fit; TypeError on wrong types.
+    Args:
+        train: [n, d] floating point, of any norm.
+        train_labels: [n] integers. A negative label is none: such rows are left out.
+        test: [m, d] floating point, of any norm, on the same device.
+        test_labels: [m] integers, as `train_labels`.
+        k: how many neighbours vote. One beyond the training rows takes all of them.
+        temperature: each votes for its class with weight exp(cosine / temperature) (Wu, Xiong, Yu,
+            Lin: "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+            2018; so has DINO).
+        block_bytes: bound on the working memory, as in `retrieval.evaluate`.
+
+    Returns:
+        Shares in [0, 1], by k.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: no row has a label, NaN or infinity, or shapes, devices or values that do not
+            fit.
     """
     check_block_bytes(block_bytes)
     ks = check_counts("k", k, None)
@@ -123,20 +136,30 @@ def linear_probe(
     """Accuracy on the test rows of multinomial logistic regression on the training rows.
 
     Rows are normalised; what is minimised, by L-BFGS over all rows, is the mean cross entropy of
-    the logits W x + b, plus l2 / 2 |W|^2, in double.
+    the logits W x + b, plus ``l2 / 2 |W|^2``, in double.
 
-    train, test, train_labels, test_labels
-                 as for `knn_accuracy`; test rows of classes that have no training row are wrong
-    l2           one number, or several, of which the best is taken: the one with the most accuracy
-                 on every fifth training row of each class, after training on the others; of equally
-                 good ones the largest. They are tried from the largest on, until one is worse than
-                 the best. With the best all training rows are trained on.
-    max_iter     of L-BFGS, for each l2
-    seed         of which rows are held out
-    block_bytes  bound on the memory for logits; the rows are held in double, and the weights
+    Args:
+        train: as for `knn_accuracy`, and so are the next three.
+        train_labels: [n] integers.
+        test: [m, d].
+        test_labels: [m] integers; rows of classes that have no training row are wrong.
+        l2: one number, or several, of which the best is taken: the one with the most accuracy on
+            every fifth training row of each class, after training on the others; of equally good
+            ones the largest. They are tried from the largest on, until one is worse than the best.
+            With the best all training rows are trained on.
+        max_iter: of L-BFGS, for each l2.
+        seed: of which rows are held out.
+        block_bytes: bound on the memory for logits; the rows are held in double, and the weights.
 
-    Warns if L-BFGS has not converged. Raises as `knn_accuracy` does, and ValueError where several
-    l2 are given and no class has five training rows.
+    Returns:
+        The accuracy, and how it came about.
+
+    Raises:
+        TypeError, ValueError: as `knn_accuracy`; several l2 are given and no class has five
+            training rows.
+
+    Warns:
+        UserWarning: L-BFGS has not converged.
     """
     check_block_bytes(block_bytes)
     given = l2 if isinstance(l2, Sequence) else [l2]

@@ -23,13 +23,19 @@ from unicom_ext.utils.search import Matrix, check_finite
 def encode(rows: Tensor, codes: str) -> Tensor:
     """The codes of rows, as an index stores them.
 
-    rows    [n, d] floating point, of any norm
-    codes   "int8" or "binary"
+    Args:
+        rows: [n, d] floating point, of any norm.
+        codes: ``"int8"``, ``round(127 x / max |x|)`` with the largest of the row's own, or
+            ``"binary"``, whether x > 0.
 
-    Returns int8 [n, d], or uint8 [n, ceil(d / 8)] of bits as `numpy.packbits` packs them and faiss
-    takes them: the first dimension is the highest bit of the first byte, and what is left of the
-    last byte is 0. Raises ValueError on NaN or infinity, and on other codes; TypeError on wrong
-    types.
+    Returns:
+        int8 [n, d], or uint8 [n, ceil(d / 8)] of bits as `numpy.packbits` packs them and faiss
+        takes them: the first dimension is the highest bit of the first byte, and what is left of
+        the last byte is 0.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: NaN or infinity, or other codes.
     """
     check_rows("rows", rows)
     check_codes(codes)

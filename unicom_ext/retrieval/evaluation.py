@@ -130,50 +130,56 @@ def evaluate(
 ) -> list[Result]:
     """Recall@K, mAP@K, mAP@R and R-precision by cosine similarity, one Result per entry of `dims`.
 
-    queries         [Nq, d] floating point, any norm; cosines are those of unit rows in fp32,
-                    computed in double and rounded to fp32
-    query_labels    [Nq] integers. A negative label, such as -1, is none, and matches nothing, nor
-                    another -1: such a query is left out and counted (`num_unlabelled`), such a
-                    gallery item is a distractor, found as any other and always wrong
-                    (`num_distractors`)
-    gallery         [Ng, d] and gallery_labels [Ng], on the same device, or [Ng, P] where an item
-                    has several, rows filled up with negative ones: it is relevant to the queries of
-                    each. None: the queries are the gallery. Each query is then left out of its own
-                    list by its index, never by its score or position, so an exact copy of it counts
-                    like any other item.
-    query_groups    [Nq] integers, and gallery_groups [Ng] where there is a gallery. Items of the
-                    query's own group are neither right nor wrong: it is searched for as if they
-                    were not there. A negative group is none. For "the same class by the same
-                    camera", as person re-identification has it, number the pairs of class and
-                    camera.
-    dims            numbers of leading dimensions; rows are cut, then normalised again. None: [d]
-    ks              K of Recall@K and mAP@K. One beyond the gallery takes all of it
-    codes           None: the rows as they are. "int8" or "binary": queries and gallery are coded
-                    as an index would store them, see `encode`, once they have been cut
-    index           "exact", or "faiss:" and what `faiss.index_factory` takes, such as
-                    "faiss:HNSW32": an index of the normalised rows names as many candidates as
-                    lists are long, which are then ranked as ever; what it does not find is not
-                    there. `Result.index_recall` is the share of the max(ks) nearest that it finds.
-    bootstrap       resamples, such as 1000, for 95 % intervals of all averages
-                    (`Result.intervals`); 0 for none
-    bootstrap_over  "classes": classes are drawn again, each with all its queries, as queries of one
-                    class are not independent; or "queries". The gallery stays as it is.
-    seed            of the resamples, which are the same at all dims
-    block_bytes     bound on the working memory. Queries are taken in order of R, in blocks whose
-                    lists of R candidates fit; one query's own list of R (at most Ng) always fits.
-    process_group   ranks that all call this with the same arguments: each searches for a part of
-                    the queries, and all return the same
-
     Lists are as long as the larger of R and K, so nothing is cut off. Ties are broken against the
     model: at equal fp32 cosines the items of other classes come first. So the result does not
     depend on the order of the gallery, and a model that maps everything to one point scores 0. A
     zero row has cosine 0 to everything (of binary codes, which all have a norm, it is one of them).
 
-    Warns if nearest gallery items are the queries themselves (the same rows, but for scale and
-    rounding to half precision).
+    Args:
+        queries: [Nq, d] floating point, any norm; cosines are those of unit rows in fp32, computed
+            in double and rounded to fp32.
+        query_labels: [Nq] integers. A negative label, such as -1, is none, and matches nothing, nor
+            another -1: such a query is left out and counted (`num_unlabelled`), such a gallery item
+            is a distractor, found as any other and always wrong (`num_distractors`).
+        gallery: [Ng, d] on the same device. None: the queries are the gallery. Each query is then
+            left out of its own list by its index, never by its score or position, so an exact copy
+            of it counts like any other item.
+        gallery_labels: [Ng] integers, where there is a gallery, or [Ng, P] where an item has
+            several, rows filled up with negative ones: it is relevant to the queries of each.
+        query_groups: [Nq] integers. Items of the query's own group are neither right nor wrong: it
+            is searched for as if they were not there. A negative group is none. For "the same class
+            by the same camera", as person re-identification has it, number the pairs of class and
+            camera.
+        gallery_groups: [Ng] integers, where there are groups and a gallery.
+        dims: numbers of leading dimensions; rows are cut, then normalised again. None: [d].
+        ks: K of Recall@K and mAP@K. One beyond the gallery takes all of it.
+        codes: None: the rows as they are. ``"int8"`` or ``"binary"``: queries and gallery are coded
+            as an index would store them, see `encode`, once they have been cut.
+        index: ``"exact"``, or ``"faiss:"`` and what `faiss.index_factory` takes, such as
+            ``"faiss:HNSW32"``: an index of the normalised rows names as many candidates as lists
+            are long, which are then ranked as ever; what it does not find is not there.
+            `Result.index_recall` is the share of the max(ks) nearest that it finds.
+        bootstrap: resamples, such as 1000, for 95 % intervals of all averages
+            (`Result.intervals`); 0 for none.
+        bootstrap_over: ``"classes"``: classes are drawn again, each with all its queries, as
+            queries of one class are not independent; or ``"queries"``. The gallery stays as it is.
+        seed: of the resamples, which are the same at all dims.
+        block_bytes: bound on the working memory. Queries are taken in order of R, in blocks whose
+            lists of R candidates fit; one query's own list of R (at most Ng) always fits.
+        process_group: ranks that all call this with the same arguments: each searches for a part of
+            the queries, and all return the same.
 
-    Raises ValueError if no query has a relevant item, on NaN or infinity, and on shapes, devices or
-    values that do not fit; TypeError on wrong types.
+    Returns:
+        The results, in the order of `dims`.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: no query has a relevant item, NaN or infinity, or shapes, devices or values that
+            do not fit.
+
+    Warns:
+        UserWarning: nearest gallery items are the queries themselves (the same rows, but for scale
+            and rounding to half precision).
     """
     ranks = Ranks(process_group)
     with ranks.together():

@@ -27,22 +27,37 @@ from unicom_ext.utils.search import NOTHING
 class Result(NamedTuple):
     """Retrieval quality at `dim` leading dimensions, averaged over `num_queries` queries.
 
-    The queries given are num_queries + num_excluded + num_unlabelled.
+    The queries given are num_queries + num_excluded + num_unlabelled. Averages are in [0, 1].
+
+    Attributes:
+        dim: how many leading dimensions were compared.
+        recall: Recall@K by K.
+        map_at_r: mAP@R.
+        num_queries: how many queries the averages are over.
+        num_excluded: queries with a label but without a relevant item; in no average.
+        r_precision: R-precision.
+        map_at_k: mAP@K by K.
+        num_unlabelled: queries without a label; in no average.
+        num_distractors: gallery items without a label, which are wrong for every query.
+        codes: what of the rows was compared.
+        search: ``"exact"``, or the index of faiss.
+        index_recall: share of the max(ks) nearest that an index finds.
+        intervals: bounds of 95 % intervals, by the names of `figures`.
     """
 
     dim: int
-    recall: dict[int, float]  # Recall@K by K
+    recall: dict[int, float]
     map_at_r: float
     num_queries: int
-    num_excluded: int  # queries with a label but without a relevant item; in no average
+    num_excluded: int
     r_precision: float
-    map_at_k: dict[int, float]  # mAP@K by K
-    num_unlabelled: int  # queries without a label; in no average
-    num_distractors: int  # gallery items without a label, which are wrong for every query
-    codes: str | None = None  # what of the rows was compared
-    search: str = "exact"  # or the index of faiss
-    index_recall: float | None = None  # share of the max(ks) nearest that an index finds
-    intervals: dict[str, tuple[float, float]] | None = None  # 95 %, by the names of `figures`
+    map_at_k: dict[int, float]
+    num_unlabelled: int
+    num_distractors: int
+    codes: str | None = None
+    search: str = "exact"
+    index_recall: float | None = None
+    intervals: dict[str, tuple[float, float]] | None = None
 
     @property
     def figures(self) -> dict[str, float]:

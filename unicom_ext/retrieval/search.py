@@ -27,17 +27,22 @@ def topk(
 ) -> tuple[Tensor, Tensor]:
     """The k gallery rows with the largest cosine to each query, best first.
 
-    queries      [Nq, d] floating point, any norm; cosines are computed in double and rounded
-                 to fp32
-    gallery      [Ng, d] on the same device. None: the queries are the gallery, and each query is
-                 left out of its own list by its index, so an exact copy of it stays.
-    k            1 .. Ng (Ng - 1 if gallery is None)
-    block_bytes  bound on the working memory beyond inputs and outputs; one query with its k
-                 candidates is always taken
+    Args:
+        queries: [Nq, d] floating point, any norm; cosines are computed in double and rounded to
+            fp32.
+        gallery: [Ng, d] on the same device. None: the queries are the gallery, and each query is
+            left out of its own list by its index, so an exact copy of it stays.
+        k: 1 to Ng (Ng - 1 if gallery is None).
+        block_bytes: bound on the working memory beyond inputs and outputs; one query with its k
+            candidates is always taken.
 
-    Returns (cosine fp32 [Nq, k], index int64 [Nq, k]). At equal fp32 cosines the lower index comes
-    first. A zero row has cosine 0 to everything. Raises ValueError on NaN or infinity, and on
-    values, shapes or devices that do not fit; TypeError on wrong types.
+    Returns:
+        cosine fp32 [Nq, k] and index int64 [Nq, k]. At equal fp32 cosines the lower index comes
+        first. A zero row has cosine 0 to everything.
+
+    Raises:
+        TypeError: a type is wrong.
+        ValueError: NaN or infinity, or values, shapes or devices that do not fit.
     """
     check_rows("queries", queries)
     exclude_self = gallery is None

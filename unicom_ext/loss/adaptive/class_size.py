@@ -28,7 +28,8 @@ class ClassSizeMargin(nn.Module):
     Args:
         counts: [C] integers >= 0, samples of each class. A class without any gets `largest`, and
             so does each one where all have the same number.
-        smallest, largest: bounds of the margins, in radians; 0.05 and 0.5 in the paper.
+        smallest: margin of the largest class, in radians; 0.05 in the paper.
+        largest: margin of the smallest class, in radians; 0.5 in the paper.
         exponent: lambda, > 0; 1/4 in the paper.
         ignore_index: the label of samples that do not count, as the loss's.
 
@@ -67,8 +68,14 @@ class ClassSizeMargin(nn.Module):
 
         Args:
             labels: int32 or int64 of any shape, in [0, num_classes) or `ignore_index`.
-            num_classes: C.
+            num_classes: C, how many classes there are.
             options: those of the constructor.
+
+        Returns:
+            The module.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong.
         """
         batch.check_labels(labels)
         num_classes = integer("num_classes", num_classes, 1)

@@ -17,21 +17,7 @@ from unicom_ext.ops import counter
 
 
 class _Elastic(batch.OfRanks):
-    """For each label of a batch a margin from N(mean, std), as ElasticFace draws them.
-
-    A draw is a function of (seed, step, place of the label among those of all ranks): a resumed run
-    draws what an uninterrupted one would, and any number of ranks what one process would with their
-    batches in the order of the ranks. In `eval()` mode the margin is the mean.
-
-    Args:
-        mean, std: of the margins.
-        seed: any int64.
-        process_group: its ranks make one batch, of any sizes: one message of one number. Every rank
-            must call then. Ranks without it that have the same seed draw the same margins.
-
-    Attributes:
-        seed, step: int64 scalar buffers; step is how many training batches were drawn.
-    """
+    """For each label of a batch a margin from N(mean, std), as ElasticFace draws them."""
 
     seed: Tensor
     step: Tensor
@@ -110,7 +96,22 @@ class ElasticArcFace(_Elastic):
     """ElasticFace-Arc: m2 from N(mean, std) in radians, 0.5 and 0.05 in the paper.
 
     Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition", arXiv:2109.09416.
-    Args and Attributes as `_Elastic`.
+
+    A draw is a function of (seed, step, place of the label among those of all ranks): a resumed run
+    draws what an uninterrupted one would, and any number of ranks what one process would with their
+    batches in the order of the ranks. In `eval()` mode the margin is the mean.
+
+    Args:
+        mean: of the margins, in radians; 0.5 in the paper.
+        std: their standard deviation; 0.05 in the paper.
+        seed: any int64.
+        process_group: its ranks make one batch, of any sizes: one message of one number. Every rank
+            must call then. Ranks without it that have the same seed draw the same margins.
+        device: of the buffers.
+
+    Attributes:
+        seed: int64 scalar buffer.
+        step: int64 scalar buffer, how many training batches were drawn.
     """
 
     _margin = staticmethod(ArcFace)
@@ -131,7 +132,22 @@ class ElasticCosFace(_Elastic):
     """ElasticFace-Cos: m3 from N(mean, std), 0.35 and 0.05 in the paper.
 
     Boutros et al., "ElasticFace: Elastic Margin Loss for Deep Face Recognition", arXiv:2109.09416.
-    Args and Attributes as `_Elastic`.
+
+    A draw is a function of (seed, step, place of the label among those of all ranks): a resumed run
+    draws what an uninterrupted one would, and any number of ranks what one process would with their
+    batches in the order of the ranks. In `eval()` mode the margin is the mean.
+
+    Args:
+        mean: of the margins, as cosines; 0.35 in the paper.
+        std: their standard deviation; 0.05 in the paper.
+        seed: any int64.
+        process_group: its ranks make one batch, of any sizes: one message of one number. Every rank
+            must call then. Ranks without it that have the same seed draw the same margins.
+        device: of the buffers.
+
+    Attributes:
+        seed: int64 scalar buffer.
+        step: int64 scalar buffer, how many training batches were drawn.
     """
 
     _margin = staticmethod(CosFace)

@@ -35,13 +35,15 @@ class AdaFace(batch.OfRanks):
         ignore_index: the label of samples that do not count, as the loss's.
         process_group: mean and std are over the batches of all its ranks, of any sizes: one message
             of three numbers. Every rank must call then.
+        device: of the buffers.
 
     Attributes:
-        mean, std: float64 buffers [1], the running mean and standard deviation of the norms,
-            20 and 100 at first. They stay float64 where a model is cast, as a half would not see
-            changes of 1 %. A batch without a sample that counts leaves both, one with a single one
-            leaves std; rows with NaN or infinity do not count, as their loss is NaN already and
-            to raise would wait for the device.
+        mean: float64 buffer [1], the running mean of the norms, 20 at first.
+        std: float64 buffer [1], their running standard deviation, 100 at first.
+
+    Both stay float64 where a model is cast, as a half would not see changes of 1 %. A batch without
+    a sample that counts leaves both, one with a single one leaves std; rows with NaN or infinity do
+    not count, as their loss is NaN already and to raise would wait for the device.
     """
 
     mean: Tensor
@@ -165,8 +167,10 @@ class MagFace(nn.Module):
     a continuation beyond pi, ``beyond_pi="linear"``.
 
     Args:
-        l_a, u_a: bounds of the norm, 10 and 110 in the paper. Beyond them a norm has no gradient.
-        l_m, u_m: margins at these norms, in radians; 0.45 and 0.8 in the authors' code.
+        l_a: least norm, 10 in the paper; below it a norm has no gradient.
+        u_a: largest norm, 110 in the paper; above it a norm has no gradient.
+        l_m: margin at the least norm, in radians; 0.45 in the authors' code.
+        u_m: margin at the largest norm, in radians; 0.8 in the authors' code.
         lambda_g: weight of the regularizer; 35 in the paper.
         ignore_index: the label of samples that do not count, as the loss's.
     """
@@ -210,8 +214,9 @@ class MagFace(nn.Module):
         """lambda_g times the mean of g(a) = a / u_a^2 + 1 / a over samples that are not ignored.
 
         Args:
-            embeddings, labels: as for the margins. With several ranks this rank's own, whose mean
+            embeddings: as for the margins. With several ranks this rank's own, whose mean
                 `DistributedDataParallel` averages over the ranks.
+            labels: as for the margins.
 
         Returns:
             A scalar, float32 at least; 0 if all samples are ignored.

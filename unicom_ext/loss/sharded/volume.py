@@ -8,16 +8,25 @@ HEADER = 7  # numbers that ranks exchange about uneven batches
 
 
 class Volume(NamedTuple):
-    """Bytes that one rank sends in one step; it receives as many."""
+    """Bytes that one rank sends in one step; it receives as many.
 
-    sizes: int  # the exchange of sizes: only where batches may be uneven
-    embeddings: int  # gathered in forward
-    labels: int  # gathered, with per-sample margins
-    sums: int  # summed over ranks
-    grad_embeddings: int  # summed over ranks and scattered in backward
+    Attributes:
+        sizes: the exchange of sizes, only where batches may be uneven.
+        embeddings: gathered in forward.
+        labels: gathered, with per-sample margins.
+        sums: summed over ranks.
+        grad_embeddings: summed over ranks and scattered in backward.
+    """
+
+    sizes: int
+    embeddings: int
+    labels: int
+    sums: int
+    grad_embeddings: int
 
     @property
     def total(self) -> int:
+        """All of them together."""
         return sum(self)
 
 
@@ -43,14 +52,17 @@ def communication_volume(
 
     Args:
         batch_size: b, samples of one rank.
-        embedding_size: d.
-        world_size: n.
+        embedding_size: d, the dimensions of an embedding.
+        world_size: n, how many ranks there are.
         uneven_batches: whether sizes are exchanged first.
         embedding_bytes: per value of the embeddings, 2 for half precision.
         grad_bytes: per value of their gradient while it is summed: 8 for float64, else 4.
         per_sample_margins: how many of m2 and m3 are per-sample tensors.
         positives: P of labels [B, P].
         reduction: of the loss; ``"none"`` gathers the upstream gradients too.
+
+    Returns:
+        The bytes by message, and their `total`.
     """
     others = world_size - 1
     all_batches = world_size * batch_size
