@@ -11,17 +11,17 @@ from unicom_ext.ops import library
 def set_cpu_capability(name: str) -> None:
     """Use the kernels of instruction set `name` from now on, in the whole process.
 
-    name: one of ``unicom_ext._core.cpu_capabilities()``, which this CPU can run: "portable",
+    name: one of ``unicom_ext._engine.cpu_capabilities()``, which this CPU can run: "portable",
     "avx2", "avx512", "avx512_bf16". Raises ValueError for any other.
     """
-    if not library.core.set_cpu_capability(name):
-        raise ValueError(f"name must be one of {library.core.cpu_capabilities()}, got {name!r}")
+    if not library.engine.set_cpu_capability(name):
+        raise ValueError(f"name must be one of {library.engine.cpu_capabilities()}, got {name!r}")
 
 
 @contextmanager
 def cpu_capability(name: str) -> Iterator[None]:
     """`set_cpu_capability` for the length of a ``with`` block."""
-    before = library.core.cpu_capability()
+    before = library.engine.cpu_capability()
     set_cpu_capability(name)
     try:
         yield
