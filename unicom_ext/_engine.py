@@ -1,8 +1,8 @@
 """The engine, libunicom.so, over NumPy arrays: the tensor-free core, and what this build is.
 
-It is called through its C interface (csrc/bind/interface.cpp), which knows neither torch nor Python:
-one binary serves every Python, and loads where torch does not. Arguments are checked here, as C
-checks nothing.
+It is called through its C interface (csrc/bind/interface.cpp), which knows neither torch nor
+Python: one binary serves every Python, and loads where torch does not. Arguments are checked here,
+as C checks nothing.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _sample(name: str, size: int, most: int, count: int, least: int) -> tuple[in
     return size, _integer("count", count, least, size, f"{name} = {size}")
 
 
-def _vector_of_labels(labels: _Labels) -> tuple[_Labels, bool]:
+def _vector_of_labels(labels: _Labels) -> tuple[NDArray[Any], bool]:
     """The labels without gaps between them, and whether they are of 64 bits."""
     if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int32, np.int64):
         kind = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
@@ -103,10 +103,8 @@ def margin(
     if not 0 < real(m1) <= np.finfo(real).max:
         raise ValueError(f"m1 must be positive and finite, got {m1}")
     psi, slope = np.empty_like(values), np.empty_like(values)
-    evaluate = _margin[values.dtype]
-    evaluate(
-        values.ctypes.data, values.size, m1, m2, m3, exact, linear, psi.ctypes.data, slope.ctypes.data
-    )
+    results = psi.ctypes.data, slope.ctypes.data
+    _margin[values.dtype](values.ctypes.data, values.size, m1, m2, m3, exact, linear, *results)
     return psi, slope
 
 

@@ -161,9 +161,7 @@ def engine_faults(arrows: Mapping[str, set[str]], root: Path = ROOT) -> list[str
         allowed = (folder, *INCLUDES[folder])
         for target in sorted(targets):
             if target.startswith("<"):
-                if re.match(r"<(torch|ATen|c10)/", target) and not folder.startswith(
-                    "bind"
-                ):
+                if re.match(r"<(torch|ATen|c10)/", target) and not folder.startswith("bind"):
                     faults.append(f"{path} -> {target}: torch is for bind/")
             elif target not in arrows:
                 faults.append(f"{path} -> {target}: is not there")

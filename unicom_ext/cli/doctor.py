@@ -69,7 +69,8 @@ def _show_build(problems: list[str]) -> Iterator[str]:
     else:
         for name, value in _engine.build_info().items():
             yield _line(name.replace("_", " "), value)
-        yield _line("cpu", f"{_engine.cpu_capability()}  of {', '.join(_engine.cpu_capabilities())}")
+        available = ", ".join(_engine.cpu_capabilities())
+        yield _line("cpu", f"{_engine.cpu_capability()}  of {available}")
     try:
         from unicom_ext.ops import library
     except Exception as error:
