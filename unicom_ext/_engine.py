@@ -59,6 +59,7 @@ BLOCK_SIZE: int = _function("block_size", c_int64)()
 MAX_CLASSES: int = _function("max_classes", c_int64)()
 
 _INT64 = (-(2**63), 2**63 - 1)
+_IS_64_BIT: dict[object, bool] = {np.dtype(np.int32): False, np.dtype(np.int64): True}
 
 
 def _integer(name: str, value: SupportsIndex, least: int, most: int, most_is: str = "") -> int:
@@ -77,12 +78,12 @@ def _sample(name: str, size: int, most: int, count: int, least: int) -> tuple[in
 
 def _vector_of_labels(labels: _Labels) -> tuple[NDArray[Any], bool]:
     """The labels without gaps between them, and whether they are of 64 bits."""
-    if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int32, np.int64):
-        kind = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
+    kind = labels.dtype if isinstance(labels, np.ndarray) else type(labels).__name__
+    if kind not in _IS_64_BIT:
         raise TypeError(f"labels must be an array of int32 or int64, got {kind}")
     if labels.ndim != 1:
         raise ValueError(f"labels must be one-dimensional, got {labels.ndim} dimensions")
-    return np.ascontiguousarray(labels), labels.dtype == np.int64
+    return np.ascontiguousarray(labels), _IS_64_BIT[kind]
 
 
 def margin(
