@@ -48,7 +48,7 @@ def _torch() -> ModuleType:
         import torch
     except ImportError:
         _fail(
-            "there is no torch in this environment; pip's build isolation hides yours.",
+            "there is no torch in this environment; pip's build isolation hides one that is.",
             f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>=77', then "
             "pip install --no-build-isolation .",
         )
