@@ -8,18 +8,28 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_CMAKE = (3, 26)
+MINIMUM_SETUPTOOLS = 77
 MINIMUM_TORCH = (2, 11)
 
 
-def _fail(problem: str, remedy: str) -> None:
+def _fail(problem: str, remedy: str) -> NoReturn:
     sys.exit(f"\nunicom_ext cannot be built: {problem}\n  To mend it: {remedy}\n")
+
+
+if int(setuptools.__version__.split(".")[0]) < MINIMUM_SETUPTOOLS:
+    _fail(
+        f"setuptools {setuptools.__version__} is too old.",
+        f"pip install 'setuptools>={MINIMUM_SETUPTOOLS}'",
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (which older ones have not)
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 def _tool(name: str) -> str:
@@ -49,7 +59,7 @@ def _torch() -> ModuleType:
     except ImportError:
         _fail(
             "there is no torch in this environment; pip's build isolation hides one that is.",
-            f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>=77', then "
+            f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>={MINIMUM_SETUPTOOLS}', then "
             "pip install --no-build-isolation .",
         )
     if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < MINIMUM_TORCH:
@@ -135,7 +145,7 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension("unicom_ext._C", sources=[])],
+setuptools.setup(
+    ext_modules=[setuptools.Extension("unicom_ext._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )
