@@ -59,8 +59,8 @@ def _torch() -> ModuleType:
     except ImportError:
         _fail(
             "there is no torch in this environment; pip's build isolation hides one that is.",
-            f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>={MINIMUM_SETUPTOOLS}', then "
-            "pip install --no-build-isolation .",
+            f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>={MINIMUM_SETUPTOOLS}', "
+            "then pip install --no-build-isolation .",
         )
     if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < MINIMUM_TORCH:
         _fail(f"torch {torch.__version__} is too old.", f"pip install 'torch>={wanted}'")
