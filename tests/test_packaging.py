@@ -1,13 +1,17 @@
-"""The source distribution has all that git has and nothing else, so that it builds without git."""
+"""The source distribution has all that git has and nothing else, so that it builds without git; one
+wheel is right for every Python."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import unicom_ext
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,3 +32,10 @@ def test_a_source_distribution_is_the_checkout(tmp_path):
     lines(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path))
     listed = (tmp_path / "unicom_ext.egg-info" / "SOURCES.txt").read_text().splitlines()
     assert {path for path in listed if not path.startswith(str(tmp_path))} == expected
+
+
+def test_binaries_know_no_python():
+    """None asks for a function of Python's, as the wheel's tag promises."""
+    binaries = sorted(Path(unicom_ext.__file__).parent.glob("*.so"))
+    assert {"_C.so", "libunicom.so"} <= {path.name for path in binaries}
+    assert not [path.name for path in binaries if re.search(rb"\0_?Py[A-Z_]", path.read_bytes())]
