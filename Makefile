@@ -63,7 +63,7 @@ $(VENV)/.environment: pyproject.toml
 	  { echo "Python >= 3.11 is needed; set PYTHON=python3.11 or newer"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -c 'import torch' 2>/dev/null || $(RUN) -m pip install --quiet '$(TORCH)' numpy
-	$(RUN) -m pip install --quiet 'setuptools>=77' 'cmake>=3.26' ninja 'pybind11>=2.13'
+	$(RUN) -m pip install --quiet 'setuptools>=77' 'cmake>=3.26' ninja
 	@touch $@
 
 clean:

@@ -7,16 +7,29 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
 MINIMUM_CMAKE = (3, 26)
+MINIMUM_SETUPTOOLS = 77
+MINIMUM_TORCH = (2, 11)
 
 
-def _fail(problem: str, remedy: str) -> None:
+def _fail(problem: str, remedy: str) -> NoReturn:
     sys.exit(f"\nunicom_ext cannot be built: {problem}\n  To mend it: {remedy}\n")
+
+
+if int(setuptools.__version__.split(".")[0]) < MINIMUM_SETUPTOOLS:
+    _fail(
+        f"setuptools {setuptools.__version__} is too old.",
+        f"pip install 'setuptools>={MINIMUM_SETUPTOOLS}'",
+    )
+
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402  (which older ones have not)
+from setuptools.command.build_ext import build_ext  # noqa: E402
 
 
 def _tool(name: str) -> str:
@@ -37,28 +50,25 @@ def _cmake() -> str:
     return cmake
 
 
-def _modules() -> tuple[str, str]:
-    """Directories of torch and of pybind11's CMake files."""
+def _torch() -> ModuleType:
+    """The torch to build against: the one that is here. It is no requirement of the build, as pip
+    would fetch the newest, of gigabytes, into an environment that it throws away afterwards."""
+    wanted = ".".join(map(str, MINIMUM_TORCH))
     try:
         import torch
     except ImportError:
         _fail(
-            "torch is not installed in this environment.",
-            "install torch >= 2.11 first, then run pip with --no-build-isolation",
+            "there is no torch in this environment; pip's build isolation hides one that is.",
+            f"pip install 'torch>={wanted}' numpy cmake ninja 'setuptools>={MINIMUM_SETUPTOOLS}', "
+            "then pip install --no-build-isolation .",
         )
-    if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11):
-        _fail(f"torch {torch.__version__} is too old.", "install torch >= 2.11")
-    try:
-        import pybind11
-    except ImportError:
-        _fail("pybind11 is not installed.", "pip install pybind11")
-    return torch.__path__[0], pybind11.get_cmake_dir()
+    if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < MINIMUM_TORCH:
+        _fail(f"torch {torch.__version__} is too old.", f"pip install 'torch>={wanted}'")
+    return torch
 
 
-def _cuda_options() -> list[str]:
+def _cuda_options(torch: ModuleType) -> list[str]:
     """CMake's options for the CUDA backend: built where torch has CUDA and nvcc is found."""
-    import torch
-
     if torch.version.cuda is None:
         return []
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
@@ -84,7 +94,7 @@ def _cuda_options() -> list[str]:
 
 class CMakeBuild(build_ext):
     def run(self) -> None:
-        torch_dir, pybind11_dir = _modules()
+        torch = _torch()
         cmake = _cmake()
         ninja = _tool("ninja")
         if not ninja:
@@ -95,24 +105,23 @@ class CMakeBuild(build_ext):
                 f"no C++ compiler ({compiler}) was found.",
                 "install GCC 12 or newer (Debian, Ubuntu: apt-get install g++), or set CXX",
             )
-        # Kept between builds, one for each Python and torch, so that a rebuild is quick.
-        import torch
-
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        # Kept between builds, one for each torch, so that a rebuild is quick.
+        build = ROOT / "build" / f"torch-{torch.__version__}"
         build.mkdir(parents=True, exist_ok=True)
         inplace = self.inplace or self.editable_mode
         output = ROOT / "unicom_ext" if inplace else Path(self.build_lib).resolve() / "unicom_ext"
+        if not inplace:  # what another build has left, such as one for CUDA, is not for this wheel
+            for binary in output.glob("*.so"):
+                binary.unlink()
         configure = [
             cmake,
             "-G",
             "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
-            f"-DTORCH_DIR={torch_dir}",
-            f"-Dpybind11_DIR={pybind11_dir}",
-            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTORCH_DIR={torch.__path__[0]}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-            *_cuda_options(),
+            *_cuda_options(torch),
             str(ROOT),
         ]
         try:
@@ -128,7 +137,15 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(
-    ext_modules=[Extension("unicom_ext._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+class Wheel(bdist_wheel):
+    """One for every Python: the binaries use neither Python's C interface nor a torch newer than
+    the lowest that is supported."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setuptools.setup(
+    ext_modules=[setuptools.Extension("unicom_ext._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

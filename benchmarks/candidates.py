@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from partial_fc import CompiledPartialFC, PartialFC
 from torch import Tensor, nn
 
-from unicom_ext import ArcFace, PartialMarginSoftmax, _core
+from unicom_ext import ArcFace, PartialMarginSoftmax, _engine
 from unicom_ext.ops import memory
 from unicom_ext.ops.row_sparse import attach, updater_of
 from unicom_ext.optim import RowAdamW
@@ -244,7 +244,7 @@ def compiled(**options: Any) -> Callable[[Problem], Head]:
 
 
 _BF16 = "bf16 against fp32: unit vectors in bf16, parameters and moments in fp32"
-if "avx512_bf16" not in _core.cpu_capabilities():
+if "avx512_bf16" not in _engine.cpu_capabilities():
     _BF16 += ". This CPU has no bf16 instructions, so that bf16 can save memory but no time"
 CANDIDATES = [
     Candidate(

@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py --output "$OUT"
     python benchmarks/gpu_check.py --from racecheck --minutes 4 --output "$OUT"
 
-Needs torch with CUDA, nvcc, cmake, ninja, pybind11 and pytest, and no network. The most telling
+Needs torch with CUDA, nvcc, cmake, ninja and pytest, and no network. The most telling
 stages come first. One that fails does not stop the others, and a run that is cut, by its time, by a
 signal or by the end of the machine, leaves what it knew: all that a stage says and measures is
 written at once to a folder of this run in build/gpu-check, and packed into OUTPUT within seconds.

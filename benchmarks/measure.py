@@ -20,7 +20,7 @@ from candidates import CANDIDATES, BareProducts, Candidate, Head, Problem, Shape
 from device import CPU, Cpu, Cuda
 
 import unicom_ext
-from unicom_ext import _core
+from unicom_ext import _engine
 from unicom_ext.utils.versions import cpu_model
 
 PHASES = ("forward", "backward", "optimizer")
@@ -184,7 +184,7 @@ def describe_machine() -> dict[str, object]:
     return {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
-        "capability": _core.cpu_capability(),
+        "capability": _engine.cpu_capability(),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -51,7 +51,7 @@ def package(root, **files):
         ("from unicom_ext.data import x", "runs up"),
         ("from unicom_ext import margins", "public paths"),
         ("import unicom_ext", "public paths"),
-        ("from unicom_ext import _core", "only ops/library.py"),
+        ("from unicom_ext import _engine", "only ops/library.py"),
         ("from unicom_ext._C import x", "only ops/library.py"),
         ("from unicom_ext.loss import b", "a circle"),
     ],

@@ -518,16 +518,16 @@ def test_help_lists_the_choices():
 def test_doctor_when_all_is_well():
     import torch
 
-    from unicom_ext import _core
+    from unicom_ext import _engine
 
     result = run("doctor")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = {line[:16].strip(): line[16:] for line in result.stdout.splitlines()}
     assert lines["torch"] == torch.__version__
-    assert lines["compiler"] == _core.build_info()["compiler"]
+    assert lines["compiler"] == _engine.build_info()["compiler"]
     chosen, available = lines["cpu"].split("  of ")
-    assert available.split(", ") == _core.cpu_capabilities()
-    assert chosen in _core.cpu_capabilities()
+    assert available.split(", ") == _engine.cpu_capabilities()
+    assert chosen in _engine.cpu_capabilities()
     assert re.match(r"\d+ of \d+ CPUs", lines["threads"])
     assert "torch CUDA" in lines
     assert "nvcc" in lines
@@ -565,8 +565,8 @@ def test_doctor_without_the_compiled_modules(copy_of_the_package):
     result = run_copy(copy_of_the_package, "doctor")
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
-    assert "PROBLEM  unicom_ext._core has not been built" in result.stdout
-    assert "PROBLEM  unicom_ext._C has not been built" in result.stdout
+    assert "PROBLEM  libunicom.so has not been built" in result.stdout
+    assert "PROBLEM  _C.so has not been built" in result.stdout
     assert "pip install --no-build-isolation" in result.stdout
     assert "threads" in result.stdout
 
@@ -577,8 +577,8 @@ def test_doctor_with_modules_that_do_not_load(copy_of_the_package):
         (copy_of_the_package / "unicom_ext" / built.name).write_bytes(b"not a library")
     result = run_copy(copy_of_the_package, "doctor")
     assert result.returncode == 1, result.stderr
-    assert "PROBLEM  unicom_ext._core does not load: ImportError" in result.stdout
-    assert "PROBLEM  unicom_ext._C does not load: OSError" in result.stdout
+    assert "PROBLEM  libunicom.so does not load: OSError" in result.stdout
+    assert "PROBLEM  _C.so does not load: OSError" in result.stdout
     assert "To mend it: pip install --no-build-isolation" in result.stdout
 
 

@@ -16,7 +16,7 @@ from support.problems import (
 )
 from torch.library import opcheck
 
-from unicom_ext import PartialMarginSoftmax, _core
+from unicom_ext import PartialMarginSoftmax, _engine
 from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
@@ -434,7 +434,7 @@ def test_autocast_uses_bf16_where_the_cpu_has_it(capability):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = solve(partial_margin_softmax, problem)
         explicit = solve(partial_margin_softmax, problem.having(precision="fp32"))
-    fast = "avx512_bf16" in _core.cpu_capabilities()
+    fast = "avx512_bf16" in _engine.cpu_capabilities()
     chosen = problem.having(precision="bf16" if fast else "fp32")
     assert_all_equal(got, solve(partial_margin_softmax, chosen))
     assert_all_equal(explicit, solve(partial_margin_softmax, problem.having(precision="fp32")))

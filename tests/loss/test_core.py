@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from unicom_ext import _core
+from unicom_ext import _engine
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 KEYS = st.integers(0, 2**64 - 1)
@@ -61,7 +61,7 @@ def test_margin_matches_its_definition(dtype, exact, linear, m1, m2, m3):
     # At the end itself the question is only whether rounding put theta past a joint at pi.
     cosine = cosine[away_from_joint | (joint == np.pi)]
 
-    psi, slope = _core.margin(cosine, m1, m2, m3, exact=exact, linear=linear)
+    psi, slope = _engine.margin(cosine, m1, m2, m3, exact=exact, linear=linear)
     assert psi.dtype == slope.dtype == dtype
 
     expected = np.array([mp_margin(c, m1, m2, m3, exact, linear) for c in cosine])
@@ -80,8 +80,8 @@ def test_margin_matches_its_definition(dtype, exact, linear, m1, m2, m3):
 )
 def test_exact_slope_is_the_derivative(cosine, m1, m2, m3):
     h = 1e-6
-    (low, high), _ = _core.margin(np.array([cosine - h, cosine + h]), m1, m2, m3)
-    _, slope = _core.margin(np.array([cosine]), m1, m2, m3, exact=True)
+    (low, high), _ = _engine.margin(np.array([cosine - h, cosine + h]), m1, m2, m3)
+    _, slope = _engine.margin(np.array([cosine]), m1, m2, m3, exact=True)
     assert slope[0] == pytest.approx((high - low) / (2 * h), rel=1e-6, abs=1e-6)
 
 
@@ -91,20 +91,20 @@ def test_exact_slope_is_the_derivative(cosine, m1, m2, m3):
 @example(m1=4.0, m2=0.0, m3=0.0)
 def test_linear_continuation_is_monotone(m1, m2, m3):
     cosine = np.cos(np.linspace(np.pi, 0, 2001))
-    psi, slope = _core.margin(cosine, m1, m2, m3, exact=True, linear=True)
+    psi, slope = _engine.margin(cosine, m1, m2, m3, exact=True, linear=True)
     assert np.all(np.diff(psi) >= -1e-14)
     assert np.all(slope >= -1e-12)
 
 
 def test_keep_is_not_monotone_where_linear_is():
     cosine = np.cos(np.linspace(np.pi, 0, 2001))
-    assert np.any(np.diff(_core.margin(cosine, 1.0, 0.5)[0]) < -1e-6)
+    assert np.any(np.diff(_engine.margin(cosine, 1.0, 0.5)[0]) < -1e-6)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_linear_holds_psi_where_the_angle_is_negative(exact):
     theta = np.array([0.0, 0.1, 0.39, 0.41, 0.8])
-    psi, slope = _core.margin(np.cos(theta), 1.0, -0.4, 0.1, exact=exact, linear=True)
+    psi, slope = _engine.margin(np.cos(theta), 1.0, -0.4, 0.1, exact=exact, linear=True)
     np.testing.assert_array_equal(psi[:3], 1 - 0.1)
     np.testing.assert_array_equal(slope[:3], 0.0 if exact else 1.0)
     np.testing.assert_allclose(psi[3:], np.cos(theta[3:] - 0.4) - 0.1, rtol=0, atol=1e-15)
@@ -113,7 +113,7 @@ def test_linear_holds_psi_where_the_angle_is_negative(exact):
 def test_linear_is_the_continuation_of_arcface():
     m2 = 0.5
     cosine = np.linspace(-1, np.cos(np.pi - m2) - 1e-9, 50)
-    psi, _ = _core.margin(cosine, 1.0, m2, 0.0, linear=True)
+    psi, _ = _engine.margin(cosine, 1.0, m2, 0.0, linear=True)
     np.testing.assert_allclose(psi, cosine - m2 * np.sin(m2), rtol=0, atol=1e-15)
 
 
@@ -126,15 +126,15 @@ def test_beyond_one_is_as_at_one_and_finite(dtype, linear):
     )
     at_the_end = np.sign(outside)
     for exact in (False, True):
-        got = _core.margin(outside, 1.2, 0.5, 0.1, exact=exact, linear=linear)
-        end = _core.margin(at_the_end, 1.2, 0.5, 0.1, exact=exact, linear=linear)
+        got = _engine.margin(outside, 1.2, 0.5, 0.1, exact=exact, linear=linear)
+        end = _engine.margin(at_the_end, 1.2, 0.5, 0.1, exact=exact, linear=linear)
         assert np.all(np.isfinite(got))
         np.testing.assert_array_equal(got, end)
 
 
 def test_nan_stays_nan():
     for linear in (False, True):
-        psi, slope = _core.margin(np.array([np.nan, 0.5]), 1.0, 0.5, exact=True, linear=linear)
+        psi, slope = _engine.margin(np.array([np.nan, 0.5]), 1.0, 0.5, exact=True, linear=linear)
         assert np.isnan(psi[0])
         assert np.isnan(slope[0])
         assert np.isfinite(psi[1])
@@ -144,7 +144,7 @@ def test_nan_stays_nan():
 @pytest.mark.parametrize("m1", [0.0, -1.0, np.inf, np.nan])
 def test_margin_rejects_m1(m1):
     with pytest.raises(ValueError, match="m1"):
-        _core.margin(np.array([0.5]), m1)
+        _engine.margin(np.array([0.5]), m1)
 
 
 # --- bijections ---------------------------------------------------------------
@@ -155,14 +155,14 @@ def test_margin_rejects_m1(m1):
 @example(size=256, key=0)
 @example(size=257, key=2**64 - 1)
 def test_bijection_visits_every_value_once(size, key):
-    image = _core.bijection(np.arange(size), size, key)
+    image = _engine.bijection(np.arange(size), size, key)
     np.testing.assert_array_equal(np.sort(image), np.arange(size))
 
 
 @pytest.mark.parametrize("size", [2**31 - 1, 2**31 + 11, 2**40 + 1, 2**62])
 def test_bijection_of_large_ranges(size):
     index = np.concatenate([np.arange(50_000), size - 1 - np.arange(50_000)])
-    image = _core.bijection(index, size, 42)
+    image = _engine.bijection(index, size, 42)
     assert image.min() >= 0
     assert image.max() < size
     assert len(np.unique(image)) == len(index)
@@ -173,7 +173,7 @@ def test_bijection_of_large_ranges(size):
 
 def test_bijection_keeps_the_shape_and_depends_on_the_key():
     index = np.arange(600).reshape(20, 30)
-    first, second = (_core.bijection(index, 1000, key) for key in (1, 2))
+    first, second = (_engine.bijection(index, 1000, key) for key in (1, 2))
     assert first.shape == index.shape
     assert np.mean(first == second) < 0.02
 
@@ -181,12 +181,12 @@ def test_bijection_keeps_the_shape_and_depends_on_the_key():
 @pytest.mark.parametrize(("index", "size"), [(5, 5), (-1, 5), (0, 0), (0, 2**62 + 1)])
 def test_bijection_rejects(index, size):
     with pytest.raises(ValueError, match="must be in"):
-        _core.bijection(np.array([index]), size, 0)
+        _engine.bijection(np.array([index]), size, 0)
 
 
 @given(key=KEYS)
 def test_block_order_is_a_permutation(key):
-    np.testing.assert_array_equal(np.sort(_core.block_order(key)), np.arange(256))
+    np.testing.assert_array_equal(np.sort(_engine.block_order(key)), np.arange(256))
 
 
 def test_differences_in_the_block_order_are_uniform():
@@ -202,7 +202,7 @@ def test_differences_in_the_block_order_are_uniform():
     for start in range(0, trials, 5000):
         member = np.zeros((5000, n), np.float32)
         for row in range(5000):
-            member[row, _core.block_order(start + row)[:drawn]] = 1
+            member[row, _engine.block_order(start + row)[:drawn]] = 1
         # Twice the pairs of each difference, by Wiener-Khinchin on the group.
         power = (member @ hadamard.astype(np.float32)).astype(np.float64) ** 2
         counts += hadamard @ power.sum(axis=0) / n / 2
@@ -227,8 +227,8 @@ def populations(draw, largest=5000):
 @given(population=populations(), seed=INT64, step=INT64)
 def test_quotas_are_fair_shares_that_sum_to_the_count(population, seed, step):
     num_classes, count = population
-    quotas = _core.block_quotas(num_classes, count, seed, step)
-    edges = np.minimum(np.arange(len(quotas) + 1) * _core.BLOCK_SIZE, num_classes)
+    quotas = _engine.block_quotas(num_classes, count, seed, step)
+    edges = np.minimum(np.arange(len(quotas) + 1) * _engine.BLOCK_SIZE, num_classes)
     sizes = np.diff(edges)
     assert edges[-1] == num_classes
     assert sizes.min() >= 1
@@ -240,7 +240,7 @@ def test_quotas_are_fair_shares_that_sum_to_the_count(population, seed, step):
 
 def test_quotas_past_32_bits():
     num_classes, count = 3_000_000_001, 2_999_999_987
-    quotas = _core.block_quotas(num_classes, count, 0, 0)
+    quotas = _engine.block_quotas(num_classes, count, 0, 0)
     assert quotas.sum() == count
     assert quotas[:-1].min() >= 255
     assert quotas.max() == 256
@@ -248,7 +248,7 @@ def test_quotas_past_32_bits():
 
 def test_mean_quota_is_the_fair_share():
     num_classes, count, steps = 1000, 77, 20_000
-    quotas = np.array([_core.block_quotas(num_classes, count, 5, step) for step in range(steps)])
+    quotas = np.array([_engine.block_quotas(num_classes, count, 5, step) for step in range(steps)])
     fair = count * np.array([256, 256, 256, 232]) / num_classes
     deviation = np.sqrt(steps * (fair % 1) * (1 - fair % 1))
     assert np.all(np.abs(quotas.sum(axis=0) - steps * fair) < 4 * deviation)
@@ -258,8 +258,8 @@ def test_mean_quota_is_the_fair_share():
     ("rate", "population", "size"), [(0.1, 1000, 100), (0.5, 5, 3), (0.5, 4, 2)]
 )
 def test_sample_size_rounds_half_up(rate, population, size):
-    assert _core.sample_size(rate, population) == size
-    assert _core.sample_size(1.0, population) == population
+    assert _engine.sample_size(rate, population) == size
+    assert _engine.sample_size(1.0, population) == population
 
 
 # --- selection with slots -----------------------------------------------------
@@ -279,7 +279,7 @@ def selections(draw):
 def test_slots_find_the_labels(selection, seed, step, dtype):
     num_classes, count, labels, start, stop = selection
     labels = np.array(labels, dtype)
-    class_index, slot = _core.select_classes(
+    class_index, slot = _engine.select_classes(
         labels, num_classes, count, seed, step, IGNORED, start, stop
     )
     assert np.all(np.diff(class_index) > 0)
@@ -292,8 +292,8 @@ def test_slots_find_the_labels(selection, seed, step, dtype):
 
 def test_ignored_labels_are_not_positives_even_if_they_name_a_class():
     labels = np.array([7, 7, 300])
-    class_index, slot = _core.select_classes(labels, 512, 2, 0, 0, 7, 0, 512)
-    without, _ = _core.select_classes(labels[2:], 512, 2, 0, 0, -100, 0, 512)
+    class_index, slot = _engine.select_classes(labels, 512, 2, 0, 0, 7, 0, 512)
+    without, _ = _engine.select_classes(labels[2:], 512, 2, 0, 0, -100, 0, 512)
     np.testing.assert_array_equal(class_index, without)
     assert slot[0] == slot[1] == -1
     assert class_index[slot[2]] == 300
@@ -304,7 +304,7 @@ def test_ignored_labels_are_not_positives_even_if_they_name_a_class():
 def test_threads_do_not_change_the_result(start, stop, count):
     labels = np.random.default_rng(0).integers(0, 100_003, 500)
     one, *others = (
-        _core.select_classes(labels, 100_003, count, 3, 4, -100, start, stop, threads=threads)
+        _engine.select_classes(labels, 100_003, count, 3, 4, -100, start, stop, threads=threads)
         for threads in (1, 2, 7)
     )
     for other in others:
@@ -313,9 +313,9 @@ def test_threads_do_not_change_the_result(start, stop, count):
 
 
 def test_selection_at_the_far_end_of_the_id_space():
-    num_classes = _core.MAX_CLASSES
+    num_classes = _engine.MAX_CLASSES
     labels = np.array([num_classes - 1, 5, num_classes - 600])
-    class_index, slot = _core.select_classes(
+    class_index, slot = _engine.select_classes(
         labels, num_classes, num_classes // 10, 0, 0, -100, num_classes - 1000, num_classes
     )
     assert class_index[-1] == num_classes - 1
@@ -349,14 +349,14 @@ def test_selection_rejects(change, named):
         "start": 0,
         "stop": 100,
     }
-    _core.select_classes(**valid)
+    _engine.select_classes(**valid)
     with pytest.raises(ValueError, match=named):
-        _core.select_classes(**{**valid, **change})
+        _engine.select_classes(**{**valid, **change})
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
 def test_first_bad_label_is_found(dtype):
-    find = _core.find_bad_label
+    find = _engine.find_bad_label
     labels = np.array([0, 9, -100, 10, -1], dtype)
     assert find(labels, 10, -100) == 3
     assert find(labels, 11, -100) == 4
@@ -369,7 +369,7 @@ def test_first_bad_label_is_found(dtype):
 
 
 def test_build_info_names_the_build():
-    info = _core.build_info()
+    info = _engine.build_info()
     assert info["cxx_standard"] >= 201703
     assert info["compiler"].split()[0] in ("gcc", "clang")
     assert isinstance(info["flags"], str)

@@ -13,7 +13,7 @@ from support.problems import (
     truth,
 )
 
-from unicom_ext import _core, cpu_capability, reference
+from unicom_ext import _engine, cpu_capability, reference
 from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.margins import ArcFace, CombinedMargin, CosFace, SphereFace
 
@@ -56,7 +56,7 @@ def test_shapes(shape, capability):
 # One block of rows and two; a constant shift and a running one.
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "scale"), [(5, 30.0), (200, 100.0)])
-@pytest.mark.parametrize("name", [*_core.cpu_capabilities(), "emulated_avx512"])
+@pytest.mark.parametrize("name", [*_engine.cpu_capabilities(), "emulated_avx512"])
 def test_so_many_classes_that_sums_are_taken_up_again(batch, scale, name):
     # Runs of classes are longer than what is added up in float32 at a time; some rows point where
     # no class lies, so that their largest cosine comes late and the running shift moves.
@@ -69,7 +69,7 @@ def test_so_many_classes_that_sums_are_taken_up_again(batch, scale, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*_core.cpu_capabilities(), "emulated_avx512"])
+@pytest.mark.parametrize("name", [*_engine.cpu_capabilities(), "emulated_avx512"])
 def test_rounding_does_not_grow_with_the_number_of_classes(name):
     problem = random_problem(4, 300_000, 6, scale=16.0, closeness=0.3)
     with cpu_capability(name):
@@ -106,7 +106,7 @@ def test_what_is_kept_for_backward_changes_nothing(shape, options, capability):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", _core.cpu_capabilities())
+@pytest.mark.parametrize("name", _engine.cpu_capabilities())
 def test_more_is_kept_than_caches_hold(name, precision):
     problem = random_problem(513, 4200, 13, closeness=0.5, precision=precision)  # 8.6 MB
     with cpu_capability(name):

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from unicom_ext import _core
+from unicom_ext import _engine
 from unicom_ext.sampling import select_classes, select_features
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -121,7 +121,7 @@ def test_size_is_the_larger_of_quota_and_positives_in_each_block(population, see
     num_classes, rate, positives = population
     count = at_least(num_classes, rate)
     selected = select_classes(num_classes, rate, positives, seed=seed, step=step)
-    quotas = _core.block_quotas(num_classes, count, seed, step)
+    quotas = _engine.block_quotas(num_classes, count, seed, step)
     present = np.bincount(np.unique(positives).astype(int) // 256, minlength=len(quotas))
     np.testing.assert_array_equal(
         np.bincount(selected.numpy() // 256, minlength=len(quotas)), np.maximum(quotas, present)
@@ -214,7 +214,7 @@ def class_draws(num_classes, count, positives, draws, vary):
     member = np.zeros((draws, num_classes), np.float32)
     for value in range(draws):
         at = (value, 11) if vary == "seed" else (11, value)
-        index, _ = _core.select_classes(labels, num_classes, count, *at, -100, 0, num_classes)
+        index, _ = _engine.select_classes(labels, num_classes, count, *at, -100, 0, num_classes)
         member[value, index] = 1
     return member
 
@@ -313,7 +313,7 @@ def test_each_feature_and_each_pair_is_equally_likely(dim, count, vary):
     member = np.zeros((5000, dim), np.float32)
     for value in range(len(member)):
         at = {"seed": 5, "step": 5, vary: value}
-        member[value, _core.select_features(dim, count, **at)] = 1
+        member[value, _engine.select_features(dim, count, **at)] = 1
     assert_chi_square(single_statistic(member), dim - 1)
     assert_chi_square(pair_statistic(member), dim * (dim - 3) // 2)
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import unicom_ext
-from unicom_ext import _core, reference
+from unicom_ext import _engine, reference
 from unicom_ext.ops import autograd, library
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,13 +117,13 @@ if torch.cuda.is_available():
 MARKS = {"emulated_cuda": pytest.mark.emulated, "cuda": pytest.mark.gpu}
 PARAMS = [pytest.param(name, marks=MARKS[name]) for name in BACKENDS]
 
-BEST = _core.cpu_capabilities()[-1]  # of the instruction sets of this CPU
+BEST = _engine.cpu_capabilities()[-1]  # of the instruction sets of this CPU
 
 
 def capabilities() -> list:
     """Instruction sets whose kernels can run here, to parametrize tests with. Where the CPU has no
     AVX-512 its kernels run too, in instructions that every CPU has."""
-    names = _core.cpu_capabilities()
+    names = _engine.cpu_capabilities()
     emulated = pytest.param("emulated_avx512", marks=pytest.mark.slow)
     return names if "avx512" in names else [*names, emulated]
 

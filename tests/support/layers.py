@@ -25,7 +25,7 @@ FLOORS = (
     ("ops", "distributed", "utils"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-COMPILED = {"_core", "_C"}
+COMPILED = {"_engine", "_C"}
 IMPORT_COMPILED = {"unicom_ext/ops/library.py", "unicom_ext/cli/doctor.py"}
 
 # What a folder of csrc/ may include, besides itself.
@@ -38,7 +38,7 @@ INCLUDES = {
     "bind/ops": ("core",),
     "bind/cpu": ("bind/ops", "cpu/host", "core"),
     "bind/cuda": ("bind/ops", "cuda/host", "cuda/kernels", "core"),
-    "bind": ("cpu/host", "cpu/kernels", "core"),  # numpy.cpp: which kernels there are
+    "bind": ("cpu/host", "cpu/kernels", "core"),  # interface.cpp: which kernels there are
 }
 FOLDERS = (  # by floors, as they are drawn
     ("bind/cpu", "bind/cuda"),
@@ -106,7 +106,7 @@ def python_faults(arrows: Mapping[str, set[str]]) -> list[str]:
         if "/" in path.removeprefix(f"{PACKAGE}/") and room is None:
             faults.append(f"{path}: its folder is in no floor")
         for target in sorted(targets):
-            if target.rpartition("/")[2] in COMPILED:
+            if Path(target).stem in COMPILED:
                 if path not in IMPORT_COMPILED:
                     faults.append(f"{path} -> {target}: only ops/library.py imports it")
             elif room is None:
@@ -161,9 +161,7 @@ def engine_faults(arrows: Mapping[str, set[str]], root: Path = ROOT) -> list[str
         allowed = (folder, *INCLUDES[folder])
         for target in sorted(targets):
             if target.startswith("<"):
-                if re.match(r"<(torch|ATen|c10|pybind11)/", target) and not folder.startswith(
-                    "bind"
-                ):
+                if re.match(r"<(torch|ATen|c10)/", target) and not folder.startswith("bind"):
                     faults.append(f"{path} -> {target}: torch is for bind/")
             elif target not in arrows:
                 faults.append(f"{path} -> {target}: is not there")
@@ -178,7 +176,7 @@ def engine_faults(arrows: Mapping[str, set[str]], root: Path = ROOT) -> list[str
     return faults + circles(arrows)
 
 
-LIBRARIES = r"<(torch|ATen|c10|pybind11)/"
+LIBRARIES = r"<(torch|ATen|c10)/"
 DEVICE = r"__(global|device|shared)__|\b(threadIdx|blockIdx)\b|__syncthreads|<cuda_(fp16|bf16)\.h>"
 
 

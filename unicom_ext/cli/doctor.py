@@ -59,35 +59,34 @@ def _show_versions(problems: list[str]) -> Iterator[str]:
 
 
 def _show_build(problems: list[str]) -> Iterator[str]:
-    """Both extension modules; the tensor-free one loads without torch."""
+    """The engine, which loads without torch, and the operators."""
     package = Path(__file__).resolve().parents[1]
     try:
-        from unicom_ext import _core
+        from unicom_ext import _engine
     except Exception as error:  # a broken binary may raise anything
-        yield _line("core", "does not load")
-        problems.append(_extension_problem("unicom_ext._core", package, "_core*.so", error))
+        yield _line("engine", "does not load")
+        problems.append(_binary_problem(package / "libunicom.so", error))
     else:
-        for name, value in _core.build_info().items():
+        for name, value in _engine.build_info().items():
             yield _line(name.replace("_", " "), value)
-        yield _line("cpu", f"{_core.cpu_capability()}  of {', '.join(_core.cpu_capabilities())}")
+        available = ", ".join(_engine.cpu_capabilities())
+        yield _line("cpu", f"{_engine.cpu_capability()}  of {available}")
     try:
         from unicom_ext.ops import library
     except Exception as error:
         yield _line("operators", "do not load")
-        problems.append(_extension_problem("unicom_ext._C", package, "_C*.so", error))
+        problems.append(_binary_problem(package / "_C.so", error))
     else:
         yield _line("operators", "for the CPU and CUDA" if library.HAS_CUDA else "for the CPU")
 
 
-def _extension_problem(name: str, package: Path, pattern: str, error: Exception) -> str:
+def _binary_problem(path: Path, error: Exception) -> str:
     rebuild = "pip install --no-build-isolation -e .   (in the source checkout)"
-    if not list(package.glob(pattern)):
-        return (
-            f"{name} has not been built: there is no {package / pattern}.\n  To mend it: {rebuild}"
-        )
+    if not path.exists():
+        return f"{path.name} has not been built: there is no {path}.\n  To mend it: {rebuild}"
     return (
-        f"{name} does not load: {type(error).__name__}: {error.__cause__ or error}\n"
-        f"  It may be of another Python, torch or machine. To mend it: {rebuild}"
+        f"{path.name} does not load: {type(error).__name__}: {error.__cause__ or error}\n"
+        f"  It may be of another torch or machine. To mend it: {rebuild}"
     )
 
 
@@ -103,7 +102,7 @@ def _show_devices(problems: list[str]) -> Iterator[str]:
     elif torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         yield _line("torch CUDA", f"{torch.version.cuda}, {names}")
-        if not list(Path(__file__).resolve().parents[1].glob("_C_cuda.so")):
+        if not (Path(__file__).resolve().parents[1] / "_C_cuda.so").exists():
             problems.append(
                 "torch has a GPU, but unicom_ext was built without CUDA.\n  To mend it: install "
                 f"the CUDA toolkit {torch.version.cuda} (nvcc on the PATH, or CUDA_HOME), then "

@@ -32,7 +32,7 @@ MultiLabel = Literal["average", "separate"]
 # Enough for the cosines of 4096 samples with 16,000 classes.
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 
-_FAST_BF16 = "avx512_bf16" in library.core.cpu_capabilities()
+_FAST_BF16 = "avx512_bf16" in library.engine.cpu_capabilities()
 # In this order: the abstract classes, which NumPy's numbers are of too, take ten times as long.
 _REAL, _INTEGRAL = (float, Real), (int, Integral)
 MAX_CENTERS = 16  # kMaxCenters in csrc/cpu/kernels/kernels.h

@@ -63,18 +63,18 @@ def select_classes(
         ValueError: a value is out of range; a bad positive is named with its position.
         TypeError: an argument has the wrong type.
     """
-    num_classes = integer("num_classes", num_classes, 1, library.core.MAX_CLASSES)
+    num_classes = integer("num_classes", num_classes, 1, library.engine.MAX_CLASSES)
     stop = num_classes if stop is None else integer("stop", stop, 0, num_classes)
     start = integer("start", start, 0, stop)
     labels = _class_ids(positives)
     # Every id must be a class: an ignore_index that is a class itself excuses nothing.
-    bad = library.core.find_bad_label(labels, num_classes, ignore_index=0)
+    bad = library.engine.find_bad_label(labels, num_classes, ignore_index=0)
     if bad >= 0:
         raise ValueError(
             f"positives must be in [0, num_classes = {num_classes}), "
             f"got {labels[bad]} at position {bad}"
         )
-    class_index, _ = library.core.select_classes(
+    class_index, _ = library.engine.select_classes(
         labels,
         num_classes,
         num_sampled_classes(num_classes, rate, name="rate"),
@@ -117,7 +117,7 @@ def select_features(
     seed, step = integer("seed", seed), integer("step", step)
     if check_feature_selection(feature_selection) == "nested":
         return torch.arange(prefix_length(dim, count, seed, step))
-    feature_index = library.core.select_features(dim, count, seed=seed, step=step)
+    feature_index = library.engine.select_features(dim, count, seed=seed, step=step)
     return torch.from_numpy(feature_index)
 
 
@@ -136,7 +136,7 @@ def num_sampled_classes(num_classes: int, rate: float, *, name: str = "sample_ra
         TypeError, ValueError: the rate is wrong.
     """
     rate = _rate(name, rate, zero=True)
-    return max(1, library.core.sample_size(rate, num_classes)) if rate else 0
+    return max(1, library.engine.sample_size(rate, num_classes)) if rate else 0
 
 
 def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") -> int:
@@ -153,7 +153,7 @@ def num_selected_features(dim: int, rate: float, *, name: str = "feature_rate") 
     Raises:
         TypeError, ValueError: the rate is wrong, or gives no dimension.
     """
-    count = library.core.sample_size(_rate(name, rate, zero=False), dim)
+    count = library.engine.sample_size(_rate(name, rate, zero=False), dim)
     if count == 0:
         raise ValueError(f"{name} must give at least one dimension: {rate} of {dim} rounds to zero")
     return count

@@ -13,13 +13,13 @@ def set_cpu_capability(name: str) -> None:
 
     Args:
         name: ``"portable"``, ``"avx2"``, ``"avx512"`` or ``"avx512_bf16"``; those that this CPU can
-            run are in ``unicom_ext._core.cpu_capabilities()``.
+            run are in ``unicom_ext._engine.cpu_capabilities()``.
 
     Raises:
         ValueError: this CPU cannot run it, or there is no such instruction set.
     """
-    if not library.core.set_cpu_capability(name):
-        raise ValueError(f"name must be one of {library.core.cpu_capabilities()}, got {name!r}")
+    if not library.engine.set_cpu_capability(name):
+        raise ValueError(f"name must be one of {library.engine.cpu_capabilities()}, got {name!r}")
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def cpu_capability(name: str) -> Iterator[None]:
     Raises:
         ValueError: as there.
     """
-    before = library.core.cpu_capability()
+    before = library.engine.cpu_capability()
     set_cpu_capability(name)
     try:
         yield

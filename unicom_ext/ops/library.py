@@ -1,7 +1,7 @@
 """The compiled modules, and the devices that this build has operators for.
 
-`ops` is the namespace of the operators and `core` the kernels that take NumPy arrays. Nothing else
-imports either. Both are looked up here at each call (``library.ops.loss(...)``), so that another
+`ops` is the namespace of the operators and `engine` what takes NumPy arrays. Nothing else imports
+either. Both are looked up here at each call (``library.ops.loss(...)``), so that another
 namespace with the same operators can take the place of `ops`.
 """
 
@@ -23,9 +23,9 @@ if HAS_CUDA:
     torch.ops.load_library(_PACKAGE / "_C_cuda.so")
 ops: Any = torch.ops.unicom_ext
 
-from unicom_ext import _core  # noqa: E402  (what is wrong with _C.so is said first)
+from unicom_ext import _engine  # noqa: E402  (what is wrong with _C.so is said first)
 
-core = _core
+engine = _engine
 
 
 def check_device(device: torch.device, name: str = "embeddings") -> None:

@@ -18,7 +18,7 @@ def empty(
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if tensor.device.type == "cpu" and type(tensor) is Tensor:
-        library.core.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+        library.engine.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
     return tensor
 
 

@@ -100,26 +100,4 @@ void release_block(void* block) {
   std::free(evicted);
 }
 
-size_t pooled_bytes() {
-  size_t total = 0;
-  for (bool large : {false, true}) {
-    Pool& p = pool(large);
-    std::lock_guard<std::mutex> lock(p.mutex);
-    for (const Header* header : p.free) total += header->capacity;
-  }
-  return total;
-}
-
-void trim_pool() {
-  for (bool large : {false, true}) {
-    std::vector<Header*> all;
-    Pool& p = pool(large);
-    {
-      std::lock_guard<std::mutex> lock(p.mutex);
-      all.swap(p.free);
-    }
-    for (Header* header : all) std::free(header);
-  }
-}
-
 }  // namespace unicom::cpu

@@ -16,10 +16,6 @@ void release_block(void* block);
 // several times the speed then, and scattered rows are found with fewer misses of the page tables.
 void advise_huge_pages(void* data, size_t bytes);
 
-// Bytes held in free blocks; and a way to give them back to the system.
-size_t pooled_bytes();
-void trim_pool();
-
 template <class T>
 class Buffer {
  public:

@@ -84,7 +84,7 @@ def _check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
         return
     with transforms.outside():
         values = transforms.innermost(labels).detach().contiguous().flatten().numpy()
-    bad = library.core.find_bad_label(values, num_classes, ignore_index)
+    bad = library.engine.find_bad_label(values, num_classes, ignore_index)
     if bad >= 0:
         raise ValueError(
             f"labels must be in [0, {num_classes}) or ignore_index ({ignore_index}), "

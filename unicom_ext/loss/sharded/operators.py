@@ -97,7 +97,7 @@ def forward(
         selected, sums = _nothing(batch.labels, x)
     rows, exponent, largest_negative, inverse_norm, packed, kept = sums
 
-    if library.core.constant_exponent(call.reals.scale, total) is None:
+    if library.engine.constant_exponent(call.reals.scale, total) is None:
         # Beyond the range of a constant shift, sums have exponents of their own.
         common = shard.max(exponent.clone())
         rows[:, 0] *= torch.exp2(exponent - common).nan_to_num(0.0)  # no classes: -inf - -inf
