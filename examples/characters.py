@@ -1,0 +1,29 @@
+"""What the examples train on: characters drawn from fonts. Your own images take their place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from unicom_ext.data import glyphs
+
+
+class Characters(Dataset[tuple[Tensor, int]]):
+    """Images float [1, 32, 32] in [0, 1], and labels.
+
+    Args:
+        num_classes: how many characters; 0 for all 1,312 of them.
+    """
+
+    def __init__(self, num_classes: int = 0) -> None:
+        train, _ = glyphs.split(glyphs.load())
+        self.num_classes = num_classes or train.num_classes
+        kept = train.labels < self.num_classes
+        self.images, self.labels = train.images[kept], train.labels[kept].tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(self.images[index]).float()[None] / 255, self.labels[index]
