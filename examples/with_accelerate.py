@@ -30,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     accelerator = Accelerator(
-        mixed_precision="bf16", gradient_accumulation_steps=PARTS,
+        mixed_precision="bf16", gradient_accumulation_steps=PARTS, cpu=not torch.cuda.is_available(),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
     )  # fmt: skip
     set_seed(0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from characters import Characters
 from torch import Tensor, nn
 from torch.utils.data import default_collate
@@ -57,7 +58,7 @@ def main() -> None:
             args.output, num_train_epochs=args.epochs, save_strategy="epoch", learning_rate=2e-3,
             lr_scheduler_type="constant", per_device_train_batch_size=64, bf16=True,
             gradient_accumulation_steps=2, max_grad_norm=5.0, remove_unused_columns=False,
-            dataloader_drop_last=True, report_to="none",
+            dataloader_drop_last=True, report_to="none", use_cpu=not torch.cuda.is_available(),
         ),
         data_collator=collate,
         train_dataset=data,
