@@ -14,7 +14,7 @@ import torch.distributed as dist
 from characters import Characters
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, gradients
 from unicom_ext.encoders.small import Encoder
@@ -32,9 +32,9 @@ class Model(lightning.LightningModule):
         if self.loss is None:  # Lightning has made the process group by now
             self.loss = PartialMarginSoftmax(
                 128, self.data.num_classes, margin=ArcFace(0.3), scale=32.0, sample_rate=0.5,
+                feature_rate=0.75, sparse_grad=True, device=self.device,
                 process_group=dist.group.WORLD if dist.is_initialized() else None,
                 full_state_dict=True,  # rank 0 writes the checkpoint: of all ranks' classes
-                sparse_grad=True, device=self.device,
             )  # fmt: skip
         # DDP must leave the prototypes alone: each rank has its own.
         self._ddp_params_and_buffers_to_ignore = ["loss.weight", "loss.step"]
@@ -53,8 +53,10 @@ class Model(lightning.LightningModule):
         return RowAdamW(self.parameters(), lr=2e-3)
 
     def train_dataloader(self) -> DataLoader:
-        order = torch.Generator().manual_seed(self.current_epoch)
-        return DataLoader(self.data, 64, shuffle=True, generator=order, drop_last=True)
+        # Of each epoch it makes an order that a resumed run finds again; Lightning sets the epoch.
+        trainer = self.trainer
+        sampler = DistributedSampler(self.data, trainer.world_size, trainer.global_rank)
+        return DataLoader(self.data, 64, sampler=sampler, drop_last=True)
 
 
 def main() -> None:
@@ -69,7 +71,7 @@ def main() -> None:
     trainer = lightning.Trainer(
         max_epochs=args.epochs, devices=args.ranks, strategy="ddp" if args.ranks > 1 else "auto",
         precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=5.0,
-        reload_dataloaders_every_n_epochs=1, logger=False,
+        logger=False,
         callbacks=[ModelCheckpoint(args.output, save_last=True, save_on_train_epoch_end=True)],
     )  # fmt: skip
     trainer.fit(Model(Characters(args.classes)), ckpt_path="last")

@@ -1,0 +1,151 @@
+"""Scripts that train, run as torchrun runs them, and what their losses and encoders did.
+
+Importing torch and a trainer costs seconds, so the processes of all runs are forked from one that
+has imported them already.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import traceback
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from support.ranks import free_port
+
+SECONDS = 300  # that a script may take: only one that hangs takes so long, on any machine
+
+
+@dataclass
+class Trained:
+    """What one rank has seen.
+
+    losses: what the calls of the loss returned.  features: the dimensions that they drew.  updates:
+    steps of the optimizer.  step: the loss's own count of its draws, at the end.  before, after:
+    this rank's parameters of the encoder, and prototypes.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    features: list[list[int]] = field(default_factory=list)
+    updates: int = 0
+    before: list[np.ndarray] = field(default_factory=list)
+    after: list[np.ndarray] = field(default_factory=list)
+    step: int = -1
+
+
+class Programs:
+    """`run` runs a script; `close` ends the process that the others are forked from."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._server = context.Process(target=_serve, args=(theirs,))
+        self._server.start()
+        theirs.close()
+
+    def run(
+        self, script: Path, *arguments: Any, ranks: int = 1, imports: tuple[str, ...] = ()
+    ) -> list[Trained]:
+        """Run it to its end on that many ranks; `imports` are made once for all scripts."""
+        self._pipe.send((script, [str(a) for a in arguments], ranks, imports))
+        results = self._pipe.recv()
+        for rank, result in enumerate(results):
+            if isinstance(result, str):
+                raise AssertionError(f"{script.name} failed on rank {rank}:\n{result}")
+        return results
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._server.join()
+
+
+def _serve(pipe) -> None:
+    import torch
+
+    import_module("unicom_ext.checkpoint")
+    torch.set_num_threads(1)
+    # Or libraries take the folder of tests of data sets for the package `datasets`.
+    sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parents[1]]
+    context = multiprocessing.get_context("fork")
+    while True:
+        try:
+            script, arguments, ranks, imports = pipe.recv()
+        except EOFError:  # the tests are over
+            return
+        for module in imports:
+            import_module(module)
+        port, started = str(free_port()), []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            torchrun = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "GROUP_RANK": 0}
+            torchrun |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+            torchrun |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+            given = (theirs, script, arguments, torchrun if ranks > 1 else {})
+            process = context.Process(target=_run, args=given)
+            process.start()
+            theirs.close()
+            started.append((process, ours))
+        results = []
+        for process, ours in started:
+            try:
+                results.append(ours.recv() if ours.poll(SECONDS) else "it hangs")
+            except EOFError:
+                results.append("it died")
+            process.kill()
+            process.join()
+        pipe.send(results)
+
+
+def _run(pipe, script: Path, arguments: list[str], environment: dict[str, Any]) -> None:
+    """In a process of its own."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    trained, watched = _watch()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        trained.after = _parameters(watched)
+        trained.step = int(watched["PartialMarginSoftmax"].step)
+        pipe.send(trained)
+    except BaseException:
+        pipe.send(traceback.format_exc())
+
+
+def _watch() -> tuple[Trained, dict[str, Any]]:
+    """Takes note of calls and updates to come, and of the loss and the encoder."""
+    from torch.nn.modules.module import register_module_forward_hook
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    trained, watched = Trained(), {}
+
+    def call(module, _, output) -> None:
+        name = type(module).__name__
+        if name in ("Encoder", "PartialMarginSoftmax"):
+            watched[name] = module
+        if name == "PartialMarginSoftmax":
+            trained.losses.append(output.item())
+            trained.features.append(module.last_selection.feature_index.tolist())
+
+    def update(*_) -> None:
+        trained.before = trained.before or _parameters(watched)
+        trained.updates += 1
+
+    register_module_forward_hook(call)
+    register_optimizer_step_pre_hook(update)
+    return trained, watched
+
+
+def _parameters(watched: dict[str, Any]) -> list[np.ndarray]:
+    values = [p.detach() for name in sorted(watched) for p in watched[name].parameters()]
+    values = [v.to_local() if hasattr(v, "placements") else v for v in values]
+    return [v.clone().numpy() for v in values]  # NumPy pins memory that FSDP has to free
