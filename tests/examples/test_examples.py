@@ -97,3 +97,9 @@ def test_accelerate(programs, tmp_path, ranks):
     assert draws(trained[0]) == trained[0].step == len(trained[0].losses) > trained[0].updates
     if ranks == 2:
         assert_shared(trained)
+
+
+def test_timm(programs, tmp_path):
+    pytest.importorskip("timm")  # which pip installs with another torch: no test needs it
+    (trained,) = resumed(programs, tmp_path, "with_timm")
+    assert draws(trained) == trained.updates == trained.step == len(trained.losses)

@@ -11,6 +11,7 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -28,8 +29,8 @@ class Trained:
     """What one rank has seen.
 
     losses: what the calls of the loss returned.  features: the dimensions that they drew.  updates:
-    steps of the optimizer.  step: the loss's own count of its draws, at the end.  before, after:
-    this rank's parameters of the encoder, and prototypes.
+    steps of the optimizer.  before, after: this rank's part of what it updates.  step: the loss's
+    own count of its draws, at the end.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -62,8 +63,9 @@ class Programs:
         return results
 
     def close(self) -> None:
-        self._pipe.close()
+        self._server.kill()
         self._server.join()
+        self._pipe.close()
 
 
 def _serve(pipe) -> None:
@@ -111,41 +113,46 @@ def _run(pipe, script: Path, arguments: list[str], environment: dict[str, Any]) 
     os.environ.update({name: str(value) for name, value in environment.items()})
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.parent))
-    trained, watched = _watch()
+    trained = Trained()
+    finish = _watch(trained)
     try:
         runpy.run_path(str(script), run_name="__main__")
-        trained.after = _parameters(watched)
-        trained.step = int(watched["PartialMarginSoftmax"].step)
+        finish()
         pipe.send(trained)
     except BaseException:
         pipe.send(traceback.format_exc())
 
 
-def _watch() -> tuple[Trained, dict[str, Any]]:
-    """Takes note of calls and updates to come, and of the loss and the encoder."""
+def _watch(trained: Trained) -> Callable[[], None]:
+    """Take notes of calls and updates to come; what is returned takes those of the end."""
     from torch.nn.modules.module import register_module_forward_hook
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-    trained, watched = Trained(), {}
+    from unicom_ext import PartialMarginSoftmax
+
+    loss, updated = [], []
 
     def call(module, _, output) -> None:
-        name = type(module).__name__
-        if name in ("Encoder", "PartialMarginSoftmax"):
-            watched[name] = module
-        if name == "PartialMarginSoftmax":
+        if isinstance(module, PartialMarginSoftmax):
+            loss[:] = [module]
             trained.losses.append(output.item())
             trained.features.append(module.last_selection.feature_index.tolist())
 
-    def update(*_) -> None:
-        trained.before = trained.before or _parameters(watched)
+    def update(optimizer, *_) -> None:
+        updated[:] = [p for group in optimizer.param_groups for p in group["params"]]
+        trained.before = trained.before or [_array(p) for p in updated]
         trained.updates += 1
+
+    def finish() -> None:
+        trained.after = [_array(p) for p in updated]
+        trained.step = int(loss[0].step)
 
     register_module_forward_hook(call)
     register_optimizer_step_pre_hook(update)
-    return trained, watched
+    return finish
 
 
-def _parameters(watched: dict[str, Any]) -> list[np.ndarray]:
-    values = [p.detach() for name in sorted(watched) for p in watched[name].parameters()]
-    values = [v.to_local() if hasattr(v, "placements") else v for v in values]
-    return [v.clone().numpy() for v in values]  # NumPy pins memory that FSDP has to free
+def _array(parameter) -> np.ndarray:
+    value = parameter.detach()
+    value = value.to_local() if hasattr(value, "placements") else value
+    return value.clone().numpy()  # NumPy pins memory that FSDP has to free
