@@ -1,7 +1,9 @@
-"""Accelerate: the encoder and the optimizer are prepared, the loss is not. Started again, it goes on.
+"""Accelerate, on one rank or several: it prepares the encoder and the optimizer, not the loss.
 
     python examples/with_accelerate.py --output runs/accelerate --epochs 2
-    accelerate launch --num-processes 2 examples/with_accelerate.py --output runs/accelerate
+    torchrun --nproc-per-node 2 examples/with_accelerate.py --output runs/accelerate
+
+Started again, it goes on.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ def main() -> None:
     args = parser.parse_args()
 
     accelerator = Accelerator(
-        mixed_precision="bf16", gradient_accumulation_steps=PARTS, cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16", gradient_accumulation_steps=PARTS,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),
+        cpu=not torch.cuda.is_available(),  # or processes without a GPU do not find each other
     )  # fmt: skip
     set_seed(0)
     data = Characters(args.classes)

@@ -1,7 +1,9 @@
-"""Lightning, the loss inside the module. Started again, it goes on from Lightning's checkpoint.
+"""Lightning, on one rank or several, with the loss inside the module.
 
     python examples/with_lightning.py --output runs/lightning --epochs 2
     torchrun --nproc-per-node 2 examples/with_lightning.py --output runs/lightning --ranks 2
+
+Started again, it goes on from Lightning's last checkpoint.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ pages = pytest.mark.parametrize("page", PAGES)
 
 # A path in prose, code or a comment, from the root or, where it is clear, from csrc/.
 PATH = re.compile(
-    r"(?<![\w/.<{*-])((?:\.ci|benchmarks|csrc|docs|tests|unicom_ext)/[\w./-]*\w)(?![\w.*{(-])"
+    r"(?<![\w/.<{*-])((?:\.ci|benchmarks|csrc|docs|examples|tests|unicom_ext)/[\w./-]*\w)(?![\w.*{(-])"
 )
 IN_ENGINE = re.compile(r"(?<![\w/.-])((?:bind|core|cpu|cuda)/[\w./-]*\w\.(?:cpp|cu|cuh|h))\b")
 
@@ -53,7 +53,7 @@ SOURCES = [
     *(ROOT / name for name in ("Makefile", "setup.py", "pyproject.toml")),
     *(
         path
-        for folder in ("benchmarks", "csrc", "tests", "unicom_ext")
+        for folder in ("benchmarks", "csrc", "examples", "tests", "unicom_ext")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi", ".toml"}
     ),
@@ -86,7 +86,7 @@ def test_python_names():
     missing = set()
     for source in SOURCES:
         name = source.relative_to(ROOT)
-        if name.name == "CHANGELOG.md" or name.parts[0] not in {*PAGES, "docs", "unicom_ext"}:
+        if name.name == "CHANGELOG.md" or name.parts[0] not in {*PAGES, "docs", "examples", "unicom_ext"}:
             continue
         for dotted in re.findall(r"(?<![\w./])unicom_ext(?:\.[A-Za-z_]\w*)+", source.read_text()):
             if not is_there(dotted):
