@@ -7,12 +7,11 @@ Started again, it goes on, also with another number of processes.
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import torch
 import torch.distributed as dist
-from characters import Characters
+from common import Characters, arguments
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -24,12 +23,7 @@ BATCH = 64  # images of a step, on each rank
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

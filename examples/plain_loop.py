@@ -7,10 +7,8 @@ Only the rows of sampled classes have a gradient (`sparse_grad`) and are updated
 
 from __future__ import annotations
 
-import argparse
-
 import torch
-from characters import Characters
+from common import Characters, arguments
 from torch.utils.data import DataLoader
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint
@@ -21,12 +19,7 @@ BATCH, PARTS = 128, 2  # images of a step; parts that go through the encoder one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     data = Characters(args.classes)

@@ -8,13 +8,11 @@ Started again, it goes on.
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from characters import Characters
+from common import Characters, arguments
 from torch.utils.data import DataLoader
 
 from unicom_ext import ArcFace, PartialMarginSoftmax, checkpoint, gradients
@@ -25,12 +23,7 @@ PARTS = 2  # batches of a step
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     accelerator = Accelerator(
         mixed_precision="bf16", gradient_accumulation_steps=PARTS,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=0),

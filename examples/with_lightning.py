@@ -1,19 +1,19 @@
 """Lightning, on one rank or several, with the loss inside the module.
 
     python examples/with_lightning.py --output runs/lightning --epochs 2
-    torchrun --nproc-per-node 2 examples/with_lightning.py --output runs/lightning --ranks 2
+    torchrun --nproc-per-node 2 examples/with_lightning.py --output runs/lightning --epochs 2
 
 Started again, it goes on from Lightning's last checkpoint.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 
 import lightning
 import torch
 import torch.distributed as dist
-from characters import Characters
+from common import Characters, arguments
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
@@ -62,18 +62,12 @@ class Model(lightning.LightningModule):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    parser.add_argument("--ranks", type=int, default=1)
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # under torchrun
     lightning.seed_everything(0)
     trainer = lightning.Trainer(
-        max_epochs=args.epochs, devices=args.ranks, strategy="ddp" if args.ranks > 1 else "auto",
-        precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=5.0,
-        logger=False,
+        max_epochs=args.epochs, devices=ranks, strategy="ddp" if ranks > 1 else "auto",
+        precision="bf16-mixed", accumulate_grad_batches=2, gradient_clip_val=5.0, logger=False,
         callbacks=[ModelCheckpoint(args.output, save_last=True, save_on_train_epoch_end=True)],
     )  # fmt: skip
     trainer.fit(Model(Characters(args.classes)), ckpt_path="last")

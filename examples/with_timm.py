@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from characters import Characters
+from common import Characters, arguments
 from timm.models import create_model
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
@@ -35,12 +34,7 @@ class MarginTask(ClassificationTask):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     data = Characters(args.classes)

@@ -8,11 +8,10 @@ use Accelerate there.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
-from characters import Characters
+from common import Characters, arguments
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainingArguments, set_seed
@@ -44,12 +43,7 @@ def collate(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", required=True, help="directory of the checkpoints")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=0, help="characters; 0 for all")
-    args = parser.parse_args()
-
+    args = arguments(__doc__)
     set_seed(0)
     data = Characters(args.classes)
     trainer = Trainer(

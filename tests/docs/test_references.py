@@ -81,12 +81,17 @@ def test_paths_that_are_named():
 
 
 def test_python_names():
-    """Of modules and what is in them, in pages (but for what the changelog says is gone) and in
-    the package's own docstrings and comments."""
+    """Of modules and what is in them, in pages (but for what the changelog says is gone), in
+    examples and in the package's own docstrings and comments."""
     missing = set()
     for source in SOURCES:
         name = source.relative_to(ROOT)
-        if name.name == "CHANGELOG.md" or name.parts[0] not in {*PAGES, "docs", "examples", "unicom_ext"}:
+        if name.name == "CHANGELOG.md" or name.parts[0] not in {
+            *PAGES,
+            "docs",
+            "examples",
+            "unicom_ext",
+        }:
             continue
         for dotted in re.findall(r"(?<![\w./])unicom_ext(?:\.[A-Za-z_]\w*)+", source.read_text()):
             if not is_there(dotted):

@@ -77,7 +77,7 @@ def test_fsdp2(programs, tmp_path):
 def test_lightning(programs, tmp_path, ranks):
     pytest.importorskip("lightning")
     given = {"ranks": ranks, "imports": ("lightning",)}
-    trained = resumed(programs, tmp_path, "with_lightning", "--ranks", ranks, **given)
+    trained = resumed(programs, tmp_path, "with_lightning", **given)
     assert draws(trained[0]) == trained[0].updates < len(trained[0].losses)
     if ranks == 2:
         assert_shared(trained)

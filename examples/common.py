@@ -1,6 +1,8 @@
-"""What the examples train on: characters drawn from fonts. Your own images take their place."""
+"""What the examples have in common: characters drawn from fonts to train on, and arguments."""
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from unicom_ext.data import glyphs
 
 
 class Characters(Dataset[tuple[Tensor, int]]):
-    """Images float [1, 32, 32] in [0, 1], and labels.
+    """Images float [1, 32, 32] in [0, 1], and labels. Your own data takes its place.
 
     Args:
         num_classes: how many characters; 0 for all 1,312 of them.
@@ -27,3 +29,13 @@ class Characters(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.from_numpy(self.images[index]).float()[None] / 255, self.labels[index]
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", required=True, help="directory of the checkpoints")
+    parser.add_argument("--epochs", type=int, default=2, help="when to stop, default 2")
+    parser.add_argument("--classes", type=int, default=0, help="characters to train on, 0 for all")
+    return parser.parse_args()
