@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,12 @@ class Programs:
 def _serve(pipe) -> None:
     import torch
 
-    import_module("unicom_ext.checkpoint")
+    from unicom_ext.data import glyphs
+
+    for module in ("unicom_ext.checkpoint", "unicom_ext.loss.sharded.step", "torch.distributed.fsdp"):
+        import_module(module)
+    glyphs.load = cache(glyphs.load)
+    glyphs.load()  # for all of them, as it takes half a second
     torch.set_num_threads(1)
     # Or libraries take the folder of tests of data sets for the package `datasets`.
     sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parents[1]]
