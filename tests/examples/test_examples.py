@@ -67,7 +67,8 @@ def test_ddp(programs, tmp_path):
 
 
 def test_fsdp2(programs, tmp_path):
-    trained = resumed(programs, tmp_path, "fsdp2", ranks=2)
+    given = {"ranks": 2, "imports": ("torch.distributed.fsdp",)}
+    trained = resumed(programs, tmp_path, "fsdp2", **given)
     assert trained[0].losses == trained[1].losses
     assert [len(t.after[-1]) for t in trained] == [13, 12]
     assert draws(trained[0]) == trained[0].updates == trained[0].step == len(trained[0].losses)

@@ -74,8 +74,8 @@ def _serve(pipe) -> None:
 
     from unicom_ext.data import glyphs
 
-    for module in ("unicom_ext.checkpoint", "unicom_ext.loss.sharded.step", "torch.distributed.fsdp"):
-        import_module(module)
+    for module in ("checkpoint", "encoders.small", "loss.sharded.step"):
+        import_module(f"unicom_ext.{module}")
     glyphs.load = cache(glyphs.load)
     glyphs.load()  # for all of them, as it takes half a second
     torch.set_num_threads(1)
