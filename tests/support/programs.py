@@ -58,9 +58,8 @@ class Programs:
         """Run it to its end on that many ranks; `imports` are made once for all scripts."""
         self._pipe.send((script, [str(a) for a in arguments], ranks, imports))
         results = self._pipe.recv()
-        for rank, result in enumerate(results):
-            if isinstance(result, str):
-                raise AssertionError(f"{script.name} failed on rank {rank}:\n{result}")
+        failures = [f"rank {i}: {r}" for i, r in enumerate(results) if isinstance(r, str)]
+        assert not failures, f"{script.name}\n" + "\n".join(failures)
         return results
 
     def close(self) -> None:
