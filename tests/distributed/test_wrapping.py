@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, prune
 
 from unicom_ext import PartialMarginSoftmax
-from unicom_ext.optim import RowSGD
+from unicom_ext.optim import RowAdamW, RowSGD
 
 DIM, EVEN, UNEVEN = 8, 300, 301  # two ranks own 151 and 150 of 301
 
@@ -88,10 +88,10 @@ def test_the_loss_in_a_wrapper_is_refused(ranks, wrapper):
             assert "process_group" in message
 
 
-def losses(model, group, steps=3):
+def losses(model, group, steps=3, optimizer=torch.optim.SGD):
     """Losses of a training in which each rank has its part of a batch."""
     rows = slice(dist.get_rank(group), None, dist.get_world_size(group))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = optimizer(model.parameters(), lr=0.1)
     x = torch.randn(8, DIM, generator=torch.Generator().manual_seed(1))
     found = []
     for _ in range(steps):
@@ -136,6 +136,24 @@ def test_a_loss_that_is_left_out_trains(ranks):
         assert right[2] < right[1] < right[0]
         for name, found in results.items():
             assert found == pytest.approx(right, rel=1e-6), name
+
+
+def one_optimizer_for_both(group):
+    """Losses with FSDP2's DTensors and dense gradients of prototypes in one group of parameters."""
+    results = []
+    for theirs, ours in ((torch.optim.SGD, RowSGD), (torch.optim.AdamW, RowAdamW)):
+        for optimizer in (theirs, ours):
+            model = Model(group, UNEVEN)
+            fsdp2(model, group, ignored_params=set(model.loss.parameters()))
+            results.append(losses(model, group, optimizer=optimizer))
+    return results
+
+
+def test_row_optimizers_take_a_sharded_encoder_with_dense_prototypes(ranks):
+    for sgd, ours, adamw, our_adamw in ranks.run(2, one_optimizer_for_both):
+        assert ours == pytest.approx(sgd, rel=1e-5)
+        assert our_adamw == pytest.approx(adamw, rel=1e-5)
+        assert adamw != pytest.approx(sgd, rel=1e-2)
 
 
 def steps_inside_forward(group):

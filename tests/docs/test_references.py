@@ -18,7 +18,7 @@ pages = pytest.mark.parametrize("page", PAGES)
 
 # A path in prose, code or a comment, from the root or, where it is clear, from csrc/.
 PATH = re.compile(
-    r"(?<![\w/.<{*-])((?:\.ci|benchmarks|csrc|docs|tests|unicom_ext)/[\w./-]*\w)(?![\w.*{(-])"
+    r"(?<![\w/.<{*-])((?:\.ci|benchmarks|csrc|docs|examples|tests|unicom_ext)/[\w./-]*\w)(?![\w.*{(-])"
 )
 IN_ENGINE = re.compile(r"(?<![\w/.-])((?:bind|core|cpu|cuda)/[\w./-]*\w\.(?:cpp|cu|cuh|h))\b")
 
@@ -53,7 +53,7 @@ SOURCES = [
     *(ROOT / name for name in ("Makefile", "setup.py", "pyproject.toml")),
     *(
         path
-        for folder in ("benchmarks", "csrc", "tests", "unicom_ext")
+        for folder in ("benchmarks", "csrc", "examples", "tests", "unicom_ext")
         for path in sorted((ROOT / folder).rglob("*"))
         if path.suffix in {".cpp", ".cu", ".cuh", ".h", ".py", ".pyi", ".toml"}
     ),
@@ -90,12 +90,17 @@ def test_tests_that_are_named():
 
 
 def test_python_names():
-    """Of modules and what is in them, in pages (but for what the changelog says is gone) and in
-    the package's own docstrings and comments."""
+    """Of modules and what is in them, in pages (but for what the changelog says is gone), in
+    examples and in the package's own docstrings and comments."""
     missing = set()
     for source in SOURCES:
         name = source.relative_to(ROOT)
-        if name.name == "CHANGELOG.md" or name.parts[0] not in {*PAGES, "docs", "unicom_ext"}:
+        if name.name == "CHANGELOG.md" or name.parts[0] not in {
+            *PAGES,
+            "docs",
+            "examples",
+            "unicom_ext",
+        }:
             continue
         for dotted in re.findall(r"(?<![\w./])unicom_ext(?:\.[A-Za-z_]\w*)+", source.read_text()):
             if not is_there(dotted):

@@ -14,6 +14,7 @@ PAGES = {
         *sorted(ROOT.glob("*.md")),
         *sorted((ROOT / "docs").rglob("*.md")),
         ROOT / "benchmarks/README.md",
+        ROOT / "examples/README.md",
     ]
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from unicom_ext.loss.checks import is_local
 from unicom_ext.loss.owner import loss_of
 from unicom_ext.ops import library
 from unicom_ext.ops.row_sparse import attach, is_merged, merged_ids
@@ -119,10 +120,13 @@ class RowOptimizer(RowStateOptimizer):
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             dense = [p for p in with_gradient if not self._by_rows(p)]
-            if dense:
-                self._follow_dense(dense)
-                self._dense_step(group, dense)
-                increment_version(dense)  # which torch's fused passes leave out
+            # FSDP2 makes DTensors of all but the prototypes; torch's fused passes take no mixture.
+            for local in (True, False):
+                alike = [p for p in dense if is_local(p) == local]
+                if alike:
+                    self._follow_dense(alike)
+                    self._dense_step(group, alike)
+                    increment_version(alike)  # which torch's fused passes leave out
             for param in with_gradient:
                 if self._by_rows(param):
                     self._row_step(group, param)

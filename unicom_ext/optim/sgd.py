@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
+from unicom_ext.loss.checks import is_local
 from unicom_ext.ops import memory
 from unicom_ext.optim import plain, states
 from unicom_ext.optim.options import check_number, log_of_decay, plain_lr, refuse_dense_only
@@ -143,9 +144,12 @@ class RowSGD(RowOptimizer):
                 state["momentum_buffer"] = buffer
 
     def _fused_dense(self, group: dict[str, Any], params: list[Tensor]) -> bool:
-        # On CPUs torch's fused SGD moves bfloat16 and float16 parameters to other places.
+        # Torch's fused SGD takes no DTensors, and on CPUs moves bfloat16 and float16 parameters to
+        # other places.
         halves = (torch.bfloat16, torch.float16)
         if any(p.dtype in halves and p.device.type == "cpu" for p in params):
+            return False
+        if not all(is_local(p) for p in params):
             return False
         return super()._fused_dense(group, params)
 
