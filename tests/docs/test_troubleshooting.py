@@ -105,7 +105,7 @@ def test_on_two_ranks(ranks, code, message):
 
 STAND_IN = "import types; torch = types.ModuleType('torch'); torch.__version__ = '2.13.0'; "
 BUILD = {  # what is missing, and Python that takes it away before setup.py begins
-    "torch is not installed": "sys.modules['torch'] = None",
+    "there is no torch": "sys.modules['torch'] = None",
     "no C++ compiler": f"{STAND_IN} torch.__path__ = ['/']; sys.modules['torch'] = torch",
     "cmake was not found": (
         f"{STAND_IN} torch.__path__ = ['/']; sys.modules['torch'] = torch; "
@@ -123,7 +123,7 @@ BUILD = {  # what is missing, and Python that takes it away before setup.py begi
 def test_building(missing, tmp_path):
     (expected,) = [message for message in WITHOUT_CODE if missing in message]
     shutil.copy(ROOT / "setup.py", tmp_path)
-    last = "_cuda_options()" if "nvcc" in missing else "CMakeBuild(Distribution()).run()"
+    last = "_cuda_options(_torch())" if "nvcc" in missing else "CMakeBuild(Distribution()).run()"
     code = (
         f"import sys; {BUILD[missing]}; import setuptools; from setuptools import Distribution; "
         f"setuptools.setup = lambda **_: None; exec(open('setup.py').read()); {last}"

@@ -1,4 +1,4 @@
-"""Checkpoints of other trainers, read and written: `unicom-ext import` and the way back.
+"""Checkpoints of other trainers, read and written: `unicom-ext import` and the way back::
 
     found = interchange.read(sorted(Path("ms1mv3").glob("checkpoint_gpu_*.pt")))
     found.write("runs/imported")
