@@ -130,7 +130,11 @@ def test_a_repetition_in_backward_needs_the_step(reentrant):
 
 @pytest.mark.slow
 def test_one_graph_with_the_loss():
-    loss, margins, x = PartialMarginSoftmax(6, 9), ElasticArcFace(seed=5), X.requires_grad_()
+    loss, margins, x = (
+        PartialMarginSoftmax(6, 9),
+        ElasticArcFace(seed=5),
+        X.clone().requires_grad_(),
+    )
     other = copy.deepcopy(margins)
 
     def call(x, margins):
