@@ -100,6 +100,13 @@ def test_accelerate(programs, tmp_path, ranks):
         assert_shared(trained)
 
 
+def test_metric_learning(programs, tmp_path):
+    pytest.importorskip("pytorch_metric_learning")
+    given = {"imports": ("pytorch_metric_learning.trainers",)}
+    (trained,) = resumed(programs, tmp_path, "with_metric_learning", **given)
+    assert draws(trained) == trained.updates == trained.step == len(trained.losses)
+
+
 def test_timm(programs, tmp_path):
     pytest.importorskip("timm")  # which pip installs with another torch: no test needs it
     (trained,) = resumed(programs, tmp_path, "with_timm")

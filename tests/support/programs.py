@@ -140,7 +140,7 @@ def _watch(trained: Trained) -> Callable[[], None]:
     def call(module, _, output) -> None:
         if isinstance(module, PartialMarginSoftmax):
             loss[:] = [module]
-            trained.losses.append(output.item())
+            trained.losses.append(output.mean().item())
             trained.features.append(module.last_selection.feature_index.tolist())
 
     def update(optimizer, *_) -> None:
