@@ -1,7 +1,7 @@
 """Does it help to compare with a random part of the prototypes and of the dimensions?
 
-    python benchmarks/experiments/partial_selection.py --results runs/partial.jsonl
-    python benchmarks/experiments/partial_selection.py --results runs/partial.jsonl --summary
+    python benchmarks/experiments/partial_selection.py --data glyphs
+    python benchmarks/experiments/partial_selection.py --data glyphs --summary
 
 UNICOM (An et al., ICLR 2023) says that where pseudo-classes are in conflict a random part of the
 class prototypes in each step (r1, `sample_rate`) makes training robust, and a random part of the
@@ -47,7 +47,7 @@ from methods import FULL, METHODS, QUICK, Method
 from one_run import Recipe, run, tune
 from records import Records, read
 
-RESULTS = Path(__file__).parent.parent / "results" / "partial_selection.jsonl"
+RESULTS = Path(__file__).parent.parent / "results" / "partial-selection"
 RECIPES = {"glyphs": Recipe(epochs=14), "emoji": Recipe(epochs=42)}  # as many steps
 TUNING_SEED = 1000  # no seed of a test
 
@@ -177,7 +177,9 @@ def run_all(experiment: Experiment, todo: list[Task], console: Console) -> None:
 @click.option("--data", type=click.Choice(picture_sets.SETS), default="glyphs", show_default=True)
 @click.option("--emoji-cache", type=click.Path(path_type=Path), default="emoji.npz",
               help="What emoji_pictures.py has written.", show_default=True)  # fmt: skip
-@click.option("--results", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS)
+@click.option("--results", type=click.Path(path_type=Path, dir_okay=False),
+              help="Of the runs; default benchmarks/results/partial-selection/DATA.jsonl."
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(1, TUNING_SEED), help="5, or 2 with --quick.")
 @click.option("--quick", is_flag=True, help="Few methods, joint and true labels, half an hour.")
 @click.option("--epochs", type=click.IntRange(1), help="Of a run, for a file of its own; "
@@ -188,7 +190,7 @@ def run_all(experiment: Experiment, todo: list[Task], console: Console) -> None:
 def main(
     data: str,
     emoji_cache: Path,
-    results: Path,
+    results: Path | None,
     seeds: int | None,
     quick: bool,
     epochs: int | None,
@@ -196,6 +198,7 @@ def main(
     summary: bool,
 ) -> None:
     console = Console()
+    results = results or RESULTS / f"{data}.jsonl"
     if summary:
         if not results.exists():
             raise click.ClickException(f"{results}: there is no such file")

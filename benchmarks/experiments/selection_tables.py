@@ -27,7 +27,8 @@ none is not shown to differ.
 
 
 def write(records: list[dict[str, Any]], stem: Path) -> list[Path]:
-    """STEM.md, STEM.json with the numbers in it, and for each set of pictures two plots."""
+    """STEM.md, STEM.json with the numbers in it, and beside them two plots of each set of
+    pictures."""
     found = numbers(records)
     paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
     paths[0].write_text(markdown(found))
@@ -37,7 +38,7 @@ def write(records: list[dict[str, Any]], stem: Path) -> list[Path]:
                   if labels in of_data and of_data[labels]["tables"][LEADING]}  # fmt: skip
         for name, draw in (("curves", _curves), ("grid", _heat_maps)):
             if tested:
-                paths.append(stem.parent / f"{stem.name}-{data}-{name}.png")
+                paths.append(stem.parent / f"{data}-{name}.png")
                 figure = draw(tested)
                 figure.suptitle(data)
                 figure.savefig(paths[-1], dpi=120)

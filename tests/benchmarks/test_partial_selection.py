@@ -97,7 +97,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
     done = call("--results", str(path), "--summary")
     assert done.exit_code == 0, done.output
     for name in ("curves", "grid"):
-        assert (tmp_path / f"results-glyphs-{name}.png").stat().st_size > 10_000
+        assert (tmp_path / f"glyphs-{name}.png").stat().st_size > 10_000
     text = (tmp_path / "results.md").read_text()
     for row in ("full, r1 = 1, r2 = 1", "r1 = 0.3, r2 = 0.5", "matryoshka", "PCA of full",
                 "interclass filter", "Asked first", "r1, r2 chosen on validation"):  # fmt: skip
