@@ -57,6 +57,20 @@ def test_eval_mode_where_it_changes_nothing():
     assert steps(loss, 10, torch.optim.SGD(encoder.parameters(), lr=0.1)) == []
 
 
+def test_evaluations_between_the_gradient_and_the_step():
+    loss, frozen = (PartialMarginSoftmax(D, C, sample_rate=0.5) for _ in range(2))
+    optimizer = torch.optim.SGD([*loss.parameters(), *frozen.eval().parameters()], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss.train()(torch.ones(B, D), torch.arange(B)).backward()
+            with torch.no_grad():
+                frozen(torch.ones(B, D), torch.arange(B))
+                loss.eval()(torch.ones(B, D), torch.arange(B))
+            optimizer.step()
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, RowAdamW])
 def test_prototypes_in_float16(make):
     loss = PartialMarginSoftmax(D, C, dtype=torch.float16)

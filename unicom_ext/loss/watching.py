@@ -30,6 +30,7 @@ class _Watched:
 
     loss: ReferenceType[nn.Module]
     steps_in_eval: int = 0
+    version: int | None = None  # of the loss's counter of training calls, at the last step
     labels: int = 0  # of all ranks, ignored ones included
     counts: Tensor | None = None  # int64 [2], of labels of this rank's classes and of others
     told: set[str] = field(default_factory=set)
@@ -55,9 +56,12 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
             param = next(loss.parameters(), None)
         if param is None:
             continue
-        if loss.training:
+        holds = _holds(optimizer, param)
+        if not holds and loss.training:
             loss._standing_still.look(param)
-        if _holds(optimizer, param):
+        if holds:
+            # Fused optimizers change nothing at a learning rate of 0, not even torch's count.
+            loss._standing_still.steps = 0
             if loss.shard is not None:
                 with suppress(ValueError):  # the group was destroyed
                     failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
@@ -78,7 +82,10 @@ def _holds(optimizer: Optimizer, param: Tensor) -> bool:
 
 def _mistakes(watched: _Watched, loss: Any, param: Tensor) -> Iterator[tuple[str, str]]:
     """Of a loss of which an optimizer has just updated the prototypes."""
-    watched.steps_in_eval = 0 if loss.training else watched.steps_in_eval + 1
+    before, watched.version = watched.version, loss.step._version
+    # An evaluation may stand between the gradient and the step; or there is no gradient.
+    trains = loss.training or param.grad is None or before not in (None, watched.version)
+    watched.steps_in_eval = 0 if trains else watched.steps_in_eval + 1
     if watched.steps_in_eval >= _IN_EVAL and loss.draws:
         yield (
             "eval",
