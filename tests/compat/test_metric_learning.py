@@ -258,6 +258,8 @@ def test_bad_batches_are_refused_and_nothing_has_changed():
     loss_fn = ArcFaceLoss(C, D, sample_rate=0.5)
     for arguments, error, message in (
         ((x, labels, None, x.detach()), ValueError, "ref_emb is not supported"),
+        ((x, labels > 3), TypeError, "labels must be an int32 or int64 tensor"),
+        ((x, labels + 1j), TypeError, "labels must be an int32 or int64 tensor"),
         ((x, labels, None, None, labels + 0), ValueError, "ref_labels is not supported"),
         ((x, labels[:, None]), ValueError, r"labels must have shape \[B\], got \[12, 1\]"),
         ((x, labels[1:]), ValueError, r"labels must have shape \[12\]"),

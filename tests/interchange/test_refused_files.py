@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,11 @@ def in_halves(state):
     last = max(state["state"])
     own = {k: v.half() if v.dim() else v for k, v in state["state"][last].items()}
     return {**state, "state": {**state["state"], last: own}}
+
+
+def with_tensor(state):
+    groups = [{**group, "extra": torch.tensor(1.0)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def moved(backbone):
@@ -113,15 +122,54 @@ FAULTS = {
         lambda f: change(f, 0, state_optimizer={"state": {}}),
         r"0.pt: state_optimizer holds state, must hold state and param_groups",
     ),
+    "state of no parameter": (
+        lambda f: change(
+            f, 0,
+            state_optimizer=lambda s: {**s, "state": {str(k): v for k, v in s["state"].items()}},
+        ),
+        r"0.pt: the optimizer has a dict as the state of '0', must have a dict, for parameters of",
+    ),
+    "a parameter twice": (
+        lambda f: change(
+            f, 0, state_optimizer=lambda s: {**s, "param_groups": [{"params": [0, 1, 1]}]}
+        ),
+        r"the optimizer's groups have the parameters \[0, 1, 1\], must have a number for each",
+    ),
+    "steps that are no number": (
+        lambda f: change(f, 0, state_optimizer=lambda s: {**s, "state": {0: {"step": "x"}}}),
+        r"0.pt: step of the optimizer must be a number, got 'x'",
+    ),
+    "an option that one rank has": (
+        lambda f: change(f, 0, state_optimizer=with_tensor),
+        r"not of one run: extra of the optimizer's group 0 is 1.0 and None",
+    ),
+    "a step that no counter holds": (
+        lambda f: change(f, 0, global_step=2**63),
+        r"0.pt: global_step must be in \[0, 2\^63\), got 9223372036854775808",
+    ),
+    "a backbone without names": (
+        lambda f: change(f, 0, state_dict_backbone={0: torch.ones(2)}),
+        r"0.pt: state_dict_backbone holds a Tensor under 0, must hold tensors by name",
+    ),
+    "a sparse head": (
+        lambda f: change(f, 0, state_dict_softmax_fc={"weight": torch.eye(6).to_sparse()}),
+        r"0.pt: weight must be a dense matrix of floats, got float32 \[6, 6\] on cpu, sparse_coo",
+    ),
+    "one rank's file under another's name": (
+        lambda f: shutil.copy(f / "checkpoint_gpu_2.pt", f / "checkpoint_gpu_1.pt"),
+        r"1.pt and \S+2.pt have the same prototypes: is one a copy of the other?",
+    ),
     "three groups": (
         lambda f: [
             change(
                 f, rank,
-                state_optimizer=lambda s: {**s, "param_groups": [*s["param_groups"] * 2][:3]},
+                state_optimizer=lambda s: {
+                    **s, "param_groups": [*s["param_groups"], {"params": [10]}]
+                },
             )
             for rank in range(4)
         ],
-        "has groups of 9, 1, 9 parameters, and nothing says which",
+        "has groups of 9, 1, 1 parameters, and nothing says which",
     ),
     "a damaged file": (
         lambda f: (f / "checkpoint_gpu_1.pt").write_bytes(
@@ -197,6 +245,46 @@ def test_what_partial_fc_cannot_have(tmp_path, ranks, spoil, message):
     with pytest.raises((CheckpointError, ValueError), match=message):
         interchange.to_partial_fc(tmp_path / "c", tmp_path / "out", ranks=ranks)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "c", "out"],
+        ["to-partial-fc", "c", "out", "--ranks", "2"],
+        ["prototypes", "c", "out.npy"],
+    ],
+)
+def test_a_full_disk_for_what_goes_to_other_programs(tmp_path, monkeypatch, command):
+    write(tmp_path / "2", 2)
+    interchange.read(files(tmp_path / "2")).write(tmp_path / "c")
+    real = open
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, mode="r", *a, **k: (
+            Full(path, mode) if "w" in mode else real(path, mode, *a, **k)
+        ),
+    )
+    if command[0] == "prototypes":
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["checkpoint", *command])
+    assert (result.exit_code, result.output[-42:]) == (
+        1, "cannot be written: No space left on device\n"[-42:],
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "c"]
 
 
 def test_a_disk_that_is_full(tmp_path):

@@ -47,6 +47,10 @@ except ModuleNotFoundError as error:
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "PartialMarginLoss"]
 
+_LABELS = (  # those that fit into int64
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
 _OF_ALL_CLASSES = ("weight_regularizer", "weight_init_func")
 _OF_THE_LIBRARY = (
     *("reducer", "distance", "collect_stats"),
@@ -186,7 +190,7 @@ class PartialMarginLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         if isinstance(labels, Tensor) and isinstance(embeddings, Tensor):
             if labels.dim() > 1:
                 raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
-            if not labels.is_floating_point() and labels.dtype != torch.uint64:
+            if labels.dtype in _LABELS:
                 labels = labels.to(embeddings.device, torch.int64)
         losses = self.head(embeddings, labels)
         self._note_angle()
