@@ -151,6 +151,12 @@ FAULTS = {
         lambda f: change(f, 0, state_dict_backbone={0: torch.ones(2)}),
         r"0.pt: state_dict_backbone holds a Tensor under 0, must hold tensors by name",
     ),
+    "a number where there was none": (
+        lambda f: change(
+            f, 0, state_dict_backbone=lambda b: {**b, "0.bias": b["0.bias"] * torch.nan}
+        ),
+        r"0.pt and \S+1.pt are not of one run: 0.bias of the backbone differs",
+    ),
     "a sparse head": (
         lambda f: change(f, 0, state_dict_softmax_fc={"weight": torch.eye(6).to_sparse()}),
         r"0.pt: weight must be a dense matrix of floats, got float32 \[6, 6\] on cpu, sparse_coo",
@@ -206,6 +212,18 @@ def test_other_ranks_files_beside_those_given(tmp_path):
     write(tmp_path / "4", 4)
     with pytest.raises(CheckpointError, match=r"gpu_3.pt: beside the files that are given, but"):
         interchange.read(files(tmp_path / "4")[:3])
+
+
+def test_what_is_no_number_is_the_same_on_every_rank(tmp_path):
+    write(tmp_path / "2", 2)
+    for rank in range(2):
+        change(
+            tmp_path / "2", rank,
+            state_dict_backbone=lambda b: {**b, "0.bias": b["0.bias"] * torch.nan},
+            state_lr_scheduler={"last": torch.nan},
+        )  # fmt: skip
+    found = interchange.read(files(tmp_path / "2"))
+    assert found.tensors["modules.encoder.0.bias"].isnan().all()
 
 
 def test_another_number_of_classes(tmp_path):

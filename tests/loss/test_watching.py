@@ -159,6 +159,20 @@ def test_a_step_that_all_ranks_leave_out(ranks):
     assert len(set(ranks.run(2, scaled, "ShardedGradScaler", True, False))) == 1
 
 
+def without_empty_prototypes(group):
+    loss, encoder = PartialMarginSoftmax(D, 1, process_group=group), nn.Linear(D, D)
+    params = [param for param in loss.parameters() if param.numel()]
+    optimizer = torch.optim.SGD([*encoder.parameters(), *params], lr=0.1)
+    for _ in range(2):
+        loss(encoder(torch.ones(B, D)), torch.zeros(B, dtype=torch.int64)).backward()
+        optimizer.step()
+    return len(loss.weight)
+
+
+def test_a_rank_without_classes_may_leave_them_out(ranks):
+    assert ranks.run(2, without_empty_prototypes) == [1, 0]
+
+
 def of_the_function(group):
     return functional.partial_margin_softmax(
         torch.ones(B, D),

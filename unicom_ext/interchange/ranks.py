@@ -134,7 +134,7 @@ def _check_same(first: File, other: File) -> None:
             )
     for name, value in first.encoder.items():
         if value.is_floating_point() and not name.endswith(STATISTICS) and value.numel():
-            ours, theirs = value.detach().float(), other.encoder[name].detach().float()
+            ours, theirs = (v.detach().float().nan_to_num() for v in (value, other.encoder[name]))
             if not (ours - theirs).abs().max() <= _SAME * ours.abs().max():
                 raise CheckpointError(
                     f"{first.path} and {other.path} are not of one run: {name} of the backbone "
@@ -211,4 +211,4 @@ def same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return False
-    return bool(a == b)
+    return bool(a == b) or bool(a != a and b != b)  # NaN

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unicom_ext.distributed.failures import failures_of
+from unicom_ext.distributed.shard import ClassShard, class_range
 
 _IN_EVAL = 5  # steps; fewer may belong to gradients of before
 _EXPECTED = 1000  # labels of a rank's own classes, if all classes were equally frequent
@@ -62,7 +63,7 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
         if holds:
             # Fused optimizers change nothing at a learning rate of 0, not even torch's count.
             loss._standing_still.steps = 0
-            if loss.shard is not None:
+            if loss.shard is not None and _all_have_classes(loss.shard):
                 with suppress(ValueError):  # the group was destroyed
                     failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
             for mistake, message in _mistakes(watched, loss, param):
@@ -78,6 +79,12 @@ def _holds(optimizer: Optimizer, param: Tensor) -> bool:
     """From the end, where prototypes usually are."""
     groups = reversed(optimizer.param_groups)
     return any(other is param for group in groups for other in reversed(group["params"]))
+
+
+def _all_have_classes(shard: ClassShard) -> bool:
+    """Or else the last rank has none, and may have left its empty prototypes in no optimizer."""
+    start, stop = class_range(shard.num_classes, shard.world_size, shard.world_size - 1)
+    return start < stop
 
 
 def _mistakes(watched: _Watched, loss: Any, param: Tensor) -> Iterator[tuple[str, str]]:
