@@ -305,12 +305,23 @@ def test_a_full_disk_for_what_goes_to_other_programs(tmp_path, monkeypatch, comm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "c"]
 
 
-def test_a_disk_that_is_full(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            CheckpointError,
+            r"c.tmp: cannot be written: No space left on device",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_a_disk_that_is_full_and_an_interrupt(tmp_path, error, raised, message):
     def rows(start, stop):
-        raise OSError(28, "No space left on device")
+        raise error
 
     weight = {"modules.loss.weight": Pieces((C, D), torch.float32, rows)}
     found = interchange.Found({}, [], weight, {}, {}, {})
-    with pytest.raises(CheckpointError, match=r"c.tmp: cannot be written: No space left on device"):
+    with pytest.raises(raised, match=message):
         found.write(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

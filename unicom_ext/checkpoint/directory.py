@@ -185,10 +185,18 @@ def write_tensors(state: Mapping[str, Any], **where: Any) -> None:
         try:
             dcp.save(dict(state), **where)
         except CheckpointException as error:  # which is no Exception
-            path, (reason, _) = where["checkpoint_id"], next(iter(error.failures.values()))
+            path, reason = where["checkpoint_id"], _reason_of(error)
             cause = _system_error(reason)
             text = (cause and cause.strerror) or str(cause or reason)
             raise CheckpointError(f"{path}: cannot be written: {text}") from error
+
+
+def _reason_of(error: CheckpointException) -> BaseException:
+    """Why a rank has failed. Raises KeyboardInterrupt and the like, which are no failures."""
+    reason = next(iter(error.failures.values()))[0]
+    if not isinstance(reason, Exception):
+        raise reason from None
+    return reason
 
 
 def save_file(path: Path, content: object) -> None:
@@ -219,7 +227,7 @@ def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
         try:
             dcp.load(state, storage_reader=_Reader(directory), **where)
         except CheckpointException as error:  # which is no Exception
-            reason = _reason(next(iter(error.failures.values()))[0])
+            reason = _reason(_reason_of(error))
             raise CheckpointError(f"{directory}: cannot be read: {reason}") from None
 
 
