@@ -313,7 +313,7 @@ def test_a_full_disk_for_what_goes_to_other_programs(tmp_path, monkeypatch, comm
             CheckpointError,
             r"c.tmp: cannot be written: No space left on device",
         ),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
     ],
 )
 def test_a_disk_that_is_full_and_an_interrupt(tmp_path, error, raised, message):
