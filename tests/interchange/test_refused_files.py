@@ -242,6 +242,7 @@ def test_another_number_of_classes(tmp_path):
         (2, {"modules": ["loss"]}, r"must have the modules 'encoder' and 'loss', .*; has loss"),
         (2, {"optimizers": {}}, r"must have the optimizer 'main', has none"),
         (2, {"order": -1}, r"last parameter must be the prototypes, .* is modules.encoder.4.bias"),
+        (2, {"split": 4}, r"optimizer has groups of 4, 5, 1 parameters, the trainer has one of the"),
         (2, {"make": RowAdamW, "sparse_grad": True}, r"state of modules.loss.weight is by rows"),
         (2, {"num_centers": 2}, r"has 2 centers of each class, PartialFC has one"),
     ],
@@ -250,9 +251,12 @@ def test_what_partial_fc_cannot_have(tmp_path, ranks, spoil, message):
     spoil = dict(spoil)
     names, order = spoil.pop("modules", ["encoder", "loss"]), spoil.pop("order", 1)
     optimizers, make = spoil.pop("optimizers", None), spoil.pop("make", torch.optim.AdamW)
+    split = spoil.pop("split", None)
     encoder, loss = published.backbone(), PartialFC_V2(ArcFace(MARGIN), D, C, **spoil)
     modules = {"encoder": encoder, "loss": loss}
-    optimizer = make(published.groups(encoder, loss)[::order])
+    params = list(encoder.parameters())
+    groups = [params] if split is None else [params[:split], params[split:]]
+    optimizer = make([{"params": part} for part in [*groups, loss.parameters()][::order]])
     loss(encoder(published.batch(0)[0]), published.batch(0)[1]).backward()
     optimizer.step()
     if optimizers is None and "encoder" in names:

@@ -167,6 +167,13 @@ class _Source:
                 f"the trainer, but is {params[-1] if params else 'none'}; without its state it can "
                 "be written"
             )
+        sizes = [len(group["params"]) for group in saved["groups"]]
+        if len(sizes) > 2 or sizes[-1] not in (1, len(params)):
+            raise CheckpointError(
+                f"{self.directory}: the optimizer has groups of {', '.join(map(str, sizes))} "
+                "parameters, the trainer has one of the encoder's and one of the prototypes; "
+                "without its state it can be written"
+            )
         groups, first = [], 0
         for group in saved["groups"]:
             options = {key: as_option(value, None) for key, value in group.items()}
