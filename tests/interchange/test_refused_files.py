@@ -242,7 +242,7 @@ def test_another_number_of_classes(tmp_path):
         (2, {"modules": ["loss"]}, r"must have the modules 'encoder' and 'loss', .*; has loss"),
         (2, {"optimizers": {}}, r"must have the optimizer 'main', has none"),
         (2, {"order": -1}, r"last parameter must be the prototypes, .* is modules.encoder.4.bias"),
-        (2, {"split": 4}, r"optimizer has groups of 4, 5, 1 parameters, the trainer has one of the"),
+        (2, {"split": 4}, r"optimizer has groups of 4, 5, 1 parameters, the trainer has one of t"),
         (2, {"make": RowAdamW, "sparse_grad": True}, r"state of modules.loss.weight is by rows"),
         (2, {"num_centers": 2}, r"has 2 centers of each class, PartialFC has one"),
     ],
