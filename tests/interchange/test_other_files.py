@@ -157,6 +157,12 @@ def test_what_is_refused(tmp_path, contents, options, message):
         interchange.read(paths, **options)
 
 
+def test_one_path_is_no_list(tmp_path):
+    for path in (tmp_path / "model.pt", str(tmp_path / "model.pt")):
+        with pytest.raises(TypeError, match="files must be a list of paths, got"):
+            interchange.read(path)
+
+
 def test_files_that_are_not_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"a.pt: is not there"):
         interchange.read([tmp_path / "a.pt"])
