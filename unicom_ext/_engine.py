@@ -113,7 +113,10 @@ def bijection(index: ArrayLike, size: int, key: int) -> NDArray[np.int64]:
     """The image of each index under the keyed bijection on [0, size)."""
     size = _integer("size", size, 1, 2**62, "2**62")
     key = _integer("key", key, 0, 2**64 - 1)
-    values = np.asarray(index, np.int64, order="C")
+    values = np.asarray(index)
+    if values.size and values.dtype.kind not in "iu":  # NumPy would cut off what is behind a point
+        raise TypeError(f"index must be integers, got {values.dtype}")
+    values = np.asarray(values, np.int64, order="C")
     if outside := values[(values < 0) | (values >= size)].tolist():
         raise ValueError(f"index must be in [0, size = {size}), got {outside[0]}")
     image = np.empty_like(values)
@@ -135,8 +138,10 @@ def constant_exponent(scale: float, count: float) -> int | None:
 
 
 def sample_size(rate: float, population: int) -> int:
-    """rate * population, rounded half up."""
-    return int(_sample_size(rate, _integer("population", population, 0, _INT64[1])))
+    """rate * population, rounded half up; rate in [0, 1]."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"rate must be in [0, 1], got {rate}")
+    return int(_sample_size(rate, _integer("population", population, 0, 2**53, "2**53")))
 
 
 def block_quotas(num_classes: int, count: int, seed: int, step: int) -> NDArray[np.int64]:
@@ -224,7 +229,7 @@ def cpu_capability() -> str:
 
 def set_cpu_capability(name: str) -> bool:
     """Choose an instruction set; False if this CPU or build does not have it."""
-    return bool(_set_capability(name.encode()))
+    return "\0" not in name and bool(_set_capability(name.encode()))  # where C's strings end
 
 
 def advise_huge_pages(address: int, size: int) -> None:

@@ -258,6 +258,8 @@ def test_bad_batches_are_refused_and_nothing_has_changed():
     loss_fn = ArcFaceLoss(C, D, sample_rate=0.5)
     for arguments, error, message in (
         ((x, labels, None, x.detach()), ValueError, "ref_emb is not supported"),
+        ((x, labels > 3), TypeError, "labels must be an int32 or int64 tensor"),
+        ((x, labels + 1j), TypeError, "labels must be an int32 or int64 tensor"),
         ((x, labels, None, None, labels + 0), ValueError, "ref_labels is not supported"),
         ((x, labels[:, None]), ValueError, r"labels must have shape \[B\], got \[12, 1\]"),
         ((x, labels[1:]), ValueError, r"labels must have shape \[12\]"),
@@ -335,8 +337,11 @@ def refused(group):
         lambda: loss_fn(x, labels[1:] if dist.get_rank(group) else labels),
         lambda: DistributedLossWrapper(loss_fn),
         lambda: ArcFaceLoss(C, D, process_group=group, weight_init_func=nn.init.zeros_),
+        lambda: loss_fn(x, labels[:, None] if dist.get_rank(group) else labels),
+        lambda: loss_fn(x, labels, None, x + 0 if dist.get_rank(group) else None),
+        lambda: loss_fn(x, labels, (torch.tensor([B]),) * 3 if dist.get_rank(group) else None),
     ):
-        with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+        with pytest.raises((TypeError, ValueError, IndexError, RuntimeError)) as caught:
             wrong()
         found.append(str(caught.value))
     return found
@@ -349,6 +354,9 @@ def test_what_ranks_are_refused(ranks):
     for of_rank in (first, second):
         assert "must not be in a DistributedLossWrapper" in of_rank[1]
         assert "weight_init_func must be None with process_group" in of_rank[2]
+        assert "labels must have shape [B], got [12, 1]" in of_rank[3]
+        assert "ref_emb is not supported" in of_rank[4]
+        assert "index 12 is out of bounds" in of_rank[5]
 
 
 def test_their_wrapper_takes_a_loss_of_one_process():

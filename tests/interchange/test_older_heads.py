@@ -55,6 +55,17 @@ def test_heads_with_their_own_momentum(tmp_path):
     assert torch.equal(row_sgd.state[loss.weight]["momentum_buffer"], of_rows["momentum_buffer"])
 
 
+def test_momenta_of_several_dtypes(tmp_path):
+    for rank in range(2):
+        head = head_of_2022(rank)
+        if rank == 0:
+            head = {k: v.half() if "mom" in k else v for k, v in head.items()}
+        torch.save(head, tmp_path / f"softmax_fc_gpu_{rank}.pt")
+    message = "the dtype of momentum_buffer is torch.float16 and torch.float32"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+        interchange.read(sorted(tmp_path.glob("*.pt")))
+
+
 def test_heads_with_moments_and_the_optimizer_that_counts_their_steps(tmp_path):
     for rank, content in enumerate(write(tmp_path / "2", 2)):
         content["state_dict_softmax_fc"] = head_of_2022(rank, "adamw")

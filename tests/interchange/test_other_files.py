@@ -136,7 +136,7 @@ def test_what_has_no_prototypes(tmp_path):
         ([{"W": torch.ones(D, C)}] * 2, {}, "one file of a loss of .* is expected, but there are"),
         ([{"a": torch.ones(1)}] * 2, {}, "one encoder is expected, but there are several: .*0.pt"),
         ([{"W": torch.ones(D, C), "b": torch.ones(1)}], {}, "0.pt: b is not known; it holds W, b"),
-        ([{"W": torch.ones(C)}], {}, r"0.pt: W must be a matrix of floats, got float32 \[7\]"),
+        ([{"W": torch.ones(C)}], {}, r"0.pt: W must be a dense matrix of floats, got \S+ \[7\]"),
         ([{"W": torch.ones(D, C)}, {"weight": torch.ones(C, D)}], {}, "files of one kind are exp"),
         ([{"W": torch.ones(D, C)}], {"num_centers": 2}, "must divide the 7 columns of W in"),
         ([{"W": torch.ones(D, C)}], {"num_classes": 4}, "is 4, but the files are of 7: W is "),
@@ -155,6 +155,12 @@ def test_what_is_refused(tmp_path, contents, options, message):
         torch.save(content, path)
     with pytest.raises((CheckpointError, ValueError), match=message):
         interchange.read(paths, **options)
+
+
+def test_one_path_is_no_list(tmp_path):
+    for path in (tmp_path / "model.pt", str(tmp_path / "model.pt")):
+        with pytest.raises(TypeError, match="files must be a list of paths, got"):
+            interchange.read(path)
 
 
 def test_files_that_are_not_there(tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +40,11 @@ def in_halves(state):
     last = max(state["state"])
     own = {k: v.half() if v.dim() else v for k, v in state["state"][last].items()}
     return {**state, "state": {**state["state"], last: own}}
+
+
+def with_tensor(state):
+    groups = [{**group, "extra": torch.tensor(1.0)} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def moved(backbone):
@@ -113,15 +122,60 @@ FAULTS = {
         lambda f: change(f, 0, state_optimizer={"state": {}}),
         r"0.pt: state_optimizer holds state, must hold state and param_groups",
     ),
+    "state of no parameter": (
+        lambda f: change(
+            f, 0,
+            state_optimizer=lambda s: {**s, "state": {str(k): v for k, v in s["state"].items()}},
+        ),
+        r"0.pt: the optimizer has a dict as the state of '0', must have a dict, for parameters of",
+    ),
+    "a parameter twice": (
+        lambda f: change(
+            f, 0, state_optimizer=lambda s: {**s, "param_groups": [{"params": [0, 1, 1]}]}
+        ),
+        r"the optimizer's groups have the parameters \[0, 1, 1\], must have a number for each",
+    ),
+    "steps that are no number": (
+        lambda f: change(f, 0, state_optimizer=lambda s: {**s, "state": {0: {"step": "x"}}}),
+        r"0.pt: step of the optimizer must be a number, got 'x'",
+    ),
+    "an option that one rank has": (
+        lambda f: change(f, 0, state_optimizer=with_tensor),
+        r"not of one run: extra of the optimizer's group 0 is 1.0 and None",
+    ),
+    "a step that no counter holds": (
+        lambda f: change(f, 0, global_step=2**63),
+        r"0.pt: global_step must be in \[0, 2\^63\), got 9223372036854775808",
+    ),
+    "a backbone without names": (
+        lambda f: change(f, 0, state_dict_backbone={0: torch.ones(2)}),
+        r"0.pt: state_dict_backbone holds a Tensor under 0, must hold tensors by name",
+    ),
+    "a number where there was none": (
+        lambda f: change(
+            f, 0, state_dict_backbone=lambda b: {**b, "0.bias": b["0.bias"] * torch.nan}
+        ),
+        r"0.pt and \S+1.pt are not of one run: 0.bias of the backbone differs",
+    ),
+    "a sparse head": (
+        lambda f: change(f, 0, state_dict_softmax_fc={"weight": torch.eye(6).to_sparse()}),
+        r"0.pt: weight must be a dense matrix of floats, got float32 \[6, 6\] on cpu, sparse_coo",
+    ),
+    "one rank's file under another's name": (
+        lambda f: shutil.copy(f / "checkpoint_gpu_2.pt", f / "checkpoint_gpu_1.pt"),
+        r"1.pt and \S+2.pt have the same prototypes: is one a copy of the other?",
+    ),
     "three groups": (
         lambda f: [
             change(
                 f, rank,
-                state_optimizer=lambda s: {**s, "param_groups": [*s["param_groups"] * 2][:3]},
+                state_optimizer=lambda s: {
+                    **s, "param_groups": [*s["param_groups"], {"params": [10]}]
+                },
             )
             for rank in range(4)
         ],
-        "has groups of 9, 1, 9 parameters, and nothing says which",
+        "has groups of 9, 1, 1 parameters, and nothing says which",
     ),
     "a damaged file": (
         lambda f: (f / "checkpoint_gpu_1.pt").write_bytes(
@@ -160,6 +214,18 @@ def test_other_ranks_files_beside_those_given(tmp_path):
         interchange.read(files(tmp_path / "4")[:3])
 
 
+def test_what_is_no_number_is_the_same_on_every_rank(tmp_path):
+    write(tmp_path / "2", 2)
+    for rank in range(2):
+        change(
+            tmp_path / "2", rank,
+            state_dict_backbone=lambda b: {**b, "0.bias": b["0.bias"] * torch.nan},
+            state_lr_scheduler={"last": torch.nan},
+        )  # fmt: skip
+    found = interchange.read(files(tmp_path / "2"))
+    assert found.tensors["modules.encoder.0.bias"].isnan().all()
+
+
 def test_another_number_of_classes(tmp_path):
     write(tmp_path / "4", 4)
     with pytest.raises(
@@ -176,6 +242,7 @@ def test_another_number_of_classes(tmp_path):
         (2, {"modules": ["loss"]}, r"must have the modules 'encoder' and 'loss', .*; has loss"),
         (2, {"optimizers": {}}, r"must have the optimizer 'main', has none"),
         (2, {"order": -1}, r"last parameter must be the prototypes, .* is modules.encoder.4.bias"),
+        (2, {"split": 4}, r"optimizer has groups of 4, 5, 1 parameters, the trainer has one of t"),
         (2, {"make": RowAdamW, "sparse_grad": True}, r"state of modules.loss.weight is by rows"),
         (2, {"num_centers": 2}, r"has 2 centers of each class, PartialFC has one"),
     ],
@@ -184,9 +251,12 @@ def test_what_partial_fc_cannot_have(tmp_path, ranks, spoil, message):
     spoil = dict(spoil)
     names, order = spoil.pop("modules", ["encoder", "loss"]), spoil.pop("order", 1)
     optimizers, make = spoil.pop("optimizers", None), spoil.pop("make", torch.optim.AdamW)
+    split = spoil.pop("split", None)
     encoder, loss = published.backbone(), PartialFC_V2(ArcFace(MARGIN), D, C, **spoil)
     modules = {"encoder": encoder, "loss": loss}
-    optimizer = make(published.groups(encoder, loss)[::order])
+    params = list(encoder.parameters())
+    groups = [params] if split is None else [params[:split], params[split:]]
+    optimizer = make([{"params": part} for part in [*groups, loss.parameters()][::order]])
     loss(encoder(published.batch(0)[0]), published.batch(0)[1]).backward()
     optimizer.step()
     if optimizers is None and "encoder" in names:
@@ -199,12 +269,63 @@ def test_what_partial_fc_cannot_have(tmp_path, ranks, spoil, message):
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
-def test_a_disk_that_is_full(tmp_path):
+class Full(io.FileIO):
+    """A file on a disk that is full."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["merge", "c", "out"],
+        ["to-partial-fc", "c", "out", "--ranks", "2"],
+        ["prototypes", "c", "out.npy"],
+    ],
+)
+def test_a_full_disk_for_what_goes_to_other_programs(tmp_path, monkeypatch, command):
+    write(tmp_path / "2", 2)
+    interchange.read(files(tmp_path / "2")).write(tmp_path / "c")
+    real = open
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, mode="r", *a, **k: (
+            Full(path, mode) if "w" in mode else real(path, mode, *a, **k)
+        ),
+    )
+    if command[0] == "prototypes":
+        monkeypatch.undo()
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["checkpoint", *command])
+    assert (result.exit_code, result.output[-42:]) == (
+        1, "cannot be written: No space left on device\n"[-42:],
+    )  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "c"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "message"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            CheckpointError,
+            r"c.tmp: cannot be written: No space left on device",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_disk_that_is_full_and_an_interrupt(tmp_path, error, raised, message):
     def rows(start, stop):
-        raise OSError(28, "No space left on device")
+        raise error
 
     weight = {"modules.loss.weight": Pieces((C, D), torch.float32, rows)}
     found = interchange.Found({}, [], weight, {}, {}, {})
-    with pytest.raises(CheckpointError, match=r"c.tmp: cannot be written: No space left on device"):
+    with pytest.raises(raised, match=message):
         found.write(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mpmath
 import numpy as np
 import pytest
@@ -184,6 +186,12 @@ def test_bijection_rejects(index, size):
         _engine.bijection(np.array([index]), size, 0)
 
 
+@pytest.mark.parametrize("index", [[1.5], ["3"], [True]])
+def test_bijection_takes_integers_alone(index):
+    with pytest.raises(TypeError, match="index must be integers"):
+        _engine.bijection(index, 5, 0)
+
+
 @given(key=KEYS)
 def test_block_order_is_a_permutation(key):
     np.testing.assert_array_equal(np.sort(_engine.block_order(key)), np.arange(256))
@@ -260,6 +268,18 @@ def test_mean_quota_is_the_fair_share():
 def test_sample_size_rounds_half_up(rate, population, size):
     assert _engine.sample_size(rate, population) == size
     assert _engine.sample_size(1.0, population) == population
+
+
+@pytest.mark.parametrize("rate", [math.nan, -0.1, 1.1, math.inf])
+def test_sample_size_rejects(rate):
+    with pytest.raises(ValueError, match=r"rate must be in \[0, 1\]"):
+        _engine.sample_size(rate, 100)
+
+
+def test_a_name_that_c_would_cut_off():
+    before = _engine.cpu_capability()
+    assert not _engine.set_cpu_capability("portable\0")
+    assert _engine.cpu_capability() == before
 
 
 # --- selection with slots -----------------------------------------------------

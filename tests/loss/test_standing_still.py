@@ -81,6 +81,12 @@ def test_a_learning_rate_of_zero(make, sparse_grad):
     train(loss, 60, make(loss.parameters(), lr=0.0))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_learning_rate_of_zero_where_torch_counts_no_change():
+    loss = PartialMarginSoftmax(D, C)
+    train(loss, 60, torch.optim.AdamW(loss.parameters(), lr=0.0, fused=True))
+
+
 def test_the_warning_is_there_after_a_state_dict_was_loaded():
     loss = PartialMarginSoftmax(D, C)
     train(loss, 30)

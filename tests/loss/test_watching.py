@@ -57,6 +57,20 @@ def test_eval_mode_where_it_changes_nothing():
     assert steps(loss, 10, torch.optim.SGD(encoder.parameters(), lr=0.1)) == []
 
 
+def test_evaluations_between_the_gradient_and_the_step():
+    loss, frozen = (PartialMarginSoftmax(D, C, sample_rate=0.5) for _ in range(2))
+    optimizer = torch.optim.SGD([*loss.parameters(), *frozen.eval().parameters()], lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss.train()(torch.ones(B, D), torch.arange(B)).backward()
+            with torch.no_grad():
+                frozen(torch.ones(B, D), torch.arange(B))
+                loss.eval()(torch.ones(B, D), torch.arange(B))
+            optimizer.step()
+
+
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, RowAdamW])
 def test_prototypes_in_float16(make):
     loss = PartialMarginSoftmax(D, C, dtype=torch.float16)
@@ -143,6 +157,20 @@ def test_a_step_that_one_rank_leaves_out(ranks, fused):
 
 def test_a_step_that_all_ranks_leave_out(ranks):
     assert len(set(ranks.run(2, scaled, "ShardedGradScaler", True, False))) == 1
+
+
+def without_empty_prototypes(group):
+    loss, encoder = PartialMarginSoftmax(D, 1, process_group=group), nn.Linear(D, D)
+    params = [param for param in loss.parameters() if param.numel()]
+    optimizer = torch.optim.SGD([*encoder.parameters(), *params], lr=0.1)
+    for _ in range(2):
+        loss(encoder(torch.ones(B, D)), torch.zeros(B, dtype=torch.int64)).backward()
+        optimizer.step()
+    return len(loss.weight)
+
+
+def test_a_rank_without_classes_may_leave_them_out(ranks):
+    assert ranks.run(2, without_empty_prototypes) == [1, 0]
 
 
 def of_the_function(group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from support.images import exactly
 from unicom_ext.cluster import cluster
 from unicom_ext.encoders.extract import extract
 from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.utils import files as files_room
 from unicom_ext.utils.files import only_writer
 
 
@@ -59,6 +61,14 @@ def test_the_second_writer_is_refused(write, tmp_path):
     assert files(output)
     with only_writer(output):  # nobody holds it any more
         pass
+
+
+def test_the_lock_goes_before_a_fork_has_closed_its_handle(tmp_path):
+    with only_writer(tmp_path):
+        (handle,) = files_room._locks
+        copy = os.dup(handle)  # as a child has it that has not begun to run
+    with only_writer(tmp_path):
+        os.close(copy)
 
 
 def sleep_until_it_has_begun(begun):

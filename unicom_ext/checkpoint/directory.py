@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from unicom_ext.checkpoint.names import SavedNames, plain_name
-from unicom_ext.utils.files import CheckpointError, natural_key, write_atomically
+from unicom_ext.utils.files import CheckpointError, natural_key, write_file
 
 FORMAT = "unicom_ext checkpoint"
 VERSION = 1  # raise it when the content changes
@@ -92,8 +92,7 @@ def merge(directory: str | os.PathLike[str], file: str | os.PathLike[str]) -> No
         CheckpointError: the checkpoint is not there, or not whole.
         OSError: writing failed.
     """
-    merged = _tensors(Path(directory))
-    write_atomically(file, lambda handle: torch.save(merged, handle))
+    save_file(Path(file), _tensors(Path(directory)))
 
 
 def read_module(directory: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
@@ -186,13 +185,39 @@ def write_tensors(state: Mapping[str, Any], **where: Any) -> None:
         try:
             dcp.save(dict(state), **where)
         except CheckpointException as error:  # which is no Exception
-            path, (reason, _) = where["checkpoint_id"], next(iter(error.failures.values()))
-            cause: BaseException | None = reason
-            # Where a disk is full torch's writer fails a second time, and says that alone.
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            text = getattr(cause, "strerror", None) or str(cause or reason)
+            path, reason = where["checkpoint_id"], _reason_of(error)
+            cause = _system_error(reason)
+            text = (cause and cause.strerror) or str(cause or reason)
             raise CheckpointError(f"{path}: cannot be written: {text}") from error
+
+
+def _reason_of(error: CheckpointException) -> BaseException:
+    """Why a rank has failed. Raises KeyboardInterrupt and the like, which are no failures."""
+    reason = next(iter(error.failures.values()))[0]
+    if not isinstance(reason, Exception):
+        raise reason from None
+    return reason
+
+
+def save_file(path: Path, content: object) -> None:
+    """One file of `torch.save`, whole or not at all. Raises OSError: it cannot be written."""
+
+    def write(handle: IO[bytes]) -> None:
+        try:
+            torch.save(content, handle)
+        except RuntimeError as error:
+            raise _system_error(error) or error from None
+
+    write_file(path, write)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """What is behind an error of torch's writer: where a disk is full it fails a second time, and
+    says that alone."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
 
 
 def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
@@ -202,7 +227,7 @@ def read_tensors(state: dict[str, Tensor], **where: Any) -> None:
         try:
             dcp.load(state, storage_reader=_Reader(directory), **where)
         except CheckpointException as error:  # which is no Exception
-            reason = _reason(next(iter(error.failures.values()))[0])
+            reason = _reason(_reason_of(error))
             raise CheckpointError(f"{directory}: cannot be read: {reason}") from None
 
 

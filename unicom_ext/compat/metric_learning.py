@@ -47,6 +47,10 @@ except ModuleNotFoundError as error:
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "PartialMarginLoss"]
 
+_LABELS = (  # those that fit into int64
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32),
+)
 _OF_ALL_CLASSES = ("weight_regularizer", "weight_init_func")
 _OF_THE_LIBRARY = (
     *("reducer", "distance", "collect_stats"),
@@ -175,29 +179,33 @@ class PartialMarginLoss(WeightRegularizerMixin, BaseMetricLossFunction):
         ref_labels: Tensor | None,
     ) -> dict[str, dict[str, Any]]:
         """The losses of the samples, as reducers take them."""
-        for name, given, own in (
-            ("ref_emb", ref_emb, embeddings),
-            ("ref_labels", ref_labels, labels),
-        ):
-            if given is not None and given is not own:
-                raise ValueError(
-                    f"{name} is not supported: this loss compares with the prototypes of classes"
-                )
+        weights = None
         if isinstance(labels, Tensor) and isinstance(embeddings, Tensor):
-            if labels.dim() > 1:
-                raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
-            if not labels.is_floating_point() and labels.dtype != torch.uint64:
-                labels = labels.to(embeddings.device, torch.int64)
-        losses = self.head(embeddings, labels)
+            try:
+                _check_batch(embeddings, labels, ref_emb, ref_labels)
+                if labels.dtype in _LABELS:
+                    labels = labels.to(embeddings.device, torch.int64)
+                    weights = convert_to_weights(indices_tuple, labels, torch.float64)
+            except Exception as error:
+                if self.head.shard is None:
+                    raise
+                self.head.refused = error
+                labels = labels.new_full(
+                    embeddings.shape[:1], self.head.ignore_index, dtype=torch.int64
+                )
+        try:
+            losses = self.head(embeddings, labels)
+        finally:
+            self.head.refused = None
         self._note_angle()
         shard = self.head.shard
         if shard is not None and losses.requires_grad:
             losses.register_hook(lambda grad: grad / shard.world_size)  # a mean over the ranks
         counted = (labels != self.head.ignore_index).nonzero().flatten()
         if len(counted):
-            weights = convert_to_weights(indices_tuple, labels, losses.dtype)
+            assert weights is not None  # the head takes no other labels
             loss = {
-                "losses": (losses * weights)[counted],
+                "losses": (losses * weights.to(losses.dtype))[counted],
                 "indices": counted,
                 "reduction_type": "element",
             }
@@ -272,12 +280,34 @@ class CosFaceLoss(PartialMarginLoss):
 
 
 class _Head(PartialMarginSoftmax):
-    """Prototypes that begin as long as those of the library."""
+    """Prototypes that begin as long as those of the library.
+
+    refused: what is wrong with a call besides; it raises that, on every rank.
+    """
+
+    refused: Exception | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
         self.weight.div_(STANDARD_DEVIATION)
+
+    def _step_tensor(self, step: int | Tensor | None) -> Tensor:
+        if self.refused is not None:
+            raise self.refused
+        return super()._step_tensor(step)
+
+
+def _check_batch(
+    embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
+) -> None:
+    for name, given, own in (("ref_emb", ref_emb, embeddings), ("ref_labels", ref_labels, labels)):
+        if given is not None and given is not own:
+            raise ValueError(
+                f"{name} is not supported: this loss compares with the prototypes of classes"
+            )
+    if labels.dim() > 1:
+        raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
 
 
 def _refuse(wrapper: nn.Module, name: str, module: nn.Module) -> None:

@@ -127,11 +127,13 @@ def _trainer(path: Path, content: dict[str, Any]) -> File:
             )
     backbone, head = content.pop(BACKBONE), content.pop(SOFTMAX)
     for name, value in backbone.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor):
             raise CheckpointError(
                 f"{path}: {BACKBONE} holds a {type(value).__name__} under {name!r}, must hold "
-                "tensors"
+                "tensors by name"
             )
+    if not 0 <= (step := content.get("global_step", 0)) < 1 << 63:
+        raise CheckpointError(f"{path}: global_step must be in [0, 2^63), got {step}")
     rows = _rows(path, weights.without_wrappers(head))
     encoder = _without_parallel(backbone)
     return File(path, TRAINER, rank_of(path), rows=rows, trainer=content, encoder=encoder)
@@ -183,13 +185,21 @@ def _rows(path: Path, head: dict[str, Any]) -> dict[str, Rows]:
 
 
 def _matrix(path: Path, name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point():
+    if (
+        not isinstance(value, Tensor)
+        or value.dim() != 2
+        or not value.is_floating_point()
+        or value.layout != torch.strided
+        or value.is_meta
+    ):
         got = (
             f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
             if isinstance(value, Tensor)
             else f"a {type(value).__name__}"
         )
-        raise CheckpointError(f"{path}: {name} must be a matrix of floats, got {got}")
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            got += f" on {value.device}, {str(value.layout).removeprefix('torch.')}"
+        raise CheckpointError(f"{path}: {name} must be a dense matrix of floats, got {got}")
     return value.detach()
 
 

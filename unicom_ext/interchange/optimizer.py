@@ -7,6 +7,7 @@ prototypes, of which each rank has its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,8 +117,19 @@ def _of_trainer(file: File, encoder: nn.Module | None) -> State:
                     "the order of the parameters? unicom_ext.interchange.read takes the encoder, "
                     "which knows it"
                 )
-            result.add(of_encoder(name), key, value)
+            result.add(of_encoder(name), key, _step(file, value) if key == "step" else value)
     return result
+
+
+def _step(file: File, value: Any) -> Any:
+    """How many steps a parameter has had, as it is there."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):  # of several
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise CheckpointError(f"{file.path}: step of the optimizer must be a number, got {value!r}")
+    return value
 
 
 def _groups(file: File) -> list[dict[str, Any]]:
@@ -231,7 +243,7 @@ def _sampled(key: str, head: Head, states: list[dict[str, Any]]) -> bool:
 def _shared(key: str, values: list[Any], head: Head, result: State) -> Any:
     """Of all prototypes of a rank, what all ranks have."""
     if key == "step":
-        steps = [int(value) for value in values]
+        steps = [int(_step(file, v)) for file, v in zip(head.files, values, strict=True)]
         if min(steps) < max(steps):
             result.notes.append(
                 f"the ranks' optimizers have made {min(steps)} to {max(steps)} steps; the largest "

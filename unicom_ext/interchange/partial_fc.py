@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicom_ext.checkpoint.directory import read, read_tensors
+from unicom_ext.checkpoint.directory import read, read_tensors, save_file
 from unicom_ext.checkpoint.names import joined, plain_name
 from unicom_ext.checkpoint.parts import as_option
 from unicom_ext.checkpoint.pieces import read_rows
@@ -35,7 +35,9 @@ def to_partial_fc(
 
     Args:
         directory: a checkpoint with the modules "encoder" and "loss", and the optimizer "main" of
-            their parameters, the prototypes last: what `read` makes, and `unicom-ext train`.
+            their parameters, the prototypes last: what `read` makes, and `unicom-ext train`. The
+            others must be in the order of ``encoder.parameters()``, as the trainer has them, which
+            no checkpoint says.
         output: a directory, which must not exist; it appears when it is whole.
         ranks: as many files, of which the first C % ranks have C // ranks + 1 classes, the others
             one fewer.
@@ -46,7 +48,8 @@ def to_partial_fc(
     Returns what the trainer reads and the checkpoint does not have.
 
     Raises CheckpointError: the checkpoint does not have these parts, or state that the trainer's
-    optimizers do not have; ValueError: ranks. Nothing is left in output then.
+    optimizers do not have; ValueError: ranks; OSError: it cannot be written. Nothing is left in
+    output then.
     """
     directory, output = Path(directory), Path(output)
     checks.integer("ranks", ranks, 1)
@@ -72,7 +75,7 @@ def to_partial_fc(
         start = 0
         for rank, count in enumerate(class_counts(source.num_classes, ranks)):
             path = temporary / f"checkpoint_gpu_{rank}.pt"
-            torch.save(_of_rank(source, shared, state, start, start + count), path)
+            save_file(path, _of_rank(source, shared, state, start, start + count))
             start += count
         os.rename(temporary, output)
     except BaseException:
@@ -163,6 +166,13 @@ class _Source:
                 f"{self.directory}: the optimizer's last parameter must be the prototypes, as in "
                 f"the trainer, but is {params[-1] if params else 'none'}; without its state it can "
                 "be written"
+            )
+        sizes = [len(group["params"]) for group in saved["groups"]]
+        if len(sizes) > 2 or sizes[-1] not in (1, len(params)):
+            raise CheckpointError(
+                f"{self.directory}: the optimizer has groups of {', '.join(map(str, sizes))} "
+                "parameters, the trainer has one of the encoder's and one of the prototypes; "
+                "without its state it can be written"
             )
         groups, first = [], 0
         for group in saved["groups"]:

@@ -58,8 +58,10 @@ def save_prototypes(
 
     def write(handle: IO[bytes]) -> None:
         handle.write(header)
-        handle.truncate(len(header) + math.prod(entry.size) * entry.properties.dtype.itemsize)
         handle.flush()
+        # Not a file with holes: where a disk is full, filling these would end the process.
+        size = math.prod(entry.size) * entry.properties.dtype.itemsize
+        os.posix_fallocate(handle.fileno(), len(header), size)
         content = np.memmap(handle.name, np.uint8, "r+", offset=len(header))
         array = torch.from_numpy(content).view(entry.properties.dtype).view(entry.size)
         read_tensors({name: array}, checkpoint_id=directory, no_dist=True)

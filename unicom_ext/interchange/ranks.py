@@ -60,7 +60,26 @@ def in_order(files: Sequence[File]) -> Head:
             f"C // n to each of n ranks and one more to the first C % n: of {sum(counts)} classes "
             f"{class_counts(sum(counts), len(counts))}. Are files of several runs among them?"
         )
+    _check_no_copies(ranks)
     return Head(ranks, counts)
+
+
+def _check_no_copies(files: Sequence[File]) -> None:
+    """Raises CheckpointError where two ranks have the same prototypes."""
+    by_first: dict[bytes, File] = {}
+    for file in files:
+        weight = file.rows["weight"].whole
+        if len(weight) == 0:
+            continue
+        twin = by_first.setdefault(bytes(_bytes(weight[0]).tolist()), file)
+        if twin is not file and torch.equal(_bytes(twin.rows["weight"].whole), _bytes(weight)):
+            raise CheckpointError(
+                f"{twin.path} and {file.path} have the same prototypes: is one a copy of the other?"
+            )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 def _by_rank(files: Sequence[File]) -> dict[int, File]:
@@ -115,7 +134,7 @@ def _check_same(first: File, other: File) -> None:
             )
     for name, value in first.encoder.items():
         if value.is_floating_point() and not name.endswith(STATISTICS) and value.numel():
-            ours, theirs = value.detach().float(), other.encoder[name].detach().float()
+            ours, theirs = (v.detach().float().nan_to_num() for v in (value, other.encoder[name]))
             if not (ours - theirs).abs().max() <= _SAME * ours.abs().max():
                 raise CheckpointError(
                     f"{first.path} and {other.path} are not of one run: {name} of the backbone "
@@ -129,7 +148,7 @@ def _facts(file: File) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "what they hold": ", ".join([*sorted(file.rows), *sorted(file.trainer)]),
         "the embedding size": weight.shape[1],
-        "the dtype": weight.dtype,
+        **{f"the dtype of {name}": rows.whole.dtype for name, rows in file.rows.items()},
     }
     for key, value in file.trainer.items():
         if key == SCHEDULER:
@@ -151,16 +170,28 @@ def optimizer_groups(file: File) -> list[dict[str, Any]]:
 
     Raises CheckpointError: the state is not that of an optimizer of torch.
     """
-    state = file.trainer[OPTIMIZER]
-    groups = state.get("param_groups")
-    is_state = isinstance(state.get("state"), dict) and isinstance(groups, list) and groups
+    optimizer = file.trainer[OPTIMIZER]
+    groups, state = optimizer.get("param_groups"), optimizer.get("state")
+    is_state = isinstance(state, dict) and isinstance(groups, list) and groups
     if not is_state or not all(
         isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups
     ):
         raise CheckpointError(
-            f"{file.path}: {OPTIMIZER} holds {', '.join(map(str, state)) or 'nothing'}, must hold "
-            "state and param_groups as the state dict of an optimizer of torch does"
+            f"{file.path}: {OPTIMIZER} holds {', '.join(map(str, optimizer)) or 'nothing'}, must "
+            "hold state and param_groups as the state dict of an optimizer of torch does"
         )
+    numbers = [number for group in groups for number in group["params"]]
+    if not all(isinstance(n, int) for n in numbers) or len(set(numbers)) < len(numbers):
+        raise CheckpointError(
+            f"{file.path}: the optimizer's groups have the parameters {numbers}, must have a "
+            "number for each"
+        )
+    for number, of_param in state.items():
+        if number not in numbers or not isinstance(of_param, dict):
+            raise CheckpointError(
+                f"{file.path}: the optimizer has a {type(of_param).__name__} as the state of "
+                f"{number!r}, must have a dict, for parameters of its groups alone"
+            )
     return groups
 
 
@@ -176,6 +207,8 @@ def _listed(paths: Sequence[Path]) -> str:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two values of a state are the same."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return bool(torch.equal(torch.as_tensor(a), torch.as_tensor(b)))
-    return bool(a == b)
+        return False
+    return bool(a == b) or bool(a != a and b != b)  # NaN

@@ -52,11 +52,14 @@ def read(
 
     Raises:
         CheckpointError: the files cannot be read, are unknown, incomplete, or not of one run.
-        ValueError: num_classes or num_centers is not that of the files.
+        TypeError, ValueError: an argument is wrong, or num_classes or num_centers is not that of
+            the files.
     """
     if num_classes is not None:
         checks.integer("num_classes", num_classes, 1)
     checks.integer("num_centers", num_centers, 1)
+    if isinstance(files, str | os.PathLike):
+        raise TypeError(f"files must be a list of paths, got {files!r}")
     if not files:
         raise ValueError("files must name one file or more, got none")
     found = [read_file(Path(path)) for path in files]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from unicom_ext.distributed.failures import failures_of
+from unicom_ext.distributed.shard import ClassShard, class_range
 
 _IN_EVAL = 5  # steps; fewer may belong to gradients of before
 _EXPECTED = 1000  # labels of a rank's own classes, if all classes were equally frequent
@@ -30,6 +31,7 @@ class _Watched:
 
     loss: ReferenceType[nn.Module]
     steps_in_eval: int = 0
+    version: int | None = None  # of the loss's counter of training calls, at the last step
     labels: int = 0  # of all ranks, ignored ones included
     counts: Tensor | None = None  # int64 [2], of labels of this rank's classes and of others
     told: set[str] = field(default_factory=set)
@@ -55,10 +57,13 @@ def _look(optimizer: Optimizer, *_: Any) -> None:
             param = next(loss.parameters(), None)
         if param is None:
             continue
-        if loss.training:
+        holds = _holds(optimizer, param)
+        if not holds and loss.training:
             loss._standing_still.look(param)
-        if _holds(optimizer, param):
-            if loss.shard is not None:
+        if holds:
+            # Fused optimizers change nothing at a learning rate of 0, not even torch's count.
+            loss._standing_still.steps = 0
+            if loss.shard is not None and _all_have_classes(loss.shard):
                 with suppress(ValueError):  # the group was destroyed
                     failures_of(loss.shard.group).optimizer_steps += _steps_of(optimizer)
             for mistake, message in _mistakes(watched, loss, param):
@@ -76,9 +81,18 @@ def _holds(optimizer: Optimizer, param: Tensor) -> bool:
     return any(other is param for group in groups for other in reversed(group["params"]))
 
 
+def _all_have_classes(shard: ClassShard) -> bool:
+    """Or else the last rank has none, and may have left its empty prototypes in no optimizer."""
+    start, stop = class_range(shard.num_classes, shard.world_size, shard.world_size - 1)
+    return start < stop
+
+
 def _mistakes(watched: _Watched, loss: Any, param: Tensor) -> Iterator[tuple[str, str]]:
     """Of a loss of which an optimizer has just updated the prototypes."""
-    watched.steps_in_eval = 0 if loss.training else watched.steps_in_eval + 1
+    before, watched.version = watched.version, loss.step._version
+    # An evaluation may stand between the gradient and the step; or there is no gradient.
+    trains = loss.training or param.grad is None or before not in (None, watched.version)
+    watched.steps_in_eval = 0 if trains else watched.steps_in_eval + 1
     if watched.steps_in_eval >= _IN_EVAL and loss.draws:
         yield (
             "eval",

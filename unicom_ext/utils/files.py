@@ -82,6 +82,9 @@ def only_writer(directory: Path) -> Iterator[None]:
     finally:
         with suppress(KeyError):  # in a child that was forked meanwhile
             _locks.remove(handle)
+            with suppress(OSError):  # of file systems that know no locks
+                # Closing is not enough where a child was forked that has not closed its own yet.
+                fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
 
 
