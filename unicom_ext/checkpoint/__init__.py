@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.optim import Optimizer
 
 from unicom_ext.checkpoint.classes import RowPlanner, described
@@ -96,9 +97,10 @@ def save(
         failure = error
     # Ranks that would name other tensors must not write them.
     agree({"the tensors to save": sorted(state)}, failure, parts.group)
-    write_tensors(
-        state, checkpoint_id=temporary, process_group=parts.group, no_dist=parts.group is None
-    )
+    # What all ranks have is the first one's, whose running statistics DDP hands to the others.
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    where = {"process_group": parts.group, "no_dist": parts.group is None}
+    write_tensors(state, checkpoint_id=temporary, planner=planner, **where)
     failure = None
     if parts.is_first:
         try:
