@@ -15,7 +15,7 @@ class Characters(Dataset[tuple[Tensor, int]]):
     """Images float [1, 32, 32] in [0, 1], and labels. Your own data takes its place.
 
     Args:
-        num_classes: how many characters; 0 for all 1,312 of them.
+        num_classes: how many of the 1,312 characters; 0 for all.
     """
 
     def __init__(self, num_classes: int = 0) -> None:
@@ -38,4 +38,7 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="directory of the checkpoints")
     parser.add_argument("--epochs", type=int, default=2, help="when to stop, default 2")
     parser.add_argument("--classes", type=int, default=0, help="characters to train on, 0 for all")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.classes and not 20 <= args.classes <= 1312:  # fewer do not fill a batch of two ranks
+        parser.error(f"--classes must be 0 or in [20, 1312], got {args.classes}")
+    return args

@@ -1,9 +1,9 @@
 """Accelerate, on one rank or several: it prepares the encoder and the optimizer, not the loss.
 
     python examples/with_accelerate.py --output runs/accelerate --epochs 2
-    torchrun --nproc-per-node 2 examples/with_accelerate.py --output runs/accelerate
+    torchrun --nproc-per-node 2 examples/with_accelerate.py --output runs/accelerate --epochs 3
 
-Started again, it goes on.
+Started again, it goes on, also with another number of processes.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main() -> None:
     accelerator.register_for_checkpointing(loss_fn)
 
     start = 0
-    if last := checkpoint.latest(args.output):  # the last directory step-N in it
+    if last := checkpoint.latest(args.output):  # the last directory step-N in it; here of N epochs
         accelerator.load_state(last)
-        start = int(loss_fn.step) // len(loader)
+        start = int(last.name.removeprefix("step-"))
 
     for epoch in range(start, args.epochs):
         loader.set_epoch(epoch)
@@ -59,7 +59,7 @@ def main() -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         accelerator.print(f"epoch {epoch}: loss {loss.item():.3f}")
-        accelerator.save_state(f"{args.output}/step-{int(loss_fn.step)}")  # every rank calls it
+        accelerator.save_state(f"{args.output}/step-{epoch + 1}")  # every rank calls it
     accelerator.end_training()
 
 

@@ -1,9 +1,9 @@
 """Lightning, on one rank or several, with the loss inside the module.
 
     python examples/with_lightning.py --output runs/lightning --epochs 2
-    torchrun --nproc-per-node 2 examples/with_lightning.py --output runs/lightning --epochs 2
+    torchrun --nproc-per-node 2 examples/with_lightning.py --output runs/lightning --epochs 3
 
-Started again, it goes on from Lightning's last checkpoint.
+Started again, it goes on from Lightning's last checkpoint, also with another number of processes.
 """
 
 from __future__ import annotations

@@ -250,3 +250,21 @@ def test_a_part_in_ddp(ranks, tmp_path):
     checkpoint.load(tmp_path / "c", modules={"m": model})
     torch.manual_seed(1)
     assert torch.equal(model["encoder"].weight, nn.Linear(3, 4).weight)
+
+
+def statistics_in_ddp(group, path):
+    torch.manual_seed(1)
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(4)))
+    wrapped = DistributedDataParallel(model, process_group=group)
+    wrapped(torch.randn(8, 3) + group.rank())
+    checkpoint.save(path, modules={"m": wrapped}, process_group=group)
+    return [layer.running_mean for layer in model]
+
+
+def test_running_statistics_are_those_of_the_first_rank(ranks, tmp_path):
+    first, second = ranks.run(2, statistics_in_ddp, tmp_path / "c")
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(4)))
+    checkpoint.load(tmp_path / "c", modules={"m": model})
+    for layer, mean, other in zip(model, first, second, strict=True):
+        assert torch.equal(layer.running_mean, mean)
+        assert not torch.equal(mean, other)

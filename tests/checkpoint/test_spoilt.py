@@ -90,6 +90,11 @@ def test_the_latest_is_a_directory(tmp_path):
     assert checkpoint.latest(tmp_path) == tmp_path / "step-2"
 
 
+def test_none_that_is_the_latest(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^there is no checkpoint to load: `latest` has fou"):
+        checkpoint.load(checkpoint.latest(tmp_path), **parts())
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs"), [(RowAdamW, torch.optim.AdamW), (RowSGD, torch.optim.SGD)]
 )

@@ -39,6 +39,9 @@ def resumed(programs, folder, name, *arguments, **options):
         for x, y, z in zip(right.before, right.after, b.after, strict=True):
             assert np.array_equal(y, z)
             assert y.size == 0 or not np.array_equal(x, y)
+    # Of the first rank: the others' are taken from it.
+    assert whole[0].statistics
+    assert all(map(np.array_equal, second[0].statistics, whole[0].statistics))
     return whole
 
 
@@ -105,6 +108,16 @@ def test_metric_learning(programs, tmp_path):
     given = {"imports": ("pytorch_metric_learning.trainers",)}
     (trained,) = resumed(programs, tmp_path, "with_metric_learning", **given)
     assert draws(trained) == trained.updates == trained.step == len(trained.losses)
+
+
+def test_accelerate_goes_on_with_another_number_of_ranks(programs, tmp_path):
+    pytest.importorskip("accelerate")
+    given = [EXAMPLES / "with_accelerate.py", "--output", tmp_path, "--classes", CLASSES]
+    (one,) = programs.run(*given, "--epochs", 1, imports=("accelerate",))
+    two = programs.run(*given, "--epochs", 2, ranks=2, imports=("accelerate",))
+    assert_shared(two)
+    assert len(two[0].losses) == len(one.losses) // 2  # one epoch, of half as many batches
+    assert two[0].step == len(one.losses) + len(two[0].losses)
 
 
 def test_timm(programs, tmp_path):

@@ -181,7 +181,7 @@ FAULTS = {
         lambda f: (f / "checkpoint_gpu_1.pt").write_bytes(
             (f / "checkpoint_gpu_1.pt").read_bytes()[:3000]
         ),
-        r"1.pt: cannot be read: ",
+        r"1.pt: cannot be read: it is cut off",
     ),
     "something else": (
         lambda f: (f / "checkpoint_gpu_1.pt").write_text("epoch 1"),

@@ -30,8 +30,8 @@ class Trained:
     """What one rank has seen.
 
     losses: what the calls of the loss returned.  features: the dimensions that they drew.  updates:
-    steps of the optimizer.  before, after: this rank's part of what it updates.  step: the loss's
-    own count of its draws, at the end.
+    steps of the optimizer.  before, after: this rank's part of what it updates.  statistics: of its
+    batch normalisation, at the end.  step: the loss's own count of its draws, at the end.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -39,6 +39,7 @@ class Trained:
     updates: int = 0
     before: list[np.ndarray] = field(default_factory=list)
     after: list[np.ndarray] = field(default_factory=list)
+    statistics: list[np.ndarray] = field(default_factory=list)
     step: int = -1
 
 
@@ -135,13 +136,15 @@ def _watch(trained: Trained) -> Callable[[], None]:
 
     from unicom_ext import PartialMarginSoftmax
 
-    loss, updated = [], []
+    loss, updated, normalising = [], [], {}
 
     def call(module, _, output) -> None:
         if isinstance(module, PartialMarginSoftmax):
             loss[:] = [module]
             trained.losses.append(output.mean().item())
             trained.features.append(module.last_selection.feature_index.tolist())
+        if getattr(module, "running_mean", None) is not None:
+            normalising[id(module)] = module
 
     def update(optimizer, *_) -> None:
         updated[:] = [p for group in optimizer.param_groups for p in group["params"]]
@@ -150,6 +153,8 @@ def _watch(trained: Trained) -> Callable[[], None]:
 
     def finish() -> None:
         trained.after = [_array(p) for p in updated]
+        statistics = [(m.running_mean, m.running_var) for m in normalising.values()]
+        trained.statistics = [_array(value) for pair in statistics for value in pair]
         trained.step = int(loss[0].step)
 
     register_module_forward_hook(call)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.optim import Optimizer
 
 from unicom_ext.checkpoint.classes import RowPlanner, described
@@ -96,9 +97,10 @@ def save(
         failure = error
     # Ranks that would name other tensors must not write them.
     agree({"the tensors to save": sorted(state)}, failure, parts.group)
-    write_tensors(
-        state, checkpoint_id=temporary, process_group=parts.group, no_dist=parts.group is None
-    )
+    # What all ranks have is the first one's, whose running statistics DDP hands to the others.
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    where = {"process_group": parts.group, "no_dist": parts.group is None}
+    write_tensors(state, checkpoint_id=temporary, planner=planner, **where)
     failure = None
     if parts.is_first:
         try:
@@ -110,7 +112,7 @@ def save(
 
 
 def load(
-    directory: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None,
     *,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, Optimizer] | None = None,
@@ -123,7 +125,7 @@ def load(
     be in the same wrappers.
 
     Args:
-        directory: what `save` wrote.
+        directory: what `save` wrote; None, as `latest` gives it where there is none, is refused.
         modules: as for `save`, with the same names; those of the checkpoint that are not named are
             left out.
         optimizers: as for `save`, with the same names, or left out.
@@ -150,18 +152,19 @@ def load(
     Every rank raises, and nothing has changed then. (Bytes that are damaged within a file are met
     when it is read, after what was read before them has changed.)
     """
-    directory = Path(directory)
     parts = Parts(modules, optimizers or {}, process_group)
     failure, plan, same = None, None, {}
     try:
-        plan = Plan(directory, parts, class_map)
+        if directory is None:
+            raise CheckpointError("there is no checkpoint to load: `latest` has found none")
+        plan = Plan(Path(directory), parts, class_map)
         same["class_map"] = described(class_map)
     except Exception as error:
         failure = error
     agree(same, failure, parts.group)
     assert plan is not None
     where = {
-        "checkpoint_id": directory,
+        "checkpoint_id": plan.directory,
         "process_group": parts.group,
         "no_dist": parts.group is None,
     }

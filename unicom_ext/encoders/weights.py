@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -188,6 +189,8 @@ def read_torch(path: Path, must_hold: str) -> Any:
         except RuntimeError:  # files of old versions of torch cannot be mapped
             return load()
     except (OSError, RuntimeError) as error:  # the latter of archives that are spoilt
+        if _is_cut_off(path):
+            raise CheckpointError(f"{path}: cannot be read: it is cut off") from None
         raise _unreadable(path, error) from None
     except Exception as error:  # whatever reading anything else as a pickle raises
         named = re.search(r"GLOBAL (\S+)", str(error))
@@ -196,6 +199,15 @@ def read_torch(path: Path, must_hold: str) -> Any:
         raise CheckpointError(
             f"{path}: holds {named[1]}, and reading that could run code; must hold {must_hold}"
         ) from None
+
+
+def _is_cut_off(path: Path) -> bool:
+    """Whether it begins as an archive, but does not end with an archive's table of contents."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(file)
+    except OSError:
+        return False
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
