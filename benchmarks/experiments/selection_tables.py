@@ -119,25 +119,36 @@ CURVES = {
 
 
 def _curves(tested: dict[str, Any]) -> plt.Figure:
-    """Recall@1 against the number of dimensions, a panel for each kind of labels."""
+    """Recall@1 against the number of dimensions, and below it the differences to full softmax, with
+    the intervals of these; a column for each kind of labels."""
     figure, panels = plt.subplots(
-        1, len(tested), figsize=(0.6 + 3.6 * len(tested), 4.6), layout="constrained", squeeze=False
-    )
-    for panel, (labels, rows) in zip(panels[0], tested.items(), strict=True):
+        2, len(tested), figsize=(2.6 + 3.4 * len(tested), 7.5), layout="constrained", squeeze=False,
+        sharex=True, sharey="row",
+    )  # fmt: skip
+    for (levels, differences), (labels, rows) in zip(panels.T, tested.items(), strict=True):
         for number, (row, name) in enumerate(CURVES.items()):
-            if row in rows:
-                dims = [int(dim) for dim in rows[row]]
-                means = [cell["mean"] for cell in rows[row].values()]
-                halves = [cell["half"] or 0 for cell in rows[row].values()]
-                # A little apart, so that intervals do not hide each other.
-                x = np.array(dims) * 2 ** (0.05 * (number - len(CURVES) / 2))
-                panel.errorbar(x, means, yerr=halves, label=name, lw=1, capsize=2)
-        panel.set(title=f"{labels} labels", xlabel="leading dimensions", xscale="log")
-        panel.set_xticks(dims, [str(dim) for dim in dims])
-        panel.minorticks_off()
+            if row not in rows:
+                continue
+            dims = np.array([int(dim) for dim in rows[row]])
+            cells = list(rows[row].values())
+            style = {"label": name, "color": f"C{number}", "lw": 1.2}
+            levels.plot(dims, [cell["mean"] for cell in cells], marker=".", **style)
+            if row == FULL.title:
+                differences.axhline(0, **style)
+                continue
+            d = [cell["difference"] for cell in cells]
+            # A little apart, so that intervals do not hide each other.
+            x = dims * 2 ** (0.08 * (number - len(CURVES) / 2))
+            halves = [value["half"] or 0 for value in d]
+            differences.errorbar(x, [v["mean"] for v in d], yerr=halves, capsize=2, **style)
+        levels.set_title(f"{labels} labels")
+        differences.set(xlabel="leading dimensions", xscale="log")
+        differences.set_xticks(dims, [str(dim) for dim in dims])
+        differences.minorticks_off()
     panels[0][0].set_ylabel("Recall@1, test classes")
+    panels[1][0].set_ylabel("difference to full softmax, 95 % interval")
     handles = panels[0][0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize="small")
+    figure.legend(*handles, loc="outside lower center", ncols=2 * len(tested), fontsize="small")
     return figure
 
 
