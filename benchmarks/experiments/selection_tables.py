@@ -47,10 +47,10 @@ def write(records: list[dict[str, Any]], stem: Path) -> list[Path]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    parts = ["# Partial selection\n", WORDS]
+    parts = [f"# Partial selection: {', '.join(found)}\n", WORDS]
     for data, of_data in found.items():
         for labels in LABELS:
-            if labels in of_data:
+            if labels in of_data and of_data[labels]["tables"][LEADING]:  # not tuned alone
                 parts += [f"## {data}, {labels} labels\n", *_section(labels, of_data[labels])]
     return "\n".join(parts)
 
