@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,10 @@ none is not shown to differ.
 
 
 def write(records: list[dict[str, Any]], stem: Path) -> list[Path]:
-    """STEM.md, STEM.json with the numbers in it, and beside them two plots of each set of
-    pictures."""
+    """STEM.md, and beside it two plots of each set of pictures."""
     found = numbers(records)
-    paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
+    paths = [stem.with_suffix(".md")]
     paths[0].write_text(markdown(found))
-    paths[1].write_text(json.dumps(found, indent=1) + "\n")
     for data, of_data in found.items():
         tested = {labels: of_data[labels]["tables"][LEADING] for labels in LABELS
                   if labels in of_data and of_data[labels]["tables"][LEADING]}  # fmt: skip

@@ -102,7 +102,7 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
     for row in ("full, r1 = 1, r2 = 1", "r1 = 0.3, r2 = 0.5", "matryoshka", "PCA of full",
                 "interclass filter", "Asked first", "r1, r2 chosen on validation"):  # fmt: skip
         assert row in text
-    numbers = json.loads((tmp_path / "results.json").read_text())["glyphs"]["text"]["tables"]
+    numbers = selection_numbers.numbers(records.read(path))["glyphs"]["text"]["tables"]
     a, b = ([r["results"]["leading"]["recall"]["16"] for r in whole[12:] if r["name"] == name]
             for name in ("matryoshka", "partial"))  # fmt: skip
     cell = numbers["Recall@1 at leading dimensions"]["matryoshka"]["16"]

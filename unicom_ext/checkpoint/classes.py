@@ -7,15 +7,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint import LoadPlan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.optim import Optimizer
+
+from unicom_ext.checkpoint.planner import TensorPlanner
 
 
 def check_class_map(class_map: Tensor, num_classes: int, saved_classes: int) -> None:
@@ -160,7 +162,7 @@ def catch_up(
         rows.up_to_date = stand_in.state[param][key]
 
 
-class RowPlanner(LoadPlanner):
+class RowPlanner(TensorPlanner):
     """Reads rows of saved tensors, whichever ranks wrote them.
 
     One piece of a file after the other is read, and of each only what is wanted is kept.
@@ -168,11 +170,6 @@ class RowPlanner(LoadPlanner):
 
     def __init__(self, rows: Mapping[str, Rows]) -> None:
         self.rows = rows
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
-    ) -> None:
-        self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
@@ -186,15 +183,6 @@ class RowPlanner(LoadPlanner):
                 found = create_read_items_for_chunk_list(key, saved, [chunk])
                 items += (item for item in found if len(self._wanted(item)[0]))
         return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
-        raise AssertionError("only tensors are asked for")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         buffer = self.rows[read_item.dest_index.fqn].buffer

@@ -13,11 +13,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, LoadPlan, LoadPlanner, SavePlan
+from torch.distributed.checkpoint import DefaultSavePlanner, LoadPlan, SavePlan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from unicom_ext.checkpoint.directory import ABOUT, FORMAT, VERSION, read_tensors, write_tensors
+from unicom_ext.checkpoint.planner import TensorPlanner
 from unicom_ext.utils.files import CheckpointError, sync_directory
 
 PIECE_BYTES = 1 << 26
@@ -151,16 +152,11 @@ def _write_items(name: str, pieces: Pieces) -> Iterator[WriteItem]:
         )
 
 
-class _RowsPlanner(LoadPlanner):
+class _RowsPlanner(TensorPlanner):
     """Reads the same rows of several tensors, whichever ranks wrote them."""
 
     def __init__(self, targets: Mapping[str, Tensor], start: int) -> None:
         self.targets, self.start = targets, start
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False
-    ) -> None:
-        self.metadata = metadata
 
     def create_local_plan(self) -> LoadPlan:
         items: list[ReadItem] = []
@@ -170,15 +166,6 @@ class _RowsPlanner(LoadPlanner):
             saved = self.metadata.state_dict_metadata[name]
             items += create_read_items_for_chunk_list(name, saved, [chunk])
         return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: IO[bytes]) -> None:
-        raise AssertionError("only tensors are asked for")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         into = self.targets[read_item.dest_index.fqn]
