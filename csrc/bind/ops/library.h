@@ -16,6 +16,7 @@ void define_operators(Library& m) {
   for (const char* schema : kUpdateSchemas) m.def(schema);
   for (const char* schema : kSelectionSchemas) m.def(schema);
   for (const char* schema : kNearestSchemas) m.def(schema);
+  for (const char* schema : kPrunedSearchSchemas) m.def(schema);
 }
 
 template <class Backend, class Library>

@@ -76,18 +76,6 @@ struct NearestOps {
   }
 
  private:
-  static FloatRows float_rows(const Tensor& tensor, const char* name) {
-    check_matrix(tensor, name);
-    check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ",
-          torch::headeronly::toString(tensor.scalar_type()));
-    check(tensor.size(1) >= 1, name, " must have at least one column");
-    check(tensor.stride(1) == 1 || tensor.size(1) == 1, name, " must have unit column stride");
-    return {.data = tensor.const_data_ptr<float>(),
-            .count = tensor.size(0),
-            .dim = tensor.size(1),
-            .stride = tensor.stride(0)};
-  }
-
   // Indices of centroids, -1 for none.
   static const int64_t* index_of_rows(const Tensor& index, const char* name, const Tensor& rows,
                                       int64_t count) {

@@ -66,4 +66,14 @@ inline constexpr const char* kNearestSchemas[] = {
     "(Tensor index, Tensor score)",
     "add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()"};
 
+inline constexpr const char* kPrunedSearchSchemas[] = {  // on CPUs only
+    "largest_byte(Tensor like) -> int",
+    "project_rows(Tensor rows, Tensor mean, Tensor? axes, float step, float rest_step, "
+    "int largest) -> Tensor",
+    "order_centroids(Tensor centroids, Tensor order, Tensor? moved, Tensor mean, Tensor? axes, "
+    "float step, float rest_step, int largest) -> Tensor",
+    "pruned_search(Tensor rows, Tensor projected, Tensor guess, Tensor? bound, Tensor centroids, "
+    "Tensor packed, Tensor mean, Tensor? axes, float step, float rest_step, int largest, "
+    "float margin) -> (Tensor index, Tensor score, Tensor bound, Tensor work)"};
+
 }  // namespace unicom

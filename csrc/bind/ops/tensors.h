@@ -80,6 +80,18 @@ inline void check_device(const Tensor& tensor, const Tensor& like, const char* n
   check(tensor.device() == like.device(), name, " must be on the device of the other tensors");
 }
 
+inline FloatRows float_rows(const Tensor& tensor, const char* name) {
+  check_matrix(tensor, name);
+  check(tensor.scalar_type() == ScalarType::Float, name, " must be float32, got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  check(tensor.size(1) >= 1, name, " must have at least one column");
+  check(tensor.stride(1) == 1 || tensor.size(1) == 1, name, " must have unit column stride");
+  return {.data = tensor.const_data_ptr<float>(),
+          .count = tensor.size(0),
+          .dim = tensor.size(1),
+          .stride = tensor.stride(0)};
+}
+
 inline const int64_t* index_data(const Tensor& index) { return index.const_data_ptr<int64_t>(); }
 
 }  // namespace unicom

@@ -129,6 +129,25 @@ struct Nearest : CosineBlock<ByteQuad> {  // units: a multiple of four
   int32_t* count;      // [6 tiles]; capacity + 1 where the candidates were too many
 };
 
+// A block of rows against the leading parts of centroids: a bit for each whose sum of products is
+// above the row's limit.
+struct Screen : CosineBlock<ByteQuad> {  // units: a multiple of four
+  const int32_t* class_start;            // [16 panels] where the sums begin
+  const int32_t* limit;                  // [6 tiles]
+  uint16_t* marks;                       // [6 tiles][marks_stride] the lanes of each panel
+  int64_t marks_stride;
+};
+
+// One row of bytes times some rows of a matrix of bytes.
+struct ByteProducts {
+  const uint8_t* row;     // [bytes]
+  const uint8_t* matrix;  // [...][bytes], signed
+  int64_t bytes;          // a multiple of 128
+  const int32_t* wanted;  // [count] rows of the matrix
+  int64_t count;
+  int32_t* sums;  // [count]
+};
+
 template <class Unit>
 struct Kernels {
   using Real = RealOf<Unit>;
@@ -179,6 +198,8 @@ struct Kernels {
 struct NearestKernels {
   int32_t largest;  // values that they multiply are from -largest to largest; in tiles it is added
   void (*nearest)(const Nearest&);
+  void (*screen)(const Screen&);
+  void (*byte_products)(const ByteProducts&);
 };
 
 struct KernelSet {

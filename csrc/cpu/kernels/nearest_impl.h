@@ -213,5 +213,99 @@ void nearest(const Nearest& args) {
   for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
 }
 
+// A bit for each lane of which the sum is above the limit.
+UNICOM_INLINE uint32_t bits_above(IntVec<float> sums, int32_t limit) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  return _mm512_cmpgt_epi32_mask((__m512i)sums, _mm512_set1_epi32(limit));
+#else
+  return lane_bits(sums > broadcast_int<float>(limit));
+#endif
+}
+
+// The marks of one tile for the panels panel, ... panel + P - 1. Not inlined, like tile_scores.
+template <int P>
+__attribute__((noinline)) void mark_tile(const Screen& args, int64_t panel, int64_t tile) {
+  constexpr int kV = kVectors<float>, kN = P * kV;
+  constexpr int kW = kWidth<float>;
+  const int32_t* class_start = args.class_start + panel * kLanes;
+  for (int first = 0; first < kTile; first += kRows) {
+    IntVec<float> acc[kRows][kN];
+#pragma GCC unroll 8
+    for (int v = 0; v < kN; ++v)
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m) acc[m][v] = (IntVec<float>)load_words(class_start + v * kW);
+    keep_in_registers(acc);
+    multiply_bytes<P>(acc, args.rows + tile * args.row_tile_stride + first,
+                      args.classes + panel * args.panel_stride, args.panel_stride, args.units);
+    keep_in_registers(acc);
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+      const int64_t r = tile * kTile + first + m;
+      const int32_t limit = args.limit[r];
+      uint16_t* marks = args.marks + r * args.marks_stride + panel;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        uint32_t bits = 0;
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) bits |= bits_above(acc[m][p * kV + v], limit) << (v * kW);
+        marks[p] = static_cast<uint16_t>(bits);
+      }
+    }
+  }
+}
+
+void screen(const Screen& args) {
+  constexpr int P = kRegisterPanels<float>;
+  int64_t panel = 0;
+  for (; panel + P <= args.panels; panel += P)
+    for (int64_t t = 0; t < args.tiles; ++t) mark_tile<P>(args, panel, t);
+  for (; panel < args.panels; ++panel)
+    for (int64_t t = 0; t < args.tiles; ++t) mark_tile<1>(args, panel, t);
+}
+
+UNICOM_INLINE int32_t sum_of_lanes(IntVec<float> sums) {
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+  return _mm512_reduce_add_epi32((__m512i)sums);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kWidth<float>; ++i) sum += sums[i];
+  return sum;
+#endif
+}
+
+template <int N>
+UNICOM_INLINE void products_of(const ByteProducts& args, int64_t first) {
+  const uint8_t* line[N];
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) line[i] = args.matrix + args.wanted[first + i] * args.bytes;
+  IntVec<float> acc[N] = {};
+  for (int64_t k = 0; k < args.bytes; k += kRun * UNICOM_VECTOR_BYTES) {
+    WordVec row[kRun];
+#pragma GCC unroll 8
+    for (int s = 0; s < kRun; ++s) row[s] = load_words(args.row + k + s * UNICOM_VECTOR_BYTES);
+#pragma GCC unroll 8
+    for (int i = 0; i < N; ++i) {
+      WordVec value[kRun];
+#pragma GCC unroll 8
+      for (int s = 0; s < kRun; ++s) value[s] = load_words(line[i] + k + s * UNICOM_VECTOR_BYTES);
+      acc[i] = add_products(acc[i], row, value);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) args.sums[first + i] = sum_of_lanes(acc[i]);
+}
+
+void byte_products(const ByteProducts& args) {
+  constexpr int64_t kAhead = 8;
+  int64_t i = 0;
+  for (; i + 4 <= args.count; i += 4) {
+    for (int64_t next = i + kAhead; next < i + kAhead + 4 && next < args.count; ++next)
+      for (int64_t k = 0; k < args.bytes; k += 64)
+        __builtin_prefetch(args.matrix + args.wanted[next] * args.bytes + k);
+    products_of<4>(args, i);
+  }
+  for (; i < args.count; ++i) products_of<1>(args, i);
+}
+
 }  // namespace
 }  // namespace unicom::cpu

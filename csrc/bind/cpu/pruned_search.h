@@ -1,0 +1,117 @@
+// Operators of the pruned search for nearest centroids, see cpu/host/pruned_search.h.
+#pragma once
+
+#include "../../cpu/host/pruned_search.h"
+
+#include "backend.h"
+
+namespace unicom::cpu {
+namespace {  // types of torch::stable are hidden
+
+struct PrunedSearchOps {
+  static int64_t largest_byte(Tensor) { return kernels().nearest->largest; }
+
+  static Tensor project_rows(Tensor rows_in, Tensor mean, MaybeTensor axes, double step,
+                             double rest_step, int64_t largest) {
+    const FloatRows rows = float_rows(rows_in, "rows");
+    const Projection projection = projection_of(rows.dim, mean, axes, step, rest_step, largest);
+    Backend on(rows_in);
+    Tensor out = on.empty({rows.count, projected_row_bytes(projection)}, ScalarType::Byte);
+    cpu::project_rows(rows, projection, out.mutable_data_ptr<uint8_t>(), TorchParallel());
+    return out;
+  }
+
+  static Tensor order_centroids(Tensor centroids, Tensor order, MaybeTensor moved, Tensor mean,
+                                MaybeTensor axes, double step, double rest_step,
+                                int64_t largest) {
+    const FloatRows from = float_rows(centroids, "centroids");
+    check(from.count >= 1 && from.count <= INT32_MAX / kLanes, "centroids must have from 1 to ",
+          INT32_MAX / kLanes, " rows, got ", from.count);
+    const Projection projection = projection_of(from.dim, mean, axes, step, rest_step, largest);
+    Backend::check_centroids(from);
+    check_vector(order, "order", from.count, ScalarType::Long);
+    Backend::check_index(index_data(order), "order", from.count, from.count);
+    if (moved) check_vector(*moved, "moved", from.count, ScalarType::Float);
+    Backend on(centroids);
+    Tensor packed = on.large({ordered_centroid_bytes(from.count, projection)}, ScalarType::Byte);
+    cpu::order_centroids(from, index_data(order), moved ? moved->const_data_ptr<float>() : nullptr,
+                         projection, packed.mutable_data_ptr(), TorchParallel());
+    return packed;
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> search(
+      Tensor rows_in, Tensor projected, Tensor guess, MaybeTensor bound, Tensor centroids_in,
+      Tensor packed, Tensor mean, MaybeTensor axes, double step, double rest_step, int64_t largest,
+      double margin) {
+    const FloatRows rows = float_rows(rows_in, "rows");
+    const FloatRows centroids = float_rows(centroids_in, "centroids");
+    check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
+          centroids.count, ", ", centroids.dim, "]");
+    const Projection projection = projection_of(rows.dim, mean, axes, step, rest_step, largest);
+    check(projected.dim() == 2 && projected.size(0) == rows.count &&
+              projected.size(1) == projected_row_bytes(projection) &&
+              projected.scalar_type() == ScalarType::Byte && projected.is_contiguous(),
+          "projected must come from project_rows with the same rows");
+    check(packed.numel() == ordered_centroid_bytes(centroids.count, projection),
+          "packed must come from order_centroids with the same centroids");
+    check_vector(guess, "guess", rows.count, ScalarType::Long);
+    Backend::check_index(index_data(guess), "guess", rows.count, centroids.count);
+    if (bound) check_vector(*bound, "bound", rows.count, ScalarType::Float);
+    check(margin >= 0, "margin must not be negative, got ", margin);
+    Backend on(rows_in);
+    Tensor index = on.empty({rows.count}, ScalarType::Long);
+    Tensor score = on.empty({rows.count}, ScalarType::Float);
+    Tensor next = on.empty({rows.count}, ScalarType::Float);
+    Tensor work = on.empty({3}, ScalarType::Long);
+    const SearchWork done = cpu::search({.rows = rows,
+                                         .projected = projected.const_data_ptr<uint8_t>(),
+                                         .guess = index_data(guess),
+                                         .bound = bound ? bound->const_data_ptr<float>() : nullptr,
+                                         .centroids = centroids,
+                                         .packed = packed.const_data_ptr(),
+                                         .projection = projection,
+                                         .margin = margin,
+                                         .index = index.mutable_data_ptr<int64_t>(),
+                                         .score = score.mutable_data_ptr<float>(),
+                                         .next_bound = next.mutable_data_ptr<float>()},
+                                        TorchParallel());
+    auto* counts = work.mutable_data_ptr<int64_t>();
+    counts[0] = done.screened;
+    counts[1] = done.multiplied;
+    counts[2] = done.decided;
+    return {index, score, next, work};
+  }
+
+ private:
+  static Projection projection_of(int64_t dim, const Tensor& mean, const MaybeTensor& axes,
+                                  double step, double rest_step, int64_t largest) {
+    check_vector(mean, "mean", dim, ScalarType::Float);
+    check(step >= 1e-4 && rest_step >= 1e-4, "step and rest_step must be at least 1e-4, got ",
+          step, " and ", rest_step);
+    const Projection projection{.mean = mean.const_data_ptr<float>(),
+                                .axes = axes ? axes->const_data_ptr<float>() : nullptr,
+                                .dim = dim,
+                                .count = axes ? axes->size(0) : dim,
+                                .step = static_cast<float>(step),
+                                .rest_step = static_cast<float>(rest_step),
+                                .largest = static_cast<int32_t>(largest)};
+    if (axes)
+      check(axes->dim() == 2 && axes->size(1) == dim && axes->size(0) >= 1 &&
+                axes->scalar_type() == ScalarType::Float && axes->is_contiguous(),
+            "axes must be contiguous, Float, of shape [m, ", dim, "]");
+    check(largest >= 1 && fits_kernels(projection),
+          "rows were projected for another CPU capability than is in use now");
+    return projection;
+  }
+};
+
+template <class Library>
+void implement_pruned_search(Library& m) {
+  m.impl("largest_byte", TORCH_BOX(&PrunedSearchOps::largest_byte));
+  m.impl("project_rows", TORCH_BOX(&PrunedSearchOps::project_rows));
+  m.impl("order_centroids", TORCH_BOX(&PrunedSearchOps::order_centroids));
+  m.impl("pruned_search", TORCH_BOX(&PrunedSearchOps::search));
+}
+
+}  // namespace
+}  // namespace unicom::cpu

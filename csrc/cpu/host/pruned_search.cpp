@@ -1,0 +1,599 @@
+#include "pruned_search.h"
+
+#include <atomic>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "buffers.h"
+#include "byte_vectors.h"
+
+namespace unicom::cpu {
+
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr int32_t kLimit = 1 << 30;  // no sum of products reaches it
+constexpr int64_t kRowsPerBlock = kBlockTiles * kTile;
+constexpr int64_t kBlocksPerItem = 16;
+constexpr int64_t kPanelsPerSweep = 1024;
+constexpr int64_t kRowsPerPacking = 16 * kTile;
+constexpr int64_t kChunk = 64;  // summands of a coordinate that are added up before they join
+
+float round_up_to_float(double x) {
+  const float value = static_cast<float>(x);
+  return value >= x ? value : std::nextafter(value, std::numeric_limits<float>::infinity());
+}
+
+// The bytes of a row: coordinates, then where there are axes in one unit the norm of the rest, four
+// times.
+int64_t rest_unit(const Projection& p) { return ceil_div(p.count, kValues); }
+int64_t screen_units(const Projection& p) {
+  return round_up(rest_unit(p) + (p.axes != nullptr ? 1 : 0), 4);
+}
+int64_t whole_bytes(const Projection& p) { return round_up(p.dim, 128); }
+
+// What is kept of a row besides its bytes.
+struct RowFacts {
+  float lost;    // bound of the norm of what rounding took from the coordinates; +infinity: no
+                 // bound of the rest fits a byte
+  float kept;    // of the norm of the coordinates that are multiplied
+  float norm;    // of the norm of row - mean
+  float shared;  // with x the unit row: x . mean, which no score contains
+};
+
+// Unit rows minus the mean along the axes.
+class Coordinates {
+ public:
+  explicit Coordinates(const Projection& p)
+      : p_(p),
+        height_(round_up(p.dim, 8)),
+        width_(round_up(p.count, kLanes)),
+        axes_(p.axes != nullptr ? width_ * p.dim : 0) {
+    for (int64_t i = 0; p.axes != nullptr && i < width_; ++i)
+      for (int64_t k = 0; k < p.dim; ++k)
+        axes_[i / kLanes * p.dim * kLanes + k * kLanes + i % kLanes] =
+            i < p.count ? p.axes[i * p.dim + k] : 0.0f;
+    // Of sums of sums of fp32 products, for a vector of norm 1.
+    const double roundings = static_cast<double>(std::min(kChunk, p.dim) + p.dim / kChunk + 2);
+    error_ = std::sqrt(static_cast<double>(p.count)) * roundings * 0x1p-24;
+  }
+
+  int64_t height() const { return height_; }
+
+  // Of a vector.
+  struct Result {
+    float* along;  // [count]
+    double norm;   // of the vector
+    double error;  // bound of the norm of what is wrong with `along`
+    double rest;   // bound of the norm outside the axes
+  };
+
+  // The unit rows [rows][height], zeros past dim, become minus the mean; calls use(row, result).
+  template <class Use>
+  void each(float* units, int64_t rows, const Use& use) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < p_.dim; ++k) units[r * height_ + k] -= p_.mean[k];
+    if (p_.axes == nullptr) {
+      for (int64_t r = 0; r < rows; ++r) {
+        float* row = units + r * height_;
+        use(r, Result{row, std::sqrt(dot(row, row, p_.dim)), 0, 0});
+      }
+      return;
+    }
+    const int64_t tiles = ceil_div(rows, kTile), panels = width_ / kLanes;
+    Buffer<float> tile(tiles * kTile * height_), out(panels * tiles * kTile * kLanes);
+    Buffer<float> along(width_);
+    for (int64_t t = 0; t < tiles; ++t) {
+      float six[kTile];
+      for (int64_t k = 0; k < p_.dim; ++k) {
+        for (int64_t m = 0; m < kTile; ++m)
+          six[m] = t * kTile + m < rows ? units[(t * kTile + m) * height_ + k] : 0.0f;
+        std::copy_n(six, kTile, tile.get() + (t * p_.dim + k) * kTile);
+      }
+    }
+    for (int64_t k = 0; k < p_.dim; k += kChunk)
+      kernels_for<float>().product({.a = tile.get() + k * kTile,
+                                    .a_tile_stride = p_.dim * kTile,
+                                    .group_units = 0,
+                                    .group_stride = 0,
+                                    .b = axes_.get() + k * kLanes,
+                                    .b_panel_stride = p_.dim * kLanes,
+                                    .out = out.get(),
+                                    .out_panel_stride = tiles * kTile * kLanes,
+                                    .tiles = tiles,
+                                    .panels = panels,
+                                    .units = std::min(kChunk, p_.dim - k),
+                                    .accumulate = k > 0,
+                                    .ahead = {}});
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t i = 0; i < p_.count; ++i)
+        along[i] = out[(i / kLanes * tiles * kTile + r) * kLanes + i % kLanes];
+      const float* row = units + r * height_;
+      const double norm = std::sqrt(dot(row, row, p_.dim));
+      const double inside = dot(along.get(), along.get(), p_.count);
+      const double error = error_ * norm;
+      const double outside = norm * norm - inside + 2.001 * error * norm + 1e-9;
+      use(r, Result{along.get(), norm, error, std::sqrt(std::max(outside, 0.0))});
+    }
+  }
+
+ private:
+  const Projection& p_;
+  int64_t height_, width_;
+  Buffer<float> axes_;  // vector panels [panels][dim][16]
+  double error_;
+};
+
+// Whole multiples of a step, from -largest to largest; a value further out is cut. Returns the norm
+// of the multiples, and sets the norm of what was lost.
+double round_to(const float* values, int64_t count, float step, int32_t largest, int32_t* whole,
+                double* lost) {
+  double kept_square = 0, lost_square = 0;
+  const float most = static_cast<float>(largest);
+  for (int64_t i = 0; i < count; ++i) {
+    const float rounded = std::clamp(std::nearbyint(values[i] / step), -most, most);
+    whole[i] = static_cast<int32_t>(rounded);
+    const double kept = static_cast<double>(rounded) * static_cast<double>(step);
+    const double left = static_cast<double>(values[i]) - kept;
+    kept_square += kept * kept;
+    lost_square += left * left;
+  }
+  *lost = std::sqrt(lost_square);
+  return std::sqrt(kept_square);
+}
+
+// Views into the block that order_centroids fills. Centroids are in the order of the search.
+struct OrderedCentroids {
+  int64_t count, panel_count, units, bytes_each;
+  double* unit;          // what a sum of the screen counts in
+  double* largest_norm;  // bounds over centroids: of the coordinates
+  double* largest_lost;  // of what rounding took from them
+  double* inverse_norm;  // [count]
+  ByteQuad* panels;      // of the screen
+  int32_t* start;        // [lanes]
+  uint8_t* whole;        // [count][bytes_each]
+  int32_t* whole_start;  // [count]
+  int32_t* id;           // [count]
+  float *scale, *bias, *norm, *lost, *moved;  // [count]
+  int64_t bytes;
+
+  OrderedCentroids(const void* packed, int64_t count, const Projection& p)
+      : count(count),
+        panel_count(ceil_div(count, kLanes)),
+        units(screen_units(p)),
+        bytes_each(whole_bytes(p)) {
+    auto* at = static_cast<char*>(const_cast<void*>(packed));
+    char* const begin = at;
+    const auto take = [&](auto*& pointer, int64_t values) {
+      pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(at);
+      at += round_up(values * static_cast<int64_t>(sizeof(*pointer)), 64);
+    };
+    const int64_t lanes = panel_count * kLanes;
+    take(unit, 1);
+    take(largest_norm, 1);
+    take(largest_lost, 1);
+    take(inverse_norm, count);
+    take(panels, lanes * units);
+    take(start, lanes);
+    take(whole, count * bytes_each);
+    take(whole_start, count);
+    take(id, count);
+    for (float** floats : {&scale, &bias, &norm, &lost, &moved}) take(*floats, count);
+    bytes = at - begin;
+  }
+};
+
+// Rows of one item against all centroids.
+class Item {
+ public:
+  Item(const PrunedSearch& s, const OrderedCentroids& centroids, int64_t first, int64_t count)
+      : s_(s),
+        p_(s.projection),
+        c_(centroids),
+        row_bytes_(projected_row_bytes(s.projection)),
+        first_(first),
+        count_(count),
+        known_(count) {}
+
+  SearchWork run() {
+    std::vector<int64_t> searched;
+    for (int64_t r = 0; r < count_; ++r)
+      if (look_at(r)) searched.push_back(r);
+    // Rows that stop early are together.
+    std::vector<int64_t> first(c_.panel_count + 2);
+    for (const int64_t r : searched) ++first[panels_of(r) + 1];
+    std::partial_sum(first.begin(), first.end(), first.begin());
+    std::vector<int64_t> rows(searched.size());
+    for (const int64_t r : searched) rows[first[panels_of(r)]++] = r;
+    for (size_t begin = 0; begin < rows.size(); begin += kRowsPerBlock)
+      search_block(rows.data() + begin,
+                   std::min(kRowsPerBlock, static_cast<int64_t>(rows.size() - begin)));
+    return work_;
+  }
+
+ private:
+  struct Known {
+    double norm;      // of the row
+    double cosine;    // with the guess, times norm
+    double bound;     // of the cosines with what is not searched
+    double reach;     // what a centroid's movement is multiplied by
+    int64_t wanted;   // centroids to be searched
+  };
+
+  struct Candidate {
+    double upper;  // bound of the cosine
+    int32_t place;
+  };
+
+  const float* row(int64_t r) const { return s_.rows[first_ + r]; }
+  int64_t panels_of(int64_t r) const { return ceil_div(known_[r].wanted, kLanes); }
+  const uint8_t* projected(int64_t r) const { return s_.projected + (first_ + r) * row_bytes_; }
+  RowFacts facts(int64_t r) const {
+    RowFacts facts;
+    std::memcpy(&facts, projected(r) + c_.units * kValues, sizeof(facts));
+    return facts;
+  }
+
+  // Cosine times the norm of the row, as nearest.cpp computes it.
+  double cosine(int64_t r, int64_t place) const {
+    return dot(row(r), s_.centroids[c_.id[place]], s_.rows.dim) * c_.inverse_norm[place];
+  }
+
+  // Whether the row is to be searched; otherwise its result is written.
+  bool look_at(int64_t r) {
+    const int64_t i = first_ + r, guess = s_.guess[i];
+    Known& known = known_[r];
+    const float* x = row(r);
+    if (r + 1 < count_ && s_.guess[i + 1] >= 0) {
+      const float* next = s_.centroids[s_.guess[i + 1]];
+      for (int64_t k = 0; k < s_.rows.dim; k += 16) __builtin_prefetch(next + k);
+    }
+    known.norm = std::sqrt(dot(x, x, s_.rows.dim));
+    if (!(known.norm > 0 && std::isfinite(known.norm))) {
+      s_.index[i] = -1;
+      s_.score[i] = known.norm == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+      s_.next_bound[i] = std::numeric_limits<float>::infinity();
+      return false;
+    }
+    known.cosine = -kInfinity;
+    known.wanted = c_.count;
+    known.bound = -kInfinity;
+    if (guess < 0) return true;
+    const float* w = s_.centroids[guess];
+    known.cosine = dot(x, w, s_.rows.dim) * inverse_norm(w, s_.rows.dim);
+    if (s_.bound == nullptr) return true;
+    known.reach = std::max<double>(facts(r).norm, kLeastNorm);
+    const double bound = s_.bound[i], floor = known.cosine / known.norm - kSlack;
+    known.wanted = std::partition_point(
+                       c_.moved, c_.moved + c_.count,
+                       [&](float moved) { return bound + known.reach * moved >= floor; }) -
+                   c_.moved;
+    if (known.wanted > 0) return true;
+    write(r, guess, known.cosine, bound + known.reach * c_.moved[0]);
+    return false;
+  }
+
+  void write(int64_t r, int64_t index, double cosine, double bound) const {
+    const int64_t i = first_ + r;
+    s_.index[i] = index;
+    s_.score[i] = static_cast<float>(cosine / known_[r].norm);
+    s_.next_bound[i] = round_up_to_float(bound);
+  }
+
+  void search_block(const int64_t* rows, int64_t count) {
+    const int64_t tiles = ceil_div(count, kTile);
+    int64_t panels = 0;
+    for (int64_t b = 0; b < count; ++b) panels = std::max(panels, panels_of(rows[b]));
+    const int64_t searched = std::min(panels * kLanes, c_.count);
+    const int64_t stride = std::min(round_up(panels, 4), kPanelsPerSweep);
+    Buffer<ByteQuad> tile(tiles * kTile * c_.units);
+    Buffer<uint8_t> whole(count * c_.bytes_each);
+    Buffer<int32_t> limit(tiles * kTile);
+    Buffer<uint16_t> marks(tiles * kTile * stride);
+    std::vector<Search> state(count);
+    Buffer<float> unit(c_.bytes_each);
+    Buffer<int32_t> codes(c_.bytes_each);
+    for (int64_t b = 0; b < tiles * kTile; ++b) {
+      limit[b] = kLimit;
+      const uint8_t* from = projected(rows[std::min(b, count - 1)]);
+      for (int64_t u = 0; u < c_.units; ++u)
+        std::memcpy(&tile[(b / kTile * c_.units + u) * kTile + b % kTile], from + u * kValues,
+                    kValues);
+      if (b >= count) continue;
+      limit[b] = begin(rows[b], searched, state[b]);
+      pack_whole(rows[b], unit.get(), codes.get(), whole.get() + b * c_.bytes_each, state[b]);
+    }
+    for (int64_t panel = 0; panel < panels; panel += kPanelsPerSweep) {
+      const int64_t swept = std::min(kPanelsPerSweep, panels - panel);
+      kernels().nearest->screen({{.rows = tile.get(),
+                                  .row_tile_stride = c_.units * kTile,
+                                  .classes = c_.panels + panel * c_.units * kLanes,
+                                  .panel_stride = c_.units * kLanes,
+                                  .units = c_.units,
+                                  .tiles = tiles,
+                                  .panels = swept},
+                                 c_.start + panel * kLanes,
+                                 limit.get(),
+                                 marks.get(),
+                                 stride});
+      for (int64_t b = 0; b < count; ++b)
+        multiply_marked(rows[b], marks.get() + b * stride, swept, panel * kLanes,
+                        whole.get() + b * c_.bytes_each, state[b]);
+    }
+    work_.screened += count * searched;
+    for (int64_t b = 0; b < count; ++b) decide(rows[b], state[b]);
+  }
+
+  // A row while it is searched.
+  struct Search {
+    double floor;            // cosines below are not looked for
+    double bound;            // of all cosines that were passed over
+    double lower[2];         // bounds from below of the two largest cosines
+    double shared, kept, lost, scale;
+    std::vector<Candidate> candidates;
+  };
+
+  // The limit of the row's sums in the screen.
+  int32_t begin(int64_t r, int64_t searched, Search& search) const {
+    const Known& known = known_[r];
+    const RowFacts row = facts(r);
+    const double cosine = known.cosine / known.norm;
+    double others = -kInfinity;  // what those that are not searched may reach
+    if (searched < c_.count) others = s_.bound[first_ + r] + known.reach * c_.moved[searched];
+    search.floor = std::min(cosine, std::max(cosine - s_.margin, others));
+    search.bound = std::max(search.floor, others);
+    search.lower[0] = cosine;
+    search.lower[1] = -kInfinity;
+    search.shared = row.shared;
+    if (!(row.lost < kInfinity) || search.floor == -kInfinity) return -kLimit;
+    const double least = (search.floor - row.shared - row.lost * *c_.largest_norm -
+                          row.kept * *c_.largest_lost - kSlack) /
+                         *c_.unit;
+    return static_cast<int32_t>(
+        std::clamp(std::floor(least) - 1, -double{kLimit}, double{kLimit} - 1));
+  }
+
+  // The row in whole 8-bit integers.
+  void pack_whole(int64_t r, float* unit, int32_t* codes, uint8_t* out, Search& search) const {
+    kernels_for<float>().unit_row(source_of(s_.rows), first_ + r, unit, c_.bytes_each);
+    for (int64_t k = 0; k < p_.dim; ++k) unit[k] -= p_.mean[k];
+    const Rounded rounded = round_vector(unit, c_.bytes_each, p_.largest, codes);
+    for (int64_t k = 0; k < c_.bytes_each; ++k)
+      out[k] = static_cast<uint8_t>(codes[k] + p_.largest);
+    search.scale = rounded.scale;
+    search.lost = 1.001 * rounded.lost;
+    search.kept = 1.001 * (rounded.norm + rounded.lost);
+  }
+
+  void multiply_marked(int64_t r, const uint16_t* marks, int64_t panels, int64_t first,
+                       const uint8_t* whole, Search& search) {
+    marked_.clear();
+    for (int64_t p = 0; p < panels; ++p)
+      for (uint32_t bits = marks[p]; bits != 0; bits &= bits - 1)
+        marked_.push_back(
+            static_cast<int32_t>(first + p * kLanes + __builtin_ctz(bits)));
+    if (marked_.empty()) return;
+    sums_.resize(marked_.size());
+    kernels().nearest->byte_products({.row = whole,
+                                      .matrix = c_.whole,
+                                      .bytes = c_.bytes_each,
+                                      .wanted = marked_.data(),
+                                      .count = static_cast<int64_t>(marked_.size()),
+                                      .sums = sums_.data()});
+    work_.multiplied += static_cast<int64_t>(marked_.size());
+    const int64_t guess = s_.guess[first_ + r];
+    for (size_t m = 0; m < marked_.size(); ++m) {
+      const int32_t j = marked_[m];
+      if (c_.id[j] == guess) continue;
+      const double score = search.scale * c_.scale[j] * (sums_[m] + c_.whole_start[j]) +
+                           c_.bias[j] + search.shared;
+      const double error = search.lost * c_.norm[j] + search.kept * c_.lost[j] + kSlack;
+      const double upper = score + error, lower = score - error;
+      if (upper < (s_.margin > 0 ? std::max(search.floor, search.lower[1]) : search.lower[0]))
+        continue;
+      if (lower > search.lower[0]) {
+        search.lower[1] = search.lower[0];
+        search.lower[0] = lower;
+      } else if (lower > search.lower[1]) {
+        search.lower[1] = lower;
+      }
+      search.candidates.push_back({upper, j});
+    }
+  }
+
+  // Compares the candidates in double: all that may be as near as the nearest, and with a margin
+  // those that may be the second.
+  void decide(int64_t r, Search& search) {
+    const Known& known = known_[r];
+    int64_t best = s_.guess[first_ + r];
+    double largest = known.cosine, second = search.bound * known.norm;
+    std::sort(search.candidates.begin(), search.candidates.end(),
+              [](const Candidate& a, const Candidate& b) {
+                return a.upper != b.upper ? a.upper > b.upper : a.place < b.place;
+              });
+    for (const Candidate& c : search.candidates) {
+      if (c.upper * known.norm < (s_.margin > 0 ? second : largest)) break;
+      const double other = cosine(r, c.place);
+      ++work_.decided;
+      const int64_t id = c_.id[c.place];
+      if (best < 0 || other > largest || (other == largest && id < best)) {
+        if (best >= 0) second = std::max(second, largest);
+        largest = other;
+        best = id;
+      } else {
+        second = std::max(second, other);
+      }
+    }
+    // Without a margin some that were not decided are only known to be no nearer.
+    if (!(s_.margin > 0)) second = std::max(second, largest);
+    write(r, best, largest, second / known.norm + kSlack);
+  }
+
+  const PrunedSearch& s_;
+  const Projection& p_;
+  const OrderedCentroids& c_;
+  int64_t row_bytes_, first_, count_;
+  Buffer<Known> known_;
+  std::vector<int32_t> marked_, sums_;
+  SearchWork work_;
+};
+
+}  // namespace
+
+int64_t projected_row_bytes(const Projection& p) {
+  return screen_units(p) * kValues + static_cast<int64_t>(sizeof(RowFacts));
+}
+
+int64_t ordered_centroid_bytes(int64_t count, const Projection& p) {
+  return OrderedCentroids(nullptr, count, p).bytes;
+}
+
+bool fits_kernels(const Projection& p) { return p.largest <= kernels().nearest->largest; }
+
+void project_rows(const FloatRows& rows, const Projection& p, uint8_t* projected,
+                  const Parallel& parallel) {
+  const Coordinates coordinates(p);
+  const int64_t units = screen_units(p), bytes = projected_row_bytes(p);
+  const double most = 2.0 * p.largest;  // of the rest, which has no sign
+  parallel.run(ceil_div(rows.count, kRowsPerPacking), [&](int64_t item) {
+    const int64_t first = item * kRowsPerPacking;
+    const int64_t count = std::min(kRowsPerPacking, rows.count - first);
+    Buffer<float> unit(count * coordinates.height());
+    double shared[kRowsPerPacking];
+    for (int64_t r = 0; r < count; ++r) {
+      float* out = unit.get() + r * coordinates.height();
+      kernels_for<float>().unit_row(source_of(rows), first + r, out, coordinates.height());
+      bool finite = true;
+      for (int64_t k = 0; k < p.dim; ++k) finite &= std::isfinite(out[k]);
+      if (!finite) std::fill_n(out, coordinates.height(), 0.0f);  // is not searched
+      shared[r] = dot(out, p.mean, p.dim);
+    }
+    Buffer<int32_t> whole(p.count);
+    coordinates.each(unit.get(), count, [&](int64_t r, const Coordinates::Result& found) {
+      uint8_t* out = projected + (first + r) * bytes;
+      double lost;
+      const double kept = round_to(found.along, p.count, p.step, p.largest, whole.get(), &lost);
+      std::fill_n(out, bytes, uint8_t{0});
+      for (int64_t i = 0; i < p.count; ++i) out[i] = static_cast<uint8_t>(whole[i] + p.largest);
+      const double rest = std::ceil(found.rest / static_cast<double>(p.rest_step));
+      if (p.axes != nullptr)
+        std::fill_n(out + rest_unit(p) * kValues, kValues,
+                    static_cast<uint8_t>(std::min(rest, most)));
+      const RowFacts facts{
+          .lost = rest > most ? std::numeric_limits<float>::infinity()
+                              : round_up_to_float(1.001 * lost + found.error),
+          .kept = round_up_to_float(1.001 * kept),
+          .norm = round_up_to_float(1.001 * found.norm),
+          .shared = static_cast<float>(shared[r])};
+      std::memcpy(out + units * kValues, &facts, sizeof(facts));
+    });
+  });
+}
+
+void order_centroids(const FloatRows& centroids, const int64_t* order, const float* moved,
+                     const Projection& p, void* packed, const Parallel& parallel) {
+  const int64_t count = centroids.count;
+  const OrderedCentroids out(packed, count, p);
+  const Coordinates coordinates(p);
+  constexpr int64_t kPerItem = 6 * kLanes;
+  static_assert(kPerItem % kTile == 0);
+  const int64_t items = ceil_div(count, kPerItem);
+  Buffer<float> along(count * p.count);
+  Buffer<double> rest(count), error(count), norm(items), lost(items), top(items);
+  Buffer<double> bias(count);
+  parallel.run(items, [&](int64_t item) {
+    const int64_t first = item * kPerItem, rows = std::min(kPerItem, count - first);
+    const int64_t height = std::max(coordinates.height(), out.bytes_each);
+    Buffer<float> units(rows * coordinates.height()), row(height);
+    Buffer<int32_t> whole(height);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t j = first + r, id = order[j];
+      out.id[j] = static_cast<int32_t>(id);
+      out.moved[j] = moved != nullptr ? moved[j] : 0.0f;
+      out.inverse_norm[j] = inverse_norm(centroids[id], p.dim);
+      kernels_for<float>().unit_row(source_of(centroids), id, row.get(), height);
+      std::copy_n(row.get(), coordinates.height(), units.get() + r * coordinates.height());
+      for (int64_t k = 0; k < p.dim; ++k) row[k] -= p.mean[k];
+      bias[j] = dot(p.mean, row.get(), p.dim);
+      out.bias[j] = static_cast<float>(bias[j]);
+      const Rounded rounded = round_vector(row.get(), out.bytes_each, p.largest, whole.get());
+      out.scale[j] = rounded.scale;
+      out.norm[j] = round_up_to_float(1.001 * rounded.norm);
+      out.lost[j] = round_up_to_float(1.001 * rounded.lost);
+      out.whole_start[j] =
+          -p.largest * std::accumulate(whole.get(), whole.get() + out.bytes_each, 0);
+      for (int64_t k = 0; k < out.bytes_each; ++k)
+        out.whole[j * out.bytes_each + k] = static_cast<uint8_t>(whole[k]);
+    }
+    norm[item] = lost[item] = top[item] = 0;
+    coordinates.each(units.get(), rows, [&](int64_t r, const Coordinates::Result& found) {
+      const int64_t j = first + r;
+      std::copy_n(found.along, p.count, along.get() + j * p.count);
+      rest[j] = found.rest;
+      error[j] = found.error;
+      const double inside = std::sqrt(dot(found.along, found.along, p.count));
+      norm[item] = std::max(norm[item], 1.001 * inside + found.error);
+      for (int64_t i = 0; i < p.count; ++i)
+        top[item] = std::max<double>(top[item], std::fabs(found.along[i]));
+    });
+  });
+  // A step of the coordinates with which the largest of them fits a byte, and the largest rest four.
+  const auto largest_of = [](const Buffer<double>& values, int64_t n) {
+    return *std::max_element(values.get(), values.get() + n);
+  };
+  const double row_step = p.step, rest_step = p.rest_step;
+  const float step = round_up_to_float(
+      std::max({1e-4, largest_of(top, items) / p.largest,
+                largest_of(rest, count) * rest_step / (row_step * (4 * p.largest - 1))}));
+  *out.unit = row_step * static_cast<double>(step);
+  parallel.run(items, [&](int64_t item) {
+    Buffer<int32_t> whole(p.count);
+    for (int64_t j = item * kPerItem; j < std::min(count, (item + 1) * kPerItem); ++j) {
+      double taken;
+      round_to(along.get() + j * p.count, p.count, step, p.largest, whole.get(), &taken);
+      lost[item] = std::max(lost[item], 1.001 * taken + error[j]);
+      ByteQuad* to = out.panels + j / kLanes * out.units * kLanes + j % kLanes;
+      int32_t sum = 0;
+      for (int64_t u = 0; u < out.units; ++u) to[u * kLanes] = {};
+      for (int64_t i = 0; i < p.count; ++i) {
+        to[i / kValues * kLanes].byte[i % kValues] = static_cast<uint8_t>(whole[i]);
+        sum += whole[i];
+      }
+      int32_t left = static_cast<int32_t>(std::ceil(rest[j] * rest_step / *out.unit));
+      for (int64_t i = 0; p.axes != nullptr && i < kValues; ++i) {
+        const int32_t part = std::min(left, p.largest);
+        to[rest_unit(p) * kLanes].byte[i] = static_cast<uint8_t>(part);
+        left -= part;
+      }
+      out.start[j] = static_cast<int32_t>(std::clamp(std::ceil(bias[j] / *out.unit),
+                                                     -double{kLimit} / 2, double{kLimit} / 2)) -
+                     p.largest * sum;
+    }
+  });
+  for (int64_t j = count; j < out.panel_count * kLanes; ++j) {
+    ByteQuad* to = out.panels + j / kLanes * out.units * kLanes + j % kLanes;
+    for (int64_t u = 0; u < out.units; ++u) to[u * kLanes] = {};
+    out.start[j] = -2 * (kLimit - 1);  // below every limit
+  }
+  *out.largest_norm = largest_of(norm, items);
+  *out.largest_lost = largest_of(lost, items);
+}
+
+SearchWork search(const PrunedSearch& s, const Parallel& parallel) {
+  const OrderedCentroids centroids(s.packed, s.centroids.count, s.projection);
+  const int64_t share = round_up(ceil_div(s.rows.count, parallel.threads()), kRowsPerBlock);
+  const int64_t size = std::min(kBlocksPerItem * kRowsPerBlock, std::max(share, kRowsPerBlock));
+  std::atomic<int64_t> screened{0}, multiplied{0}, decided{0};
+  parallel.run(ceil_div(s.rows.count, size), [&](int64_t item) {
+    const int64_t first = item * size;
+    const SearchWork work =
+        Item(s, centroids, first, std::min(size, s.rows.count - first)).run();
+    screened += work.screened;
+    multiplied += work.multiplied;
+    decided += work.decided;
+  });
+  return {screened, multiplied, decided};
+}
+
+}  // namespace unicom::cpu

@@ -1,0 +1,73 @@
+// The search for nearest centroids, where a row's last centroid is known: most others are passed
+// over without their whole product. The result is that of nearest.h, bit for bit.
+//
+// With a = x - mean and b = w - mean as there, but a mean that stays, cosines are
+//
+//     x . w = x . mean  +  mean . b  +  P a . P b  +  what lies outside of the axes,
+//
+// P [m, dim] with orthonormal rows: principal axes of the rows, which hold much of a row's norm,
+// and nearly all of a centroid's, as the mean of many rows has little of what varies at random.
+// By Cauchy-Schwarz the last term is at most |rest of a| |rest of b|, and what rounding to 8-bit
+// integers does to the one before is bounded likewise. So m + 4 of dim products mark the centroids
+// that may have a cosine above a floor: that with the row's last centroid, computed in double.
+// Those marked are multiplied whole in 8-bit integers, and double decides what that leaves open.
+//
+// Between passes: for each row an upper bound of its cosines with all other centroids is kept. A
+// centroid that moved by d since adds at most |a| |d| + mean . d to it. The centroids are searched
+// in the order of their movement, and each row stops where nothing further can reach its floor.
+#pragma once
+
+#include <cstdint>
+
+#include "../../core/rows.h"
+#include "parallel.h"
+
+namespace unicom::cpu {
+
+// What rows and centroids are reduced to. The steps are of the rows' values; where they are too
+// small for one, more centroids are marked for it.
+struct Projection {
+  const float* mean;  // [dim]
+  const float* axes;  // [count][dim], of norm <= 1 as a matrix; nullptr: all of dim, as they are
+  int64_t dim, count;
+  float step;       // of the coordinates along the axes
+  float rest_step;  // of the norm of what lies outside
+  int32_t largest;  // size of a value, see NearestKernels
+};
+
+// Bytes of what is kept of a row.
+int64_t projected_row_bytes(const Projection&);
+void project_rows(const FloatRows& rows, const Projection&, uint8_t* projected, const Parallel&);
+
+// The centroids `order` [count] of some, the first to be searched first. A later one is passed over
+// for rows that were said to be certain of it:
+//   moved  [count] not increasing: bounds of what each may have added to a cosine, as a share of the
+//          norm of row - mean, kLeastNorm at least; nullptr where rows are certain of nothing
+int64_t ordered_centroid_bytes(int64_t count, const Projection&);
+void order_centroids(const FloatRows& centroids, const int64_t* order, const float* moved,
+                     const Projection&, void* packed, const Parallel&);
+bool fits_kernels(const Projection&);
+constexpr double kLeastNorm = 0.5;
+
+struct SearchWork {
+  int64_t screened = 0;   // pairs of a row and a centroid
+  int64_t multiplied = 0; // of these, by 8-bit integers
+  int64_t decided = 0;    // of these, in double
+};
+
+struct PrunedSearch {
+  FloatRows rows;
+  const uint8_t* projected;  // [rows.count][projected_row_bytes]
+  const int64_t* guess;      // [rows.count] of the nearest centroid, or -1
+  const float* bound;        // [rows.count] of the cosines with all but the guess, before they moved
+  FloatRows centroids;
+  const void* packed;  // of the same centroids
+  Projection projection;
+  double margin;      // bounds shall be this far below the cosine, where that can be; 0: wherever
+  int64_t* index;     // [rows.count] as of nearest.h
+  float* score;       // [rows.count]
+  float* next_bound;  // [rows.count] of the cosines with all but `index`; may be `bound`
+};
+SearchWork search(const PrunedSearch&, const Parallel&);
+
+}  // namespace unicom::cpu
