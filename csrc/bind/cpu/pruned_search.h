@@ -11,23 +11,23 @@ namespace {  // types of torch::stable are hidden
 struct PrunedSearchOps {
   static int64_t largest_byte(Tensor) { return kernels().nearest->largest; }
 
-  static Tensor project_rows(Tensor rows_in, Tensor mean, MaybeTensor axes, double step,
+  static Tensor project_rows(Tensor rows_in, Tensor means, MaybeTensor axes, double step,
                              double rest_step, int64_t largest) {
     const FloatRows rows = float_rows(rows_in, "rows");
-    const Projection projection = projection_of(rows.dim, mean, axes, step, rest_step, largest);
+    const Projection projection = projection_of(rows.dim, means, axes, step, rest_step, largest);
     Backend on(rows_in);
     Tensor out = on.empty({rows.count, projected_row_bytes(projection)}, ScalarType::Byte);
     cpu::project_rows(rows, projection, out.mutable_data_ptr<uint8_t>(), TorchParallel());
     return out;
   }
 
-  static Tensor order_centroids(Tensor centroids, Tensor order, MaybeTensor moved, Tensor mean,
+  static Tensor order_centroids(Tensor centroids, Tensor order, MaybeTensor moved, Tensor means,
                                 MaybeTensor axes, double step, double rest_step,
                                 int64_t largest) {
     const FloatRows from = float_rows(centroids, "centroids");
     check(from.count >= 1 && from.count <= INT32_MAX / kLanes, "centroids must have from 1 to ",
           INT32_MAX / kLanes, " rows, got ", from.count);
-    const Projection projection = projection_of(from.dim, mean, axes, step, rest_step, largest);
+    const Projection projection = projection_of(from.dim, means, axes, step, rest_step, largest);
     Backend::check_centroids(from);
     check_vector(order, "order", from.count, ScalarType::Long);
     Backend::check_index(index_data(order), "order", from.count, from.count);
@@ -41,13 +41,13 @@ struct PrunedSearchOps {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> search(
       Tensor rows_in, Tensor projected, Tensor guess, MaybeTensor bound, Tensor centroids_in,
-      Tensor packed, Tensor mean, MaybeTensor axes, double step, double rest_step, int64_t largest,
+      Tensor packed, Tensor means, MaybeTensor axes, double step, double rest_step, int64_t largest,
       double margin) {
     const FloatRows rows = float_rows(rows_in, "rows");
     const FloatRows centroids = float_rows(centroids_in, "centroids");
     check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
           centroids.count, ", ", centroids.dim, "]");
-    const Projection projection = projection_of(rows.dim, mean, axes, step, rest_step, largest);
+    const Projection projection = projection_of(rows.dim, means, axes, step, rest_step, largest);
     check(projected.dim() == 2 && projected.size(0) == rows.count &&
               projected.size(1) == projected_row_bytes(projection) &&
               projected.scalar_type() == ScalarType::Byte && projected.is_contiguous(),
@@ -83,12 +83,15 @@ struct PrunedSearchOps {
   }
 
  private:
-  static Projection projection_of(int64_t dim, const Tensor& mean, const MaybeTensor& axes,
+  static Projection projection_of(int64_t dim, const Tensor& means, const MaybeTensor& axes,
                                   double step, double rest_step, int64_t largest) {
-    check_vector(mean, "mean", dim, ScalarType::Float);
+    check(means.dim() == 2 && means.size(0) == 2 && means.size(1) == dim &&
+              means.scalar_type() == ScalarType::Float && means.is_contiguous(),
+          "means must be contiguous, Float, of shape [2, ", dim, "]");
     check(step >= 1e-4 && rest_step >= 1e-4, "step and rest_step must be at least 1e-4, got ",
           step, " and ", rest_step);
-    const Projection projection{.mean = mean.const_data_ptr<float>(),
+    const Projection projection{.row_mean = means.const_data_ptr<float>(),
+                                .centroid_mean = means.const_data_ptr<float>() + dim,
                                 .axes = axes ? axes->const_data_ptr<float>() : nullptr,
                                 .dim = dim,
                                 .count = axes ? axes->size(0) : dim,

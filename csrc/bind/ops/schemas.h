@@ -68,12 +68,12 @@ inline constexpr const char* kNearestSchemas[] = {
 
 inline constexpr const char* kPrunedSearchSchemas[] = {  // on CPUs only
     "largest_byte(Tensor like) -> int",
-    "project_rows(Tensor rows, Tensor mean, Tensor? axes, float step, float rest_step, "
+    "project_rows(Tensor rows, Tensor means, Tensor? axes, float step, float rest_step, "
     "int largest) -> Tensor",
-    "order_centroids(Tensor centroids, Tensor order, Tensor? moved, Tensor mean, Tensor? axes, "
+    "order_centroids(Tensor centroids, Tensor order, Tensor? moved, Tensor means, Tensor? axes, "
     "float step, float rest_step, int largest) -> Tensor",
     "pruned_search(Tensor rows, Tensor projected, Tensor guess, Tensor? bound, Tensor centroids, "
-    "Tensor packed, Tensor mean, Tensor? axes, float step, float rest_step, int largest, "
+    "Tensor packed, Tensor means, Tensor? axes, float step, float rest_step, int largest, "
     "float margin) -> (Tensor index, Tensor score, Tensor bound, Tensor work)"};
 
 }  // namespace unicom

@@ -38,11 +38,11 @@ struct RowFacts {
   float lost;    // bound of the norm of what rounding took from the coordinates; +infinity: no
                  // bound of the rest fits a byte
   float kept;    // of the norm of the coordinates that are multiplied
-  float norm;    // of the norm of row - mean
-  float shared;  // with x the unit row: x . mean, which no score contains
+  float norm;    // of the norm of row - row mean
+  float shared;  // with x the unit row: x . centroid mean, which no score contains
 };
 
-// Unit rows minus the mean along the axes.
+// Unit rows minus a mean along the axes.
 class Coordinates {
  public:
   explicit Coordinates(const Projection& p)
@@ -69,11 +69,11 @@ class Coordinates {
     double rest;   // bound of the norm outside the axes
   };
 
-  // The unit rows [rows][height], zeros past dim, become minus the mean; calls use(row, result).
+  // The unit rows [rows][height], zeros past dim, lose the mean; calls use(row, result).
   template <class Use>
-  void each(float* units, int64_t rows, const Use& use) const {
+  void each(float* units, int64_t rows, const float* mean, const Use& use) const {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < p_.dim; ++k) units[r * height_ + k] -= p_.mean[k];
+      for (int64_t k = 0; k < p_.dim; ++k) units[r * height_ + k] -= mean[k];
     if (p_.axes == nullptr) {
       for (int64_t r = 0; r < rows; ++r) {
         float* row = units + r * height_;
@@ -357,7 +357,7 @@ class Item {
   // The row in whole 8-bit integers.
   void pack_whole(int64_t r, float* unit, int32_t* codes, uint8_t* out, Search& search) const {
     kernels_for<float>().unit_row(source_of(s_.rows), first_ + r, unit, c_.bytes_each);
-    for (int64_t k = 0; k < p_.dim; ++k) unit[k] -= p_.mean[k];
+    for (int64_t k = 0; k < p_.dim; ++k) unit[k] -= p_.row_mean[k];
     const Rounded rounded = round_vector(unit, c_.bytes_each, p_.largest, codes);
     for (int64_t k = 0; k < c_.bytes_each; ++k)
       out[k] = static_cast<uint8_t>(codes[k] + p_.largest);
@@ -467,10 +467,10 @@ void project_rows(const FloatRows& rows, const Projection& p, uint8_t* projected
       bool finite = true;
       for (int64_t k = 0; k < p.dim; ++k) finite &= std::isfinite(out[k]);
       if (!finite) std::fill_n(out, coordinates.height(), 0.0f);  // is not searched
-      shared[r] = dot(out, p.mean, p.dim);
+      shared[r] = dot(out, p.centroid_mean, p.dim);
     }
     Buffer<int32_t> whole(p.count);
-    coordinates.each(unit.get(), count, [&](int64_t r, const Coordinates::Result& found) {
+    coordinates.each(unit.get(), count, p.row_mean, [&](int64_t r, const Coordinates::Result& found) {
       uint8_t* out = projected + (first + r) * bytes;
       double lost;
       const double kept = round_to(found.along, p.count, p.step, p.largest, whole.get(), &lost);
@@ -514,8 +514,8 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
       out.inverse_norm[j] = inverse_norm(centroids[id], p.dim);
       kernels_for<float>().unit_row(source_of(centroids), id, row.get(), height);
       std::copy_n(row.get(), coordinates.height(), units.get() + r * coordinates.height());
-      for (int64_t k = 0; k < p.dim; ++k) row[k] -= p.mean[k];
-      bias[j] = dot(p.mean, row.get(), p.dim);
+      for (int64_t k = 0; k < p.dim; ++k) row[k] -= p.centroid_mean[k];
+      bias[j] = dot(p.row_mean, row.get(), p.dim);
       out.bias[j] = static_cast<float>(bias[j]);
       const Rounded rounded = round_vector(row.get(), out.bytes_each, p.largest, whole.get());
       out.scale[j] = rounded.scale;
@@ -527,7 +527,7 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
         out.whole[j * out.bytes_each + k] = static_cast<uint8_t>(whole[k]);
     }
     norm[item] = lost[item] = top[item] = 0;
-    coordinates.each(units.get(), rows, [&](int64_t r, const Coordinates::Result& found) {
+    coordinates.each(units.get(), rows, p.centroid_mean, [&](int64_t r, const Coordinates::Result& found) {
       const int64_t j = first + r;
       std::copy_n(found.along, p.count, along.get() + j * p.count);
       rest[j] = found.rest;

@@ -1,9 +1,10 @@
 // The search for nearest centroids, where a row's last centroid is known: most others are passed
 // over without their whole product. The result is that of nearest.h, bit for bit.
 //
-// With a = x - mean and b = w - mean as there, but a mean that stays, cosines are
+// With the mean of the rows and that of the centroids, which is longer, a = x - row mean and
+// b = w - centroid mean, cosines are
 //
-//     x . w = x . mean  +  mean . b  +  P a . P b  +  what lies outside of the axes,
+//     x . w = x . centroid mean  +  row mean . b  +  P a . P b  +  what lies outside of the axes,
 //
 // P [m, dim] with orthonormal rows: principal axes of the rows, which hold much of a row's norm,
 // and nearly all of a centroid's, as the mean of many rows has little of what varies at random.
@@ -13,7 +14,7 @@
 // Those marked are multiplied whole in 8-bit integers, and double decides what that leaves open.
 //
 // Between passes: for each row an upper bound of its cosines with all other centroids is kept. A
-// centroid that moved by d since adds at most |a| |d| + mean . d to it. The centroids are searched
+// centroid that moved by d since adds at most |a| |d| + row mean . d to it. The centroids are searched
 // in the order of their movement, and each row stops where nothing further can reach its floor.
 #pragma once
 
@@ -27,7 +28,8 @@ namespace unicom::cpu {
 // What rows and centroids are reduced to. The steps are of the rows' values; where they are too
 // small for one, more centroids are marked for it.
 struct Projection {
-  const float* mean;  // [dim]
+  const float* row_mean;       // [dim]
+  const float* centroid_mean;  // [dim]
   const float* axes;  // [count][dim], of norm <= 1 as a matrix; nullptr: all of dim, as they are
   int64_t dim, count;
   float step;       // of the coordinates along the axes
@@ -42,7 +44,7 @@ void project_rows(const FloatRows& rows, const Projection&, uint8_t* projected, 
 // The centroids `order` [count] of some, the first to be searched first. A later one is passed over
 // for rows that were said to be certain of it:
 //   moved  [count] not increasing: bounds of what each may have added to a cosine, as a share of the
-//          norm of row - mean, kLeastNorm at least; nullptr where rows are certain of nothing
+//          norm of row - row mean, kLeastNorm at least; nullptr where rows are certain of nothing
 int64_t ordered_centroid_bytes(int64_t count, const Projection&);
 void order_centroids(const FloatRows& centroids, const int64_t* order, const float* moved,
                      const Projection&, void* packed, const Parallel&);
