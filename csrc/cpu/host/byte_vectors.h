@@ -1,8 +1,8 @@
 // Vectors as the searches for nearest centroids multiply them: whole multiples of a step, in bytes.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "plan.h"
 
@@ -32,42 +32,27 @@ inline SourceRows source_of(const FloatRows& rows) {
           nullptr};
 }
 
-// A vector as the kernels multiply it: whole multiples of `scale`.
-struct Rounded {
-  float scale;
-  double norm;  // of the vector
-  double lost;  // norm of what rounding took from it
-};
-
-// Rounds values [height] to whole [height], from -largest to largest. Leaves in values what that
-// took from them.
-inline Rounded round_vector(float* values, int64_t height, int32_t largest, int32_t* whole) {
-  constexpr int64_t kSide = 8;  // side by side, so that the compiler uses vectors
-  const double norm = std::sqrt(dot(values, values, height));
-  float tops[kSide] = {};
-  for (int64_t k = 0; k < height; k += kSide)
-    for (int64_t i = 0; i < kSide; ++i) {
-      const float size = std::fabs(values[k + i]);
-      tops[i] = size > tops[i] ? size : tops[i];
-    }
-  const float top = *std::max_element(tops, tops + kSide);
-  // All but equal to the mean: below what 1 / scale can be taken of, nothing remains.
-  const float scale = top > 1e-30f ? top / static_cast<float>(largest) : 1;
-  const float inverse = 1 / scale;
-  for (int64_t k = 0; k < height; ++k) {
-    constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-    const float rounded = (values[k] * inverse + kWhole) - kWhole;
-    whole[k] = static_cast<int32_t>(rounded);
-    values[k] -= rounded * scale;
-  }
-  return {scale, norm, std::sqrt(dot(values, values, height))};
+// A unit row minus a mean, in bytes; `unit` [dim] is room for it.
+inline Bytes unit_row_to_bytes(const FloatRows& rows, int64_t i, double inverse_norm,
+                               const float* mean, int32_t largest, int32_t shift, uint8_t* bytes,
+                               int64_t padded, float* unit) {
+  // Rows so long or so short that fp32 does not hold the inverse are divided in double.
+  const bool usual = inverse_norm > 1e-30 && inverse_norm < 1e30;
+  if (!usual) kernels_for<float>().unit_row(source_of(rows), i, unit, rows.dim);
+  return kernels().nearest->to_bytes({.values = usual ? rows[i] : unit,
+                                      .factor = usual ? static_cast<float>(inverse_norm) : 1.0f,
+                                      .mean = mean,
+                                      .count = rows.dim,
+                                      .step = 0,
+                                      .largest = largest,
+                                      .shift = shift,
+                                      .bytes = bytes,
+                                      .padded = padded});
 }
 
-// Whole numbers to units, `step` apart. In tiles bytes are unsigned: `shift` is added.
-inline void write_units(const int32_t* whole, int64_t units, ByteQuad* out, int64_t step, int32_t shift) {
-  for (int64_t u = 0; u < units; ++u)
-    for (int64_t i = 0; i < kValues; ++i)
-      out[u * step].byte[i] = static_cast<uint8_t>(whole[kValues * u + i] + shift);
+// Bytes to units that lie `step` apart.
+inline void write_units(const uint8_t* bytes, int64_t units, ByteQuad* out, int64_t step) {
+  for (int64_t u = 0; u < units; ++u) std::memcpy(out + u * step, bytes + u * kValues, kValues);
 }
 
 }  // namespace unicom::cpu

@@ -68,11 +68,11 @@ class Block {
         found_(tiles_, kCapacity) {}
 
   void run(int64_t* index, float* score) {
-    Buffer<float> row(packed_.height);
-    Buffer<int32_t> whole(packed_.height);
+    Buffer<float> unit(packed_.height);
+    Buffer<uint8_t> bytes(packed_.height);
     for (int64_t r = 0; r < tiles_ * kTile; ++r) {
       if (guess_ != nullptr && r + 2 < count_) fetch(guess_[first_ + r + 2]);
-      pack_row(r, row.get(), whole.get());
+      pack_row(r, unit.get(), bytes.get());
       start(found_, r, r);
     }
     search(tile_values_.get(), tiles_, found_);
@@ -131,7 +131,7 @@ class Block {
     return dot(row, centroids_[j], rows_.dim) * packed_.inverse_norm[j];
   }
 
-  void pack_row(int64_t r, float* row, int32_t* whole) {
+  void pack_row(int64_t r, float* unit, uint8_t* bytes) {
     Known& known = known_[r];
     known = {0, 0, 0, -std::numeric_limits<double>::infinity(), 1, false};
     if (r < count_) {
@@ -139,20 +139,23 @@ class Block {
       known.norm = std::sqrt(dot(given, given, rows_.dim));
       known.counts = known.norm > 0 && std::isfinite(known.norm);
     }
-    if (known.counts) {
-      kernels_for<float>().unit_row(source_of(rows_), first_ + r, row, packed_.height);
-      known.shared = dot(row, packed_.mean, packed_.height);
-      const int64_t guess = guess_ != nullptr ? guess_[first_ + r] : -1;
-      if (guess >= 0) known.cosine = cosine(rows_[first_ + r], guess);
+    if (!known.counts) {
+      std::fill_n(bytes, packed_.height, uint8_t{0});
+      write_units(bytes, packed_.units, row_units(tile_values_.get(), r), kTile);
+      return;
     }
-    for (int64_t k = 0; k < packed_.height; ++k)
-      row[k] = known.counts ? row[k] - packed_.mean[k] : 0.0f;
-    const Rounded rounded = round_vector(row, packed_.height, *packed_.largest, whole);
-    write_units(whole, packed_.units, row_units(tile_values_.get(), r), kTile, *packed_.largest);
-    known.scale = rounded.scale;
-    const double norm = rounded.norm + rounded.lost;
+    const float* given = rows_[first_ + r];
+    known.shared = dot(given, packed_.mean, rows_.dim) / known.norm;
+    const int64_t guess = guess_ != nullptr ? guess_[first_ + r] : -1;
+    if (guess >= 0) known.cosine = cosine(given, guess);
+    const Bytes row = unit_row_to_bytes(rows_, first_ + r, 1 / known.norm, packed_.mean,
+                                        *packed_.largest, *packed_.largest, bytes, packed_.height,
+                                        unit);
+    write_units(bytes, packed_.units, row_units(tile_values_.get(), r), kTile);
+    known.scale = row.step;
+    const double norm = row.norm + row.lost;
     const double largest = *packed_.largest_norm, largest_lost = *packed_.largest_lost;
-    known.error = 1.001 * (rounded.lost * largest + norm * largest_lost) + kSlack;
+    known.error = 1.001 * (row.lost * largest + norm * largest_lost) + kSlack;
   }
 
   // Before a search: candidates are what may be better than the guess, or than the best one found,
@@ -284,22 +287,27 @@ void pack_centroids(const FloatRows& centroids, void* packed, const Parallel& pa
     for (int64_t k = begin; k < end; ++k)
       out.mean[k] = static_cast<float>(sum[k - begin] / static_cast<double>(count));
   });
+  const double mean_square = dot(out.mean, out.mean, dim);
   Buffer<double> norm(out.panel_count * kLanes), lost(out.panel_count * kLanes);
   each_panel([&](int64_t p) {
-    Buffer<float> row(out.height);
-    Buffer<int32_t> whole(out.height);
+    Buffer<float> unit(out.height);
+    Buffer<uint8_t> bytes(out.height);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       const int64_t j = p * kLanes + lane;
-      if (j < count) kernels_for<float>().unit_row(source_of(centroids), j, row.get(), out.height);
-      for (int64_t k = 0; k < out.height; ++k) row[k] = j < count ? row[k] - out.mean[k] : 0.0f;
-      out.bias[j] =
-          j < count ? static_cast<float>(dot(out.mean, row.get(), out.height)) : -kInfinity;
-      const Rounded rounded = round_vector(row.get(), out.height, *out.largest, whole.get());
-      norm[j] = rounded.norm;
-      lost[j] = rounded.lost;
-      out.scale[j] = rounded.scale;
-      out.start[j] = -*out.largest * std::accumulate(whole.get(), whole.get() + out.height, 0);
-      write_units(whole.get(), out.units, out.panels + p * out.units * kLanes + lane, kLanes, 0);
+      std::fill_n(bytes.get(), out.height, uint8_t{0});
+      Bytes packed_row{1, 0, 0, 0};
+      out.bias[j] = -kInfinity;
+      if (j < count) {
+        const double shared = dot(centroids[j], out.mean, dim) * out.inverse_norm[j];
+        out.bias[j] = static_cast<float>(shared - mean_square);
+        packed_row = unit_row_to_bytes(centroids, j, out.inverse_norm[j], out.mean, *out.largest, 0,
+                                       bytes.get(), out.height, unit.get());
+      }
+      norm[j] = packed_row.norm;
+      lost[j] = packed_row.lost;
+      out.scale[j] = packed_row.step;
+      out.start[j] = -*out.largest * packed_row.sum;
+      write_units(bytes.get(), out.units, out.panels + p * out.units * kLanes + lane, kLanes);
     }
   });
   *out.largest_norm = *std::max_element(norm.get(), norm.get() + count);

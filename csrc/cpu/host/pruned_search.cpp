@@ -15,7 +15,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int32_t kLimit = 1 << 30;  // no sum of products reaches it
 constexpr int64_t kRowsPerBlock = kBlockTiles * kTile;
-constexpr int64_t kBlocksPerItem = 16;
+constexpr int64_t kBlocksPerItem = 4;  // whose rows stay in a second-level cache
 constexpr int64_t kPanelsPerSweep = 1024;
 constexpr int64_t kRowsPerPacking = 16 * kTile;
 constexpr int64_t kChunk = 64;  // summands of a coordinate that are added up before they join
@@ -35,6 +35,7 @@ int64_t whole_bytes(const Projection& p) { return round_up(p.dim, 128); }
 
 // What is kept of a row besides its bytes.
 struct RowFacts {
+  double length;  // norm of the row as it was given; 0 or not finite: it is not searched
   float lost;    // bound of the norm of what rounding took from the coordinates; +infinity: no
                  // bound of the rest fits a byte
   float kept;    // of the norm of the coordinates that are multiplied
@@ -69,7 +70,8 @@ class Coordinates {
     double rest;   // bound of the norm outside the axes
   };
 
-  // The unit rows [rows][height], zeros past dim, lose the mean; calls use(row, result).
+  // The unit rows [rows][height], zeros past dim, lose the mean; calls use(row, result). There is
+  // room for whole tiles of them.
   template <class Use>
   void each(float* units, int64_t rows, const float* mean, const Use& use) const {
     for (int64_t r = 0; r < rows; ++r)
@@ -82,16 +84,11 @@ class Coordinates {
       return;
     }
     const int64_t tiles = ceil_div(rows, kTile), panels = width_ / kLanes;
-    Buffer<float> tile(tiles * kTile * height_), out(panels * tiles * kTile * kLanes);
+    Buffer<float> tile(tiles * kTile * p_.dim), out(panels * tiles * kTile * kLanes);
     Buffer<float> along(width_);
-    for (int64_t t = 0; t < tiles; ++t) {
-      float six[kTile];
-      for (int64_t k = 0; k < p_.dim; ++k) {
-        for (int64_t m = 0; m < kTile; ++m)
-          six[m] = t * kTile + m < rows ? units[(t * kTile + m) * height_ + k] : 0.0f;
-        std::copy_n(six, kTile, tile.get() + (t * p_.dim + k) * kTile);
-      }
-    }
+    for (int64_t t = 0; t < tiles; ++t)
+      kernels_for<float>().pack_tile(units + t * kTile * height_, height_, p_.dim, Rounding::kNone,
+                                     tile.get() + t * kTile * p_.dim);
     for (int64_t k = 0; k < p_.dim; k += kChunk)
       kernels_for<float>().product({.a = tile.get() + k * kTile,
                                     .a_tile_stride = p_.dim * kTile,
@@ -125,22 +122,18 @@ class Coordinates {
   double error_;
 };
 
-// Whole multiples of a step, from -largest to largest; a value further out is cut. Returns the norm
-// of the multiples, and sets the norm of what was lost.
-double round_to(const float* values, int64_t count, float step, int32_t largest, int32_t* whole,
-                double* lost) {
-  double kept_square = 0, lost_square = 0;
-  const float most = static_cast<float>(largest);
-  for (int64_t i = 0; i < count; ++i) {
-    const float rounded = std::clamp(std::nearbyint(values[i] / step), -most, most);
-    whole[i] = static_cast<int32_t>(rounded);
-    const double kept = static_cast<double>(rounded) * static_cast<double>(step);
-    const double left = static_cast<double>(values[i]) - kept;
-    kept_square += kept * kept;
-    lost_square += left * left;
-  }
-  *lost = std::sqrt(lost_square);
-  return std::sqrt(kept_square);
+// Coordinates in bytes.
+Bytes coordinates_to_bytes(const float* along, int64_t count, float step, int32_t largest,
+                           int32_t shift, uint8_t* bytes) {
+  return kernels().nearest->to_bytes({.values = along,
+                                      .factor = 1,
+                                      .mean = nullptr,
+                                      .count = count,
+                                      .step = step,
+                                      .largest = largest,
+                                      .shift = shift,
+                                      .bytes = bytes,
+                                      .padded = round_up(count, 16)});
 }
 
 // Views into the block that order_centroids fills. Centroids are in the order of the search.
@@ -149,7 +142,7 @@ struct OrderedCentroids {
   double* unit;          // what a sum of the screen counts in
   double* largest_norm;  // bounds over centroids: of the coordinates
   double* largest_lost;  // of what rounding took from them
-  double* inverse_norm;  // [count]
+  double* inverse_norm;  // [count] by id, not by order
   ByteQuad* panels;      // of the screen
   int32_t* start;        // [lanes]
   uint8_t* whole;        // [count][bytes_each]
@@ -194,7 +187,9 @@ class Item {
         row_bytes_(projected_row_bytes(s.projection)),
         first_(first),
         count_(count),
-        known_(count) {}
+        known_(count),
+        marked_(std::min(kPanelsPerSweep, round_up(centroids.panel_count, kMarkedPanels)) * kLanes + kMoreMarks),
+        sums_(marked_.size()) {}
 
   SearchWork run() {
     std::vector<int64_t> searched;
@@ -236,20 +231,19 @@ class Item {
   }
 
   // Cosine times the norm of the row, as nearest.cpp computes it.
-  double cosine(int64_t r, int64_t place) const {
-    return dot(row(r), s_.centroids[c_.id[place]], s_.rows.dim) * c_.inverse_norm[place];
+  double cosine(int64_t r, int64_t id) const {
+    return dot(row(r), s_.centroids[id], s_.rows.dim) * c_.inverse_norm[id];
   }
 
   // Whether the row is to be searched; otherwise its result is written.
   bool look_at(int64_t r) {
     const int64_t i = first_ + r, guess = s_.guess[i];
     Known& known = known_[r];
-    const float* x = row(r);
     if (r + 1 < count_ && s_.guess[i + 1] >= 0) {
       const float* next = s_.centroids[s_.guess[i + 1]];
       for (int64_t k = 0; k < s_.rows.dim; k += 16) __builtin_prefetch(next + k);
     }
-    known.norm = std::sqrt(dot(x, x, s_.rows.dim));
+    known.norm = facts(r).length;
     if (!(known.norm > 0 && std::isfinite(known.norm))) {
       s_.index[i] = -1;
       s_.score[i] = known.norm == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
@@ -260,8 +254,7 @@ class Item {
     known.wanted = c_.count;
     known.bound = -kInfinity;
     if (guess < 0) return true;
-    const float* w = s_.centroids[guess];
-    known.cosine = dot(x, w, s_.rows.dim) * inverse_norm(w, s_.rows.dim);
+    known.cosine = cosine(r, guess);
     if (s_.bound == nullptr) return true;
     known.reach = std::max<double>(facts(r).norm, kLeastNorm);
     const double bound = s_.bound[i], floor = known.cosine / known.norm - kSlack;
@@ -286,14 +279,13 @@ class Item {
     int64_t panels = 0;
     for (int64_t b = 0; b < count; ++b) panels = std::max(panels, panels_of(rows[b]));
     const int64_t searched = std::min(panels * kLanes, c_.count);
-    const int64_t stride = std::min(round_up(panels, 4), kPanelsPerSweep);
+    const int64_t stride = std::min(round_up(panels, kMarkedPanels), kPanelsPerSweep);
     Buffer<ByteQuad> tile(tiles * kTile * c_.units);
     Buffer<uint8_t> whole(count * c_.bytes_each);
     Buffer<int32_t> limit(tiles * kTile);
     Buffer<uint16_t> marks(tiles * kTile * stride);
     std::vector<Search> state(count);
     Buffer<float> unit(c_.bytes_each);
-    Buffer<int32_t> codes(c_.bytes_each);
     for (int64_t b = 0; b < tiles * kTile; ++b) {
       limit[b] = kLimit;
       const uint8_t* from = projected(rows[std::min(b, count - 1)]);
@@ -302,7 +294,7 @@ class Item {
                     kValues);
       if (b >= count) continue;
       limit[b] = begin(rows[b], searched, state[b]);
-      pack_whole(rows[b], unit.get(), codes.get(), whole.get() + b * c_.bytes_each, state[b]);
+      pack_whole(rows[b], unit.get(), whole.get() + b * c_.bytes_each, state[b]);
     }
     for (int64_t panel = 0; panel < panels; panel += kPanelsPerSweep) {
       const int64_t swept = std::min(kPanelsPerSweep, panels - panel);
@@ -317,9 +309,11 @@ class Item {
                                  limit.get(),
                                  marks.get(),
                                  stride});
-      for (int64_t b = 0; b < count; ++b)
+      for (int64_t b = 0; b < count; ++b) {
+        for (int64_t p = swept; p % kMarkedPanels != 0; ++p) marks[b * stride + p] = 0;
         multiply_marked(rows[b], marks.get() + b * stride, swept, panel * kLanes,
                         whole.get() + b * c_.bytes_each, state[b]);
+      }
     }
     work_.screened += count * searched;
     for (int64_t b = 0; b < count; ++b) decide(rows[b], state[b]);
@@ -354,36 +348,29 @@ class Item {
         std::clamp(std::floor(least) - 1, -double{kLimit}, double{kLimit} - 1));
   }
 
-  // The row in whole 8-bit integers.
-  void pack_whole(int64_t r, float* unit, int32_t* codes, uint8_t* out, Search& search) const {
-    kernels_for<float>().unit_row(source_of(s_.rows), first_ + r, unit, c_.bytes_each);
-    for (int64_t k = 0; k < p_.dim; ++k) unit[k] -= p_.row_mean[k];
-    const Rounded rounded = round_vector(unit, c_.bytes_each, p_.largest, codes);
-    for (int64_t k = 0; k < c_.bytes_each; ++k)
-      out[k] = static_cast<uint8_t>(codes[k] + p_.largest);
-    search.scale = rounded.scale;
-    search.lost = 1.001 * rounded.lost;
-    search.kept = 1.001 * (rounded.norm + rounded.lost);
+  // All dimensions of the row, in bytes.
+  void pack_whole(int64_t r, float* unit, uint8_t* out, Search& search) const {
+    const Bytes bytes = unit_row_to_bytes(s_.rows, first_ + r, 1 / known_[r].norm, p_.row_mean,
+                                          p_.largest, p_.largest, out, c_.bytes_each, unit);
+    search.scale = bytes.step;
+    search.lost = 1.001 * bytes.lost;
+    search.kept = 1.001 * (bytes.norm + bytes.lost);
   }
 
   void multiply_marked(int64_t r, const uint16_t* marks, int64_t panels, int64_t first,
                        const uint8_t* whole, Search& search) {
-    marked_.clear();
-    for (int64_t p = 0; p < panels; ++p)
-      for (uint32_t bits = marks[p]; bits != 0; bits &= bits - 1)
-        marked_.push_back(
-            static_cast<int32_t>(first + p * kLanes + __builtin_ctz(bits)));
-    if (marked_.empty()) return;
-    sums_.resize(marked_.size());
+    const int64_t marked =
+        kernels().nearest->list_marks(marks, panels, static_cast<int32_t>(first), marked_.data());
+    if (marked == 0) return;
     kernels().nearest->byte_products({.row = whole,
                                       .matrix = c_.whole,
                                       .bytes = c_.bytes_each,
                                       .wanted = marked_.data(),
-                                      .count = static_cast<int64_t>(marked_.size()),
+                                      .count = marked,
                                       .sums = sums_.data()});
-    work_.multiplied += static_cast<int64_t>(marked_.size());
+    work_.multiplied += marked;
     const int64_t guess = s_.guess[first_ + r];
-    for (size_t m = 0; m < marked_.size(); ++m) {
+    for (int64_t m = 0; m < marked; ++m) {
       const int32_t j = marked_[m];
       if (c_.id[j] == guess) continue;
       const double score = search.scale * c_.scale[j] * (sums_[m] + c_.whole_start[j]) +
@@ -414,9 +401,9 @@ class Item {
               });
     for (const Candidate& c : search.candidates) {
       if (c.upper * known.norm < (s_.margin > 0 ? second : largest)) break;
-      const double other = cosine(r, c.place);
-      ++work_.decided;
       const int64_t id = c_.id[c.place];
+      const double other = cosine(r, id);
+      ++work_.decided;
       if (best < 0 || other > largest || (other == largest && id < best)) {
         if (best >= 0) second = std::max(second, largest);
         largest = other;
@@ -459,31 +446,34 @@ void project_rows(const FloatRows& rows, const Projection& p, uint8_t* projected
   parallel.run(ceil_div(rows.count, kRowsPerPacking), [&](int64_t item) {
     const int64_t first = item * kRowsPerPacking;
     const int64_t count = std::min(kRowsPerPacking, rows.count - first);
-    Buffer<float> unit(count * coordinates.height());
-    double shared[kRowsPerPacking];
+    Buffer<float> unit(kRowsPerPacking * coordinates.height());
+    double shared[kRowsPerPacking], length[kRowsPerPacking];
     for (int64_t r = 0; r < count; ++r) {
       float* out = unit.get() + r * coordinates.height();
-      kernels_for<float>().unit_row(source_of(rows), first + r, out, coordinates.height());
-      bool finite = true;
-      for (int64_t k = 0; k < p.dim; ++k) finite &= std::isfinite(out[k]);
-      if (!finite) std::fill_n(out, coordinates.height(), 0.0f);  // is not searched
+      const float* row = rows[first + r];
+      length[r] = std::sqrt(dot(row, row, p.dim));
+      if (std::isfinite(length[r]))
+        kernels_for<float>().unit_row(source_of(rows), first + r, out, coordinates.height());
+      else
+        std::fill_n(out, coordinates.height(), 0.0f);
       shared[r] = dot(out, p.centroid_mean, p.dim);
     }
-    Buffer<int32_t> whole(p.count);
+    Buffer<uint8_t> along(round_up(p.count, 16));
     coordinates.each(unit.get(), count, p.row_mean, [&](int64_t r, const Coordinates::Result& found) {
       uint8_t* out = projected + (first + r) * bytes;
-      double lost;
-      const double kept = round_to(found.along, p.count, p.step, p.largest, whole.get(), &lost);
+      const Bytes coded = coordinates_to_bytes(found.along, p.count, p.step, p.largest, p.largest,
+                                               along.get());
       std::fill_n(out, bytes, uint8_t{0});
-      for (int64_t i = 0; i < p.count; ++i) out[i] = static_cast<uint8_t>(whole[i] + p.largest);
+      std::copy_n(along.get(), p.count, out);
       const double rest = std::ceil(found.rest / static_cast<double>(p.rest_step));
       if (p.axes != nullptr)
         std::fill_n(out + rest_unit(p) * kValues, kValues,
                     static_cast<uint8_t>(std::min(rest, most)));
+      const double lost = 1.001 * coded.lost + found.error;
       const RowFacts facts{
-          .lost = rest > most ? std::numeric_limits<float>::infinity()
-                              : round_up_to_float(1.001 * lost + found.error),
-          .kept = round_up_to_float(1.001 * kept),
+          .length = length[r],
+          .lost = rest > most ? std::numeric_limits<float>::infinity() : round_up_to_float(lost),
+          .kept = round_up_to_float(1.001 * (coded.norm + lost)),
           .norm = round_up_to_float(1.001 * found.norm),
           .shared = static_cast<float>(shared[r])};
       std::memcpy(out + units * kValues, &facts, sizeof(facts));
@@ -502,29 +492,26 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
   Buffer<float> along(count * p.count);
   Buffer<double> rest(count), error(count), norm(items), lost(items), top(items);
   Buffer<double> bias(count);
+  const double means = dot(p.row_mean, p.centroid_mean, p.dim);
   parallel.run(items, [&](int64_t item) {
     const int64_t first = item * kPerItem, rows = std::min(kPerItem, count - first);
-    const int64_t height = std::max(coordinates.height(), out.bytes_each);
-    Buffer<float> units(rows * coordinates.height()), row(height);
-    Buffer<int32_t> whole(height);
+    Buffer<float> units(kPerItem * coordinates.height()), row(p.dim);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t j = first + r, id = order[j];
       out.id[j] = static_cast<int32_t>(id);
       out.moved[j] = moved != nullptr ? moved[j] : 0.0f;
-      out.inverse_norm[j] = inverse_norm(centroids[id], p.dim);
-      kernels_for<float>().unit_row(source_of(centroids), id, row.get(), height);
-      std::copy_n(row.get(), coordinates.height(), units.get() + r * coordinates.height());
-      for (int64_t k = 0; k < p.dim; ++k) row[k] -= p.centroid_mean[k];
-      bias[j] = dot(p.row_mean, row.get(), p.dim);
+      out.inverse_norm[id] = inverse_norm(centroids[id], p.dim);
+      kernels_for<float>().unit_row(source_of(centroids), id, units.get() + r * coordinates.height(),
+                                    coordinates.height());
+      bias[j] = dot(centroids[id], p.row_mean, p.dim) * out.inverse_norm[id] - means;
       out.bias[j] = static_cast<float>(bias[j]);
-      const Rounded rounded = round_vector(row.get(), out.bytes_each, p.largest, whole.get());
-      out.scale[j] = rounded.scale;
-      out.norm[j] = round_up_to_float(1.001 * rounded.norm);
-      out.lost[j] = round_up_to_float(1.001 * rounded.lost);
-      out.whole_start[j] =
-          -p.largest * std::accumulate(whole.get(), whole.get() + out.bytes_each, 0);
-      for (int64_t k = 0; k < out.bytes_each; ++k)
-        out.whole[j * out.bytes_each + k] = static_cast<uint8_t>(whole[k]);
+      const Bytes whole = unit_row_to_bytes(centroids, id, out.inverse_norm[id], p.centroid_mean,
+                                            p.largest, 0, out.whole + j * out.bytes_each,
+                                            out.bytes_each, row.get());
+      out.scale[j] = whole.step;
+      out.norm[j] = round_up_to_float(1.001 * whole.norm);
+      out.lost[j] = round_up_to_float(1.001 * whole.lost);
+      out.whole_start[j] = -p.largest * whole.sum;
     }
     norm[item] = lost[item] = top[item] = 0;
     coordinates.each(units.get(), rows, p.centroid_mean, [&](int64_t r, const Coordinates::Result& found) {
@@ -548,27 +535,23 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
                 largest_of(rest, count) * rest_step / (row_step * (4 * p.largest - 1))}));
   *out.unit = row_step * static_cast<double>(step);
   parallel.run(items, [&](int64_t item) {
-    Buffer<int32_t> whole(p.count);
+    Buffer<uint8_t> bytes(out.units * kValues + 16);
     for (int64_t j = item * kPerItem; j < std::min(count, (item + 1) * kPerItem); ++j) {
-      double taken;
-      round_to(along.get() + j * p.count, p.count, step, p.largest, whole.get(), &taken);
-      lost[item] = std::max(lost[item], 1.001 * taken + error[j]);
-      ByteQuad* to = out.panels + j / kLanes * out.units * kLanes + j % kLanes;
-      int32_t sum = 0;
-      for (int64_t u = 0; u < out.units; ++u) to[u * kLanes] = {};
-      for (int64_t i = 0; i < p.count; ++i) {
-        to[i / kValues * kLanes].byte[i % kValues] = static_cast<uint8_t>(whole[i]);
-        sum += whole[i];
-      }
+      std::fill_n(bytes.get(), out.units * kValues, uint8_t{0});
+      const Bytes coded =
+          coordinates_to_bytes(along.get() + j * p.count, p.count, step, p.largest, 0, bytes.get());
+      lost[item] = std::max(lost[item], 1.001 * coded.lost + error[j]);
       int32_t left = static_cast<int32_t>(std::ceil(rest[j] * rest_step / *out.unit));
       for (int64_t i = 0; p.axes != nullptr && i < kValues; ++i) {
         const int32_t part = std::min(left, p.largest);
-        to[rest_unit(p) * kLanes].byte[i] = static_cast<uint8_t>(part);
+        bytes[rest_unit(p) * kValues + i] = static_cast<uint8_t>(part);
         left -= part;
       }
+      write_units(bytes.get(), out.units, out.panels + j / kLanes * out.units * kLanes + j % kLanes,
+                  kLanes);
       out.start[j] = static_cast<int32_t>(std::clamp(std::ceil(bias[j] / *out.unit),
                                                      -double{kLimit} / 2, double{kLimit} / 2)) -
-                     p.largest * sum;
+                     p.largest * coded.sum;
     }
   });
   for (int64_t j = count; j < out.panel_count * kLanes; ++j) {

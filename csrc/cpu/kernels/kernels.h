@@ -129,6 +129,25 @@ struct Nearest : CosineBlock<ByteQuad> {  // units: a multiple of four
   int32_t* count;      // [6 tiles]; capacity + 1 where the candidates were too many
 };
 
+// A vector as bytes: whole multiples of a step, from -largest to largest.
+struct ToBytes {
+  const float* values;  // [count]
+  float factor;         // what is rounded is factor * values - mean
+  const float* mean;    // [count], or nullptr
+  int64_t count;
+  float step;  // values further out are cut; 0: that with which the largest one fits
+  int32_t largest;
+  int32_t shift;  // added to what is written
+  uint8_t* bytes;
+  int64_t padded;  // of them, a multiple of 16; zeros past count
+};
+struct Bytes {
+  float step;
+  float norm;   // of the vector, to rounding
+  float lost;   // norm of what rounding took from it, to rounding
+  int32_t sum;  // of what was written, without the shift
+};
+
 // A block of rows against the leading parts of centroids: a bit for each whose sum of products is
 // above the row's limit.
 struct Screen : CosineBlock<ByteQuad> {  // units: a multiple of four
@@ -195,11 +214,18 @@ struct Kernels {
                       Real* out, int64_t out_stride);
 };
 
+constexpr int64_t kMarkedPanels = 4;
+constexpr int64_t kMoreMarks = 4;
+
 struct NearestKernels {
   int32_t largest;  // values that they multiply are from -largest to largest; in tiles it is added
   void (*nearest)(const Nearest&);
   void (*screen)(const Screen&);
+  // Writes the marked lanes of `panels` panels, the first of which begins at `first`; returns how
+  // many they are. Reads groups of kMarkedPanels, and writes up to kMoreMarks more than there are.
+  int64_t (*list_marks)(const uint16_t* marks, int64_t panels, int32_t first, int32_t* out);
   void (*byte_products)(const ByteProducts&);
+  Bytes (*to_bytes)(const ToBytes&);
 };
 
 struct KernelSet {

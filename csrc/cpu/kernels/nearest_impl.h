@@ -263,6 +263,25 @@ void screen(const Screen& args) {
     for (int64_t t = 0; t < args.tiles; ++t) mark_tile<1>(args, panel, t);
 }
 
+// How many lanes of a group are marked cannot be foreseen: the first few are written whether they
+// are there or not.
+int64_t list_marks(const uint16_t* marks, int64_t panels, int32_t first, int32_t* out) {
+  constexpr uint64_t kLast = uint64_t{1} << 63;
+  int32_t* const begin = out;
+  for (int64_t p = 0; p < panels; p += kMarkedPanels) {
+    uint64_t bits;
+    std::memcpy(&bits, marks + p, sizeof(bits));
+    const int count = __builtin_popcountll(bits);
+    const int32_t at = first + static_cast<int32_t>(p * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kMoreMarks; ++i, bits &= bits - 1)
+      out[i] = at + __builtin_ctzll(bits | kLast);
+    for (int i = kMoreMarks; i < count; ++i, bits &= bits - 1) out[i] = at + __builtin_ctzll(bits);
+    out += count;
+  }
+  return out - begin;
+}
+
 UNICOM_INLINE int32_t sum_of_lanes(IntVec<float> sums) {
 #if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
   return _mm512_reduce_add_epi32((__m512i)sums);
@@ -305,6 +324,56 @@ void byte_products(const ByteProducts& args) {
     products_of<4>(args, i);
   }
   for (; i < args.count; ++i) products_of<1>(args, i);
+}
+
+typedef uint8_t ByteStore
+    __attribute__((vector_size(UNICOM_VECTOR_BYTES / 4), aligned(1), may_alias));
+
+Bytes to_bytes(const ToBytes& args) {
+  constexpr int kW = kWidth<float>;
+  // The vector at k, zero past the end.
+  const auto at = [&](int64_t k) {
+    if (k + kW <= args.count) {
+      const Vec<float> x = broadcast(args.factor) * load(args.values + k);
+      return args.mean != nullptr ? x - load(args.mean + k) : x;
+    }
+    Vec<float> x{};
+    for (int i = 0; i < kW && k + i < args.count; ++i)
+      x[i] = args.factor * args.values[k + i] - (args.mean != nullptr ? args.mean[k + i] : 0.0f);
+    return x;
+  };
+  Vec<float> square{}, top{};
+  for (int64_t k = 0; k < args.count; k += kW) {
+    const Vec<float> x = at(k);
+    square = fma(x, x, square);
+    top = larger<float>(top, larger<float>(x, -x));
+  }
+  const float largest = static_cast<float>(args.largest), size = horizontal_max<float>(top);
+  // All but equal to the mean: below what 1 / step can be taken of, nothing remains.
+  const float step = args.step > 0 ? args.step : size > 1e-30f ? size / largest : 1;
+  const float inverse = 1 / step;
+  Vec<float> lost{};
+  IntVec<float> sum{};
+  for (int64_t k = 0; k < args.padded; k += kW) {
+    const Vec<float> x = at(k), round = broadcast(ExpConstants::kRound);
+    Vec<float> whole = (x * broadcast(inverse) + round) - round;
+    whole = larger<float>(whole, broadcast(-largest));
+    whole = -larger<float>(-whole, broadcast(-largest));
+    const Vec<float> left = x - whole * broadcast(step);
+    lost = fma(left, left, lost);
+    const IntVec<float> value = __builtin_convertvector(whole, IntVec<float>);
+    sum += value;
+    const IntVec<float> shifted = value + args.shift;
+#if defined(__AVX512F__) && UNICOM_VECTOR_BYTES == 64
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(args.bytes + k),
+                     _mm512_cvtepi32_epi8((__m512i)shifted));
+#else
+    *reinterpret_cast<ByteStore*>(args.bytes + k) = __builtin_convertvector(
+        shifted, uint8_t __attribute__((vector_size(UNICOM_VECTOR_BYTES / 4))));
+#endif
+  }
+  return {step, std::sqrt(horizontal_sum<float>(square)), std::sqrt(horizontal_sum<float>(lost)),
+          sum_of_lanes(sum)};
 }
 
 }  // namespace
