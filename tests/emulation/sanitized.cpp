@@ -514,8 +514,8 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
   for (const uint64_t schedule : {0, 12345}) {
     const int64_t* given = schedule == 0 ? nullptr : guess.get();
     Found right(n, k, dim);
-    cpu::nearest(all_rows, given, all_centroids, packed.get(), right.index.get(),
-                 right.score.get(), cpu::Serial());
+    cpu::nearest(all_rows, given, all_centroids, packed.get(), right.index.get(), right.score.get(),
+                 cpu::Serial());
     cpu::add_unit_rows(right.moves(all_rows, given), cpu::Serial());
     cpu::directions(right.of_sums(), cpu::Serial());
     emulation::set_schedule(schedule);

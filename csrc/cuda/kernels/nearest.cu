@@ -455,8 +455,7 @@ __global__ void directions_kernel(__grid_constant__ const Directions a) {
   }));
   if (j >= a.count) return;
   for (int64_t k = lane_index() % kOctet; k < a.dim; k += kOctet)
-    a.out[j * a.dim + k] =
-        norm > 0 ? static_cast<float>(static_cast<double>(sum[k]) / norm) : 0.0f;
+    a.out[j * a.dim + k] = norm > 0 ? static_cast<float>(static_cast<double>(sum[k]) / norm) : 0.0f;
 }
 
 }  // namespace
