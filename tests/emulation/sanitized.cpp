@@ -18,6 +18,7 @@
 #include "../../csrc/cpu/host/nearest.h"
 #include "../../csrc/cpu/host/row_updates.h"
 #include "../../csrc/cpu/host/select.h"
+#include "../../csrc/cpu/host/unit_sums.h"
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cuda/kernels/row_updates.h"

@@ -21,6 +21,9 @@ from unicom_ext.cluster.sums import UnitSums, directions
 from unicom_ext.data.source import Block, Rows, Source, on_device
 from unicom_ext.distributed.ranks import Ranks
 
+# Cosines count in multiples of this, what float32 has at 1: sums of 2**29 of them are exact in
+# double, so that neither the objective nor what is decided by it depends on blocks and ranks.
+SCORE_UNIT = 2.0**-24
 SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
 
 
@@ -102,6 +105,7 @@ def assign(
                 last = before.read(block.shard, block.start, block.start + len(block.rows))
                 guess = torch.from_numpy(last.astype(np.int64)).to(centroids.device)
             index, score = centroids.nearest(block.rows, guess)
+            score = (score / SCORE_UNIT).round() * SCORE_UNIT
             visit(block, index, score, guess)
             index, score = index.cpu(), score.cpu()
             totals.add(index, score)

@@ -66,7 +66,7 @@ def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
     for file, before, now in zip(source.files, then, contents, strict=True):
         if before != now:
             raise CheckpointError(f"{path}: is of other features: {file} has changed since")
-    if "sums" in state and state["sums"].is_floating_point():  # until 0.2.0
+    if "sums" in state and state["sums"].is_floating_point():  # they were doubles once
         unit = 2.0 ** shift_for(len(state["passes"]) * source.rows)
         state["sums"] = (state["sums"] * unit).round().long()
     return {**state, "config": config.to_dict(), "source": here, "contents": contents}
