@@ -21,7 +21,7 @@ from measure import describe_machine
 from rich.console import Console
 from tables import Table
 
-from unicom_ext.cluster import Centroids, add_unit_rows
+from unicom_ext.cluster import Centroids, UnitSums
 
 RESULTS = Path(__file__).parent / "results"
 # Rows, centroids, dimensions.
@@ -39,13 +39,12 @@ def measure(shape: str, place: Any, rounds: int) -> dict[str, Any]:
     rows = values[near] + torch.randn(n, d, device=place.device, generator=generator)
     centroids = Centroids(values)
     label = centroids.nearest(rows)[0]
-    sums = torch.zeros(k, d, dtype=torch.float64, device=place.device)
-    counts = torch.zeros(k, dtype=torch.int64, device=place.device)
+    sums = UnitSums(k, d, rows=1 << 30, device=place.device)
     parts = {
         "pack": lambda: Centroids(values),
         "search": lambda: centroids.nearest(rows),
         "search, labels guessed": lambda: centroids.nearest(rows, label),
-        "sums": lambda: add_unit_rows(sums, counts, rows, label),
+        "sums": lambda: sums.add(rows, label),
     }
     seconds = [place.time(*parts.values()) for _ in range(rounds)]
     right = Centroids(values.cpu()).nearest(rows[:COMPARED].cpu())[0]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unicom_ext
 from unicom_ext import _engine
-from unicom_ext.cluster import Centroids, add_unit_rows, nearest
+from unicom_ext.cluster import Centroids, nearest
 
 CPU_ONLY = True  # test_cuda_nearest.py is about GPUs
 
@@ -235,37 +235,6 @@ def test_faiss_agrees():
     torch.testing.assert_close(our_score, torch.from_numpy(score[:, 0]), rtol=0, atol=1e-6)
 
 
-# ---- sums ----------------------------------------------------------------------------------------
-
-
-def test_sums_of_unit_rows(set_threads):
-    rows = gaussian(1000, 7, 0)
-    index = torch.randint(-1, 13, (1000,), generator=torch.Generator().manual_seed(1))
-    right = torch.zeros(13, 7, dtype=torch.float64)
-    kept = index >= 0
-    right.index_add_(0, index[kept], F.normalize(rows.double())[kept])
-    results = []
-    for threads in (1, 2, 3):
-        set_threads(threads)
-        sums, counts = torch.zeros(13, 7, dtype=torch.float64), torch.zeros(13, dtype=torch.int64)
-        add_unit_rows(sums, counts, rows[:400], index[:400])
-        add_unit_rows(sums, counts, rows[400:], index[400:])
-        torch.testing.assert_close(sums, right, rtol=1e-14, atol=1e-13)
-        assert torch.equal(counts, index[kept].bincount(minlength=13))
-        results.append(sums)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-def test_sums_beyond_what_fp32_can_count():
-    """2**24 rows are in the sum already: in fp32 another one would change nothing."""
-    sums = torch.tensor([[2.0**24, 0.0]], dtype=torch.float64)
-    counts = torch.tensor([2**24])
-    add_unit_rows(sums, counts, torch.ones(1, 2) / 2, torch.zeros(1, dtype=torch.int64))
-    assert sums[0, 0] == 2.0**24 + math.sqrt(0.5)
-    assert counts.item() == 2**24 + 1
-
-
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -312,13 +281,3 @@ def test_packed_for_other_kernels():
         found = Centroids(torch.ones(2, 4))
     with unicom_ext.cpu_capability("portable"), pytest.raises(ValueError, match="another CPU cap"):
         found.nearest(torch.ones(3, 4))
-
-
-def test_bad_sums():
-    sums, counts = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    rows, index = torch.ones(2, 3), torch.tensor([0, 2])
-    with pytest.raises(ValueError, match=r"index must be in \[-1, 2\), got 2 at position 1"):
-        add_unit_rows(sums, counts, rows, index)
-    with pytest.raises(ValueError, match="sums must be contiguous, Double"):
-        add_unit_rows(sums.float(), counts, rows, index)
-    assert sums.sum() == 0

@@ -9,7 +9,7 @@ from support import backends
 from support.problems import random_problem, solve
 
 from unicom_ext import PartialMarginSoftmax
-from unicom_ext.cluster import Centroids, add_unit_rows
+from unicom_ext.cluster import Centroids, UnitSums
 from unicom_ext.loss.functional import partial_margin_softmax
 from unicom_ext.optim import RowAdamW, RowSGD
 
@@ -45,9 +45,10 @@ def a_search():
     found = Centroids(values)
     index, score = found.nearest(rows)  # the guess has its default: it is not passed on
     again, _ = found.nearest(rows, index)
-    sums, counts = torch.zeros(7, 9, dtype=torch.float64), torch.zeros(7, dtype=torch.int64)
-    add_unit_rows(sums, counts, rows, index)
-    return [index, score, again, sums, counts]
+    sums = UnitSums(7, 9, rows=40)
+    sums.add(rows, index)
+    sums.add(rows, index.flip(0), index)
+    return [index, score, again, sums.values, sums.counts, sums.directions()]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.console import Console
 from support.problems import random_problem, relative_error, solve, truth
 
 from unicom_ext import ArcFace, PartialMarginSoftmax
-from unicom_ext.cluster import Centroids, ClusterConfig, add_unit_rows, cluster, pictures
+from unicom_ext.cluster import Centroids, ClusterConfig, UnitSums, cluster, pictures
 from unicom_ext.functional import partial_margin_softmax
 from unicom_ext.ops import library
 from unicom_ext.optim import RowAdamW, RowSGD
@@ -395,10 +395,10 @@ def search(rows, values, device):
     rows, centroids = rows.to(device), Centroids(values.to(device))
     index, score = centroids.nearest(rows)
     again, _ = centroids.nearest(rows, index.flip(0))
-    sums = torch.zeros(values.shape, dtype=torch.float64, device=device)
-    counts = torch.zeros(len(values), dtype=torch.int64, device=device)
-    add_unit_rows(sums, counts, rows, index)
-    return index, score, again, sums, counts
+    sums = UnitSums(*values.shape, rows=len(rows), device=device)
+    sums.add(rows, index.flip(0))
+    sums.add(rows, index, index.flip(0))
+    return index, score, again, sums.values, sums.counts, sums.directions()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 65, 17), (300, 1100, 200)], ids=str)
@@ -427,14 +427,15 @@ def check_search(n, k, d, spread):
 def test_the_search_never_waits_for_the_device():
     rows, centroids = torch.randn(3000, 64, device="cuda"), torch.randn(700, 64, device="cuda")
     found = Centroids(centroids)
-    sums = torch.zeros(700, 64, dtype=torch.float64, device="cuda")
-    counts = torch.zeros(700, dtype=torch.int64, device="cuda")
-    add_unit_rows(sums, counts, rows, found.nearest(rows)[0])
+    sums = UnitSums(700, 64, rows=6000, device="cuda")
+    sums.add(rows, found.nearest(rows)[0])
     with no_waiting():
         index, _ = found.nearest(rows)
         found.nearest(rows, index)
-        add_unit_rows(sums, counts, rows, index)
-    assert counts.sum() == 6000
+        sums.add(rows, index)
+        sums.add(rows, index, index.flip(0))
+        sums.directions()
+    assert sums.counts.sum() == 6000
 
 
 def test_rows_and_centroids_of_two_devices_are_refused():

@@ -19,7 +19,7 @@ from support.clusters import all_labels, config, cosines, gaussian, make_dump, r
 from torch import Tensor
 
 from unicom_ext.cli import main as cli
-from unicom_ext.cluster import Centroids, add_unit_rows, engines, nearest, pictures, two_level
+from unicom_ext.cluster import Centroids, UnitSums, engines, nearest, pictures, two_level
 from unicom_ext.distributed import launch
 from unicom_ext.ops import library
 from unicom_ext.utils.settings import ConfigError
@@ -241,20 +241,18 @@ def on_emulation(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 def test_sums_of_unit_rows(backend, n, k, d):
     rows = gaussian(n, d, 0) * torch.logspace(-30, 30, n)[:, None]
     rows[n // 2] = 0
-    index = torch.randint(-1, k, (n,), generator=torch.Generator().manual_seed(1))
+    rows[n // 3, 0] = math.nan
+    generator = torch.Generator().manual_seed(1)
+    before, index = torch.randint(-1, k, (2, n), generator=generator)
 
-    def twice():
-        sums, counts = torch.ones(k, d, dtype=torch.float64), torch.ones(k, dtype=torch.int64)
-        add_unit_rows(sums, counts, rows[:20], index[:20])
-        add_unit_rows(sums, counts, rows[20:], index[20:])
-        return sums, counts
+    def moved():
+        sums = UnitSums(k, d, rows=n)
+        sums.add(rows[:20], before[:20])
+        sums.add(rows[20:], before[20:])
+        sums.add(rows, index, before)
+        return sums.values, sums.counts, sums.directions()
 
-    sums, counts = backend(twice)
-    kept = index >= 0
-    right = torch.ones(k, d, dtype=torch.float64)
-    right.index_add_(0, index[kept], F.normalize(rows.double(), eps=1e-300)[kept])
-    torch.testing.assert_close(sums, right, rtol=1e-14, atol=1e-13)
-    assert torch.equal(counts, 1 + index[kept].bincount(minlength=k))
+    backend(moved)
 
 
 # ---- bad input -----------------------------------------------------------------------------------
@@ -265,10 +263,11 @@ def test_indices_out_of_range_are_passed_over(emulated):
     rows, centroids = gaussian(4, 3, 0), gaussian(5, 3, 1)
     index, _ = Centroids(centroids).nearest(rows, torch.tensor([5, -7, 2**40, 0]))
     assert torch.equal(index, nearest(rows, centroids)[0])
-    sums, counts = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    add_unit_rows(sums, counts, rows, torch.tensor([2, -5, 1, 2**40]))
-    assert counts.tolist() == [0, 1]
-    torch.testing.assert_close(sums[1], F.normalize(rows[2].double(), dim=0))
+    sums = UnitSums(2, 3, rows=4)
+    sums.add(rows, torch.tensor([2, -5, 1, 2**40]), torch.tensor([-(2**40), 3, 2, 2]))
+    assert sums.counts.tolist() == [0, 1]
+    torch.testing.assert_close(sums.directions()[1], F.normalize(rows[2], dim=0))
+    assert not sums.values[0].any()
 
 
 @pytest.mark.parametrize(
@@ -283,14 +282,6 @@ def test_indices_out_of_range_are_passed_over(emulated):
 def test_bad_input(emulated, rows, centroids, guess, words):
     with pytest.raises(ValueError, match=words):
         Centroids(centroids).nearest(rows, guess)
-
-
-def test_bad_sums(emulated):
-    sums, counts = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="sums must be contiguous, Double"):
-        add_unit_rows(sums.float(), counts, torch.ones(1, 3), counts[:1])
-    with pytest.raises(ValueError, match="counts must be Long of shape"):
-        add_unit_rows(sums, counts[:1], torch.ones(1, 3), counts[:1])
 
 
 # ---- whole clusterings ---------------------------------------------------------------------------

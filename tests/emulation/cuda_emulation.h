@@ -193,6 +193,7 @@ T atomicMax(T* address, T value) {
   return before;
 }
 
+inline long long __double2ll_rn(double x) { return std::llrint(x); }
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 

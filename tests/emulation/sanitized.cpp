@@ -18,6 +18,7 @@
 #include "../../csrc/cpu/host/nearest.h"
 #include "../../csrc/cpu/host/row_updates.h"
 #include "../../csrc/cpu/host/select.h"
+#include "../../csrc/cpu/host/unit_sums.h"
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
@@ -447,10 +448,27 @@ void compare_updates(int64_t num_rows, int64_t dim, int64_t count) {
 // ---- the nearest centroid
 
 struct Found {
-  Array<int64_t> index, counts;
-  Array<float> score;
-  Array<double> sums;
-  Found(int64_t n, int64_t k, int64_t dim) : index(n), counts(k), score(n), sums(k * dim) {}
+  Array<int64_t> index, sums, counts;
+  Array<float> score, directions;
+  Found(int64_t n, int64_t k, int64_t dim)
+      : index(n), sums(k * dim), counts(k), score(n), directions(k * dim) {}
+
+  // Rows that came from where the guess was, if there was one.
+  AddUnitRows moves(const FloatRows& rows, const int64_t* guess) const {
+    return {.rows = rows,
+            .index = index.get(),
+            .before = guess,
+            .num_sums = counts.size,
+            .shift = 40,
+            .sums = sums.get(),
+            .counts = counts.get()};
+  }
+  Directions of_sums() const {
+    return {.sums = sums.get(),
+            .count = counts.size,
+            .dim = sums.size / counts.size,
+            .out = directions.get()};
+  }
 };
 
 template <class T>
@@ -469,20 +487,8 @@ Found found_on_gpu(const FloatRows& rows, const FloatRows& centroids, const int6
   Array<char> workspace(cuda::nearest_workspace(rows, centroids));
   cuda::nearest(queue, rows, guess, centroids, packed.get(), out.index.get(), out.score.get(),
                 workspace.get());
-  Array<int64_t> key(rows.count), order(rows.count);
-  std::iota(order.get(), order.get() + rows.count, int64_t{0});
-  std::stable_sort(order.get(), order.get() + rows.count,
-                   [&](int64_t a, int64_t b) { return out.index.data[a] < out.index.data[b]; });
-  for (int64_t j = 0; j < rows.count; ++j) key.data[j] = out.index.data[order.data[j]];
-  Array<double> inverse_norm(rows.count);
-  cuda::inverse_norms(queue, {.rows = rows, .inverse_norm = inverse_norm.get()});
-  cuda::add_unit_rows(queue, {.rows = rows,
-                              .inverse_norm = inverse_norm.get(),
-                              .key = key.get(),
-                              .order = order.get(),
-                              .num_sums = centroids.count,
-                              .sums = out.sums.get(),
-                              .counts = out.counts.get()});
+  cuda::add_unit_rows(queue, out.moves(rows, guess));
+  cuda::directions(queue, out.of_sums());
   expect(queue.error == cudaSuccess, "a launch");
   return out;
 }
@@ -501,23 +507,25 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
 
   const FloatRows all_rows{.data = rows.get(), .count = n, .dim = dim, .stride = dim};
   const FloatRows all_centroids{.data = centroids.get(), .count = k, .dim = dim, .stride = dim};
-  Found right(n, k, dim);
   Array<char> packed(cpu::packed_centroid_bytes(k, dim));
   cpu::pack_centroids(all_centroids, packed.get(), cpu::Serial());
-  cpu::nearest(all_rows, nullptr, all_centroids, packed.get(), right.index.get(), right.score.get(),
-               cpu::Serial());
-  cpu::add_unit_rows(all_rows, right.index.get(), k, right.sums.get(), right.counts.get(),
-                     cpu::Serial());
 
   const std::string name =
       "nearest of " + std::to_string(n) + " x " + std::to_string(k) + " x " + std::to_string(dim);
   for (const uint64_t schedule : {0, 12345}) {
+    const int64_t* given = schedule == 0 ? nullptr : guess.get();
+    Found right(n, k, dim);
+    cpu::nearest(all_rows, given, all_centroids, packed.get(), right.index.get(), right.score.get(),
+                 cpu::Serial());
+    cpu::add_unit_rows(right.moves(all_rows, given), cpu::Serial());
+    cpu::directions(right.of_sums(), cpu::Serial());
     emulation::set_schedule(schedule);
-    const Found out = found_on_gpu(all_rows, all_centroids, schedule == 0 ? nullptr : guess.get());
+    const Found out = found_on_gpu(all_rows, all_centroids, given);
     expect(same_array(out.index, right.index), name + ": index");
     expect(same_array(out.score, right.score), name + ": score");
     expect(same_array(out.sums, right.sums), name + ": sums");
     expect(same_array(out.counts, right.counts), name + ": counts");
+    expect(same_array(out.directions, right.directions), name + ": directions");
   }
 }
 

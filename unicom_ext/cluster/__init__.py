@@ -1,7 +1,7 @@
 """Pseudo-classes: spherical k-means over image and text features that stream from disk.
 
 `unicom-ext cluster` on the command line, `cluster(ClusterConfig(...), input, output)` in Python;
-`nearest` and `Centroids` are the search alone.
+`nearest` and `Centroids` are the search alone, `UnitSums` is where the centroids come from.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from unicom_ext.cluster.config import ClusterConfig
     from unicom_ext.cluster.driver import cluster
-    from unicom_ext.cluster.nearest import Centroids, add_unit_rows, nearest
+    from unicom_ext.cluster.nearest import Centroids, nearest
     from unicom_ext.cluster.quality import Quality, quality
+    from unicom_ext.cluster.sums import UnitSums
 
 __all__ = [
-    "Centroids", "ClusterConfig", "Quality", "add_unit_rows", "cluster", "nearest", "quality",
+    "Centroids", "ClusterConfig", "Quality", "UnitSums", "cluster", "nearest", "quality",
 ]  # fmt: skip
 
 # Loaded at first use, so that the command line can read the settings without torch.
@@ -24,7 +25,7 @@ _HOME = {
     "Centroids": "nearest",
     "ClusterConfig": "config",
     "Quality": "quality",
-    "add_unit_rows": "nearest",
+    "UnitSums": "sums",
     "cluster": "driver",
     "nearest": "nearest",
     "quality": "quality",

@@ -32,6 +32,7 @@ from unicom_ext.cluster.lloyd import (
 )
 from unicom_ext.cluster.positives import Several, write_positives
 from unicom_ext.cluster.progress import PassProgress
+from unicom_ext.cluster.sums import UnitSums
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks, default_group
@@ -58,8 +59,9 @@ def cluster(
     Rows that are zero or not finite are counted and get label -1.
 
     Where torch.distributed is initialised every process calls this with the same arguments, on a
-    file system they share; each reads its part of the rows, and the result is that of one process
-    to rounding. An error on one process is raised on all.
+    file system they share; each reads its part of the rows. Labels and centroids are those of one
+    process bit for bit, but with method minibatch, whose batches are others. An error on one
+    process is raised on all.
 
     Args:
         config: what to do.
@@ -100,6 +102,7 @@ class _Run:
         self.ranks = Ranks(default_group())
         self.console = console if self.ranks.is_first else Console(quiet=True)
         self.state_dir = output / outputs.STATE
+        self.sums: UnitSums | None = None  # of this process's rows at the labels of the last pass
 
     @property
     def num_first(self) -> int:
@@ -177,6 +180,7 @@ class _Run:
             split = f"{empty} empty cluster{'s' if empty > 1 else ''} split" if empty else ""
             progress.report(totals, split)
             self._save()
+        self.sums = None
 
     def _lloyd(
         self, number: int, early: bool, progress: PassProgress
@@ -190,8 +194,9 @@ class _Run:
             with self.ranks.together():
                 if self.ranks.is_first:
                     labels.create(self.source.shards)
-            how = {"labels": labels, "before": self._last_labels()}
-        return lloyd_pass(
+            before = self._last_labels()
+            how = {"labels": labels, "before": before, "sums": self.sums if before else None}
+        centroids, empty, totals, sums = lloyd_pass(
             self.source,
             self.state["centroids"],
             self.engine,
@@ -200,6 +205,8 @@ class _Run:
             self.config.seed + number,
             **how,
         )
+        self.sums = None if early else sums
+        return centroids, empty, totals
 
     def _last_labels(self) -> LabelFiles | None:
         """Of the last pass, if it was a whole one."""
@@ -210,15 +217,16 @@ class _Run:
         return labels if labels.exist(self.source.shards) else None
 
     def _minibatch(self, number: int, progress: PassProgress) -> tuple[Tensor, int, Totals]:
-        now, centroids = self.state, self.state["centroids"]
-        if "sums" not in now:
-            now["sums"] = torch.zeros(centroids.shape, dtype=torch.float64)
-            now["counts"] = torch.zeros(len(centroids), dtype=torch.int64)
+        now, centroids, rows = self.state, self.state["centroids"], self.source.rows
+        sums = UnitSums(*centroids.shape, rows=max(1, number - 1) * rows)
+        if "sums" in now:
+            sums.values, sums.counts = now["sums"], now["counts"]
+        sums.make_room(number * rows)
+        now["sums"], now["counts"] = sums.values, sums.counts
         return minibatch_pass(
             self.source,
             centroids,
-            now["sums"],
-            now["counts"],
+            sums,
             self.engine,
             self.ranks,
             progress.watch,
@@ -286,7 +294,7 @@ class _Run:
         sizes = torch.zeros(len(centroids), dtype=torch.float64)
         scores = torch.zeros(len(centroids), dtype=torch.float64)
 
-        def visit(block: Block, index: Tensor, score: Tensor) -> None:
+        def visit(block: Block, index: Tensor, score: Tensor, before: Tensor | None) -> None:
             index, score = index.cpu(), score.cpu()  # where sums have an order
             good = index >= 0
             sizes.add_(index[good].bincount(minlength=len(sizes)))

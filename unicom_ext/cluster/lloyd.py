@@ -17,10 +17,13 @@ from torch import Tensor
 
 from unicom_ext.cluster.engines import Engine, Nearest
 from unicom_ext.cluster.labels import LabelFiles
-from unicom_ext.cluster.nearest import add_unit_rows
+from unicom_ext.cluster.sums import UnitSums, directions
 from unicom_ext.data.source import Block, Rows, Source, on_device
 from unicom_ext.distributed.ranks import Ranks
 
+# Cosines count in multiples of this, what float32 has at 1: sums of 2**29 of them are exact in
+# double, so that neither the objective nor what is decided by it depends on blocks and ranks.
+SCORE_UNIT = 2.0**-24
 SPLIT = 0.01  # how far the halves of a split cluster are moved apart, as a share of the norm
 
 
@@ -81,14 +84,15 @@ def assign(
     labels: LabelFiles | None = None,
     part: Callable[[Block], Block] | None = None,
     block_rows: int = 0,
-    visit: Callable[[Block, Tensor, Tensor], object],
+    visit: Callable[[Block, Tensor, Tensor, Tensor | None], object],
 ) -> Totals:
     """The nearest centroid of every row of this process; returns the totals of all.
 
     labels  where to write them
     before  the labels to compare with, and what a row's label is guessed to be
     part    takes some of the rows of a block
-    visit   called with (block, index, score) of each block, all on the device of the centroids
+    visit   called with (block, index, score, index before) of each block, all on the device of the
+            centroids; the last is None without `before`
     """
     totals = Totals()
     with ranks.together():
@@ -101,7 +105,8 @@ def assign(
                 last = before.read(block.shard, block.start, block.start + len(block.rows))
                 guess = torch.from_numpy(last.astype(np.int64)).to(centroids.device)
             index, score = centroids.nearest(block.rows, guess)
-            visit(block, index, score)
+            score = (score / SCORE_UNIT).round() * SCORE_UNIT
+            visit(block, index, score, guess)
             index, score = index.cpu(), score.cpu()
             totals.add(index, score)
             now = index.numpy().astype(np.int32)
@@ -122,31 +127,38 @@ def lloyd_pass(
     ranks: Ranks,
     watch: Watch,
     seed: int,
+    *,
+    sums: UnitSums | None = None,
     **how: Any,
-) -> tuple[Tensor, int, Totals]:
-    """Returns the centroids after the pass, how many clusters had been empty, and its totals.
+) -> tuple[Tensor, int, Totals, UnitSums]:
+    """Returns the centroids after the pass, how many clusters had been empty, its totals, and the
+    sums of this process's rows.
 
-    seed: of the directions in which clusters are split. how: `before`, `labels`, `part` of assign.
+    seed: of the directions in which clusters are split. sums: of the pass that gave the labels
+    `before`; only rows that change their cluster are added then. how: `before`, `labels`, `part` of
+    assign.
     """
     nearest = engine(centroids)
-    sums, counts = _zeros_like(centroids, nearest.device)
+    kept = sums or UnitSums(*centroids.shape, rows=source.rows, device=nearest.device)
     totals = assign(
         source,
         nearest,
         ranks,
         watch,
-        visit=lambda block, index, score: add_unit_rows(sums, counts, block.rows, index),
+        visit=lambda block, index, score, before: kept.add(
+            block.rows, index, before if sums else None
+        ),
         **how,
     )
     sender = ranks.sends_from(nearest.device)
-    counts = ranks.sum(counts.to(sender)).cpu()
-    moved = unit_sums(sums.to(sender), ranks).cpu()
-    return *_replace_empty(moved, centroids, counts, seed), totals
+    counts = ranks.sum(kept.counts.to(sender, copy=True)).cpu()
+    moved = unit_sums(kept.values.to(sender), ranks).cpu()
+    return *_replace_empty(moved, centroids, counts, seed), totals, kept
 
 
 def unit_sums(sums: Tensor, ranks: Ranks) -> Tensor:
-    """The sums [k, d] float64 over all ranks, divided by their norms: [k, d] float32, zero where
-    the sum is zero.
+    """The sums [k, d] int64 over all ranks as unit vectors [k, d] float32, zero where the sum is
+    zero.
 
     Each rank gets the sums of its part of the clusters, divides, and sends float32 to the others:
     half of what an all-reduce of the sums would send.
@@ -155,17 +167,14 @@ def unit_sums(sums: Tensor, ranks: Ranks) -> Tensor:
     missing = -k % ranks.world_size
     if missing:
         sums = torch.cat([sums, sums.new_zeros(missing, dim)])
-    own = ranks.sum_scatter(sums)
-    norm = torch.linalg.vector_norm(own, dim=1, keepdim=True)
-    units = ranks.gather((own / torch.where(norm > 0, norm, torch.inf)).float())
+    units = ranks.gather(directions(ranks.sum_scatter(sums)))
     return units[:k].clone() if missing else units
 
 
 def minibatch_pass(
     source: Source,
     centroids: Tensor,
-    sums: Tensor,
-    counts: Tensor,
+    sums: UnitSums,
     engine: Engine,
     ranks: Ranks,
     watch: Watch,
@@ -175,7 +184,7 @@ def minibatch_pass(
     """Centroids move after each batch, to the mean of all rows they were ever nearest to.
 
     That is a rate of 1 / count for each centroid (Sculley, WWW 2010). The batches come in random
-    order. sums [k, d] float64 and counts [k] int64 run on from pass to pass, in place.
+    order. sums, on the CPU, run on from pass to pass, in place.
     """
     totals = Totals()
     rng = np.random.default_rng([seed, ranks.rank])
@@ -187,29 +196,22 @@ def minibatch_pass(
             if blocks is None:
                 blocks = source.blocks(*ranks.share(source.rows), size=size, shuffle=rng)
                 blocks = on_device(blocks, nearest.device)
-            new_sums, new_counts = _zeros_like(centroids, nearest.device)
+            new = UnitSums(*centroids.shape, rows=sums.rows, device=nearest.device)
             block = next(blocks, None)
             if block is not None:
                 index, score = nearest.nearest(block.rows)
-                add_unit_rows(new_sums, new_counts, block.rows, index)
+                new.add(block.rows, index)
                 totals.add(index.cpu(), score.cpu())
                 watch(totals)
         if not int(ranks.sum(torch.tensor(block is not None, dtype=torch.int64))):
             break
         sender = ranks.sends_from(nearest.device)
-        sums += ranks.sum(new_sums.to(sender)).cpu()
-        counts += ranks.sum(new_counts.to(sender)).cpu()
-        norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-        centroids = torch.where(norm > 0, sums / norm, centroids).float()
-    centroids, empty = _replace_empty(centroids, centroids, counts, seed)
+        sums.values += ranks.sum(new.values.to(sender)).cpu()
+        sums.counts += ranks.sum(new.counts.to(sender)).cpu()
+        moved = sums.directions()
+        centroids = torch.where((moved == 0).all(dim=1, keepdim=True), centroids, moved)
+    centroids, empty = _replace_empty(centroids, centroids, sums.counts, seed)
     return centroids, empty, totals.over(ranks)
-
-
-def _zeros_like(centroids: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.zeros(centroids.shape, dtype=torch.float64, device=device),
-        torch.zeros(len(centroids), dtype=torch.int64, device=device),
-    )
 
 
 def _replace_empty(moved: Tensor, before: Tensor, counts: Tensor, seed: int) -> tuple[Tensor, int]:

@@ -82,23 +82,6 @@ def nearest(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return Centroids(centroids).nearest(rows)
 
 
-def add_unit_rows(sums: Tensor, counts: Tensor, rows: Tensor, index: Tensor) -> None:
-    """``sums[index[i]] += rows[i] / |rows[i]|`` and ``counts[index[i]] += 1``, in place.
-
-    All on one device. Rows are added in their order, and sums are the same bit for bit on all.
-
-    Args:
-        sums: [k, d] float64: float32 sums stop growing when they are 2**24 times a summand.
-        counts: [k] int64.
-        rows: [N, d] float32.
-        index: [N] int64 in [-1, k); rows with -1 are left out, and on CUDA what is not in [-1, k).
-
-    Raises:
-        TypeError, ValueError: an argument is wrong; on CPUs an index that is not in [-1, k) too.
-    """
-    library.run(library.ops.add_unit_rows, sums, counts, rows, index)
-
-
 def _check_finite(centroids: Tensor) -> None:
     """The operators on CUDA do not wait to see values, so they cannot raise."""
     bad = ~torch.linalg.vector_norm(centroids, dim=1, dtype=torch.float64).isfinite()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from unicom_ext.cluster.config import FREE_TO_CHANGE, ClusterConfig
+from unicom_ext.cluster.sums import shift_for
 from unicom_ext.data.source import Source
 from unicom_ext.utils.files import CheckpointError, glimpse, write_file
 
@@ -19,7 +20,7 @@ def fresh(config: ClusterConfig, source: Source) -> dict[str, Any]:
 
     centroids          fp32 [k, d] after the last pass
     earlier            names of the shards of a run that this one overwrites
-    sums, counts       minibatch: of all rows so far
+    sums, counts       minibatch: of all rows so far, `UnitSums` with room for these passes' rows
     coarse, sizes, first, stages    two-level: the coarse centroids, rows in each cell, the first
                        fine cluster of each, and how many stages of fine clusters are done
     """
@@ -65,6 +66,9 @@ def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
     for file, before, now in zip(source.files, then, contents, strict=True):
         if before != now:
             raise CheckpointError(f"{path}: is of other features: {file} has changed since")
+    if "sums" in state and state["sums"].is_floating_point():  # they were doubles once
+        unit = 2.0 ** shift_for(len(state["passes"]) * source.rows)
+        state["sums"] = (state["sums"] * unit).round().long()
     return {**state, "config": config.to_dict(), "source": here, "contents": contents}
 
 

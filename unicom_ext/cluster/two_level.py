@@ -182,7 +182,7 @@ def _cluster_cell(values: Tensor, k: int, config: ClusterConfig, engine: Engine)
         centroids = seeds.draw("random", memory, k, rng, engine)
     objectives: list[float] = []
     for number in range(config.passes):
-        centroids, _, totals = lloyd_pass(
+        centroids, _, totals, _ = lloyd_pass(
             memory, centroids, engine, alone, lambda totals: None, seed=config.seed + number
         )
         objectives.append(totals.objective)

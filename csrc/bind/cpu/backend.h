@@ -14,6 +14,7 @@
 #include "../../cpu/host/nearest.h"
 #include "../../cpu/host/row_updates.h"
 #include "../../cpu/host/select.h"
+#include "../../cpu/host/unit_sums.h"
 #include "../ops/updates.h"
 
 namespace unicom::cpu {
@@ -188,10 +189,8 @@ class Backend {
                const void* packed, int64_t* index, float* score) const {
     cpu::nearest(rows, guess, centroids, packed, index, score, parallel_);
   }
-  void add_unit_rows(const FloatRows& rows, const Tensor& index, int64_t num_sums, double* sums,
-                     int64_t* counts) const {
-    cpu::add_unit_rows(rows, index_data(index), num_sums, sums, counts, parallel_);
-  }
+  void add_unit_rows(const AddUnitRows& a) const { cpu::add_unit_rows(a, parallel_); }
+  void directions(const Directions& a) const { cpu::directions(a, parallel_); }
 
  private:
   static int64_t label_at(const Labels& labels, int64_t position) {

@@ -213,19 +213,8 @@ class Backend {
     cuda::nearest(on_.queue, rows, guess, centroids, packed, index, score,
                   workspace.mutable_data_ptr());
   }
-  void add_unit_rows(const FloatRows& rows, const Tensor& index, int64_t num_sums, double* sums,
-                     int64_t* counts) {
-    const auto [key, order] = sort_stably(index);
-    const Doubles inverse_norm = doubles(rows.count);
-    inverse_norms(on_.queue, {.rows = rows, .inverse_norm = inverse_norm.get()});
-    cuda::add_unit_rows(on_.queue, {.rows = rows,
-                                    .inverse_norm = inverse_norm.get(),
-                                    .key = index_data(key),
-                                    .order = index_data(order),
-                                    .num_sums = num_sums,
-                                    .sums = sums,
-                                    .counts = counts});
-  }
+  void add_unit_rows(const AddUnitRows& a) { cuda::add_unit_rows(on_.queue, a); }
+  void directions(const Directions& a) { cuda::directions(on_.queue, a); }
 
  private:
   Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }

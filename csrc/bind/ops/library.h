@@ -36,6 +36,7 @@ void implement_operators(Library& m) {
   m.impl("pack_centroids", TORCH_BOX(&NearestOps<Backend>::pack_centroids));
   m.impl("nearest", TORCH_BOX(&NearestOps<Backend>::nearest));
   m.impl("add_unit_rows", TORCH_BOX(&NearestOps<Backend>::add_unit_rows));
+  m.impl("directions", TORCH_BOX(&NearestOps<Backend>::directions));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "../../core/unit_sums.h"
 #include "tensors.h"
 
 namespace unicom {
@@ -16,8 +17,8 @@ namespace {  // types of torch::stable are hidden
 //   static void check_index(const int64_t*, const char* name, int64_t rows, int64_t centroids)
 //   pack_centroids(const FloatRows&, void* packed)
 //   nearest(rows, const int64_t* guess, centroids, const void* packed, int64_t* index, float*
-//   score) add_unit_rows(rows, const Tensor& index, int64_t num_sums, double* sums, int64_t*
-//   counts)
+//   score)
+//   add_unit_rows(const AddUnitRows&), directions(const Directions&)
 template <class Backend>
 struct NearestOps {
   static Tensor pack_centroids(Tensor centroids) {
@@ -57,25 +58,52 @@ struct NearestOps {
 
   // The one operator here that changes its arguments: sums of a whole pass are far larger than what
   // one call adds to them.
-  static void add_unit_rows(Tensor sums, Tensor counts, Tensor rows_in, Tensor index) {
+  static void add_unit_rows(Tensor sums, Tensor counts, Tensor rows_in, Tensor index_in,
+                            int64_t shift, MaybeTensor before_in) {
     const FloatRows rows = float_rows(rows_in, "rows");
-    check_matrix(sums, "sums");
-    check(sums.size(1) == rows.dim && sums.scalar_type() == ScalarType::Double &&
-              sums.is_contiguous(),
-          "sums must be contiguous, Double, of shape [k, ", rows.dim, "]");
+    check_sums(sums);
+    check(sums.size(1) == rows.dim, "sums must be [k, ", rows.dim, "] like the rows, got [",
+          sums.size(0), ", ", sums.size(1), "]");
     const int64_t num_sums = sums.size(0);
     check_vector(counts, "counts", num_sums, ScalarType::Long);
     check(counts.is_contiguous(), "counts must be contiguous");
     check_device(sums, rows_in, "sums");
     check_device(counts, rows_in, "counts");
-    index_of_rows(index, "index", rows_in, num_sums);
+    check(shift >= 0 && shift <= kMaxShift, "shift must be from 0 to ", kMaxShift, ", got ", shift);
+    const int64_t* index = index_of_rows(index_in, "index", rows_in, num_sums);
+    const int64_t* before =
+        before_in ? index_of_rows(*before_in, "before", rows_in, num_sums) : nullptr;
     Backend on(rows_in);
-    on.add_unit_rows(rows, index, num_sums, sums.mutable_data_ptr<double>(),
-                     counts.mutable_data_ptr<int64_t>());
+    on.add_unit_rows({.rows = rows,
+                      .index = index,
+                      .before = before,
+                      .num_sums = num_sums,
+                      .shift = shift,
+                      .sums = sums.mutable_data_ptr<int64_t>(),
+                      .counts = counts.mutable_data_ptr<int64_t>()});
     on.finish();
   }
 
+  static Tensor directions(Tensor sums) {
+    check_sums(sums);
+    Backend on(sums);
+    Tensor out = on.empty({sums.size(0), sums.size(1)}, ScalarType::Float);
+    on.directions({.sums = sums.const_data_ptr<int64_t>(),
+                   .count = sums.size(0),
+                   .dim = sums.size(1),
+                   .out = out.mutable_data_ptr<float>()});
+    on.finish();
+    return out;
+  }
+
  private:
+  static void check_sums(const Tensor& sums) {
+    check_matrix(sums, "sums");
+    check(sums.scalar_type() == ScalarType::Long, "sums must be int64, got ",
+          torch::headeronly::toString(sums.scalar_type()));
+    check(sums.is_contiguous(), "sums must be contiguous");
+  }
+
   // Indices of centroids, -1 for none.
   static const int64_t* index_of_rows(const Tensor& index, const char* name, const Tensor& rows,
                                       int64_t count) {

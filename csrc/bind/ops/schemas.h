@@ -64,7 +64,9 @@ inline constexpr const char* kNearestSchemas[] = {
     "pack_centroids(Tensor centroids) -> Tensor",
     "nearest(Tensor rows, Tensor centroids, Tensor packed, Tensor? guess=None) -> "
     "(Tensor index, Tensor score)",
-    "add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index) -> ()"};
+    "add_unit_rows(Tensor(a!) sums, Tensor(b!) counts, Tensor rows, Tensor index, int shift, "
+    "Tensor? before=None) -> ()",
+    "directions(Tensor sums) -> Tensor"};
 
 inline constexpr const char* kPrunedSearchSchemas[] = {  // on CPUs only
     "largest_byte(Tensor like) -> int",

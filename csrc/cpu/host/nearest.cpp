@@ -331,21 +331,4 @@ void nearest(const FloatRows& rows, const int64_t* guess, const FloatRows& centr
   });
 }
 
-void add_unit_rows(const FloatRows& rows, const int64_t* index, int64_t num_sums, double* sums,
-                   int64_t* counts, const Parallel& parallel) {
-  // Each item has a range of the sums to itself and takes the rows in order.
-  const int64_t items = std::min<int64_t>(num_sums, 4 * parallel.threads());
-  parallel.run(items, [&](int64_t item) {
-    const int64_t begin = num_sums * item / items, end = num_sums * (item + 1) / items;
-    for (int64_t i = 0; i < rows.count; ++i) {
-      if (index[i] < begin || index[i] >= end) continue;
-      const float* row = rows[i];
-      const double inverse = inverse_norm(row, rows.dim);
-      double* sum = sums + index[i] * rows.dim;
-      for (int64_t k = 0; k < rows.dim; ++k) sum[k] += inverse * static_cast<double>(row[k]);
-      ++counts[index[i]];
-    }
-  });
-}
-
 }  // namespace unicom::cpu

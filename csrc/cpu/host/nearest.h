@@ -37,10 +37,4 @@ bool fits_kernels(const void* packed);
 void nearest(const FloatRows& rows, const int64_t* guess, const FloatRows& centroids,
              const void* packed, int64_t* index, float* score, const Parallel&);
 
-// sums[index[i]] += rows[i] / |rows[i]| in double and in the order of the rows,
-// counts[index[i]] += 1; rows with index -1 are left out. The result does not depend on the number
-// of threads.
-void add_unit_rows(const FloatRows& rows, const int64_t* index, int64_t num_sums, double* sums,
-                   int64_t* counts, const Parallel&);
-
 }  // namespace unicom::cpu

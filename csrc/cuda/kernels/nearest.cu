@@ -17,30 +17,35 @@ UNICOM_DEVICE const float* row_of(const FloatRows& rows, int64_t i) {
   return rows.data + i * rows.stride;
 }
 
-// Dot product in double, one of each octet of a warp; all lanes call it. The order of summation is
-// that of the CPU's kernel (csrc/cpu/kernels/simd.h), so every bit is. Products are exact.
-UNICOM_DEVICE double dot_of_octet(const float* a, const float* b, int64_t dim) {
+// The sum of term(k) over k in double, one of each octet of a warp; all lanes call it. The order of
+// summation is that of the CPU's dot product (csrc/cpu/kernels/simd.h), so every bit is.
+template <class Term>
+UNICOM_DEVICE double sum_of_octet(int64_t count, Term term) {
   const int lane = lane_index(), member = lane % kOctet;
-  const int64_t whole = dim / kOctet * kOctet;
+  const int64_t whole = count / kOctet * kOctet;
   double sum = 0, total = 0;
 #pragma unroll 4
-  for (int64_t k = member; k < whole; k += kOctet)
-    sum += static_cast<double>(a[k]) * static_cast<double>(b[k]);
-  for (int64_t k = whole; k < dim; ++k)
-    total += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+  for (int64_t k = member; k < whole; k += kOctet) sum += term(k);
+  for (int64_t k = whole; k < count; ++k) total += term(k);
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) total += __shfl_sync(kAllLanes, sum, lane - member + i);
   return total;
 }
 
+// Dot product; its products are exact.
+UNICOM_DEVICE double dot_of_octet(const float* a, const float* b, int64_t dim) {
+  return sum_of_octet(
+      dim, [&](int64_t k) { return static_cast<double>(a[k]) * static_cast<double>(b[k]); });
+}
+
 // ---- packing
 
-__global__ void inverse_norms_kernel(__grid_constant__ const InverseNorms a) {
-  const int64_t i = global_thread() / kOctet;
-  const float* row = row_of(a.rows, min_of(i, a.rows.count - 1));
-  const double square = dot_of_octet(row, row, a.rows.dim);
-  if (i < a.rows.count && lane_index() % kOctet == 0)
-    a.inverse_norm[i] = square == 0 ? 0.0 : 1.0 / std::sqrt(square);
+__global__ void inverse_norms_kernel(__grid_constant__ const PackCentroids a) {
+  const int64_t j = global_thread() / kOctet;
+  const float* row = row_of(a.centroids, min_of(j, a.centroids.count - 1));
+  const double square = dot_of_octet(row, row, a.centroids.dim);
+  if (j < a.centroids.count && lane_index() % kOctet == 0)
+    a.out.inverse_norm[j] = square == 0 ? 0.0 : 1.0 / std::sqrt(square);
 }
 
 // A thread sums one column over one slice.
@@ -415,31 +420,48 @@ __global__ void decide_kernel(__grid_constant__ const Decide a) {
 
 // ---- sums
 
-// A block takes the rows of one sum, if they begin at its place, and a thread one of their columns.
+UNICOM_DEVICE void add_whole(int64_t* to, int64_t value) {
+  // Two's complement: as unsigned numbers, for which there is such an operation.
+  atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
+}
+
+// A warp for each row. Sums of whole numbers do not depend on the order of the warps.
 __global__ void add_unit_rows_kernel(__grid_constant__ const AddUnitRows a) {
-  const int64_t first = blockIdx.x, key = a.key[first];
-  if (key < 0 || key >= a.num_sums || (first > 0 && a.key[first - 1] == key)) return;
-  const int64_t k = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x;
-  int64_t end = first;
-  if (k < a.rows.dim) {
-    double sum = a.sums[key * a.rows.dim + k];
-    for (; end < a.rows.count && a.key[end] == key; ++end) {
-      const int64_t i = a.order[end];
-      sum += rounded_product(a.inverse_norm[i], row_of(a.rows, i)[k]);
-    }
-    a.sums[key * a.rows.dim + k] = sum;
+  const int64_t i = global_warp();
+  if (i >= a.rows.count) return;
+  const int64_t from = a.from(i), to = a.index[i];
+  const bool leaves = a.has_sum(from), enters = a.has_sum(to);
+  if (from == to || (!leaves && !enters)) return;
+  const float* row = row_of(a.rows, i);
+  const double scale = scale_of_row(dot_of_octet(row, row, a.rows.dim), a.shift);
+  if (scale == 0) return;
+  for (int64_t k = lane_index(); k < a.rows.dim; k += kWarp) {
+    const int64_t value = __double2ll_rn(rounded_product(scale, row[k]));
+    if (leaves) add_whole(a.sums + from * a.rows.dim + k, -value);
+    if (enters) add_whole(a.sums + to * a.rows.dim + k, value);
   }
-  if (k == 0) a.counts[key] += end - first;
+  if (lane_index() == 0) {
+    if (leaves) add_whole(a.counts + from, -1);
+    if (enters) add_whole(a.counts + to, 1);
+  }
+}
+
+__global__ void directions_kernel(__grid_constant__ const Directions a) {
+  const int64_t j = global_thread() / kOctet;
+  const int64_t* sum = a.sums + min_of(j, a.count - 1) * a.dim;
+  const double norm = std::sqrt(sum_of_octet(a.dim, [&](int64_t k) {
+    const auto value = static_cast<double>(sum[k]);
+    return rounded_product(value, value);
+  }));
+  if (j >= a.count) return;
+  for (int64_t k = lane_index() % kOctet; k < a.dim; k += kOctet)
+    a.out[j * a.dim + k] = norm > 0 ? static_cast<float>(static_cast<double>(sum[k]) / norm) : 0.0f;
 }
 
 }  // namespace
 
-void inverse_norms(Queue& queue, const InverseNorms& a) {
-  queue.launch(inverse_norms_kernel, thread_grid(a.rows.count * kOctet), kThreads, 0, a);
-}
-
 void pack_centroids(Queue& queue, const PackCentroids& a) {
-  inverse_norms(queue, {a.centroids, a.out.inverse_norm});
+  queue.launch(inverse_norms_kernel, thread_grid(a.centroids.count * kOctet), kThreads, 0, a);
   dim3 grid = thread_grid(a.centroids.dim);
   grid.y = static_cast<unsigned>(a.slices);
   queue.launch(partial_mean_kernel, grid, kThreads, 0, a);
@@ -466,9 +488,11 @@ void decide(Queue& queue, const Decide& a) {
 }
 
 void add_unit_rows(Queue& queue, const AddUnitRows& a) {
-  const dim3 grid(static_cast<unsigned>(a.rows.count),
-                  static_cast<unsigned>(ceil_div(a.rows.dim, kThreads)));
-  queue.launch(add_unit_rows_kernel, grid, kThreads, 0, a);
+  queue.launch(add_unit_rows_kernel, warp_grid(a.rows.count), kThreads, 0, a);
+}
+
+void directions(Queue& queue, const Directions& a) {
+  queue.launch(directions_kernel, thread_grid(a.count * kOctet), kThreads, 0, a);
 }
 
 }  // namespace unicom::cuda

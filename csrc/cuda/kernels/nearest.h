@@ -8,6 +8,7 @@
 #pragma once
 
 #include "../../core/rows.h"
+#include "../../core/unit_sums.h"
 #include "types.h"
 
 namespace unicom::cuda {
@@ -15,17 +16,10 @@ namespace unicom::cuda {
 constexpr double kVectorScale = 8192;
 constexpr double kScoreScale = kVectorScale * kVectorScale;
 
-// inverse_norm[i] = 1 / |rows[i]|, 0 for a zero row.
-struct InverseNorms {
-  FloatRows rows;
-  double* inverse_norm;  // [count]
-};
-void inverse_norms(Queue&, const InverseNorms&);
-
 struct PackedCentroids {
   double* largest_norm;  // [1] of the vectors that are multiplied, before rounding
   double* largest_lost;  // [1] norm of what rounding took from one
-  double* inverse_norm;  // [count]
+  double* inverse_norm;  // [count] 1 / norm, 0 for a zero row
   float* mean;           // [depth] of the unit centroids
   float* bias;           // [classes] mean . vector; -infinity past count
   Half* unit;            // [classes][depth]; zeros past count and past dim
@@ -85,16 +79,9 @@ struct Decide {
 };
 void decide(Queue&, const Decide&);
 
-// sums[key] += rows[i] / |rows[i]| in the order of the rows, counts[key] += 1.
-struct AddUnitRows {
-  FloatRows rows;
-  const double* inverse_norm;  // [rows.count]
-  const int64_t* key;          // [rows.count] sorted; those outside [0, num_sums) are passed over
-  const int64_t* order;        // [rows.count] the row of each key; of equal keys in their order
-  int64_t num_sums;
-  double* sums;     // [num_sums][dim]
-  int64_t* counts;  // [num_sums]
-};
+// An index that is no sum counts as -1.
 void add_unit_rows(Queue&, const AddUnitRows&);
+
+void directions(Queue&, const Directions&);
 
 }  // namespace unicom::cuda
