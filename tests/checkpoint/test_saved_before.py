@@ -20,6 +20,7 @@ from unicom_ext.cli.main import main
 from unicom_ext.cluster import pictures
 from unicom_ext.optim import RowAdamW, RowSGD
 from unicom_ext.train import report
+from unicom_ext.utils.files import CheckpointError
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "data" / "before" / "saved.tar.xz"
 
@@ -128,7 +129,22 @@ def test_a_training(before, tmp_path, monkeypatch):
     assert len(metrics["evaluations"]) == len(after["evaluations"])
 
 
-@pytest.mark.parametrize("method", ["lloyd", "minibatch", "two-level"])
+def test_a_clustering_in_two_levels(before, tmp_path, monkeypatch):
+    """Cells are made in another way today; begun anew, nothing of the old run is left."""
+    monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
+    monkeypatch.chdir(tmp_path)
+    clusters.make_dump(Path("dump"))
+    shutil.copytree(before / "cluster-two-level", "old")
+    settings = clusters.config(method="two-level")
+    with pytest.raises(CheckpointError, match=r"state\.pt: is of version 0\.1\.0, which made two"):
+        clusters.run("dump", Path("old"), settings, resume=True)
+    clusters.run("dump", Path("old"), settings, overwrite=True)
+    clusters.run("dump", Path("new"), settings)
+    files = [sorted(p.relative_to(o) for p in Path(o).rglob("*")) for o in ("old", "new")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("method", ["lloyd", "minibatch"])
 def test_a_clustering(before, tmp_path, monkeypatch, method):
     monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
     monkeypatch.chdir(tmp_path)  # the state knows its feature files by their path

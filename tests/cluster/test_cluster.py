@@ -271,6 +271,9 @@ def test_bad_arguments(tmp_path, dump, monkeypatch, settings, options, error, wo
         ({"early_passes": 4}, ["early_passes", "4"]),
         ({"early_passes": 1, "method": "minibatch"}, ["early_passes", "lloyd"]),
         ({"method": "two-level", "coarse": 21}, ["coarse", "21", "20"]),
+        ({"refine_passes": 1}, ["refine_passes", "two-level", "lloyd"]),
+        ({"rows_per_cluster": 9, "method": "minibatch"}, ["rows_per_cluster", "minibatch"]),
+        ({"rows_per_cluster": 9, "early_passes": 1}, ["rows_per_cluster", "early_passes"]),
         ({"init": "zeros"}, ["init", "zeros", "kmeans++"]),
         ({"threads": 10**11}, ["threads", "100000000000", "from 0 to 4096"]),
     ],
@@ -513,11 +516,11 @@ def test_two_level_search_stays_in_the_cell():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 6, generator=generator)
     rows[17], rows[30, 2] = 0, math.nan
-    coarse = torch.randn(4, 6, generator=generator)
+    coarse = torch.randn(3, 6, generator=generator)
     fine = torch.randn(11, 6, generator=generator)
-    first = torch.tensor([0, 3, 3, 7, 11])  # the second cell has no fine cluster
-    index, score = two_level.TwoLevel(coarse, fine, first, Centroids).nearest(rows)
-    cell, _ = nearest(rows, coarse[[0, 2, 3]])
+    search = two_level.TwoLevel(coarse, fine, torch.tensor([0, 3, 7, 11]), Centroids)
+    index, score = search.nearest(rows)
+    cell, _ = nearest(rows, coarse)
     for i in range(200):
         if i in (17, 30):
             assert index[i] == -1
@@ -526,6 +529,86 @@ def test_two_level_search_stays_in_the_cell():
         place, best = nearest(rows[i : i + 1], fine[begin:end])
         assert index[i] == place + begin
         assert score[i] == best
+    assert score[17] == 0
+    assert score[30].isnan()
+    # A guess says which cell it is, and need not be the nearest there; some have none.
+    guess = torch.where(index >= 0, torch.tensor([0, 3, 7])[cell.clamp(min=0)], -1)
+    guess[::3] = -1
+    again, cosine = search.nearest(rows, guess)
+    assert torch.equal(again, index)
+    torch.testing.assert_close(cosine, score, rtol=0, atol=0, equal_nan=True)
+
+
+def test_empty_clusters_are_replaced_in_their_cell():
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    rows[:250, 0] += 20  # the largest cluster, in the first cell
+    rows[250:, 1] += 20
+    axes = torch.eye(8)
+    coarse, first = axes[:2], torch.tensor([0, 1, 4])
+    fine = torch.cat([axes[:1], axes[1:2], -axes[1:2], -axes[1:2]])  # the last one gets none
+
+    def engine(centroids: Tensor) -> two_level.TwoLevel:
+        return two_level.TwoLevel(coarse, centroids, first, Centroids)
+
+    moved, empty, _, _ = lloyd_pass(
+        Memory(rows), fine, engine, Ranks(None), lambda t: None, 0, first=[0, 1]
+    )
+    assert empty == 2
+    assert (moved[1:] @ axes[1] > 0.9).all()
+    torch.testing.assert_close(moved[:1], F.normalize(F.normalize(rows[:250]).sum(0)[None]))
+
+
+def test_refined_two_levels(tmp_path, dump):
+    path, data = dump
+    settings = {"clusters": 30, "method": "two-level", "coarse": 5, "passes": 2}
+    within = run(path, tmp_path / "within", config(**settings))
+    refined = run(path, tmp_path / "refined", config(**settings, refine_passes=2))
+    assert [p["kind"] for p in refined["passes"]] == ["fine", "fine", "lloyd", "lloyd"]
+    objectives = [[p["objective"] for p in r["passes"]] for r in (within, refined)]
+    assert objectives[1][:2] == objectives[0]
+    assert refined["objective"] > within["objective"]
+    assert refined["two_level"] == {"coarse": 5}
+    rows = torch.from_numpy(data["image"]).float()
+    centroids = torch.from_numpy(np.load(tmp_path / "refined" / "centroids.npy"))
+    assert np.array_equal(all_labels(tmp_path / "refined"), nearest(rows, centroids)[0])
+    # A finished run can be refined, and has then no more fine passes.
+    more = config(**{**settings, "passes": 5}, refine_passes=2)
+    run(path, tmp_path / "within", config(**settings, refine_passes=1), resume=True)
+    run(path, tmp_path / "within", more, resume=True)
+    assert np.array_equal(all_labels(tmp_path / "within"), all_labels(tmp_path / "refined"))
+    summary(refined)
+
+
+def test_two_levels_where_a_coarse_centroid_gets_no_row(tmp_path, dump):
+    rows = torch.from_numpy(dump[1]["image"]).float()
+    coarse = torch.cat([rows[:2], rows[:1]])  # of equals the first gets the rows
+    np.save(tmp_path / "init.npy", coarse.numpy())
+    settings = config(
+        clusters=30, method="two-level", coarse=3, passes=1, init=str(tmp_path / "init.npy")
+    )
+    result = run(dump[0], tmp_path / "out", settings)
+    assert result["rows"]["clustered"] == ROWS
+    assert (np.load(tmp_path / "out" / "centroids.npy") != 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("method", ["lloyd", "two-level"])
+def test_training_on_a_sample(tmp_path, dump, method):
+    path, data = dump
+    settings = config(method=method, rows_per_cluster=10, passes=50, tolerance=1e-3)
+    result = run(path, tmp_path / "out", settings)
+    seen = {p["rows"] for p in result["passes"]}  # the same rows in each pass
+    assert len(seen) == 1
+    assert 150 < seen.pop() < 250
+    assert result["converged"]
+    assert any("trained on a sample of" in line for line in summary(result))
+    # Labels and objective are those of all rows.
+    assert result["rows"]["clustered"] == ROWS
+    rows = torch.from_numpy(data["image"]).float()
+    centroids = F.normalize(torch.from_numpy(np.load(tmp_path / "out" / "centroids.npy")))
+    own = (F.normalize(rows) * centroids[all_labels(tmp_path / "out")]).sum(1)
+    assert result["objective"] == pytest.approx(float(own.mean()), abs=1e-6)
+    everything = run(path, tmp_path / "all", config(method=method, rows_per_cluster=1000))
+    assert {p["rows"] for p in everything["passes"]} == {ROWS}
 
 
 # ---- afterwards ----------------------------------------------------------------------------------

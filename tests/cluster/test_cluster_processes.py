@@ -68,7 +68,7 @@ def on(size, output, settings):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 lloyd = {"early_passes": 1, "merge_above": 0.9}
-for method, more in (("lloyd", lloyd), ("two-level", {"coarse": 4})):
+for method, more in (("lloyd", lloyd), ("two-level", {"coarse": 4, "refine_passes": 1})):
     os.waitpid(child(lambda: run(f"{method}-1", config(method=method, **more))), 0)
     for size in (2, 4):
         assert on(size, f"{method}-{size}", config(method=method, **more)) == [0] * size
@@ -218,6 +218,7 @@ def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
     [
         (0, {}),
         (1, {"method": "two-level", "coarse": 4}),
+        (4, {"method": "two-level", "coarse": 4, "refine_passes": 4}),
         (2, {"method": "minibatch", "batch_rows": 64}),
         (3, {"early_passes": 4, "early_fraction": 0.5}),
     ],

@@ -299,7 +299,7 @@ def features(tmp_path, monkeypatch):
     [
         {"early_passes": 1, "early_fraction": 0.5, "min_size": 20, "merge_above": 0.9},
         {"method": "minibatch", "batch_rows": 200},
-        {"method": "two-level", "coarse": 3, "init": "random"},
+        {"method": "two-level", "coarse": 3, "init": "random", "refine_passes": 1},
     ],
     ids=["lloyd", "minibatch", "two-level"],
 )
@@ -330,9 +330,11 @@ def test_a_clustering_goes_on_on_another_device(features, tmp_path, monkeypatch)
 def test_two_level_search(backend):
     def search():
         found = two_level.TwoLevel(
-            gaussian(3, 8, 1), gaussian(9, 8, 2), torch.tensor([0, 4, 4, 9]), Centroids
+            gaussian(2, 8, 1), gaussian(9, 8, 2), torch.tensor([0, 4, 9]), Centroids
         )
-        return found.nearest(gaussian(50, 8, 0))
+        rows = gaussian(50, 8, 0)
+        index, score = found.nearest(rows)
+        return index, score, *found.nearest(rows, index.where(index > 4, -1))
 
     backend(search)
 

@@ -21,7 +21,11 @@ ENGINES = ("unicom", "faiss")
 DEVICES = ("auto", "cpu", "cuda")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
-FREE_TO_CHANGE = ("passes", "tolerance", "device", "threads", "min_size", "min_cosine", "positives")
+FREE_TO_CHANGE = (
+    "passes", "refine_passes", "tolerance", "device", "threads", "min_size", "min_cosine",
+    "positives",
+)  # fmt: skip
+CLUSTERS_PER_CELL = 256  # with fewer, products of a search are not what it costs
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,19 @@ class ClusterConfig(Settings):
     )  # fmt: skip
     early_passes: int = whole(0, "lloyd: so many first passes look at a part of the rows only", 0)
     early_fraction: float = rate(0.1, "how large a part")
+    rows_per_cluster: int = whole(
+        0, "train on so many rows for each cluster, a sample drawn once; 0: on all. Labels and the "
+        "objective in the end are of all rows", 0,
+    )  # fmt: skip
     batch_rows: int = whole(65536, "minibatch: rows of a batch", 1)
-    coarse: int = whole(0, "two-level: coarse clusters, 0 for the square root of k", 0)
+    coarse: int = whole(
+        0, "two-level: coarse clusters; 0: one for each 256 clusters, at most the square root of k",
+        0,
+    )  # fmt: skip
+    refine_passes: int = whole(
+        0, "two-level: so many passes at the end compare rows with all centroids, and so do labels "
+        "then", 0,
+    )  # fmt: skip
     merge_above: float = setting(
         1.0, "in the end clusters become one whose centroids have a cosine above this; 1: none",
         "a number in (0, 1]", lambda v: 0 < v <= 1,
@@ -90,6 +105,11 @@ class ClusterConfig(Settings):
             )
         if self.method != "lloyd" and self.early_passes:
             raise ConfigError(f"early_passes: is for method lloyd only, got {self.method}")
+        if self.method != "two-level" and self.refine_passes:
+            raise ConfigError(f"refine_passes: is for method two-level only, got {self.method}")
+        if self.rows_per_cluster and (self.method == "minibatch" or self.early_passes):
+            other = "method minibatch" if self.method == "minibatch" else "early_passes"
+            raise ConfigError(f"rows_per_cluster: cannot be used with {other}")
         if self.method == "two-level" and not 2 <= self.num_coarse <= self.clusters:
             raise ConfigError(
                 f"coarse: got {self.num_coarse}, must be from 2 to clusters = {self.clusters}"
@@ -98,4 +118,10 @@ class ClusterConfig(Settings):
     @property
     def num_coarse(self) -> int:
         """How many coarse clusters the method ``two-level`` makes."""
-        return self.coarse or math.isqrt(self.clusters)
+        of_all = min(math.isqrt(self.clusters), self.clusters // CLUSTERS_PER_CELL)
+        return self.coarse or max(2, of_all)
+
+    @property
+    def drawn_init(self) -> str:
+        """How centroids are drawn where they are not given."""
+        return self.init if self.init in INITS else INITS[0]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unicom_ext.cluster import inputs, outputs, refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.engines import device_of, engine_of
+from unicom_ext.cluster.engines import Nearest, device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import (
     Totals,
@@ -40,7 +40,6 @@ from unicom_ext.utils.files import CheckpointError, only_writer
 
 # What a random number is for; keeps the streams of one seed apart.
 INIT, MEASURE = range(2)
-STATE_PARTS = 20  # how often a two-level run saves itself while it makes fine clusters
 
 
 def cluster(
@@ -104,12 +103,6 @@ class _Run:
         self.state_dir = output / outputs.STATE
         self.sums: UnitSums | None = None  # of this process's rows at the labels of the last pass
 
-    @property
-    def num_first(self) -> int:
-        """How many centroids the first pass has."""
-        two_level = self.config.method == "two-level"
-        return self.config.num_coarse if two_level else self.config.clusters
-
     def prepare(
         self,
         true_labels: str | Path | None,
@@ -132,7 +125,8 @@ class _Run:
         self.state = self._load_state(resume, overwrite)
         self.begins = not resume
         if self.begins and init is not None:
-            self.state["centroids"] = inputs.read_centroids(init, self.num_first, self.source.dim)
+            first = config.num_coarse if config.method == "two-level" else config.clusters
+            self.state["centroids"] = inputs.read_centroids(init, first, self.source.dim)
         if self.ranks.is_first:
             held.enter_context(only_writer(self.output))
             self.state_dir.mkdir(exist_ok=True)
@@ -149,45 +143,53 @@ class _Run:
     # ---- training --------------------------------------------------------------------------------
 
     def train(self) -> None:
+        config = self.config
         if self.begins:
-            if "centroids" not in self.state:
-                self.state["centroids"] = self._draw(self.num_first)
+            if config.method == "two-level":
+                self._begin_two_level()
+            elif "centroids" not in self.state:
+                self.state["centroids"] = self._draw()
             with self.ranks.together():
                 if self.ranks.is_first:
                     # Results stay until there are new ones.
                     self.state["earlier"] = outputs.remove_state(self.output)
             self._save()
-        if self.config.method == "two-level":
-            self._train_two_level()
+        if config.method == "two-level":
+            if not self._refined:
+                self._passes("fine", config.passes)
+            self._passes("lloyd", config.refine_passes)
         else:
-            self._lloyd_or_minibatch(self.config.method)
+            self._passes(config.method, config.passes)
+        self.sums = None
 
-    def _lloyd_or_minibatch(self, kind: str) -> None:
+    def _passes(self, kind: str, most: int) -> None:
         """Passes until convergence or the last one; the state is saved after each."""
         passes = self.state["passes"]
-        while len(passes) < self.config.passes and not self._converged():
-            number = len(passes) + 1
+        done = sum(p["kind"] in (kind, "sampled") for p in passes)
+        while done < most and not self._converged(kind):
+            number, done = len(passes) + 1, done + 1
             early = number <= self.config.early_passes
-            left = self.config.passes - number
             name = "sampled" if early else kind
-            with self._progress(f"{name} pass {number}/{self.config.passes}", left) as progress:
+            with self._progress(f"{name} pass {done}/{most}", most - done) as progress:
                 if kind == "minibatch":
                     centroids, empty, totals = self._minibatch(number, progress)
                 else:
-                    centroids, empty, totals = self._lloyd(number, early, progress)
+                    centroids, empty, totals = self._lloyd(kind, number, early, progress)
             self.state["centroids"] = centroids
             passes.append(_facts(number, name, totals, empty, progress.seconds))
             split = f"{empty} empty cluster{'s' if empty > 1 else ''} split" if empty else ""
             progress.report(totals, split)
             self._save()
-        self.sums = None
 
     def _lloyd(
-        self, number: int, early: bool, progress: PassProgress
+        self, kind: str, number: int, early: bool, progress: PassProgress
     ) -> tuple[Tensor, int, Totals]:
-        how: dict[str, Any] = {}
+        config, how = self.config, dict[str, Any]()
+        fraction = config.rows_per_cluster * config.clusters / self.source.rows
         if early:
-            how["part"] = sampled(self.config.early_fraction, self.config.seed + number)
+            how["part"] = sampled(config.early_fraction, config.seed + number)
+        elif 0 < fraction < 1:
+            how["part"] = sampled(fraction, config.seed)
         else:
             # Labels of this pass and the last: a pass that is cut short spoils nothing.
             labels = LabelFiles(self.state_dir / outputs.PASSES[number % 2])
@@ -196,22 +198,27 @@ class _Run:
                     labels.create(self.source.shards)
             before = self._last_labels()
             how = {"labels": labels, "before": before, "sums": self.sums if before else None}
+        engine = self.engine
+        if kind == "fine":
+            engine = self._in_cells
+            how["first"] = self.state["first"][:-1].tolist()
+            how["block_rows"] = self._block_rows
         centroids, empty, totals, sums = lloyd_pass(
             self.source,
             self.state["centroids"],
-            self.engine,
+            engine,
             self.ranks,
             progress.watch,
-            self.config.seed + number,
+            config.seed + number,
             **how,
         )
-        self.sums = None if early else sums
+        self.sums = None if "part" in how else sums
         return centroids, empty, totals
 
     def _last_labels(self) -> LabelFiles | None:
         """Of the last pass, if it was a whole one."""
         passes = self.state["passes"]
-        if not passes or passes[-1]["kind"] not in ("lloyd", "coarse"):
+        if not passes or passes[-1]["kind"] not in ("lloyd", "fine"):
             return None
         labels = LabelFiles(self.state_dir / outputs.PASSES[len(passes) % 2])
         return labels if labels.exist(self.source.shards) else None
@@ -234,52 +241,60 @@ class _Run:
             self.config.batch_rows,
         )
 
-    def _train_two_level(self) -> None:
-        config, now = self.config, self.state
-        if "coarse" not in now:
-            self._lloyd_or_minibatch("coarse")
-            sizes = self._label(now["centroids"], LabelFiles(self.state_dir / outputs.COARSE))[1]
-            now["coarse"] = now.pop("centroids")
-            now["sizes"] = sizes
-            counts = two_level.share_out(config.clusters, sizes.numpy())
-            now["first"] = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]))
-            now["centroids"] = torch.zeros(config.clusters, self.source.dim)
-            now["stages"] = 0
-            self._save()
-        first, sizes = now["first"].numpy(), now["sizes"].numpy()
-        stages = two_level.fine_stages(first, sizes, self.source.dim, STATE_PARTS)
-        labels = LabelFiles(self.state_dir / outputs.COARSE)
-        with self._progress("fine clusters", 0) as progress:
-            totals = Totals(rows=int(sizes[: stages[0][0].start].sum()))
-
-            def watch(rows: int) -> None:
-                totals.rows += rows
-                progress.watch(totals)
-
-            for number in range(now["stages"], len(stages)):
-                runs = stages[number]
-                fine = two_level.cluster_runs(
-                    self.source, labels, runs, first, config, self.engine, self.ranks, watch
-                )
-                now["centroids"][first[runs[0].start] : first[runs[-1].stop]] = fine
-                now["stages"] = number + 1
-                self._save()
-
-    def _draw(self, k: int) -> Tensor:
-        rng = np.random.default_rng([self.config.seed, INIT])
+    def _draw(self) -> Tensor:
+        k = self.config.clusters
         centroids = torch.empty(k, self.source.dim)
         with self.ranks.together():
             if self.ranks.is_first:
                 began = time.perf_counter()
-                kind = self.config.init
-                kind = "kmeans++" if kind.lower().endswith(".npy") else kind
+                rng = np.random.default_rng([self.config.seed, INIT])
+                kind = self.config.drawn_init
                 centroids = seeds.draw(kind, self.source, k, rng, self.engine)
                 self.state["init_seconds"] = time.perf_counter() - began
         return self.ranks.broadcast(centroids)
 
-    def _converged(self) -> bool:
-        whole = [p["objective"] for p in self.state["passes"] if p["kind"] != "sampled"]
-        return converged(whole, self.config.tolerance)
+    def _converged(self, kind: str) -> bool:
+        objectives = [p["objective"] for p in self.state["passes"] if p["kind"] == kind]
+        return converged(objectives, self.config.tolerance)
+
+    # ---- two levels ------------------------------------------------------------------------------
+
+    def _begin_two_level(self) -> None:
+        """Coarse centroids and the first fine ones."""
+        config, now, dim = self.config, self.state, self.source.dim
+        given = now.pop("centroids", None)
+        coarse = torch.empty(config.num_coarse, dim)
+        counts = torch.empty(config.num_coarse, dtype=torch.int64)
+        fine = torch.empty(config.clusters, dim)
+        with self.ranks.together():
+            if self.ranks.is_first:
+                began = time.perf_counter()
+                rng = np.random.default_rng([config.seed, INIT])
+                coarse, counts, fine, totals = two_level.start(
+                    self.source, config, given, rng, self.engine
+                )
+                seconds = now["init_seconds"] = time.perf_counter() - began
+                self.console.print(
+                    f"{config.num_coarse} coarse clusters of {totals.rows:,} sampled rows: "
+                    f"objective {totals.objective:.6f}  {seconds:.1f} s",
+                    highlight=False,
+                )
+        coarse, counts, fine = map(self.ranks.broadcast, (coarse, counts, fine))
+        kept = counts > 0  # a cell without fine centroids must not be chosen
+        now["coarse"], now["centroids"] = coarse[kept], fine
+        now["first"] = torch.cat([torch.zeros(1, dtype=torch.int64), counts[kept].cumsum(0)])
+
+    @property
+    def _refined(self) -> bool:
+        """Rows are compared with all centroids, and no more with those of their cell."""
+        return any(p["kind"] == "lloyd" for p in self.state["passes"])
+
+    def _in_cells(self, fine: Tensor) -> two_level.TwoLevel:
+        return two_level.TwoLevel(self.state["coarse"], fine, self.state["first"], self.engine)
+
+    @property
+    def _block_rows(self) -> int:
+        return two_level.block_rows(len(self.state["coarse"]), self.source.dim)
 
     # ---- results ---------------------------------------------------------------------------------
 
@@ -300,9 +315,7 @@ class _Run:
             sizes.add_(index[good].bincount(minlength=len(sizes)))
             scores.index_add_(0, index[good], score[good].double())
 
-        block_rows = 0
-        if isinstance(found, two_level.TwoLevel):
-            block_rows = two_level.BLOCK_BYTES // (4 * self.source.dim)
+        block_rows = self._block_rows if isinstance(found, two_level.TwoLevel) else 0
         with self._progress("labels", 0) as progress:
             totals = assign(
                 self.source,
@@ -318,20 +331,16 @@ class _Run:
         self._label_seconds = progress.seconds
         return totals, self.ranks.sum(sizes), self.ranks.sum(scores)
 
-    def _engine_of(self, centroids: Tensor) -> Any:
-        if centroids is self.state["centroids"] and "coarse" in self.state:
-            return two_level.TwoLevel(
-                self.state["coarse"], centroids, self.state["first"], self.engine
-            )
-        return self.engine(centroids)
+    def _engine_of(self, centroids: Tensor) -> Nearest:
+        own = centroids is self.state["centroids"]
+        in_cells = own and "coarse" in self.state and not self._refined
+        return self._in_cells(centroids) if in_cells else self.engine(centroids)
 
     def finish(self) -> dict[str, Any]:
         config = self.config
         centroids = self.state["centroids"]
         labels = LabelFiles(self.state_dir / outputs.FINAL)
-        whole = "coarse" not in self.state  # a pass has labelled all rows with these clusters
-        before = self._last_labels() if whole else None
-        totals, sizes, scores = self._label(centroids, labels, before)
+        totals, sizes, scores = self._label(centroids, labels, self._last_labels())
         merged = 0
         if config.merge_above < 1:
             fewer = refine.merge(centroids, sizes, scores, config.merge_above)
@@ -349,7 +358,7 @@ class _Run:
                     "processes": self.ranks.world_size,
                     "device": str(self.device),
                     "merged": merged,
-                    "converged": self._converged(),
+                    "converged": self._converged(self.state["passes"][-1]["kind"]),
                     "init_seconds": self.state.get("init_seconds"),
                     "label_seconds": self._label_seconds,
                     "positives_seconds": self._positives_seconds,
@@ -404,12 +413,14 @@ class _Run:
     def _two_level_facts(self) -> dict[str, Any] | None:
         if "coarse" not in self.state:
             return None
+        cells = {"coarse": len(self.state["coarse"])}
+        if self._refined:
+            return cells
         centroids = self.state["centroids"]
         rng = np.random.default_rng([self.config.seed, MEASURE])
-        loss = two_level.loss_of_objective(
-            self.source, self._engine_of(centroids), centroids, self.engine, rng
+        return cells | two_level.loss_of_objective(
+            self.source, self._in_cells(centroids), centroids, self.engine, rng
         )
-        return {"coarse": len(self.state["coarse"]), **loss}
 
     # ---- state -----------------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ and the objective is the mean cosine of a row to its centroid, which no pass low
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,14 +130,16 @@ def lloyd_pass(
     seed: int,
     *,
     sums: UnitSums | None = None,
+    first: Sequence[int] = (0,),
     **how: Any,
 ) -> tuple[Tensor, int, Totals, UnitSums]:
     """Returns the centroids after the pass, how many clusters had been empty, its totals, and the
     sums of this process's rows.
 
     seed: of the directions in which clusters are split. sums: of the pass that gave the labels
-    `before`; only rows that change their cluster are added then. how: `before`, `labels`, `part` of
-    assign.
+    `before`; only rows that change their cluster are added then. first: where groups of centroids
+    begin that rows do not change between; an empty cluster gets half of one of its group. how:
+    `before`, `labels`, `part`, `block_rows` of assign.
     """
     nearest = engine(centroids)
     kept = sums or UnitSums(*centroids.shape, rows=source.rows, device=nearest.device)
@@ -153,7 +156,12 @@ def lloyd_pass(
     sender = ranks.sends_from(nearest.device)
     counts = ranks.sum(kept.counts.to(sender, copy=True)).cpu()
     moved = unit_sums(kept.values.to(sender), ranks).cpu()
-    return *_replace_empty(moved, centroids, counts, seed), totals, kept
+    empty = 0
+    for begin, end in itertools.pairwise([*first, len(centroids)]):
+        own = slice(begin, end)
+        moved[own], few = _replace_empty(moved[own], centroids[own], counts[own], seed + begin)
+        empty += few
+    return moved, empty, totals, kept
 
 
 def unit_sums(sums: Tensor, ranks: Ranks) -> Tensor:

@@ -108,7 +108,9 @@ def summary(result: dict[str, Any]) -> list[str]:
     ]
     if (several := result["config"].get("positives", 1)) > 1:
         lines.append(f"the {several} nearest clusters of each row: positives_*.npy")
-    if (two := result["two_level"]) is not None:
+    if result["config"].get("rows_per_cluster", 0) and result["passes"]:
+        lines.append(f"trained on a sample of {result['passes'][-1]['rows']:,} rows")
+    if "loss" in (two := result["two_level"] or {}):
         lines.append(
             f"two levels: {100 * two['loss']:.3f} % below the nearest of all centroids, measured "
             f"on {two['rows']:,} rows"

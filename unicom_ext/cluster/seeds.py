@@ -27,17 +27,28 @@ def unit_sample(source: Rows, count: int, rng: np.random.Generator) -> Tensor:
     return F.normalize(sample[(norm > 0) & norm.isfinite()])
 
 
+def sample(source: Rows, k: int, per_cluster: int, rng: np.random.Generator) -> Tensor:
+    """Unit rows fp32 [>= k, d] to draw k centroids from: `per_cluster` for each, unless that is too
+    much for memory. Raises SourceError where there are fewer good rows than k."""
+    wanted = min(per_cluster * k, SAMPLE_BYTES // (4 * source.dim))
+    rows = unit_sample(source, max(wanted, 2 * k), rng)
+    if len(rows) < k and source.rows > 2 * k:  # many rows are bad: look at all
+        rows = unit_sample(source, source.rows, rng)
+    if len(rows) < k:
+        raise SourceError(f"clusters: got {k}, but only {len(rows)} rows are finite and not zero")
+    return rows
+
+
 def draw(kind: str, source: Rows, k: int, rng: np.random.Generator, engine: Engine) -> Tensor:
-    """k initial centroids, fp32 [k, d]. kind: "random" or "kmeans++"."""
-    wanted = min(ROWS_PER_CLUSTER * k, SAMPLE_BYTES // (4 * source.dim))
-    sample = unit_sample(source, max(wanted, 2 * k), rng)
-    if len(sample) < k and source.rows > 2 * k:  # many rows are bad: look at all
-        sample = unit_sample(source, source.rows, rng)
-    if len(sample) < k:
-        raise SourceError(f"clusters: got {k}, but only {len(sample)} rows are finite and not zero")
+    """k initial centroids, fp32 [k, d], of a sample. kind: "random" or "kmeans++"."""
+    return choose(kind, sample(source, k, ROWS_PER_CLUSTER, rng), k, rng, engine)
+
+
+def choose(kind: str, rows: Tensor, k: int, rng: np.random.Generator, engine: Engine) -> Tensor:
+    """k of the unit rows [n, d]; n is at least k."""
     if kind == "random":
-        return sample[torch.from_numpy(rng.choice(len(sample), size=k, replace=False))]
-    return kmeans_plus_plus(sample, k, rng, engine)
+        return rows[torch.from_numpy(rng.choice(len(rows), size=k, replace=False))]
+    return kmeans_plus_plus(rows, k, rng, engine)
 
 
 def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: Engine) -> Tensor:

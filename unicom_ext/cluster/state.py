@@ -21,8 +21,7 @@ def fresh(config: ClusterConfig, source: Source) -> dict[str, Any]:
     centroids          fp32 [k, d] after the last pass
     earlier            names of the shards of a run that this one overwrites
     sums, counts       minibatch: of all rows so far, `UnitSums` with room for these passes' rows
-    coarse, sizes, first, stages    two-level: the coarse centroids, rows in each cell, the first
-                       fine cluster of each, and how many stages of fine clusters are done
+    coarse, first      two-level: the coarse centroids, and the first centroid of each cell
     """
     return {
         "format": FORMAT,
@@ -55,6 +54,8 @@ def load(path: Path, config: ClusterConfig, source: Source) -> dict[str, Any]:
     ]
     if differences:
         raise CheckpointError(f"{path}: is of other settings: {'; '.join(differences)}")
+    if config.method == "two-level" and ("first" not in state or "sizes" in state):
+        raise CheckpointError(f"{path}: is of version 0.1.0, which made two levels in another way")
     contents = _contents(source)
     then = state.get("contents", contents)  # an older version has saved none
     # By its contents a file is known wherever it lies.

@@ -1,13 +1,17 @@
-"""Very many clusters in two steps: coarse ones over all rows, then fine ones inside each.
+"""Very many clusters in two steps: coarse cells from a sample, then fine clusters inside each.
 
-A flat pass costs N k d multiply-adds; with sqrt(k) coarse clusters this costs about 2 N sqrt(k) d.
-A row is only ever compared with the fine centroids of its own coarse cell, so some rows miss their
-nearest one: `loss_of_objective` measures what that costs.
+A flat pass costs N k d multiply-adds; in c cells this costs N (c + k / c) d, and from the second
+fine pass on N k / c d: a row's label says which cell it is in. Fine passes are Lloyd passes whose
+search is `TwoLevel`; they stream the rows like all others, and nothing is grouped or kept.
+
+A row is only ever compared with the fine centroids of its own cell, so some rows miss their nearest
+one: `loss_of_objective` measures what that costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,14 +20,15 @@ from torch import Tensor
 from unicom_ext.cluster import seeds
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import Engine
-from unicom_ext.cluster.labels import LabelFiles
-from unicom_ext.cluster.lloyd import converged, lloyd_pass
-from unicom_ext.data.source import Block, Shard, Source
+from unicom_ext.cluster.lloyd import Totals, converged, lloyd_pass
+from unicom_ext.data.source import BLOCK_BYTES, Block, Rows, Shard, Source
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.utils.arrays import SourceError
 
-CELL_BYTES = 512 << 20  # of rows in memory at a time
-BLOCK_BYTES = 128 << 20  # when labelling: many rows, so that each cell gets some
+MAX_BLOCK_BYTES = 128 << 20
+ROWS_PER_SEARCH = 512  # of a cell in a block: with fewer, a call costs more than its products
+SAMPLE_PER_CELL = 1024  # rows for each coarse centroid
+SAMPLE_PER_CLUSTER = 16  # rows for each fine centroid, of which it is drawn
 MEASURED_ROWS = 16384
 
 
@@ -64,34 +69,107 @@ def share_out(k: int, sizes: np.ndarray) -> np.ndarray:
     return counts
 
 
+class Start(NamedTuple):
+    """Where fine passes begin."""
+
+    coarse: Tensor  # [cells, d]
+    counts: Tensor  # int64 [cells], the fine centroids of each; cells may have none
+    fine: Tensor  # [k, d], ordered by cell
+    totals: Totals  # of the last coarse pass
+
+
+def start(
+    source: Rows,
+    config: ClusterConfig,
+    coarse: Tensor | None,
+    rng: np.random.Generator,
+    engine: Engine,
+) -> Start:
+    """Coarse clusters of a sample, and fine centroids drawn from what each has of it.
+
+    coarse: the initial ones, unit vectors fp32 [cells, d]; None draws them as config says.
+    Raises SourceError where there are fewer good rows than clusters.
+    """
+    kind, k = config.drawn_init, config.clusters
+    sample = seeds.sample(source, k, SAMPLE_PER_CLUSTER, rng)
+    order = torch.from_numpy(rng.permutation(len(sample)))
+    some = InMemory(sample[order[: SAMPLE_PER_CELL * config.num_coarse]])
+    if coarse is None:
+        coarse = seeds.draw(kind, some, config.num_coarse, rng, engine)
+    objectives: list[float] = []
+    while len(objectives) < config.passes and not converged(objectives, config.tolerance):
+        coarse, _, totals, _ = lloyd_pass(
+            some, coarse, engine, Ranks(None), lambda totals: None, config.seed + len(objectives)
+        )
+        objectives.append(totals.objective)
+    nearest = engine(coarse)
+    cell = nearest.nearest(sample.to(nearest.device))[0].cpu()
+    sizes = cell.bincount(minlength=len(coarse))
+    counts = torch.from_numpy(share_out(k, sizes.numpy()))
+    fine = [
+        _draw_in_cell(kind, sample[own], count, rng, engine)
+        for own, count in zip(
+            cell.argsort(stable=True).split(sizes.tolist()), counts.tolist(), strict=True
+        )
+        if count
+    ]
+    return Start(coarse, counts, torch.cat(fine), totals)
+
+
+def _draw_in_cell(
+    kind: str, rows: Tensor, k: int, rng: np.random.Generator, engine: Engine
+) -> Tensor:
+    try:
+        return seeds.choose(kind, rows, k, rng, engine)
+    except SourceError:  # fewer different rows than clusters
+        return seeds.choose("random", rows, k, rng, engine)
+
+
 class TwoLevel:
-    """Centroids [k, d], ordered by coarse cell; `first` [cells + 1] says where each cell begins."""
+    """Fine centroids [k, d] ordered by cell, of which first [cells + 1] says where each begins."""
 
     def __init__(self, coarse: Tensor, fine: Tensor, first: Tensor, engine: Engine) -> None:
         self._first = first
-        # A cell without fine centroids must not be chosen.
-        self._kept = (first.diff() > 0).nonzero()[:, 0]
-        self._coarse = engine(coarse[self._kept])
-        self._cells = [engine(fine[first[c] : first[c + 1]]) for c in self._kept.tolist()]
+        self._coarse = engine(coarse)
+        self._cells = [engine(own) for own in fine.split(first.diff().tolist())]
 
     @property
     def device(self) -> torch.device:
         return self._coarse.device
 
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The nearest centroid of the cell whose coarse centroid is nearest. Ignores guesses."""
-        cell, score = self._coarse.nearest(rows)
-        index = torch.full_like(cell, -1)
-        order = cell.argsort(stable=True)
+        """The nearest centroid of the cell whose coarse centroid is nearest.
+
+        guess: what an earlier search of these rows has found, with the same coarse centroids and
+        cells; -1 for rows of which nothing is known.
+        """
+        score = torch.zeros(len(rows), device=self.device)
+        if guess is None:
+            guess = torch.full((len(rows),), -1, device=self.device)
+        first = self._first.to(self.device)
+        cell = torch.bucketize(guess, first, right=True) - 1
+        unknown = (cell < 0).nonzero()[:, 0]
+        if len(unknown) == len(rows):
+            cell, score = self._coarse.nearest(rows)
+        elif len(unknown):
+            cell[unknown], score[unknown] = self._coarse.nearest(rows[unknown])
         sizes = (cell + 1).bincount(minlength=len(self._cells) + 1).tolist()
-        at = sizes[0]  # rows without direction come first
-        for c, size in enumerate(sizes[1:]):
-            if size:
-                own = order[at : at + size]
-                place, score[own] = self._cells[c].nearest(rows[own])
-                index[own] = place + self._first[self._kept[c]]
-                at += size
+        # Rows without direction, whose cell is -1, come first.
+        _, *of_cells = cell.argsort(stable=True).split(sizes)
+        index = torch.full_like(cell, -1)
+        for own, nearest, begin in zip(of_cells, self._cells, self._first.tolist(), strict=False):
+            if len(own):
+                known = (guess[own] - begin).clamp_(min=-1)
+                # Not a copy of all rows by cell: these few are still in the cache when searched.
+                place, score[own] = nearest.nearest(rows.index_select(0, own), known)
+                index[own] = place + begin
         return index, score
+
+
+def block_rows(cells: int, dim: int) -> int:
+    """Rows of a block that each cell gets some of."""
+    wanted = max(ROWS_PER_SEARCH * cells, BLOCK_BYTES // (4 * dim))
+    return max(1, min(wanted, MAX_BLOCK_BYTES // (4 * dim)))
 
 
 def loss_of_objective(
@@ -103,101 +181,3 @@ def loss_of_objective(
     found = two_level.nearest(there)[1].cpu().double().mean().item()
     best = engine(fine).nearest(there)[1].cpu().double().mean().item()
     return {"rows": len(sample), "two_level": found, "flat": best, "loss": 1 - found / best}
-
-
-def fine_stages(first: np.ndarray, sizes: np.ndarray, dim: int, parts: int) -> list[list[range]]:
-    """Cells in runs whose rows fit in memory; the runs in about `parts` stages."""
-    limit = CELL_BYTES // (4 * dim)
-    runs, begin, total = [], 0, 0
-    for cell, size in enumerate(sizes.tolist()):
-        if total and total + size > limit:
-            runs.append(range(begin, cell))
-            begin, total = cell, 0
-        total += size
-    runs.append(range(begin, len(sizes)))
-    stage = -(-len(runs) // parts)
-    return [runs[i : i + stage] for i in range(0, len(runs), stage)]
-
-
-def cluster_runs(
-    source: Source,
-    labels: LabelFiles,
-    runs: list[range],
-    first: np.ndarray,
-    config: ClusterConfig,
-    engine: Engine,
-    ranks: Ranks,
-    watch: Callable[[int], object],
-) -> Tensor:
-    """Fine centroids of a stage, fp32 [n, d], where first[runs[0].start] is the number of the
-    first; each process finds those of some runs.
-
-    labels: the coarse cell of every row. watch: called with the rows of each cell that is done.
-    """
-    begin, end = int(first[runs[0].start]), int(first[runs[-1].stop])
-    fine = torch.zeros(end - begin, source.dim)
-    with ranks.together():
-        for cells in runs[ranks.rank :: ranks.world_size]:
-            fine[first[cells.start] - begin : first[cells.stop] - begin] = _cluster_run(
-                source, labels, cells, first, config, engine, watch
-            )
-    return ranks.sum(fine)
-
-
-def _cluster_run(
-    source: Source,
-    labels: LabelFiles,
-    cells: range,
-    first: np.ndarray,
-    config: ClusterConfig,
-    engine: Engine,
-    watch: Callable[[int], object],
-) -> Tensor:
-    """Fine centroids of a run of cells, fp32 [first[cells.stop] - first[cells.start], d].
-
-    A cell that does not fit in memory is sampled.
-    """
-    rows, owner = _rows_of(labels, source, cells)
-    limit = CELL_BYTES // (4 * source.dim)
-    rng = np.random.default_rng([config.seed, 3, cells.start])
-    if len(rows) > limit:
-        kept = np.sort(rng.choice(len(rows), size=limit, replace=False))
-        rows, owner = rows[kept], owner[kept]
-    values = source.take(rows)
-    fine = []
-    for cell in cells:
-        k = int(first[cell + 1] - first[cell])
-        if k:
-            fine.append(_cluster_cell(values[torch.from_numpy(owner == cell)], k, config, engine))
-        watch(int((owner == cell).sum()))
-    return torch.cat(fine) if fine else torch.empty(0, source.dim)
-
-
-def _cluster_cell(values: Tensor, k: int, config: ClusterConfig, engine: Engine) -> Tensor:
-    rng = np.random.default_rng([config.seed, 4, len(values), k])
-    memory, alone = InMemory(values), Ranks(None)
-    try:
-        centroids = seeds.draw("kmeans++", memory, k, rng, engine)
-    except SourceError:  # fewer different rows than clusters
-        centroids = seeds.draw("random", memory, k, rng, engine)
-    objectives: list[float] = []
-    for number in range(config.passes):
-        centroids, _, totals, _ = lloyd_pass(
-            memory, centroids, engine, alone, lambda totals: None, seed=config.seed + number
-        )
-        objectives.append(totals.objective)
-        if converged(objectives, config.tolerance):
-            break
-    return centroids
-
-
-def _rows_of(labels: LabelFiles, source: Source, cells: range) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the rows in the cells, increasing, and the cell of each."""
-    rows, owner = [], []
-    for shard in source.shards:
-        for start in range(0, shard.rows, 1 << 22):
-            cell = labels.read(shard, start, min(start + (1 << 22), shard.rows))
-            inside = np.flatnonzero((cell >= cells.start) & (cell < cells.stop))
-            rows.append(inside + (shard.first + start))
-            owner.append(cell[inside])
-    return np.concatenate(rows), np.concatenate(owner)
