@@ -303,10 +303,12 @@ def describe(result: dict[str, Any]) -> list[str]:
         title(result),
         f"{machine['cpu']}, {machine['cores']} cores, kernels for {machine['capability']}; "
         f"commit {machine['git_commit']}; {machine['date']}",
-        f"{result['rounds']} interleaved rounds: medians (min to max); load average {before:.1f} "
+        f"interleaved rounds: {result['rounds']}, medians (min to max); load average {before:.1f} "
         f"before and {after:.1f} after",
         *sorted(versions),
     ]
+    if after > 1.25 * machine["cores"]:
+        lines.append("NOISY: other programs were running")
     if result["blas_seconds"]:
         tried = ", ".join(
             f"{b or 'its own choice'} {s:.2f}" for b, s in result["blas_seconds"].items()
