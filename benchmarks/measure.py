@@ -170,8 +170,8 @@ def _map_large_blocks() -> None:
         set_option(m_mmap_threshold, 1 << 18)
 
 
-def status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+def status_bytes(key: str, process: int | str = "self") -> int:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
 import cluster_stream
 import clustering
+import clustering_peers
 import head_step
 import measure
 import noisy_labels
+import numpy as np
 import parts
 import pytest
 import scaling_model
@@ -292,25 +295,129 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, set_threads):
     assert "5 not among 4, 8" in run.output
 
 
-def test_clustering_compares_within_a_round(tmp_path):
-    def run(*seconds, **more):
-        return {"seconds": list(seconds), "objective": 0.5, "peak_bytes": 2**30, **more}
+@pytest.mark.parametrize(
+    ("kind", "cone", "leading"), [("clip", 0.45, 0.47), ("centres", 0.02, 0.4), ("noise", 0, 0.25)]
+)
+def test_rows_of_each_kind(tmp_path, monkeypatch, kind, cone, leading):
+    monkeypatch.setattr(clustering, "SHARD_ROWS", 3000)
+    clustering.make_rows(tmp_path, kind, 5000, 32, 50)
+    shards = [np.load(tmp_path / f"rows_000{i}.npy") for i in range(2)]
+    assert [len(shard) for shard in shards] == [3000, 2000]
+    rows = np.concatenate(shards)
+    assert np.abs(np.linalg.norm(rows, axis=1) - 1).max() < 1e-6
+    mean = rows.mean(0)
+    assert np.square(mean).sum() == pytest.approx(cone, abs=0.03)
+    variances = np.linalg.eigvalsh(np.cov(rows.T))[::-1]
+    # What eight of 32 axes have of the variance.
+    assert variances[:8].sum() / variances.sum() == pytest.approx(leading, abs=0.06)
+    init = np.load(tmp_path / "init" / "init.npy")
+    assert init.shape == (50, 32)
+    assert {row.tobytes() for row in init} <= {row.tobytes() for row in rows}
 
+
+def clustering_run(seconds, objective=0.5, pass_seconds=(1.0, 2.0), **more):
+    return {
+        "seconds": seconds, "process_seconds": seconds + 1, "stages": {"k-means": seconds - 1},
+        "pass_seconds": list(pass_seconds), "objective": objective, "peak_bytes": 2**30, **more,
+    }  # fmt: skip
+
+
+def test_clustering_compares_within_a_round(tmp_path):
     result = {
-        "rows": 1000, "dim": 10, "clusters": 100, "passes": 2,
+        "kind": "clip", "rows": 1000, "dim": 10, "clusters": 100, "passes": 2,
         "runs": {
-            "ours": [run(2.0, 1.0), run(4.0, 2.0)],
-            "faiss": [run(6.0, 6.0), run(20.0, 4.0, objective=0.49)],
+            "ours-lloyd": [
+                clustering_run(2.0, products=[1.0, 0.2]), clustering_run(4.0, products=[1.0, 0.4])
+            ],
+            "faiss": [clustering_run(6.0, objective=0.49), clustering_run(20.0, objective=0.49)],
+            "ours-two-level": [clustering_run(3.0, pass_seconds=())] * 2,
+            "superkmeans-default": [clustering_run(6.0, pass_seconds=())] * 2,
         },
     }  # fmt: skip
-    ours, peer = clustering.table(result).rows
-    assert ours[1] == "3.00 (2.00 to 4.00)"
-    assert ours[2] == ours[4] == "1.00 (1.00 to 1.00)"
-    assert peer[2] == "4.00 (3.00 to 5.00)"
-    assert peer[4] == "4.00 (4.00 to 4.00)"
-    assert peer[7] == "-2.0000 %"
+    flat, two_level, stages = clustering.tables(result)
+    ours, peer = flat.rows
+    assert ours[:3] == ["ours-lloyd", "3.00 (2.00 to 4.00)", "1.00 (1.00 to 1.00)"]
+    assert ours[3:5] == ["1.50 (1.50 to 1.50)", "65.0 %"]
+    assert peer[2] == "4.00 (3.00 to 5.00)"  # not 13 / 3
+    assert peer[4] == ""
+    assert peer[6] == "-2.0000 %"
+    assert [row[:3] for row in two_level.rows] == [
+        ["ours-two-level", "3.00 (3.00 to 3.00)", "1.00 (1.00 to 1.00)"],
+        ["superkmeans-default", "6.00 (6.00 to 6.00)", "2.00 (2.00 to 2.00)"],
+    ]
+    assert stages.rows[1][1:3] == ["", "12.00 (5.00 to 19.00)"]
     clustering.draw(result, tmp_path / "seconds.png")
     assert (tmp_path / "seconds.png").stat().st_size > 1000
+
+
+def test_passes_of_superkmeans_are_told_from_its_lines(monkeypatch, tmp_path):
+    figures = {"train_seconds": 4.0, "assign_seconds": 1.0, "pass_seconds": []}
+    lines = [(0.5, "Using 9 vectors"), (2.0, "Iteration 1/2 | 5"), (2.1, ""),
+             (3.5, "Iteration 2/2 | 4"), (3.6, ""), (5.0, json.dumps(figures))]  # fmt: skip
+    monkeypatch.setattr(
+        clustering, "run_process", lambda *_: {"process_seconds": 7.0, "lines": list(lines)}
+    )
+    run = clustering.run_peer("superkmeans", tmp_path, 2, tmp_path)
+    assert run["pass_seconds"] == [1.5, 1.5]
+    assert run["seconds"] == 5.0
+    assert run["stages"] == {"start-up": 2.0, "k-means": 4.0, "labels": 1.0}
+
+
+def test_a_blas_that_does_not_work_here_is_not_chosen(monkeypatch, tmp_path):
+    def run_peer(name, data, passes, output, blas):
+        if blas == "SkylakeX":
+            raise subprocess.CalledProcessError(-4, "faiss")
+        return {"seconds": {"": 2.0, "Haswell": 1.0}[blas]}
+
+    clustering.make_rows(tmp_path / "rows", "noise", 100, 8, 2)
+    monkeypatch.setattr(clustering, "run_peer", run_peer)
+    found = clustering.try_blas(tmp_path / "rows", tmp_path / "trial")
+    assert found == {"": 2.0, "Haswell": 1.0}
+
+
+@pytest.mark.parametrize("name", clustering_peers.PEERS)
+def test_a_peer_clusters_all_rows_or_says_why_not(tmp_path, capfd, name):
+    clustering.make_rows(tmp_path / "rows", "clip", 900, 32, 4)
+    clustering_peers.main(name, tmp_path / "rows", 3, tmp_path / "out")
+    figures = json.loads(capfd.readouterr().out.splitlines()[-1])
+    if "skipped" in figures:
+        pytest.skip(figures["skipped"])
+    assert figures["train_seconds"] > 0
+    assert figures["assign_seconds"] > 0
+    assert len(figures["pass_seconds"]) == (3 if name.startswith("faiss") else 0)
+    start = clustering.objective_of(tmp_path / "rows", tmp_path / "rows" / "init" / "init.npy")
+    found = clustering.objective_of(tmp_path / "rows", tmp_path / "out" / "centroids.npy")
+    assert found > start + 0.02
+
+
+def test_a_peer_that_is_not_installed_is_skipped(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "superkmeans", None)
+    clustering.make_rows(tmp_path / "rows", "noise", 20, 8, 2)
+    clustering_peers.main("superkmeans", tmp_path / "rows", 1, tmp_path / "out")
+    assert "superkmeans" in json.loads(capsys.readouterr().out)["skipped"]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_clustering_times_the_whole_command(tmp_path):
+    arguments = ["--kind=noise", "--rows=700", "--dim=16", "--clusters=9", "--passes=2",
+                 "--rounds=1", "--peers=", f"--output={tmp_path / 'results'}"]  # fmt: skip
+    done = CliRunner().invoke(clustering.main, [*arguments, f"--data={tmp_path / 'data'}"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tmp_path / "results" / "clustering-noise.json").read_text())
+    assert list(result["runs"]) == ["ours-lloyd", "ours-two-level"]
+    for (run,) in result["runs"].values():
+        assert sum(run["stages"].values()) == pytest.approx(run["process_seconds"])
+        assert all(seconds > 0 for seconds in run["stages"].values())
+        assert 0 < run["objective"] < 1
+        assert run["peak_bytes"] > 2**26
+    assert len(result["runs"]["ours-lloyd"][0]["pass_seconds"]) == 2
+    text = (tmp_path / "results" / "clustering-noise.md").read_text()
+    assert "noise: 700 x 16 rows into 9 clusters, 2 passes" in text
+    assert (tmp_path / "results" / "clustering-noise.png").stat().st_size > 1000
+    done = CliRunner().invoke(clustering.main, ["--peers=faiss,scann"])
+    assert done.exit_code == 2
+    assert "scann not among faiss, faiss-super, superkmeans" in done.output
 
 
 def test_streaming_writes_rates_and_deletes_its_rows(tmp_path, monkeypatch):
