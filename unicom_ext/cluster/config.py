@@ -13,6 +13,7 @@ from unicom_ext.utils.settings import (
     one_of,
     rate,
     setting,
+    switch,
     whole,
 )
 
@@ -22,8 +23,8 @@ DEVICES = ("auto", "cpu", "cuda")
 INITS = ("kmeans++", "random")
 # What may differ when a run goes on: how long it lasts, and on what; not what it computes.
 FREE_TO_CHANGE = (
-    "passes", "refine_passes", "tolerance", "device", "threads", "min_size", "min_cosine",
-    "positives",
+    "passes", "refine_passes", "tolerance", "device", "threads", "prune", "min_size",
+    "min_cosine", "positives",
 )  # fmt: skip
 CLUSTERS_PER_CELL = 256  # with fewer, products of a search are not what it costs
 
@@ -70,6 +71,9 @@ class ClusterConfig(Settings):
         0, "two-level: so many passes at the end compare rows with all centroids, and so do labels "
         "then", 0,
     )  # fmt: skip
+    prune: bool = switch(
+        True, "leave out products that cannot change a label; the result is the same"
+    )
     merge_above: float = setting(
         1.0, "in the end clusters become one whose centroids have a cosine above this; 1: none",
         "a number in (0, 1]", lambda v: 0 < v <= 1,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unicom_ext.cluster import inputs, outputs, refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
-from unicom_ext.cluster.engines import Nearest, device_of, engine_of
+from unicom_ext.cluster.engines import Engine, Nearest, device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.cluster.lloyd import (
     Totals,
@@ -32,6 +32,7 @@ from unicom_ext.cluster.lloyd import (
 )
 from unicom_ext.cluster.positives import Several, write_positives
 from unicom_ext.cluster.progress import PassProgress
+from unicom_ext.cluster.pruning import LEAST_PRUNED, PrunedSearch
 from unicom_ext.cluster.sums import UnitSums
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
@@ -102,6 +103,8 @@ class _Run:
         self.console = console if self.ranks.is_first else Console(quiet=True)
         self.state_dir = output / outputs.STATE
         self.sums: UnitSums | None = None  # of this process's rows at the labels of the last pass
+        self.pruned: PrunedSearch | None = None  # likewise
+        self.told_failure = False
 
     def prepare(
         self,
@@ -176,7 +179,8 @@ class _Run:
                 else:
                     centroids, empty, totals = self._lloyd(kind, number, early, progress)
             self.state["centroids"] = centroids
-            passes.append(_facts(number, name, totals, empty, progress.seconds))
+            products = self._products() if name == "lloyd" else None
+            passes.append(_facts(number, name, totals, empty, progress.seconds, products))
             split = f"{empty} empty cluster{'s' if empty > 1 else ''} split" if empty else ""
             progress.report(totals, split)
             self._save()
@@ -198,9 +202,8 @@ class _Run:
                     labels.create(self.source.shards)
             before = self._last_labels()
             how = {"labels": labels, "before": before, "sums": self.sums if before else None}
-        engine = self.engine
+        engine = self._in_cells if kind == "fine" else self._engine_after(how.get("before"))
         if kind == "fine":
-            engine = self._in_cells
             how["first"] = self.state["first"][:-1].tolist()
             how["block_rows"] = self._block_rows
         centroids, empty, totals, sums = lloyd_pass(
@@ -214,6 +217,39 @@ class _Run:
         )
         self.sums = None if "part" in how else sums
         return centroids, empty, totals
+
+    def _engine_after(self, before: LabelFiles | None) -> Engine:
+        """What compares all rows with all centroids. Where there are labels of the last pass, most
+        products can be left out."""
+        config = self.config
+        if before is None:
+            self.pruned = None
+        elif self.pruned is None and self._can_prune:
+            directory = self.state_dir / outputs.PRUNING / str(self.ranks.rank)
+            self.pruned = PrunedSearch(directory, self.source, self.ranks, self.engine, config.seed)
+        return self.engine if self.pruned is None else self.pruned.begin
+
+    def _products(self) -> float | None:
+        """Those of the last pass, as a share of all; says once where pruning had to end."""
+        if self.pruned is None:
+            return 1.0
+        if self.pruned.failure is not None and not self.told_failure:
+            self.told_failure = True
+            self.console.print(
+                f"No room to remember what passes have found ({self.pruned.failure}): those that "
+                "follow compute all products."
+            )
+        return self.pruned.products()
+
+    @property
+    def _can_prune(self) -> bool:
+        config = self.config
+        return (
+            config.prune
+            and config.clusters >= LEAST_PRUNED
+            and config.engine == "unicom"
+            and self.device.type == "cpu"
+        )
 
     def _last_labels(self) -> LabelFiles | None:
         """Of the last pass, if it was a whole one."""
@@ -305,7 +341,7 @@ class _Run:
         with self.ranks.together():
             if self.ranks.is_first:
                 labels.create(self.source.shards)
-            found = self._engine_of(centroids)
+        found = self._engine_of(centroids, before)
         sizes = torch.zeros(len(centroids), dtype=torch.float64)
         scores = torch.zeros(len(centroids), dtype=torch.float64)
 
@@ -331,10 +367,10 @@ class _Run:
         self._label_seconds = progress.seconds
         return totals, self.ranks.sum(sizes), self.ranks.sum(scores)
 
-    def _engine_of(self, centroids: Tensor) -> Nearest:
+    def _engine_of(self, centroids: Tensor, before: LabelFiles | None = None) -> Nearest:
         own = centroids is self.state["centroids"]
         in_cells = own and "coarse" in self.state and not self._refined
-        return self._in_cells(centroids) if in_cells else self.engine(centroids)
+        return self._in_cells(centroids) if in_cells else self._engine_after(before)(centroids)
 
     def finish(self) -> dict[str, Any]:
         config = self.config
@@ -370,6 +406,7 @@ class _Run:
                     self.output, self.source, config, labels, centroids, totals, sizes, scores,
                     numbers, positives, facts, self.true_labels, self.images, self.console,
                 )  # fmt: skip
+                shutil.rmtree(self.state_dir / outputs.PRUNING, ignore_errors=True)
                 for used in (labels, positives):
                     if used is not None:
                         shutil.rmtree(used.directory)
@@ -443,7 +480,9 @@ class _Run:
         return state.fresh(self.config, self.source)
 
 
-def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -> dict[str, Any]:
+def _facts(
+    number: int, kind: str, totals: Totals, empty: int, seconds: float, products: float | None
+) -> dict[str, Any]:
     return {
         "pass": number,
         "kind": kind,
@@ -453,4 +492,5 @@ def _facts(number: int, kind: str, totals: Totals, empty: int, seconds: float) -
         "empty": empty,
         "seconds": seconds,
         "rows_per_second": totals.seen / seconds,
+        "products": products,
     }

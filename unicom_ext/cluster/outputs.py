@@ -18,6 +18,7 @@ from unicom_ext.utils.settings import ConfigError
 CLUSTERS = "clusters.json"
 STATE = "state"  # directory of what is needed to go on
 STATE_FILE, PASSES, FINAL = "state.pt", ("pass-0", "pass-1"), "final"
+PRUNING = "pruning"  # directory of what passes remember of each row, of use to their run only
 UNFINISHED = "positives"  # directory of the positives until all are there
 
 
@@ -32,7 +33,13 @@ def written(output: Path, shards: Iterable[str]) -> list[Path]:
 def remove_state(output: Path) -> list[str]:
     """Remove what an earlier run there would need to go on; returns the names of its shards."""
     names = shards_of(output)
-    for directory in (*PASSES, FINAL, UNFINISHED, "coarse"):  # the last is of version 0.1.0
+    for directory in (
+        *PASSES,
+        FINAL,
+        PRUNING,
+        UNFINISHED,
+        "coarse",
+    ):  # the last is of version 0.1.0
         shutil.rmtree(output / STATE / directory, ignore_errors=True)
     return names
 
