@@ -37,10 +37,10 @@ from unicom_ext.cluster import (
     two_level,
 )
 from unicom_ext.cluster import labels as label_files
-from unicom_ext.cluster.lloyd import lloyd_pass, sampled
+from unicom_ext.cluster.lloyd import assign, lloyd_pass, sampled
 from unicom_ext.cluster.results import summary
 from unicom_ext.data.formats import SourceError
-from unicom_ext.data.source import Source
+from unicom_ext.data.source import Block, Source
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.utils.files import CheckpointError
 from unicom_ext.utils.settings import ConfigError
@@ -373,6 +373,31 @@ def test_empty_clusters_take_half_of_the_largest():
     moved, empty, _ = one_pass(rows, moved)
     assert empty == 0
     torch.testing.assert_close(moved.norm(dim=1), torch.ones(15))
+
+
+def test_the_objective_does_not_depend_on_blocks():
+    """Of cosines that double cannot sum exactly as they are."""
+    order = torch.randperm(999, generator=torch.Generator().manual_seed(0))
+    cosines = torch.logspace(-12, 0, 999)[order]
+
+    class Blocks(Memory):
+        def blocks(self, start, stop, size):
+            for begin in range(start, stop, size):
+                yield Block(self.shards[0], begin, self.take(np.arange(stop))[begin : begin + size])
+
+    class Known:
+        device = torch.device("cpu")
+
+        def nearest(self, rows, guess=None):
+            return torch.zeros(len(rows), dtype=torch.int64), rows[:, 0]
+
+    found = set()
+    for size in (1, 10, 37, 333, 999):
+        source, alone = Blocks(cosines[:, None]), Ranks(None)
+        how = {"block_rows": size, "visit": lambda *block: None}
+        found.add(assign(source, Known(), alone, lambda totals: None, **how).score)
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(float(cosines.double().sum()), abs=999 * 2**-25)
 
 
 def test_more_clusters_than_can_be_filled():

@@ -137,7 +137,7 @@ def test_a_clustering_has_the_same_bits_on_every_instruction_set(tmp_path, monke
     kinds = {"lloyd": {}, "minibatch": {"batch_rows": 100}, "two-level": {"coarse": 3}}
     for method, more in kinds.items():
         found = []
-        for name in {*_engine.cpu_capabilities(), "emulated_avx512"}:
+        for name in [*_engine.cpu_capabilities(), "emulated_avx512"]:
             output = tmp_path / f"{method}-{name}"
             with unicom_ext.cpu_capability(name):
                 run(tmp_path / "dump", output, config(method=method, joint="concat", **more))
