@@ -1,0 +1,360 @@
+"""The search that leaves out most products, against the one that computes all of them."""
+
+from __future__ import annotations
+
+import errno
+import math
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from support.clusters import QUIET, config, cosines, gaussian
+from torch import Tensor
+
+import unicom_ext
+from unicom_ext import _engine
+from unicom_ext.cluster import Centroids, cluster, pictures, pruning
+from unicom_ext.cluster.pruning import (
+    LEAST_NORM,
+    LEAST_PRUNED,
+    Projection,
+    choose_projection,
+    movement,
+    projection_of,
+)
+from unicom_ext.ops import library
+
+CPU_ONLY = True  # as the search is
+CAPABILITIES = [*dict.fromkeys([*_engine.cpu_capabilities(), "emulated_avx512"])]
+
+
+class Passes:
+    """Passes over the same rows. What each finds is what all products find, and no cosine is above
+    the bound that is kept of it."""
+
+    def __init__(self, rows: Tensor, projection: Projection) -> None:
+        self.rows, self.projection = rows, projection
+        self.projected = projection.rows(rows)
+        self.bound: Tensor | None = None
+        self.before = torch.empty(0)
+        self.work = [0, 0, 0]  # pairs that were screened, multiplied, decided
+
+    def search(self, centroids: Tensor, guess: Tensor, margin: float = 0.0) -> Tensor:
+        order, moved = torch.arange(len(centroids)), None
+        if self.bound is not None:
+            moved, order = movement(self.before, centroids, self.projection.means[0]).sort(
+                descending=True, stable=True
+            )
+        index, score, self.bound, work = library.ops.pruned_search(
+            self.rows, self.projected, guess, self.bound, centroids,
+            self.projection.order(centroids, order, moved), *self.projection.arguments, margin,
+        )  # fmt: skip
+        self.before, self.work = centroids, work.tolist()
+        right, right_score = Centroids(centroids).nearest(self.rows)
+        assert torch.equal(index, right)
+        assert torch.equal(bits(score), bits(right_score))
+        good = index >= 0
+        others = cosines(self.rows[good], centroids)
+        others.scatter_(1, index[good][:, None], -math.inf)
+        assert (self.bound[good] >= others.max(dim=1).values).all()
+        return index
+
+
+def bits(score: Tensor) -> Tensor:
+    return score.nan_to_num(7).view(torch.int32)
+
+
+def plain(dim: int, *, axes: Tensor | None = None, range: float = 1.0, rest: float = 0.5):
+    return Projection(torch.zeros(2, dim), axes, range, rest)
+
+
+# ---- any rows, any centroids ---------------------------------------------------------------------
+
+KINDS = ("cone", "isotropic", "close", "lattice", "outliers", "norms")
+MOVES = ("stay", "little", "some", "far", "split", "swap")
+
+
+def make_rows(kind: str, n: int, d: int, seed: int) -> Tensor:
+    rows = gaussian(n, d, seed)
+    if kind == "lattice":  # equal rows, and equal cosines
+        return rows.sign() * (rows.abs() > 0.7)
+    if kind == "isotropic":
+        return rows
+    centre = gaussian(1, d, seed + 1)
+    if kind == "close":
+        return centre + 1e-4 * rows
+    rows = centre + rows * torch.arange(1, d + 1) ** -0.7
+    if kind == "outliers":
+        rows[::5] = -rows[::5] - 3 * centre
+    if kind == "norms":
+        rows *= torch.tensor([1e-38, 1e-30, 1e-15, 1, 1e30, 1e38])[torch.arange(n) % 6, None]
+    return rows
+
+
+def make_centroids(rows: Tensor, k: int, seed: int) -> Tensor:
+    """Some are rows, some lie near rows, some are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = F.normalize(rows.double(), eps=1e-300).float().nan_to_num(1.0)
+    centroids = chosen[torch.randint(len(rows), (k,), generator=generator)]
+    aside = 0.1 * torch.randn(centroids.shape, generator=generator) / rows.shape[1] ** 0.5
+    centroids[k // 2 :] += aside[k // 2 :]
+    return centroids
+
+
+def move(centroids: Tensor, how: str, seed: int) -> Tensor:
+    k, d = centroids.shape
+    generator = torch.Generator().manual_seed(seed)
+    if how == "swap":
+        return centroids[torch.randperm(k, generator=generator)]
+    if how == "split":  # as an empty cluster gets half of another one
+        which = torch.randint(k, (2, 1 + k // 20), generator=generator)
+        aside = 0.01 * F.normalize(torch.randn(which.shape[1], d, generator=generator))
+        moved = centroids.clone()
+        moved[which[1]] = centroids[which[0]] + aside
+        moved[which[0]] = centroids[which[0]] - aside
+        return moved
+    size = {"stay": 0, "little": 1e-5, "some": 1e-3, "far": 0.2}[how]
+    which = torch.rand(k, 1, generator=generator) < 0.7
+    return F.normalize(centroids) + size * which * F.normalize(
+        torch.randn(k, d, generator=generator)
+    )
+
+
+@given(
+    capability=st.sampled_from(CAPABILITIES),
+    kind=st.sampled_from(KINDS),
+    n=st.integers(1, 70),
+    k=st.one_of(st.integers(1, 20), st.integers(1, 300)),
+    d=st.sampled_from([1, 2, 7, 64, 65, 130]),
+    axes=st.sampled_from([1, 3, 28, 60, 200]),
+    reach=st.sampled_from([1.0, 0.3, 0.01]),
+    bad=st.booleans(),
+    passes=st.lists(
+        st.tuples(st.sampled_from(MOVES), st.sampled_from([0.0, 1e-5, 1e-3, 0.03])), max_size=4
+    ),
+    seed=st.integers(0, 2**20),
+)
+def test_passes_find_what_all_products_find(
+    capability, kind, n, k, d, axes, reach, bad, passes, seed
+):
+    rows = make_rows(kind, n, d, seed)
+    if bad:
+        for at, value in ((1, 0.0), (2, math.nan), (4, math.inf)):
+            rows[at::9] = value
+    centroids = make_centroids(rows, k, seed + 2)
+    units = F.normalize(rows.double(), eps=1e-300)
+    units = units[units.isfinite().all(dim=1)].float()
+    sample = units if len(units) else torch.zeros(1, d)
+    guess = torch.randint(-1, k, (n,), generator=torch.Generator().manual_seed(seed))
+    with unicom_ext.cpu_capability(capability):
+        projection = projection_of(sample, centroids, min(axes, d))
+        # Values beyond what bytes hold, of the coordinates or of the rest.
+        projection.range *= reach
+        projection.rest *= reach
+        right, _ = Centroids(centroids).nearest(rows)
+        guess[::2] = right[::2]
+        search = Passes(rows, projection)
+        index = search.search(centroids, guess)
+        for number, (how, margin) in enumerate(passes):
+            centroids = move(centroids, how, seed + number)
+            index = search.search(centroids, index, margin)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.01])
+def test_more_centroids_than_are_screened_at_once(capability, margin):
+    k = 16 * 1024 + 16 * 5 + 3
+    rows, centroids = gaussian(25, 3, 0), F.normalize(gaussian(k, 3, 1))
+    search = Passes(rows, projection_of(F.normalize(rows), centroids, 2))
+    index = search.search(centroids, torch.full((25,), -1))
+    search.search(move(centroids, "split", 2), index, margin)
+
+
+def test_a_block_of_rows_that_stop_at_different_places(capability):
+    """More rows than are searched together, of which many stop early: those that are searched are
+    not those beside them."""
+    rows, centroids = make_rows("cone", 500, 16, 0), gaussian(200, 16, 1)
+    search = Passes(rows, projection_of(F.normalize(rows), centroids, 8))
+    index = search.search(centroids, torch.full((500,), -1))
+    index = search.search(centroids, index, 0.02)
+    moved = centroids.clone()
+    moved[:60] += 0.3 * gaussian(60, 1, 2).abs() * gaussian(60, 16, 3)
+    search.search(moved, index, 0.02)
+    assert 0 < search.work[0] < 500 * 200
+
+
+@given(
+    n=st.integers(1, 20),
+    d=st.sampled_from([1, 2, 9]),
+    step=st.sampled_from([1e-7, 1e-4, 0.1, 2.0]),
+    mean=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 2**20),
+)
+def test_no_cosine_grows_by_more_than_the_movement(n, d, step, mean, seed):
+    rows, before = F.normalize(gaussian(n, d, seed)), gaussian(30, d, seed + 1)
+    now = before + step * gaussian(30, d, seed + 2)
+    now[3], now[5], before[6] = 0, before[5] * 9, 0
+    row_mean = mean * F.normalize(gaussian(1, d, seed + 3)[0], dim=0)
+    reach = (rows.double() - row_mean.double()).norm(dim=1).clamp(min=LEAST_NORM)
+    grown = cosines(rows, now) - cosines(rows, before)
+    assert (grown <= reach[:, None] * movement(before, now, row_mean)).all()
+
+
+def test_what_is_left_out(capability):
+    """Rows around centres that are far apart: few products but those with the guess, and none where
+    nothing moved."""
+    k = 300
+    centres = F.normalize(gaussian(k, 96, 0) * torch.arange(1, 97) ** -0.3)
+    rows = centres.repeat(4, 1) + 0.01 * gaussian(4 * k, 96, 1)
+    projection = choose_projection(F.normalize(rows), centres)
+    assert projection.axes is not None
+    search = Passes(rows, projection)
+    index = search.search(centres, torch.arange(k).repeat(4))
+    screened, multiplied, decided = search.work
+    assert screened == 4 * k * k
+    assert multiplied < 2 * 4 * k
+    assert decided < 4 * k // 10
+    index = search.search(centres, index, 0.02)
+    assert search.work[0] == 4 * k * k  # nothing was known of what lies below the cosine
+    search.search(centres, index, 0.02)
+    assert search.work == [0, 0, 0]
+    search.search(F.normalize(centres + 5e-4 * gaussian(k, 96, 2)), index, 0.02)
+    assert search.work == [0, 0, 0]
+
+
+# ---- bounds that are just reached ----------------------------------------------------------------
+#
+# A centroid is as near to a row as a bound allows. Another one, the guess, is 3 % of that bound
+# farther away: the nearest is found, and would not be if the bound were 10 % smaller. And where the
+# guess is 10 % of it nearer, the other one is passed over.
+
+
+def just_reached(row: Tensor, near: Tensor, bound: float, projection: Projection, stage: int):
+    """stage: of `Passes.work`, at which `near` is passed over."""
+    row, near = F.normalize(row.double(), dim=0), F.normalize(near.double(), dim=0)
+    span = torch.linalg.qr(torch.stack([row, near], dim=1))[0]
+    aside = gaussian(1, len(row), 0)[0].double() * (near != 0) * (row != 0)
+    aside = F.normalize(aside - span @ (span.T @ aside), dim=0)
+    counts = []
+    for behind in (0.03, -0.1):
+        cosine = row @ near - behind * bound
+        guess = cosine * row + (1 - cosine.square()).sqrt() * aside
+        search = Passes(row.float()[None], projection)
+        index = search.search(torch.stack([guess, near]).float(), torch.tensor([0]))
+        assert index.item() == (behind > 0)
+        counts.append(search.work[stage])
+    assert counts[0] == counts[1] + 1
+
+
+def signs(d: int, seed: int) -> Tensor:
+    return torch.where(gaussian(1, d, seed)[0] > 0, 1.0, -1.0)
+
+
+def halves(d: int, most: int, seed: int) -> Tensor:
+    """Whole numbers from 0 to most, and .49: what rounding takes is nearly half of a step."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(most + 1, (d,), generator=generator) + 0.49
+
+
+@pytest.mark.parametrize("means", [(0.0, 0.0), (0.3, -0.2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_lies_outside_of_the_axes_is_parallel(capability, means, seed):
+    outside = F.normalize(gaussian(1, 65, seed))[0]
+    outside[0] = 0
+    outside = F.normalize(outside, dim=0)
+    axis = torch.eye(65)[:1]
+    row, near = 0.6 * axis[0] + 0.8 * outside, -0.5 * axis[0] + 0.75**0.5 * outside
+    projection = plain(65, axes=axis, range=0.6 - means[0], rest=0.8)
+    projection.means[:, 0] = torch.tensor(means)
+    just_reached(row, near, 0.8 * 0.75**0.5, projection, stage=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_rounding_of_a_row_is_in_the_direction_of_a_centroid(capability, seed):
+    size, near = halves(64, 2, seed), signs(64, seed)
+    step = 1 / size.norm().item()
+    projection = plain(64)
+    projection.range = step * projection.largest
+    just_reached(size * near, near, 0.49 * 8 * step, projection, stage=1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_all_rounding_of_a_centroid_is_in_the_direction_of_a_row(capability, seed):
+    row = signs(64, seed)
+    near = halves(64, 5, seed) * row
+    row[0], near[0] = 0, plain(1).largest  # a step is 1
+    bound = 0.49 * 63**0.5 / near.norm().item()
+    just_reached(row, near, bound, plain(64, range=63**-0.5), stage=1)
+
+
+@pytest.mark.parametrize("of", ["row", "centroid"])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_rounding_of_the_whole_product_is_in_one_direction(capability, of, seed):
+    """All centroids are multiplied: no byte holds what of the row lies outside of the axis."""
+    flat = signs(64, seed)
+    uneven = halves(64, 5, seed) * flat
+    flat[0], uneven[0] = 0, plain(1).largest
+    row, near = (uneven, flat) if of == "row" else (flat, uneven)
+    bound = 0.49 * 63**0.5 / uneven.norm().item()
+    just_reached(row, near, bound, plain(64, axes=torch.eye(64)[:1], rest=1e-3), stage=2)
+
+
+def test_what_no_byte_holds_is_no_bound(capability):
+    """Rows that reach ten times as far as bytes do, along the axis or beside it."""
+    axis, beside = torch.eye(8)[0], torch.eye(8)[1]
+    for row, near in ((axis, axis), (beside, beside), (axis + beside, axis + beside)):
+        near = near + 0.3 * torch.eye(8)[2]
+        centroids = torch.stack([near + 0.01 * torch.eye(8)[3], near])
+        for reach in ({"range": 0.1}, {"rest": 0.05}, {"range": 0.1, "rest": 0.05}):
+            search = Passes(row[None], plain(8, axes=axis[None], **reach))
+            assert search.search(F.normalize(centroids), torch.tensor([0])) == 1
+
+
+def at_cosine(cosine: float, aside: int) -> Tensor:
+    """A unit vector at that cosine to the first axis."""
+    vector = torch.zeros(40)
+    vector[0], vector[aside] = cosine, (1 - cosine**2) ** 0.5
+    return vector
+
+
+# With row - mean of norm 1, as short as kLeastNorm, and shorter.
+MEANS = (0.0, 0.5, 0.55)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+def test_a_centroid_that_moves_straight_towards_a_row(capability, mean):
+    """Along the mean of the rows, too."""
+    row, way = at_cosine(1, 1), 0.2
+    projection = plain(40)
+    projection.means[0] = mean * row
+    for behind in (0.02, -0.1):
+        guess = at_cosine((0.5 - behind) * way, 1)
+        search = Passes(row[None], projection)
+        then, now = at_cosine(-way / 2, 2), at_cosine(way / 2, 2)
+        search.search(torch.stack([guess, then]), torch.tensor([0]), margin=2 * way)
+        index = search.search(torch.stack([guess, now]), torch.tensor([0]))
+        assert index.item() == (behind > 0)
+        assert search.work[0] == (2 if behind > 0 else 0)
+
+
+@pytest.mark.parametrize("others", ["stay", "jump"])
+def test_a_centroid_that_creeps_towards_a_row(capability, others):
+    """Ten steps, none of which is enough. The row is not searched, or only among those that jump,
+    until the last one."""
+    row, way = at_cosine(1, 1), 0.2
+    guess = at_cosine(0.48 * way, 1)
+    search = Passes(row[None], plain(40))
+    for step in range(11):
+        near = at_cosine((step / 10 - 0.5) * way, 2)
+        jumped = [at_cosine(-0.9 + 0.5 * (step % 2 and others == "jump"), 3 + i) for i in range(32)]
+        index = search.search(torch.stack([guess, near, *jumped]), torch.tensor([0]), 2 * way)
+        if 0 < step < 10:
+            assert search.work[0] == (32 if others == "jump" else 0)
+        assert index.item() == (step == 10)
