@@ -306,6 +306,23 @@ def test_all_rounding_of_the_whole_product_is_in_one_direction(capability, of, s
     just_reached(row, near, bound, plain(64, axes=torch.eye(64)[:1], rest=1e-3), stage=2)
 
 
+def test_cosines_that_float32_cannot_tell_apart(capability):
+    """The rows are their mean, so nothing is left to be multiplied: cosines are the products with
+    the mean, which are rounded once. The nearest centroid leads by a unit in the last place of its
+    smallest value."""
+    for seed in range(50):
+        row = F.normalize(gaussian(1, 64, seed))[0]
+        near = F.normalize(row + 0.05 * gaussian(1, 64, seed + 100)[0], dim=0)
+        at = near.abs().argmin()
+        guess = near.clone()
+        guess[at] = torch.nextafter(near[at], -row[at])
+        centroids = torch.stack([guess, near])
+        projection = plain(64)
+        projection.means[0] = row
+        search = Passes(row[None], projection)
+        assert search.search(centroids, torch.tensor([0])) == 1
+
+
 def test_what_no_byte_holds_is_no_bound(capability):
     """Rows that reach ten times as far as bytes do, along the axis or beside it."""
     axis, beside = torch.eye(8)[0], torch.eye(8)[1]
