@@ -375,3 +375,284 @@ def test_a_centroid_that_creeps_towards_a_row(capability, others):
         if 0 < step < 10:
             assert search.work[0] == (32 if others == "jump" else 0)
         assert index.item() == (step == 10)
+
+
+# ---- whole clusterings ---------------------------------------------------------------------------
+
+ROWS, DIM, K = 2400, 80, LEAST_PRUNED
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> Path:
+    """Rows in a narrow cone in two shards, some zero or not finite, and so many of them equal that
+    a half of their cluster is empty in each pass; and initial centroids, many of them equal too."""
+    path = tmp_path_factory.mktemp("features")
+    rows = make_rows("cone", ROWS, DIM, 0)
+    rows[5], rows[ROWS // 2 + 7, 3] = 0, math.nan
+    rows[900:1500] = rows[900].clone()
+    (path / "rows").mkdir()
+    np.save(path / "rows" / "a.npy", rows[: ROWS // 2].half())
+    np.save(path / "rows" / "b.npy", rows[ROWS // 2 :].half())
+    init = F.normalize(rows[100 : 100 + K])
+    init[400:] = init[:1]
+    np.save(path / "init.npy", init)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
+
+
+def settings(features: Path, **more):
+    return config(**{"clusters": K, "passes": 7, "init": str(features / "init.npy"), **more})
+
+
+def run(features: Path, output: Path, console: Console = QUIET, **more) -> dict:
+    options = {name: more.pop(name) for name in ("resume", "overwrite") if name in more}
+    return cluster(
+        settings(features, **more), features / "rows", output, console=console, **options
+    )
+
+
+def steady(result: dict) -> tuple:
+    """What is the same with and without pruning."""
+    names = ("pass", "kind", "rows", "objective", "changed", "empty")
+    passes = [{name: facts[name] for name in names} for facts in result["passes"]]
+    return result["sha256"], result["objective"], result["sizes"], passes
+
+
+@pytest.fixture(scope="module")
+def unpruned(features, tmp_path_factory) -> dict:
+    """What all products find."""
+    with mock.patch.object(pictures, "draw", lambda *arguments: []):
+        return run(features, tmp_path_factory.mktemp("unpruned") / "out", prune=False)
+
+
+def test_pruning_changes_nothing(capability, features, unpruned, tmp_path):
+    pruned = run(features, tmp_path / "out")
+    assert steady(pruned) == steady(unpruned)
+    assert [facts["products"] for facts in unpruned["passes"]] == [1.0] * 7
+    first, *others = [facts["products"] for facts in pruned["passes"]]
+    assert first == 1  # nothing was known before
+    assert max(others) < 1
+    assert min(others) < 0.5
+    assert pruned["passes"][0]["empty"] > 100
+    assert min(facts["empty"] for facts in pruned["passes"]) > 0
+    assert not (tmp_path / "out" / "state" / "pruning").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "two-level", "coarse": 4, "refine_passes": 4, "passes": 3, "init": "random"},
+        {"early_passes": 2, "merge_above": 0.99, "positives": 3},
+        {"rows_per_cluster": 2},
+        {"clusters": LEAST_PRUNED - 1, "init": "random"},
+    ],
+    ids=["two-level", "early and merged", "sampled", "few clusters"],
+)
+def test_pruning_changes_nothing_in_other_ways(features, tmp_path, more):
+    results = [run(features, tmp_path / str(p), prune=p, **more) for p in (True, False)]
+    assert steady(results[0]) == steady(results[1])
+    products = [facts["products"] for facts in results[0]["passes"]]
+    if "method" in more:
+        assert products[:3] == [None] * 3  # in cells
+        assert max(products[3:]) < 1
+    elif "early_passes" in more:
+        assert products[:3] == [None, None, 1.0]
+        assert max(products[3:]) < 1
+    else:
+        assert products == [1.0] * 7
+
+
+def test_pruning_is_switched_on_and_off_by_a_run_that_goes_on(features, unpruned, tmp_path):
+    for passes, prune in ((3, True), (5, False), (7, True)):
+        result = run(features, tmp_path / "out", passes=passes, prune=prune, resume=passes > 3)
+    assert steady(result) == steady(unpruned)
+    products = [facts["products"] for facts in result["passes"]]
+    assert products[3:5] == [1.0, 1.0]
+    assert max(products[1:3] + products[5:]) < 1
+
+
+def test_pruning_in_blocks_of_any_size(features, unpruned, tmp_path, monkeypatch):
+    from unicom_ext.data import source
+
+    monkeypatch.setattr(source, "BLOCK_BYTES", 4 * DIM * 101)
+    assert steady(run(features, tmp_path / "out")) == steady(unpruned)
+
+
+@contextmanager
+def writing_fails(after: int):
+    """A disk that is full after so many writes: half of the next one is there, and no more."""
+    write, writes = pruning._write, 0
+
+    def full(file, values):
+        nonlocal writes
+        writes += 1
+        if writes > after:
+            write(file, values[: len(values) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, values)
+
+    with mock.patch.object(pruning, "_write", full):
+        yield
+
+
+def text_of(console: Console) -> str:
+    return console.file.getvalue()
+
+
+# In the first pass over two shards there are two writes for each, in later passes one.
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 5, 7])
+def test_no_room_for_what_passes_remember(features, unpruned, tmp_path, after):
+    console = Console(file=StringIO(), width=200)
+    with writing_fails(after):
+        result = run(features, tmp_path / "out", console)
+    assert steady(result) == steady(unpruned)
+    text = text_of(console)
+    assert text.count("No room to remember what passes have found") == 1
+    assert "([Errno 28] No space left on device): those that follow compute all products" in text
+    products = [facts["products"] for facts in result["passes"]]
+    # The one that fails, too.
+    failed = 1 if after < 4 else 2 + (after - 4) // 2
+    assert max(products[1:failed], default=0) < 1
+    assert products[failed:] == [1.0] * (7 - failed)
+    assert not (tmp_path / "out" / "state" / "pruning").exists()
+
+
+def test_no_place_for_what_passes_remember(features, unpruned, tmp_path):
+    (tmp_path / "out" / "state").mkdir(parents=True)
+    (tmp_path / "out" / "state" / "pruning").write_text("")  # where a directory should be
+    console = Console(file=StringIO(), width=200)
+    assert steady(run(features, tmp_path / "out", console)) == steady(unpruned)
+    assert text_of(console).count("No room to remember what passes have found ([Errno 20]") == 1
+
+
+def test_what_passes_remember_is_cut_off(features, unpruned, tmp_path, monkeypatch):
+    begin, begun = pruning.PrunedSearch.begin, 0
+
+    def cut(search, centroids):
+        nonlocal begun
+        begun += 1
+        if begun == 3:
+            with open(search.bounds, "r+b") as file:
+                file.truncate(ROWS)
+        return begin(search, centroids)
+
+    monkeypatch.setattr(pruning.PrunedSearch, "begin", cut)
+    console = Console(file=StringIO(), width=200)
+    assert steady(run(features, tmp_path / "out", console)) == steady(unpruned)
+    assert "No room to remember what passes have found" in text_of(console)
+    assert "bounds is cut off" in text_of(console)
+
+
+def on_a_rank(group, features: Path, output: Path, failing: int) -> tuple[tuple, list, str]:
+    console = Console(file=StringIO(), width=200)
+    fails = writing_fails(2 if torch.distributed.get_rank() == failing else 1000)
+    with mock.patch.object(pictures, "draw", lambda *arguments: []), fails:
+        result = run(features, output, console)
+    return steady(result), [facts["products"] for facts in result["passes"]], text_of(console)
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_one_has_no_room(ranks, features, unpruned, tmp_path):
+    """It alone computes all products; the first says so."""
+    whole = ranks.run(4, on_a_rank, features, tmp_path / "whole", -1)
+    found = ranks.run(4, on_a_rank, features, tmp_path / "out", 2)
+    for results in (whole, found):
+        assert [same for same, _, _ in results] == [steady(unpruned)] * 4
+        assert not (tmp_path / "out" / "state" / "pruning").exists()
+    _, products, text = whole[0]
+    assert max(products[1:]) < 1
+    assert "No room" not in text
+    _, more, text = found[0]
+    assert text.count("No room to remember what passes have found") == 1
+    for a, b in zip(products[3:], more[3:], strict=True):
+        assert a < b < 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def search_with(**other):
+    """The operators of a search with these arguments in place of good ones."""
+    rows, centroids = gaussian(6, 8, 0), F.normalize(gaussian(4, 8, 1))
+    given = {
+        "rows": rows, "guess": torch.zeros(6, dtype=torch.int64), "bound": torch.ones(6),
+        "centroids": centroids, "order": torch.arange(4), "moved": torch.zeros(4),
+        "means": torch.zeros(2, 8), "axes": torch.eye(8)[:2], "step": 0.01, "rest_step": 0.01,
+        "largest": library.ops.largest_byte(rows), "margin": 0.0, **other,
+    }  # fmt: skip
+    kind = [given[name] for name in ("means", "axes", "step", "rest_step", "largest")]
+    projected = other.get("projected", library.ops.project_rows(given["rows"], *kind))
+    packed = library.ops.order_centroids(given["centroids"], given["order"], given["moved"], *kind)
+    return library.ops.pruned_search(
+        given["rows"], projected, given["guess"], given["bound"], given["centroids"],
+        other.get("packed", packed), *kind, given["margin"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("rows", torch.ones(6), "rows must be a matrix, got 1 dimensions"),
+        ("rows", torch.ones(6, 8).double(), "rows must be float32, got Double"),
+        ("rows", torch.ones(6, 7), r"means must be contiguous, Float, of shape \[2, 7\]"),
+        ("centroids", torch.ones(0, 8), "centroids must have from 1 to .* rows, got 0"),
+        ("centroids", torch.full((4, 8), math.nan), "centroids must be finite, but row 0 is not"),
+        ("guess", torch.tensor([0, 1, 2, 3, 4, 0]), r"guess must be in \[-1, 4\), got 4 at pos"),
+        ("guess", torch.zeros(6), r"guess must be Long of shape \[6\]"),
+        ("guess", torch.zeros(12).long()[::2], "guess must be contiguous"),
+        ("bound", torch.zeros(5), r"bound must be Float of shape \[6\]"),
+        ("bound", torch.zeros(6).double(), r"bound must be Float of shape \[6\]"),
+        ("bound", torch.zeros(1).expand(6), "bound must be contiguous"),
+        ("order", torch.arange(3), r"order must be Long of shape \[4\]"),
+        ("order", torch.tensor([0, 2, 2, 1]), "order must have each of 0 .. 3 once, got 2 at pos"),
+        ("order", torch.tensor([0, -1, 2, 1]), "order must have each of 0 .. 3 once, got -1 at"),
+        ("moved", torch.zeros(3), r"moved must be Float of shape \[4\]"),
+        ("moved", torch.arange(4.0), "moved must not be negative and not increase, got 1 at pos"),
+        ("moved", torch.full((4,), math.nan), "moved must not be negative and not incr.*, got nan"),
+        ("means", torch.zeros(2, 9), r"means must be contiguous, Float, of shape \[2, 8\]"),
+        ("means", torch.zeros(2, 8).double(), "means must be contiguous, Float"),
+        ("axes", torch.eye(9)[:2], r"axes must be contiguous, Float, of shape \[m, 8\]"),
+        ("axes", torch.zeros(0, 8), r"axes must be contiguous, Float, of shape \[m, 8\]"),
+        ("axes", torch.tensor(1.0), r"axes must be contiguous, Float, of shape \[m, 8\]"),
+        ("axes", torch.eye(8).double(), r"axes must be contiguous, Float, of shape \[m, 8\]"),
+        ("step", 0.0, "step and rest_step must be at least 1e-4|0.0001, got 0 and 0.01"),
+        ("rest_step", math.nan, "step and rest_step must be at least .*, got 0.01 and nan"),
+        ("largest", 128, "rows were projected for another CPU capability than is in use now"),
+        ("largest", 2**32 + 1, "rows were projected for another CPU capability"),
+        ("largest", 0, "rows were projected for another CPU capability"),
+        ("margin", -0.1, "margin must not be negative, got -0.1"),
+        ("margin", math.nan, "margin must not be negative, got nan"),
+        ("projected", torch.zeros(6, 9).byte(), "projected must come from project_rows with the"),
+        ("packed", torch.zeros(9).byte(), "packed must come from order_centroids with the same"),
+    ],
+)
+def test_bad_input(argument, value, message):
+    search_with()
+    with pytest.raises(ValueError, match=message):
+        search_with(**{argument: value})
+
+
+def test_centroids_of_other_dimensions():
+    rows, projection = gaussian(6, 8, 0), plain(8)
+    packed = plain(9).order(gaussian(4, 9, 0), torch.arange(4), None)
+    with pytest.raises(ValueError, match=r"centroids must be \[k, 8\] like the rows, got \[4, 9\]"):
+        library.ops.pruned_search(
+            rows, projection.rows(rows), torch.zeros(6).long(), None, gaussian(4, 9, 0), packed,
+            *projection.arguments, 0.0,
+        )  # fmt: skip
+
+
+def test_rows_in_the_bytes_of_another_capability():
+    rows, centroids = gaussian(6, 8, 0), gaussian(4, 8, 1)
+    with unicom_ext.cpu_capability("emulated_avx512"):  # whose bytes are larger
+        search = Passes(rows, plain(8))
+    with unicom_ext.cpu_capability("portable"), pytest.raises(ValueError, match="another CPU cap"):
+        search.search(centroids, torch.zeros(6).long())
+    with unicom_ext.cpu_capability("portable"):
+        search = Passes(rows, plain(8))
+    with unicom_ext.cpu_capability("emulated_avx512"):
+        search.search(centroids, torch.zeros(6).long())
