@@ -475,6 +475,15 @@ def test_pruning_is_switched_on_and_off_by_a_run_that_goes_on(features, unpruned
     assert max(products[1:3] + products[5:]) < 1
 
 
+def test_rows_rest_where_nothing_moves(tmp_path):
+    rows = F.normalize(gaussian(K, 24, 0))
+    np.save(tmp_path / "rows.npy", rows.repeat(2, 1) + 1e-3 * gaussian(2 * K, 24, 1))
+    np.save(tmp_path / "init.npy", rows)
+    more = config(clusters=K, init=str(tmp_path / "init.npy"), passes=6)
+    result = cluster(more, tmp_path / "rows.npy", tmp_path / "out", console=QUIET)
+    assert [facts["products"] for facts in result["passes"][3:]] == [0.0] * 3
+
+
 def test_pruning_in_blocks_of_any_size(features, unpruned, tmp_path, monkeypatch):
     from unicom_ext.data import source
 

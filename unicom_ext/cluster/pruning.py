@@ -35,7 +35,8 @@ BYTES_TRIED = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 REST_BYTES = 4  # of a row's, beside its coordinates
 # What a centroid costs that is not passed over, in products of bytes.
 COST_OF_MARK, COST_OF_DECISION, COST_OF_PANEL = 1500, 15000, 12
-MARGIN_OF_MOVEMENT, LARGEST_MARGIN = 1.5, 0.03
+# Of bounds, of which the least is many times what rounding takes from it.
+MARGIN_OF_MOVEMENT, LEAST_MARGIN, LARGEST_MARGIN = 1.5, 1e-4, 0.03
 
 
 @dataclass
@@ -288,5 +289,5 @@ def movement(before: Tensor, now: Tensor, row_mean: Tensor) -> Tensor:
 def margin_of(moved: Tensor) -> float:
     """How far below a row's cosine its bound should be, that it lasts for another pass; 0 while
     centroids move so far that it will not."""
-    usual = MARGIN_OF_MOVEMENT * float(moved.median())
+    usual = max(LEAST_MARGIN, MARGIN_OF_MOVEMENT * float(moved.median()))
     return usual if usual < LARGEST_MARGIN else 0.0
