@@ -20,11 +20,12 @@ from unicom_ext.cli.main import main
 # may have started before a fork.
 COMMON = """
 import os, random, signal, sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from unicom_ext.cluster import ClusterConfig, cluster, pictures
+from unicom_ext.cluster import ClusterConfig, cluster, pictures, pruning
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.data.source import Source
 
@@ -67,11 +68,16 @@ def on(size, output, settings):
     pids = [child(lambda rank=rank: work(rank)) for rank in range(size)]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
-lloyd = {"early_passes": 1, "merge_above": 0.9}
-for method, more in (("lloyd", lloyd), ("two-level", {"coarse": 4, "refine_passes": 1})):
-    os.waitpid(child(lambda: run(f"{method}-1", config(method=method, **more))), 0)
+cases = {
+    "lloyd": {"early_passes": 1, "merge_above": 0.9},
+    "two-level": {"method": "two-level", "coarse": 4, "refine_passes": 1},
+    "pruned": {"clusters": 520, "init": "random"},
+    "two-level-pruned": {"clusters": 520, "method": "two-level", "coarse": 4, "refine_passes": 3},
+}
+for name, more in cases.items():
+    os.waitpid(child(lambda: run(f"{name}-1", config(**more))), 0)
     for size in (2, 4):
-        assert on(size, f"{method}-{size}", config(method=method, **more)) == [0] * size
+        assert on(size, f"{name}-{size}", config(**more)) == [0] * size
 assert on(3, "minibatch-3", config(method="minibatch", batch_rows=90)) == [0, 0, 0]
 # One process cannot read its rows: all of them end.
 read = Source.read
@@ -90,7 +96,8 @@ KILLED = (
     + """
 random.seed(int(sys.argv[2]))
 settings = config(passes=8, **eval(sys.argv[3]))
-os.waitpid(child(lambda: run("whole", settings)), 0)
+# In one go, and with all products.
+os.waitpid(child(lambda: run("whole", replace(settings, prune=False))), 0)
 
 def killed_after(events):
     # ... itself, at the so many-th reading, writing, syncing or renaming
@@ -102,7 +109,7 @@ def killed_after(events):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
         return counted
-    for owner, name in ((Source, "read"), (LabelFiles, "write"),
+    for owner, name in ((Source, "read"), (LabelFiles, "write"), (pruning, "_write"),
                         (torch, "save"), (os, "fsync"), (os, "replace")):
         setattr(owner, name, counting(getattr(owner, name)))
 
@@ -150,6 +157,28 @@ print("done")
 )
 
 
+NO_ROOM = (
+    COMMON
+    + """
+import numpy as np
+import resource
+
+(folder / "dump").mkdir()
+rng = np.random.default_rng(0)
+np.save(folder / "dump" / "rows.npy", rng.standard_normal((20000, 12), np.float32))
+settings = config(clusters=512, init="random", joint="image")
+run("whole", replace(settings, prune=False))
+# Labels and the state are smaller than what passes remember of all rows.
+def work():
+    limit = 300 << 10
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    cluster(settings, folder / "dump", folder / "out", console=Console(width=200))
+assert os.waitpid(child(work), 0)[1] == 0
+print("done")
+"""
+)
+
+
 def python(program: str, *arguments: object) -> str:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -169,18 +198,19 @@ def load(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
 def test_one_two_and_four_processes_agree(tmp_path):
     make_dump(tmp_path / "dump")
     text = python(RANKS, tmp_path)
-    for method in ("lloyd", "two-level"):
-        labels, centroids, result = load(tmp_path / f"{method}-1")
+    for name in ("lloyd", "two-level", "pruned", "two-level-pruned"):
+        labels, centroids, result = load(tmp_path / f"{name}-1")
         for size in (2, 4):
-            other_labels, other_centroids, other = load(tmp_path / f"{method}-{size}")
+            other_labels, other_centroids, other = load(tmp_path / f"{name}-{size}")
+            assert (other["passes"][-1]["products"] < 1) == ("pruned" in name)
             assert np.array_equal(labels, other_labels)
             assert np.array_equal(centroids, other_centroids)
             assert other["processes"] == size
-            for name in ("objective", "merged", "sha256"):
-                assert other[name] == result[name]
+            for fact in ("objective", "merged", "sha256"):
+                assert other[fact] == result[fact]
             for a, b in zip(result["passes"], other["passes"], strict=True):
-                for name in ("rows", "changed", "objective"):
-                    assert a[name] == b[name]
+                for fact in ("rows", "changed", "objective"):
+                    assert a[fact] == b[fact]
     assert load(tmp_path / "lloyd-1")[2]["merged"] > 0
     assert load(tmp_path / "minibatch-3")[2]["rows"]["clustered"] == ROWS
     # Each says what happened; the one that failed in its own words.
@@ -221,6 +251,8 @@ def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
         (4, {"method": "two-level", "coarse": 4, "refine_passes": 4}),
         (2, {"method": "minibatch", "batch_rows": 64}),
         (3, {"early_passes": 4, "early_fraction": 0.5}),
+        (5, {"clusters": 520, "init": "random"}),
+        (6, {"clusters": 520, "method": "two-level", "coarse": 4, "refine_passes": 6}),
     ],
 )
 def test_killed_five_times(tmp_path, seed, settings):
@@ -245,6 +277,16 @@ def test_files_that_cannot_grow(tmp_path):
     whole, resumed = load(tmp_path / "whole"), load(tmp_path / "out")
     assert np.array_equal(whole[0], resumed[0])
     assert np.array_equal(whole[1], resumed[1])
+
+
+@pytest.mark.slow
+def test_no_room_for_what_passes_remember(tmp_path):
+    text = python(NO_ROOM, tmp_path)
+    assert text.count("No room to remember what passes have found ([Errno 27] File too large)") == 1
+    whole, out = (json.loads((tmp_path / name / "clusters.json").read_text())
+                  for name in ("whole", "out"))  # fmt: skip
+    assert out["sha256"] == whole["sha256"]
+    assert [facts["products"] for facts in out["passes"]] == [1.0] * 5
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -233,11 +233,12 @@ class _Run:
         """Those of the last pass, as a share of all; says once where pruning had to end."""
         if self.pruned is None:
             return 1.0
-        if self.pruned.failure is not None and not self.told_failure:
+        failures = self.pruned.failures()
+        if failures and not self.told_failure:
             self.told_failure = True
             self.console.print(
-                f"No room to remember what passes have found ({self.pruned.failure}): those that "
-                "follow compute all products."
+                f"No room to remember what passes have found ({failures[0]}): those that follow "
+                "compute all products."
             )
         return self.pruned.products()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from unicom_ext.cluster import seeds
 from unicom_ext.cluster.engines import Engine, Nearest
 from unicom_ext.cluster.nearest import Centroids
 from unicom_ext.data.source import Rows
+from unicom_ext.distributed.failures import exchange
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.ops import library
 
@@ -47,15 +49,18 @@ class Projection:
     range: float  # of the coordinates
     rest: float  # a usual norm of what lies outside
 
+    def __post_init__(self) -> None:
+        # Of the CPU capability now in use: rows in other bytes would be taken for these.
+        self.largest = int(library.ops.largest_byte(self.means))
+
     @property
     def arguments(self) -> tuple[Tensor, Tensor | None, float, float, int]:
-        largest = library.ops.largest_byte(self.means)
         return (
             self.means,
             self.axes,
-            max(1e-4, self.range / largest),
-            max(1e-4, self.rest / (largest // 2)),
-            largest,
+            max(1e-4, self.range / self.largest),
+            max(1e-4, self.rest / (self.largest // 2)),
+            self.largest,
         )
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ class PrunedSearch:
     def __init__(
         self, directory: Path, source: Rows, ranks: Ranks, engine: Engine, seed: int
     ) -> None:
-        self._source, self._ranks, self._engine, self._seed = source, ranks, engine, seed
+        self._source, self._ranks, self.engine, self._seed = source, ranks, engine, seed
         self.rows, self.bounds = directory / "rows", directory / "bounds"
         self.projection: Projection | None = None
         self._before: Tensor | None = None  # the centroids of the last pass
@@ -163,7 +168,7 @@ class PrunedSearch:
             self.failure = error
         finally:
             self._before = centroids
-        return self._engine(centroids)
+        return self.engine(centroids)
 
     def products(self) -> float:
         """Products of the last pass on all ranks, as a share of those of all rows and centroids."""
@@ -179,10 +184,10 @@ class PrunedSearch:
         total = self._ranks.sum(torch.tensor(done, dtype=torch.float64)).item()
         return total / (k * dim * self._source.rows)
 
-    def close(self) -> None:
-        """Removes the files."""
-        for path in (self.rows, self.bounds):
-            path.unlink(missing_ok=True)
+    def failures(self) -> list[str]:
+        """What went wrong with the files of any rank. All ranks call it."""
+        own = None if self.failure is None else str(self.failure)
+        return [words for _, words in exchange(own, None, self._ranks.group) if words is not None]
 
     def _choose(self, centroids: Tensor) -> Projection:
         """Of the first rank, for all."""
@@ -220,7 +225,9 @@ class _Pass:
     ) -> None:
         self._search, self._projection, self._centroids = search, projection, centroids
         self._goes_on = before is not None
-        self._files = [path.open("r+b") for path in (search.rows, search.bounds)]
+        # Without buffers: what cannot be written is known at once.
+        self._rows, self._bounds = (FileIO(path, "r+b") for path in (search.rows, search.bounds))
+        self._instead: Nearest | None = None
         self._margin = 0.0
         order, moved = torch.arange(len(centroids)), None
         if before is not None:
@@ -231,38 +238,44 @@ class _Pass:
         self._packed = projection.order(centroids, order, moved)
 
     def nearest(self, rows: Tensor, guess: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        assert guess is not None
+        if self._instead is None:
+            try:
+                return self._pruned(rows, guess)
+            except OSError as error:
+                # Nothing is known of these rows, nor of where the files stand for the next ones.
+                self._search.failure = error
+                self._instead = self._search.engine(self._centroids)
+        return self._instead.nearest(rows, guess)
+
+    def _pruned(self, rows: Tensor, guess: Tensor | None) -> tuple[Tensor, Tensor]:
         bounds = None
         if self._goes_on:
-            projected, bounds = self._read(len(rows))
+            projected = _read(self._rows, np.uint8, len(rows), self._projection.row_bytes)
+            bounds = _read(self._bounds, np.float32, len(rows))
+            self._bounds.seek(-bounds.nbytes, os.SEEK_CUR)
         else:
             projected = self._projection.rows(rows)
+            _write(self._rows, projected)
         index, score, bounds, work = library.run(
             library.ops.pruned_search, rows, projected, guess, bounds, self._centroids,
             self._packed, *self._projection.arguments, self._margin,
         )  # fmt: skip
+        _write(self._bounds, bounds)
         self._search.work += work
-        if self._search.failure is None:
-            try:
-                self._write(projected, bounds)
-            except OSError as error:
-                self._search.failure = error
         return index, score
 
-    def _read(self, count: int) -> tuple[Tensor, Tensor]:
-        """What is kept of the next rows, and bounds of their cosines."""
-        rows, bounds = self._files
-        width = self._projection.row_bytes
-        projected = np.fromfile(rows, np.uint8, count * width).reshape(-1, width)
-        return torch.from_numpy(projected), torch.from_numpy(np.fromfile(bounds, np.float32, count))
 
-    def _write(self, projected: Tensor, bounds: Tensor) -> None:
-        rows, place = self._files
-        if self._goes_on:
-            place.seek(-bounds.nbytes, os.SEEK_CUR)
-        else:
-            projected.numpy().tofile(rows)
-        bounds.numpy().tofile(place)
+def _read(file: FileIO, dtype: type, *shape: int) -> Tensor:
+    array = np.empty(shape, dtype)
+    if file.readinto(array) != array.nbytes:
+        raise OSError(f"{file.name} is cut off")
+    return torch.from_numpy(array)
+
+
+def _write(file: FileIO, values: Tensor) -> None:
+    left = memoryview(values.numpy().reshape(-1).view(np.uint8))
+    while left:
+        left = left[file.write(left) :]
 
 
 def movement(before: Tensor, now: Tensor, row_mean: Tensor) -> Tensor:

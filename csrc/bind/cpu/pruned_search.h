@@ -22,16 +22,27 @@ struct PrunedSearchOps {
   }
 
   static Tensor order_centroids(Tensor centroids, Tensor order, MaybeTensor moved, Tensor means,
-                                MaybeTensor axes, double step, double rest_step,
-                                int64_t largest) {
+                                MaybeTensor axes, double step, double rest_step, int64_t largest) {
     const FloatRows from = float_rows(centroids, "centroids");
     check(from.count >= 1 && from.count <= INT32_MAX / kLanes, "centroids must have from 1 to ",
           INT32_MAX / kLanes, " rows, got ", from.count);
     const Projection projection = projection_of(from.dim, means, axes, step, rest_step, largest);
     Backend::check_centroids(from);
-    check_vector(order, "order", from.count, ScalarType::Long);
-    Backend::check_index(index_data(order), "order", from.count, from.count);
-    if (moved) check_vector(*moved, "moved", from.count, ScalarType::Float);
+    check_whole_vector(order, "order", from.count, ScalarType::Long);
+    std::vector<bool> seen(from.count);
+    for (int64_t j = 0; j < from.count; ++j) {
+      const int64_t id = index_data(order)[j];
+      check(id >= 0 && id < from.count && !seen[id], "order must have each of 0 .. ",
+            from.count - 1, " once, got ", id, " at position ", j);
+      seen[id] = true;
+    }
+    if (moved) {
+      check_whole_vector(*moved, "moved", from.count, ScalarType::Float);
+      const float* values = moved->const_data_ptr<float>();
+      for (int64_t j = 0; j < from.count; ++j)
+        check(values[j] >= 0 && (j == 0 || values[j] <= values[j - 1]),
+              "moved must not be negative and not increase, got ", values[j], " at position ", j);
+    }
     Backend on(centroids);
     Tensor packed = on.large({ordered_centroid_bytes(from.count, projection)}, ScalarType::Byte);
     cpu::order_centroids(from, index_data(order), moved ? moved->const_data_ptr<float>() : nullptr,
@@ -39,10 +50,12 @@ struct PrunedSearchOps {
     return packed;
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> search(
-      Tensor rows_in, Tensor projected, Tensor guess, MaybeTensor bound, Tensor centroids_in,
-      Tensor packed, Tensor means, MaybeTensor axes, double step, double rest_step, int64_t largest,
-      double margin) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> search(Tensor rows_in, Tensor projected,
+                                                           Tensor guess, MaybeTensor bound,
+                                                           Tensor centroids_in, Tensor packed,
+                                                           Tensor means, MaybeTensor axes,
+                                                           double step, double rest_step,
+                                                           int64_t largest, double margin) {
     const FloatRows rows = float_rows(rows_in, "rows");
     const FloatRows centroids = float_rows(centroids_in, "centroids");
     check(rows.dim == centroids.dim, "centroids must be [k, ", rows.dim, "] like the rows, got [",
@@ -52,11 +65,12 @@ struct PrunedSearchOps {
               projected.size(1) == projected_row_bytes(projection) &&
               projected.scalar_type() == ScalarType::Byte && projected.is_contiguous(),
           "projected must come from project_rows with the same rows");
-    check(packed.numel() == ordered_centroid_bytes(centroids.count, projection),
+    check(packed.scalar_type() == ScalarType::Byte &&
+              packed.numel() == ordered_centroid_bytes(centroids.count, projection),
           "packed must come from order_centroids with the same centroids");
-    check_vector(guess, "guess", rows.count, ScalarType::Long);
+    check_whole_vector(guess, "guess", rows.count, ScalarType::Long);
     Backend::check_index(index_data(guess), "guess", rows.count, centroids.count);
-    if (bound) check_vector(*bound, "bound", rows.count, ScalarType::Float);
+    if (bound) check_whole_vector(*bound, "bound", rows.count, ScalarType::Float);
     check(margin >= 0, "margin must not be negative, got ", margin);
     Backend on(rows_in);
     Tensor index = on.empty({rows.count}, ScalarType::Long);
@@ -83,28 +97,33 @@ struct PrunedSearchOps {
   }
 
  private:
+  static void check_whole_vector(const Tensor& tensor, const char* name, int64_t size,
+                                 ScalarType dtype) {
+    check_vector(tensor, name, size, dtype);
+    check(tensor.is_contiguous(), name, " must be contiguous");
+  }
+
   static Projection projection_of(int64_t dim, const Tensor& means, const MaybeTensor& axes,
                                   double step, double rest_step, int64_t largest) {
     check(means.dim() == 2 && means.size(0) == 2 && means.size(1) == dim &&
               means.scalar_type() == ScalarType::Float && means.is_contiguous(),
           "means must be contiguous, Float, of shape [2, ", dim, "]");
-    check(step >= 1e-4 && rest_step >= 1e-4, "step and rest_step must be at least 1e-4, got ",
-          step, " and ", rest_step);
-    const Projection projection{.row_mean = means.const_data_ptr<float>(),
-                                .centroid_mean = means.const_data_ptr<float>() + dim,
-                                .axes = axes ? axes->const_data_ptr<float>() : nullptr,
-                                .dim = dim,
-                                .count = axes ? axes->size(0) : dim,
-                                .step = static_cast<float>(step),
-                                .rest_step = static_cast<float>(rest_step),
-                                .largest = static_cast<int32_t>(largest)};
+    check(step >= 1e-4 && rest_step >= 1e-4, "step and rest_step must be at least 1e-4, got ", step,
+          " and ", rest_step);
     if (axes)
       check(axes->dim() == 2 && axes->size(1) == dim && axes->size(0) >= 1 &&
                 axes->scalar_type() == ScalarType::Float && axes->is_contiguous(),
             "axes must be contiguous, Float, of shape [m, ", dim, "]");
-    check(largest >= 1 && fits_kernels(projection),
+    check(largest >= 1 && largest <= kernels().nearest->largest,
           "rows were projected for another CPU capability than is in use now");
-    return projection;
+    return {.row_mean = means.const_data_ptr<float>(),
+            .centroid_mean = means.const_data_ptr<float>() + dim,
+            .axes = axes ? axes->const_data_ptr<float>() : nullptr,
+            .dim = dim,
+            .count = axes ? axes->size(0) : dim,
+            .step = static_cast<float>(step),
+            .rest_step = static_cast<float>(rest_step),
+            .largest = static_cast<int32_t>(largest)};
   }
 };
 

@@ -436,8 +436,6 @@ int64_t ordered_centroid_bytes(int64_t count, const Projection& p) {
   return OrderedCentroids(nullptr, count, p).bytes;
 }
 
-bool fits_kernels(const Projection& p) { return p.largest <= kernels().nearest->largest; }
-
 void project_rows(const FloatRows& rows, const Projection& p, uint8_t* projected,
                   const Parallel& parallel) {
   const Coordinates coordinates(p);

@@ -48,7 +48,6 @@ void project_rows(const FloatRows& rows, const Projection&, uint8_t* projected, 
 int64_t ordered_centroid_bytes(int64_t count, const Projection&);
 void order_centroids(const FloatRows& centroids, const int64_t* order, const float* moved,
                      const Projection&, void* packed, const Parallel&);
-bool fits_kernels(const Projection&);
 constexpr double kLeastNorm = 0.5;
 
 struct SearchWork {
