@@ -27,13 +27,15 @@ from unicom_ext.ops import library
 LEAST_NORM = 0.5  # kLeastNorm
 SLACK = 1e-6  # of what float32 does to a difference of unit vectors
 LEAST_PRUNED = 512  # clusters; with fewer, products are not what a pass costs
-SAMPLE = 8192  # rows whose axes are found
-TRIED = 1024  # of these, by which the number of axes is chosen
+SAMPLE = 4096  # rows whose axes are found
+TRIED = 512  # of these, by which the number of axes is chosen
 BYTES_TRIED = (32, 48, 64, 96, 128, 192, 256, 384, 512)
 REST_BYTES = 4  # of a row's, beside its coordinates
 # What a centroid costs that is not passed over, in products of bytes.
 COST_OF_MARK, COST_OF_DECISION, COST_OF_PANEL = 1500, 15000, 12
-MARGIN_OF_MOVEMENT, LARGEST_MARGIN = 1.5, 0.03
+# A bound as far below a row's cosine as most centroids will move until the next pass lets it pass
+# over these then, but more of them have to be multiplied now.
+MARGIN_OF_MOVEMENT, LEAST_MARGIN, LARGEST_MARGIN = 1.3, 0.002, 0.02
 
 
 @dataclass
@@ -75,44 +77,44 @@ class Projection:
         return dim if self.axes is None else len(self.axes) + REST_BYTES
 
 
-def projection_of(sample: Tensor, centroids: Tensor, count: int) -> Projection:
-    """With `count` principal axes of unit rows fp32 [n, d]; with all d of them, none."""
+def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
+    """The one whose search costs least on some of the unit rows fp32 [n, d]."""
     means = torch.stack([sample.mean(0), centroids.mean(0)])
     away = (sample - means[0]).double()
-    axes = None
-    along = away
-    if count < sample.shape[1]:
-        leading = torch.linalg.eigh(away.T @ away)[1][:, -count:].T
-        norm = torch.linalg.eigvalsh(leading.float().double() @ leading.float().double().T)[-1]
-        axes = (leading.float() / norm.sqrt() / (1 + SLACK)).float().contiguous()
-        along = away @ axes.double().T
-    rest = (away.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
-    return Projection(means, axes, float(along.abs().amax(1).quantile(0.99)), float(rest.median()))
-
-
-def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
-    """The one whose search costs least on some of the unit rows."""
+    axes = torch.linalg.eigh(away.T @ away)[1].T.flip(0)  # the principal ones first
     tried = sample[:TRIED]
     guess, _ = Centroids(centroids).nearest(tried)
     order = torch.arange(len(centroids))
     dim = sample.shape[1]
     counts = [size - REST_BYTES for size in BYTES_TRIED if size < dim / 2]
-    best, least = projection_of(sample, centroids, dim), float("inf")
-    for projection in (projection_of(sample, centroids, count) for count in (*counts, dim)):
+    choices = [_project_to(axes[:count], away, means) for count in counts]
+    choices.append(_project_to(None, away, means))
+
+    def cost(projection: Projection) -> float:
         packed = projection.order(centroids, order, None)
+        rows = projection.rows(tried)
         *_, work = library.run(
-            library.ops.pruned_search, tried, projection.rows(tried), guess, None, centroids, packed,
+            library.ops.pruned_search, tried, rows, guess, None, centroids, packed,
             *projection.arguments, 0.0,
         )  # fmt: skip
         screened, multiplied, decided = work.tolist()
-        cost = (
-            screened * (projection.products + COST_OF_PANEL)
-            + multiplied * COST_OF_MARK
-            + decided * COST_OF_DECISION
-        )
-        if cost < least:
-            best, least = projection, cost
-    return best
+        of_screen = screened * (projection.products + COST_OF_PANEL)
+        return of_screen + multiplied * COST_OF_MARK + decided * COST_OF_DECISION
+
+    return min(choices, key=cost)
+
+
+def _project_to(axes: Tensor | None, away: Tensor, means: Tensor) -> Projection:
+    """With axes float64 [m, d]; away: rows of a sample, float64, minus their mean."""
+    along = away
+    if axes is not None:
+        axes = axes.float().contiguous()
+        norm = torch.linalg.matrix_norm(axes.double(), 2).item()
+        axes = axes / (norm * (1 + SLACK))  # 1 at most, whatever rounding has done
+        along = away @ axes.double().T
+    rest = (away.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
+    outermost = along.abs().amax(1).quantile(0.99)
+    return Projection(means, axes, float(outermost), float(rest.median()))
 
 
 class PrunedSearch:
@@ -218,7 +220,7 @@ class _Pass:
     ) -> None:
         self._search, self._projection, self._centroids = search, projection, centroids
         self._goes_on = before is not None
-        self._files = [open(path, "r+b") for path in (search.rows, search.bounds)]
+        self._files = [path.open("r+b") for path in (search.rows, search.bounds)]
         self._margin = 0.0
         order, moved = torch.arange(len(centroids)), None
         if before is not None:
@@ -275,5 +277,5 @@ def movement(before: Tensor, now: Tensor, row_mean: Tensor) -> Tensor:
 def margin_of(moved: Tensor) -> float:
     """How far below a row's cosine its bound should be, that it lasts for another pass; 0 while
     centroids move so far that it will not."""
-    usual = MARGIN_OF_MOVEMENT * float(moved.median())
-    return usual if usual < LARGEST_MARGIN else 0.0
+    margin = max(LEAST_MARGIN, MARGIN_OF_MOVEMENT * float(moved.median()))
+    return margin if margin < LARGEST_MARGIN else 0.0
