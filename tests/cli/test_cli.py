@@ -172,6 +172,27 @@ def test_threads_wait_as_the_user_says(monkeypatch, given, expected):
     assert os.environ == expected
 
 
+def test_what_is_loaded_is_not_collected_over_and_over():
+    text = """
+import gc
+from unicom_ext.cli import common
+try:
+    with common.loading():
+        assert not gc.isenabled()
+        kept = [[] for _ in range(1000)]
+        import no_such_module
+except ModuleNotFoundError:
+    assert gc.isenabled() and gc.get_freeze_count() > 1000
+frozen = gc.get_freeze_count()
+import torch
+with common.loading():
+    assert gc.isenabled()
+assert gc.get_freeze_count() <= frozen
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- bench ---------------------------------------------------------------------------------------
 
 

@@ -467,6 +467,24 @@ def test_kmeans_plus_plus_finds_every_bundle():
     torch.testing.assert_close(plus.norm(dim=1), torch.ones(k))
 
 
+def test_kmeans_plus_plus_draws_as_if_one_by_one():
+    """By the squared distances from all rows before, although many are drawn at a time."""
+    angles = torch.tensor([0.0, 0.3, 1.0, 1.2, 2.5])
+    rows = torch.stack([angles.cos(), angles.sin()], 1)
+    distance = 1 - (rows.double() @ rows.double().T).numpy()
+    n, trials = len(rows), 3000
+    expected = np.zeros((n, n, n))
+    for a, b, c in itertools.permutations(range(n), 3):
+        both = np.minimum(distance[a], distance[b])
+        expected[a, b, c] = distance[a, b] / distance[a].sum() * both[c] / both.sum() / n
+    rng, found = np.random.default_rng(0), np.zeros_like(expected)
+    for _ in range(trials):
+        chosen = seeds.choose("kmeans++", rows, 3, rng, Centroids)
+        found[tuple((chosen @ rows.T).argmax(1).tolist())] += 1
+    assert np.abs(found / trials - expected).max() < 0.015
+    assert abs(expected.sum() - 1) < 1e-6
+
+
 def test_kmeans_plus_plus_with_too_few_different_rows():
     rows = torch.eye(6).repeat(4, 1)
     rng = np.random.default_rng(0)

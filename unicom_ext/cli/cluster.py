@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from unicom_ext.cli.common import INTERRUPTED, broken, spin_briefly, ways_on
+from unicom_ext.cli.common import INTERRUPTED, broken, loading, ways_on
 from unicom_ext.cli.options import given_settings, setting_options
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.utils.settings import ConfigError
@@ -53,11 +53,11 @@ def cluster(
         config = ClusterConfig.from_mapping(given_settings(ClusterConfig, given))
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    spin_briefly()
     try:
-        from unicom_ext.cluster import driver, engines, results
-        from unicom_ext.distributed import launch
-        from unicom_ext.distributed.failures import RankFailed
+        with loading():
+            from unicom_ext.cluster import driver, engines, results
+            from unicom_ext.distributed import launch
+            from unicom_ext.distributed.failures import RankFailed
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     from unicom_ext.utils.files import CheckpointError

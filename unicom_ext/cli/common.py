@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 INTERRUPTED = 130  # the exit status of a program that SIGINT ended
 
@@ -20,6 +23,25 @@ def broken(error: Exception) -> str:
 
 def ways_on(resume: bool) -> str:
     return ("" if resume else "--resume goes on, ") + "--overwrite begins anew"
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """For the block in which a command that computes imports torch and what comes with it.
+
+    Of the million objects that are made then, the collector finds none to free, during the import,
+    later and when the process ends: left out, a command takes 0.4 s less.
+    """
+    spin_briefly()
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def spin_briefly() -> None:

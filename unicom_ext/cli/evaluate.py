@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unicom_ext.cli.common import broken, spin_briefly
+from unicom_ext.cli.common import broken, loading
 from unicom_ext.cli.figures import check_output, counts_of, feature_options, report, table
 from unicom_ext.cli.options import counts
 from unicom_ext.utils.settings import ConfigError
@@ -92,9 +92,9 @@ def evaluate(
         check_output(output, "evaluate", {"dim", "recall"})
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    spin_briefly()
     try:
-        from unicom_ext.retrieval.files import evaluate_files
+        with loading():
+            from unicom_ext.retrieval.files import evaluate_files
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     report(

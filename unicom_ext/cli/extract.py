@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from unicom_ext.cli.common import broken, program, spin_briefly
+from unicom_ext.cli.common import broken, loading, program
 from unicom_ext.cli.options import given_settings, setting_options
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.utils.settings import ConfigError, read_toml
@@ -36,11 +36,11 @@ def extract(output: Path, config_file: Path | None, overwrite: bool, **given: An
         config = ExtractConfig.from_mapping(settings)
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    spin_briefly()
     try:
-        from unicom_ext.data.images.opening import open_part
-        from unicom_ext.encoders import extract as extraction
-        from unicom_ext.utils.files import CheckpointError
+        with loading():
+            from unicom_ext.data.images.opening import open_part
+            from unicom_ext.encoders import extract as extraction
+            from unicom_ext.utils.files import CheckpointError
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from unicom_ext.cli.common import INTERRUPTED, broken, program, spin_briefly
+from unicom_ext.cli.common import INTERRUPTED, broken, loading, program
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.utils.settings import ConfigError
 
@@ -34,17 +34,17 @@ def pipeline(
     command of its name writes, to a directory of its own. Kill it and call it again: it goes on.
     What is whole is left as it is, and a changed setting makes its step and later ones anew.
     """
-    spin_briefly()
     try:
         config = PipelineConfig.read(_config_file(output, config_file))
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
     try:
-        from rich.console import Console
+        with loading():
+            from rich.console import Console
 
-        from unicom_ext.pipeline import run, steps, table
-        from unicom_ext.train.interrupt import Interrupted
-        from unicom_ext.utils.files import CheckpointError
+            from unicom_ext.pipeline import run, steps, table
+            from unicom_ext.train.interrupt import Interrupted
+            from unicom_ext.utils.files import CheckpointError
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("unicom_ext"):
             raise click.ClickException(broken(error)) from None

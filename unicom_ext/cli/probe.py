@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from unicom_ext.cli.common import broken, spin_briefly
+from unicom_ext.cli.common import broken, loading
 from unicom_ext.cli.figures import check_output, counts_of, feature_options, report, table
 from unicom_ext.cli.options import counts
 from unicom_ext.utils.settings import ConfigError
@@ -63,9 +63,9 @@ def probe(
         check_output(output, "probe", {"dim", "knn"})
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
-    spin_briefly()
     try:
-        from unicom_ext.retrieval.files import probe_files
+        with loading():
+            from unicom_ext.retrieval.files import probe_files
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     report(

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from unicom_ext.cli.common import INTERRUPTED, broken, program, spin_briefly, ways_on
+from unicom_ext.cli.common import INTERRUPTED, broken, loading, program, ways_on
 from unicom_ext.cli.options import given_settings, setting_options
 from unicom_ext.train.config import Config
 from unicom_ext.utils.settings import ConfigError, read_toml
@@ -52,15 +52,15 @@ def train(
 
 def run_training(config: Config, output: Path, resume: bool, overwrite: bool = False) -> None:
     """Train, on all processes of torchrun, and print the results; for `report` too."""
-    spin_briefly()
     from rich.console import Console
 
     try:
-        from unicom_ext.distributed import launch
-        from unicom_ext.distributed.failures import RankFailed
-        from unicom_ext.train import report, run
-        from unicom_ext.train.interrupt import Interrupted
-        from unicom_ext.utils.files import CheckpointError
+        with loading():
+            from unicom_ext.distributed import launch
+            from unicom_ext.distributed.failures import RankFailed
+            from unicom_ext.train import report, run
+            from unicom_ext.train.interrupt import Interrupted
+            from unicom_ext.utils.files import CheckpointError
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("unicom_ext"):
             raise click.ClickException(broken(error)) from None

@@ -11,6 +11,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from unicom_ext.cluster import inputs, outputs, refine, results, seeds, state, two_level
+from unicom_ext.cluster import inputs, outputs, pictures, refine, results, seeds, state, two_level
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.engines import Engine, Nearest, device_of, engine_of
 from unicom_ext.cluster.labels import LabelFiles
@@ -157,6 +158,8 @@ class _Run:
                     # Results stay until there are new ones.
                     self.state["earlier"] = outputs.remove_state(self.output)
             self._save()
+        if self.ranks.is_first:
+            Thread(target=pictures.load).start()
         if config.method == "two-level":
             if not self._refined:
                 self._passes("fine", config.passes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unicom_ext.cluster.engines import Engine
@@ -24,7 +23,10 @@ def unit_sample(source: Rows, count: int, rng: np.random.Generator) -> Tensor:
         rows = np.sort(rng.choice(source.rows, size=count, replace=False, shuffle=False))
     sample = source.take(rows)
     norm = torch.linalg.vector_norm(sample, dim=1)
-    return F.normalize(sample[(norm > 0) & norm.isfinite()])
+    good = (norm > 0) & norm.isfinite()
+    if not good.all():
+        sample, norm = sample[good], norm[good]
+    return sample.div_(norm[:, None])
 
 
 def sample(source: Rows, k: int, per_cluster: int, rng: np.random.Generator) -> Tensor:
@@ -55,9 +57,10 @@ def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: E
     """k of the unit rows [n, d], each drawn with probability proportional to its squared distance
     from those before it (Arthur, Vassilvitskii, SODA 2007).
 
-    Several are drawn at a time, so that the n x k cosines come in few, large calls, and the result
-    is distributed as if it were one by one: a row drawn by the distances before the batch is taken
-    with probability (distance now) / (distance then).
+    Many are drawn at a time, so that the n x k cosines come in few, large calls, and the result is
+    distributed as if it were one by one: a row drawn by the distances before the batch is taken
+    with probability (distance now) / (distance then). Twice as many are drawn as are wanted: where
+    rows crowd, half of them are not taken, and one that is not costs little.
     """
     rows = [np.array([rng.integers(len(sample))])]
     count = 1
@@ -73,9 +76,9 @@ def kmeans_plus_plus(sample: Tensor, k: int, rng: np.random.Generator, engine: E
                 f"{len(sample)}; ask for fewer clusters, or use init random"
             )
         drawn = rng.choice(
-            len(sample), size=min(max(1, count // 4), BATCH), p=distance / distance.sum()
+            len(sample), size=min(2 * (k - count), BATCH), p=distance / distance.sum()
         )
-        near = (sample[drawn] @ sample[drawn].T).double().numpy()
+        near = (sample[drawn] @ sample[drawn].T).numpy()
         then, now = distance[drawn], distance[drawn]
         taken: list[int] = []
         for i in range(len(drawn)):
