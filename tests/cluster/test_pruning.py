@@ -28,12 +28,19 @@ from unicom_ext.cluster.pruning import (
     Projection,
     choose_projection,
     movement,
+    principal_axes,
     projection_of,
 )
 from unicom_ext.ops import library
 
 CPU_ONLY = True  # as the search is
 CAPABILITIES = [*dict.fromkeys([*_engine.cpu_capabilities(), "emulated_avx512"])]
+
+
+def along_axes(sample: Tensor, centroids: Tensor, count: int) -> Projection:
+    """Along so many principal axes, all dimensions as they are where that is all of them."""
+    whole = count == sample.shape[1]
+    return projection_of(sample, centroids, None if whole else principal_axes(sample)[:count])
 
 
 class Passes:
@@ -155,7 +162,7 @@ def test_passes_find_what_all_products_find(
     sample = units if len(units) else torch.zeros(1, d)
     guess = torch.randint(-1, k, (n,), generator=torch.Generator().manual_seed(seed))
     with unicom_ext.cpu_capability(capability):
-        projection = projection_of(sample, centroids, min(axes, d))
+        projection = along_axes(sample, centroids, min(axes, d))
         # Values beyond what bytes hold, of the coordinates or of the rest.
         projection.range *= reach
         projection.rest *= reach
@@ -172,7 +179,7 @@ def test_passes_find_what_all_products_find(
 def test_more_centroids_than_are_screened_at_once(capability, margin):
     k = 16 * 1024 + 16 * 5 + 3
     rows, centroids = gaussian(25, 3, 0), F.normalize(gaussian(k, 3, 1))
-    search = Passes(rows, projection_of(F.normalize(rows), centroids, 2))
+    search = Passes(rows, along_axes(F.normalize(rows), centroids, 2))
     index = search.search(centroids, torch.full((25,), -1))
     search.search(move(centroids, "split", 2), index, margin)
 
@@ -181,7 +188,7 @@ def test_a_block_of_rows_that_stop_at_different_places(capability):
     """More rows than are searched together, of which many stop early: those that are searched are
     not those beside them."""
     rows, centroids = make_rows("cone", 500, 16, 0), gaussian(200, 16, 1)
-    search = Passes(rows, projection_of(F.normalize(rows), centroids, 8))
+    search = Passes(rows, along_axes(F.normalize(rows), centroids, 8))
     index = search.search(centroids, torch.full((500,), -1))
     index = search.search(centroids, index, 0.02)
     moved = centroids.clone()
@@ -425,7 +432,7 @@ def steady(result: dict) -> tuple:
 @pytest.fixture(scope="module")
 def unpruned(features, tmp_path_factory) -> dict:
     """What all products find."""
-    with mock.patch.object(pictures, "draw", lambda *arguments: []):
+    with mock.patch.object(pictures, "draw", return_value=[]):
         return run(features, tmp_path_factory.mktemp("unpruned") / "out", prune=False)
 
 
@@ -559,7 +566,7 @@ def test_what_passes_remember_is_cut_off(features, unpruned, tmp_path, monkeypat
 def on_a_rank(group, features: Path, output: Path, failing: int) -> tuple[tuple, list, str]:
     console = Console(file=StringIO(), width=200)
     fails = writing_fails(2 if torch.distributed.get_rank() == failing else 1000)
-    with mock.patch.object(pictures, "draw", lambda *arguments: []), fails:
+    with mock.patch.object(pictures, "draw", return_value=[]), fails:
         result = run(features, output, console)
     return steady(result), [facts["products"] for facts in result["passes"]], text_of(console)
 

@@ -33,7 +33,7 @@ from unicom_ext.cluster.lloyd import (
 )
 from unicom_ext.cluster.positives import Several, write_positives
 from unicom_ext.cluster.progress import PassProgress
-from unicom_ext.cluster.pruning import LEAST_PRUNED, PrunedSearch
+from unicom_ext.cluster.pruning import LEAST_PRUNED, MOST_DIMENSIONS, PrunedSearch
 from unicom_ext.cluster.sums import UnitSums
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
@@ -251,6 +251,7 @@ class _Run:
         return (
             config.prune
             and config.clusters >= LEAST_PRUNED
+            and self.source.dim <= MOST_DIMENSIONS
             and config.engine == "unicom"
             and self.device.type == "cpu"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from unicom_ext.cluster import seeds
@@ -29,6 +30,7 @@ from unicom_ext.ops import library
 LEAST_NORM = 0.5  # kLeastNorm
 SLACK = 1e-6  # of what float32 does to a difference of unit vectors
 LEAST_PRUNED = 512  # clusters; with fewer, products are not what a pass costs
+MOST_DIMENSIONS = 4096  # of which axes are found in seconds
 SAMPLE = 4096  # rows whose axes are found
 TRIED = 512  # of these, by which the number of axes is chosen
 BYTES_TRIED = (32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -84,16 +86,14 @@ class Projection:
 
 def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
     """The one whose search costs least on some of the unit rows fp32 [n, d]."""
-    means = torch.stack([sample.mean(0), centroids.mean(0)])
-    away = (sample - means[0]).double()
-    axes = torch.linalg.eigh(away.T @ away)[1].T.flip(0)  # the principal ones first
+    axes = principal_axes(sample)
     tried = sample[:TRIED]
     guess, _ = Centroids(centroids).nearest(tried)
     order = torch.arange(len(centroids))
     dim = sample.shape[1]
     counts = [size - REST_BYTES for size in BYTES_TRIED if size < dim / 2]
-    choices = [_project_to(axes[:count], away, means) for count in counts]
-    choices.append(_project_to(None, away, means))
+    choices = [projection_of(sample, centroids, axes[:count]) for count in counts]
+    choices.append(projection_of(sample, centroids, None))
 
     def cost(projection: Projection) -> float:
         packed = projection.order(centroids, order, None)
@@ -109,9 +109,16 @@ def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
     return min(choices, key=cost)
 
 
-def _project_to(axes: Tensor | None, away: Tensor, means: Tensor) -> Projection:
-    """With axes float64 [m, d]; away: rows of a sample, float64, minus their mean."""
-    along = away
+def principal_axes(sample: Tensor) -> Tensor:
+    """Of rows [n, d]: float64 [d, d], those of the largest variance first."""
+    away = (sample - sample.mean(0)).double()
+    return torch.linalg.eigh(away.T @ away)[1].T.flip(0)
+
+
+def projection_of(sample: Tensor, centroids: Tensor, axes: Tensor | None) -> Projection:
+    """With orthonormal axes [m, d], and steps that suit the unit rows of a sample."""
+    means = torch.stack([sample.mean(0), centroids.mean(0)])
+    along = away = (sample - means[0]).double()
     if axes is not None:
         axes = axes.float().contiguous()
         norm = torch.linalg.matrix_norm(axes.double(), 2).item()
@@ -265,15 +272,15 @@ class _Pass:
         return index, score
 
 
-def _read(file: FileIO, dtype: type, *shape: int) -> Tensor:
-    array = np.empty(shape, dtype)
-    if file.readinto(array) != array.nbytes:
+def _read(file: FileIO, dtype: DTypeLike, *shape: int) -> Tensor:
+    array: np.ndarray = np.empty(shape, dtype)
+    if file.readinto(array.data) != array.nbytes:
         raise OSError(f"{file.name} is cut off")
     return torch.from_numpy(array)
 
 
 def _write(file: FileIO, values: Tensor) -> None:
-    left = memoryview(values.numpy().reshape(-1).view(np.uint8))
+    left = values.numpy().reshape(-1).view(np.uint8).data
     while left:
         left = left[file.write(left) :]
 
