@@ -114,8 +114,9 @@ struct PrunedSearchOps {
       check(axes->dim() == 2 && axes->size(1) == dim && axes->size(0) >= 1 &&
                 axes->scalar_type() == ScalarType::Float && axes->is_contiguous(),
             "axes must be contiguous, Float, of shape [m, ", dim, "]");
-    check(projection.count <= 16384, "projected rows have at most 16384 coordinates, got ",
-          projection.count);  // so that sums of products fit an int32
+    const int64_t coordinates = axes ? axes->size(0) : dim;
+    check(coordinates <= 16384, "projected rows have at most 16384 coordinates, got ",
+          coordinates);  // so that sums of products fit an int32
     check(largest >= 1 && largest <= kernels().nearest->largest,
           "rows were projected for another CPU capability than is in use now");
     return {.row_mean = means.const_data_ptr<float>(),
