@@ -153,7 +153,8 @@ def run_ours(name: str, data: Path, clusters: int, passes: int, output: Path) ->
     run["passes"] = result["passes"]
     whole = name == "ours-lloyd"  # passes are alike, and nothing else is in "k-means"
     run["pass_seconds"] = [p["seconds"] for p in result["passes"]] if whole else []
-    run["products"] = [p["products"] for p in result["passes"] if "products" in p]
+    shares = [p.get("products") for p in result["passes"]]
+    run["products"] = [share for share in shares if share is not None]
     return run
 
 
