@@ -107,8 +107,8 @@ def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
     for projection in (projection_of(sample, centroids, count) for count in (*counts, dim)):
         packed = projection.order(centroids, order, None)
         *_, work = library.run(
-            library.ops.pruned_search, tried, projection.rows(tried), guess, None, centroids, packed,
-            *projection.arguments, 0.0,
+            library.ops.pruned_search, tried, projection.rows(tried), guess, None, centroids,
+            packed, *projection.arguments, 0.0,
         )  # fmt: skip
         screened, multiplied, decided = work.tolist()
         cost = (
@@ -265,14 +265,14 @@ class _Pass:
 
 
 def _read(file: FileIO, dtype: type, *shape: int) -> Tensor:
-    array = np.empty(shape, dtype)
-    if file.readinto(array) != array.nbytes:
+    array: np.ndarray = np.empty(shape, dtype)
+    if file.readinto(array.data) != array.nbytes:
         raise OSError(f"{file.name} is cut off")
     return torch.from_numpy(array)
 
 
 def _write(file: FileIO, values: Tensor) -> None:
-    left = memoryview(values.numpy().reshape(-1).view(np.uint8))
+    left = values.numpy().reshape(-1).view(np.uint8).data
     while left:
         left = left[file.write(left) :]
 
