@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 from support.clusters import QUIET, config, cosines, gaussian
@@ -26,11 +26,15 @@ from unicom_ext.cluster.pruning import (
     LEAST_NORM,
     LEAST_PRUNED,
     Projection,
+    PrunedSearch,
     choose_projection,
     movement,
     principal_axes,
     projection_of,
 )
+from unicom_ext.cluster.two_level import InMemory
+from unicom_ext.data import source
+from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.ops import library
 
 CPU_ONLY = True  # as the search is
@@ -135,6 +139,7 @@ def move(centroids: Tensor, how: str, seed: int) -> Tensor:
     )
 
 
+@settings(max_examples=300)
 @given(
     capability=st.sampled_from(CAPABILITIES),
     kind=st.sampled_from(KINDS),
@@ -234,6 +239,24 @@ def test_what_is_left_out(capability):
     assert search.work == [0, 0, 0]
     search.search(F.normalize(centres + 5e-4 * gaussian(k, 96, 2)), index, 0.02)
     assert search.work == [0, 0, 0]
+
+
+def test_centroids_that_come_back(tmp_path):
+    """What has moved since the last pass counts, not since the first."""
+    rows = make_rows("cone", 300, 24, 0)
+    here = make_centroids(rows, 60, 1)
+    search = PrunedSearch(tmp_path, InMemory(rows), Ranks(None), Centroids, 0)
+    index = torch.full((300,), -1)
+    for centroids in (here, here + 0.02 * gaussian(60, 24, 2), here, here, here):
+        nearest = search.begin(F.normalize(centroids))
+        parts = zip(rows.split(77), index.split(77), strict=True)
+        found = [nearest.nearest(*part) for part in parts]
+        index, score = map(torch.cat, zip(*found, strict=True))
+        right, right_score = Centroids(F.normalize(centroids)).nearest(rows)
+        assert torch.equal(index, right)
+        assert torch.equal(score, right_score)
+    assert search.failure is None
+    assert search.work[0] < 300 * 60 / 2
 
 
 # ---- bounds that are just reached ----------------------------------------------------------------
@@ -411,15 +434,10 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(pictures, "draw", lambda *arguments: [])
 
 
-def settings(features: Path, **more):
-    return config(**{"clusters": K, "passes": 7, "init": str(features / "init.npy"), **more})
-
-
 def run(features: Path, output: Path, console: Console = QUIET, **more) -> dict:
     options = {name: more.pop(name) for name in ("resume", "overwrite") if name in more}
-    return cluster(
-        settings(features, **more), features / "rows", output, console=console, **options
-    )
+    how = config(**{"clusters": K, "passes": 7, "init": str(features / "init.npy"), **more})
+    return cluster(how, features / "rows", output, console=console, **options)
 
 
 def steady(result: dict) -> tuple:
@@ -492,21 +510,19 @@ def test_rows_rest_where_nothing_moves(tmp_path):
 
 
 def test_pruning_in_blocks_of_any_size(features, unpruned, tmp_path, monkeypatch):
-    from unicom_ext.data import source
-
-    monkeypatch.setattr(source, "BLOCK_BYTES", 4 * DIM * 101)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 4 * DIM * 200)
     assert steady(run(features, tmp_path / "out")) == steady(unpruned)
 
 
 @contextmanager
-def writing_fails(after: int):
-    """A disk that is full after so many writes: half of the next one is there, and no more."""
+def writing_fails(after: int, times: float = math.inf):
+    """A disk that is full after so many writes, for so many: half of each is there, and no more."""
     write, writes = pruning._write, 0
 
     def full(file, values):
         nonlocal writes
         writes += 1
-        if writes > after:
+        if after < writes <= after + times:
             write(file, values[: len(values) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, values)
@@ -535,6 +551,27 @@ def test_no_room_for_what_passes_remember(features, unpruned, tmp_path, after):
     assert max(products[1:failed], default=0) < 1
     assert products[failed:] == [1.0] * (7 - failed)
     assert not (tmp_path / "out" / "state" / "pruning").exists()
+
+
+def test_room_comes_back_within_a_pass(tmp_path):
+    """Where the files stand after half a write are the bounds of other rows: here of such as are
+    far from all centroids, for rows that are near to two of them."""
+    near = torch.eye(8)[1] + torch.eye(8)[2] + 1e-4 * gaussian(100, 8, 0)
+    blocks = [torch.ones(100, 8), near]
+    search = PrunedSearch(tmp_path, InMemory(torch.cat(blocks)), Ranks(None), Centroids, 0)
+    there = torch.eye(8)
+    moved = F.normalize(there + 5e-4 * gaussian(8, 8, 1))
+    guesses = [torch.full((100,), -1)] * 2
+    for centroids in (there, there, moved):
+        with writing_fails(0 if centroids is moved else 4, times=1):
+            nearest = search.begin(centroids)
+            before, guesses = (
+                guesses,
+                [nearest.nearest(*each)[0] for each in zip(blocks, guesses, strict=True)],
+            )
+    assert search.failure is not None
+    assert (guesses[1] != before[1]).any()
+    assert torch.equal(guesses[1], Centroids(moved).nearest(near)[0])
 
 
 def test_no_place_for_what_passes_remember(features, unpruned, tmp_path):
