@@ -68,7 +68,8 @@ inline constexpr const char* kNearestSchemas[] = {
     "Tensor? before=None) -> ()",
     "directions(Tensor sums) -> Tensor"};
 
-inline constexpr const char* kPrunedSearchSchemas[] = {  // on CPUs only
+inline constexpr const char* kPrunedSearchSchemas[] = {
+    // on CPUs only
     "largest_byte(Tensor like) -> int",
     "project_rows(Tensor rows, Tensor means, Tensor? axes, float step, float rest_step, "
     "int largest) -> Tensor",

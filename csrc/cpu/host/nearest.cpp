@@ -148,9 +148,9 @@ class Block {
     known.shared = dot(given, packed_.mean, rows_.dim) / known.norm;
     const int64_t guess = guess_ != nullptr ? guess_[first_ + r] : -1;
     if (guess >= 0) known.cosine = cosine(given, guess);
-    const Bytes row = unit_row_to_bytes(rows_, first_ + r, 1 / known.norm, packed_.mean,
-                                        *packed_.largest, *packed_.largest, bytes, packed_.height,
-                                        unit);
+    const Bytes row =
+        unit_row_to_bytes(rows_, first_ + r, 1 / known.norm, packed_.mean, *packed_.largest,
+                          *packed_.largest, bytes, packed_.height, unit);
     write_units(bytes, packed_.units, row_units(tile_values_.get(), r), kTile);
     known.scale = row.step;
     const double norm = row.norm + row.lost;

@@ -36,11 +36,11 @@ int64_t whole_bytes(const Projection& p) { return round_up(p.dim, 128); }
 // What is kept of a row besides its bytes.
 struct RowFacts {
   double length;  // norm of the row as it was given; 0 or not finite: it is not searched
-  float lost;    // bound of the norm of what rounding took from the coordinates; +infinity: no
-                 // bound of the rest fits a byte
-  float kept;    // of the norm of the coordinates that are multiplied
-  float norm;    // of the norm of row - row mean
-  float shared;  // with x the unit row: x . centroid mean, which no score contains
+  float lost;     // bound of the norm of what rounding took from the coordinates; +infinity: no
+                  // bound of the rest fits a byte
+  float kept;     // of the norm of the coordinates that are multiplied
+  float norm;     // of the norm of row - row mean
+  float shared;   // with x the unit row: x . centroid mean, which no score contains
 };
 
 // Unit rows minus a mean along the axes.
@@ -139,15 +139,15 @@ Bytes coordinates_to_bytes(const float* along, int64_t count, float step, int32_
 // Views into the block that order_centroids fills. Centroids are in the order of the search.
 struct OrderedCentroids {
   int64_t count, panel_count, units, bytes_each;
-  double* unit;          // what a sum of the screen counts in
-  double* largest_norm;  // bounds over centroids: of the coordinates
-  double* largest_lost;  // of what rounding took from them
-  double* inverse_norm;  // [count] by id, not by order
-  ByteQuad* panels;      // of the screen
-  int32_t* start;        // [lanes]
-  uint8_t* whole;        // [count][bytes_each]
-  int32_t* whole_start;  // [count]
-  int32_t* id;           // [count]
+  double* unit;                               // what a sum of the screen counts in
+  double* largest_norm;                       // bounds over centroids: of the coordinates
+  double* largest_lost;                       // of what rounding took from them
+  double* inverse_norm;                       // [count] by id, not by order
+  ByteQuad* panels;                           // of the screen
+  int32_t* start;                             // [lanes]
+  uint8_t* whole;                             // [count][bytes_each]
+  int32_t* whole_start;                       // [count]
+  int32_t* id;                                // [count]
   float *scale, *bias, *norm, *lost, *moved;  // [count]
   int64_t bytes;
 
@@ -188,7 +188,8 @@ class Item {
         first_(first),
         count_(count),
         known_(count),
-        marked_(std::min(kPanelsPerSweep, round_up(centroids.panel_count, kMarkedPanels)) * kLanes + kMoreMarks),
+        marked_(std::min(kPanelsPerSweep, round_up(centroids.panel_count, kMarkedPanels)) * kLanes +
+                kMoreMarks),
         sums_(marked_.size()) {}
 
   SearchWork run() {
@@ -209,11 +210,11 @@ class Item {
 
  private:
   struct Known {
-    double norm;      // of the row
-    double cosine;    // with the guess, times norm
-    double bound;     // of the cosines with what is not searched
-    double reach;     // what a centroid's movement is multiplied by
-    int64_t wanted;   // centroids to be searched
+    double norm;     // of the row
+    double cosine;   // with the guess, times norm
+    double bound;    // of the cosines with what is not searched
+    double reach;    // what a centroid's movement is multiplied by
+    int64_t wanted;  // centroids to be searched
   };
 
   struct Candidate {
@@ -258,10 +259,10 @@ class Item {
     if (s_.bound == nullptr) return true;
     known.reach = std::max<double>(facts(r).norm, kLeastNorm);
     const double bound = s_.bound[i], floor = known.cosine / known.norm - kSlack;
-    known.wanted = std::partition_point(
-                       c_.moved, c_.moved + c_.count,
-                       [&](float moved) { return bound + known.reach * moved >= floor; }) -
-                   c_.moved;
+    known.wanted =
+        std::partition_point(c_.moved, c_.moved + c_.count,
+                             [&](float moved) { return bound + known.reach * moved >= floor; }) -
+        c_.moved;
     if (known.wanted > 0) return true;
     write(r, guess, known.cosine, bound + known.reach * c_.moved[0]);
     return false;
@@ -321,9 +322,9 @@ class Item {
 
   // A row while it is searched.
   struct Search {
-    double floor;            // cosines below are not looked for
-    double bound;            // of all cosines that were passed over
-    double lower[2];         // bounds from below of the two largest cosines
+    double floor;     // cosines below are not looked for
+    double bound;     // of all cosines that were passed over
+    double lower[2];  // bounds from below of the two largest cosines
     double shared, kept, lost, scale;
     std::vector<Candidate> candidates;
   };
@@ -373,8 +374,8 @@ class Item {
     for (int64_t m = 0; m < marked; ++m) {
       const int32_t j = marked_[m];
       if (c_.id[j] == guess) continue;
-      const double score = search.scale * c_.scale[j] * (sums_[m] + c_.whole_start[j]) +
-                           c_.bias[j] + search.shared;
+      const double score =
+          search.scale * c_.scale[j] * (sums_[m] + c_.whole_start[j]) + c_.bias[j] + search.shared;
       const double error = search.lost * c_.norm[j] + search.kept * c_.lost[j] + kSlack;
       const double upper = score + error, lower = score - error;
       if (upper < (s_.margin > 0 ? std::max(search.floor, search.lower[1]) : search.lower[0]))
@@ -457,25 +458,26 @@ void project_rows(const FloatRows& rows, const Projection& p, uint8_t* projected
       shared[r] = dot(out, p.centroid_mean, p.dim);
     }
     Buffer<uint8_t> along(round_up(p.count, 16));
-    coordinates.each(unit.get(), count, p.row_mean, [&](int64_t r, const Coordinates::Result& found) {
-      uint8_t* out = projected + (first + r) * bytes;
-      const Bytes coded = coordinates_to_bytes(found.along, p.count, p.step, p.largest, p.largest,
-                                               along.get());
-      std::fill_n(out, bytes, uint8_t{0});
-      std::copy_n(along.get(), p.count, out);
-      const double rest = std::ceil(found.rest / static_cast<double>(p.rest_step));
-      if (p.axes != nullptr)
-        std::fill_n(out + rest_unit(p) * kValues, kValues,
-                    static_cast<uint8_t>(std::min(rest, most)));
-      const double lost = 1.001 * coded.lost + found.error;
-      const RowFacts facts{
-          .length = length[r],
-          .lost = rest > most ? std::numeric_limits<float>::infinity() : round_up_to_float(lost),
-          .kept = round_up_to_float(1.001 * (coded.norm + lost)),
-          .norm = round_up_to_float(1.001 * found.norm),
-          .shared = static_cast<float>(shared[r])};
-      std::memcpy(out + units * kValues, &facts, sizeof(facts));
-    });
+    coordinates.each(
+        unit.get(), count, p.row_mean, [&](int64_t r, const Coordinates::Result& found) {
+          uint8_t* out = projected + (first + r) * bytes;
+          const Bytes coded =
+              coordinates_to_bytes(found.along, p.count, p.step, p.largest, p.largest, along.get());
+          std::fill_n(out, bytes, uint8_t{0});
+          std::copy_n(along.get(), p.count, out);
+          const double rest = std::ceil(found.rest / static_cast<double>(p.rest_step));
+          if (p.axes != nullptr)
+            std::fill_n(out + rest_unit(p) * kValues, kValues,
+                        static_cast<uint8_t>(std::min(rest, most)));
+          const double lost = 1.001 * coded.lost + found.error;
+          const RowFacts facts{.length = length[r],
+                               .lost = rest > most ? std::numeric_limits<float>::infinity()
+                                                   : round_up_to_float(lost),
+                               .kept = round_up_to_float(1.001 * (coded.norm + lost)),
+                               .norm = round_up_to_float(1.001 * found.norm),
+                               .shared = static_cast<float>(shared[r])};
+          std::memcpy(out + units * kValues, &facts, sizeof(facts));
+        });
   });
 }
 
@@ -499,29 +501,30 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
       out.id[j] = static_cast<int32_t>(id);
       out.moved[j] = moved != nullptr ? moved[j] : 0.0f;
       out.inverse_norm[id] = inverse_norm(centroids[id], p.dim);
-      kernels_for<float>().unit_row(source_of(centroids), id, units.get() + r * coordinates.height(),
-                                    coordinates.height());
+      kernels_for<float>().unit_row(source_of(centroids), id,
+                                    units.get() + r * coordinates.height(), coordinates.height());
       bias[j] = dot(centroids[id], p.row_mean, p.dim) * out.inverse_norm[id] - means;
       out.bias[j] = static_cast<float>(bias[j]);
-      const Bytes whole = unit_row_to_bytes(centroids, id, out.inverse_norm[id], p.centroid_mean,
-                                            p.largest, 0, out.whole + j * out.bytes_each,
-                                            out.bytes_each, row.get());
+      const Bytes whole =
+          unit_row_to_bytes(centroids, id, out.inverse_norm[id], p.centroid_mean, p.largest, 0,
+                            out.whole + j * out.bytes_each, out.bytes_each, row.get());
       out.scale[j] = whole.step;
       out.norm[j] = round_up_to_float(1.001 * whole.norm);
       out.lost[j] = round_up_to_float(1.001 * whole.lost);
       out.whole_start[j] = -p.largest * whole.sum;
     }
     norm[item] = lost[item] = top[item] = 0;
-    coordinates.each(units.get(), rows, p.centroid_mean, [&](int64_t r, const Coordinates::Result& found) {
-      const int64_t j = first + r;
-      std::copy_n(found.along, p.count, along.get() + j * p.count);
-      rest[j] = found.rest;
-      error[j] = found.error;
-      const double inside = std::sqrt(dot(found.along, found.along, p.count));
-      norm[item] = std::max(norm[item], 1.001 * inside + found.error);
-      for (int64_t i = 0; i < p.count; ++i)
-        top[item] = std::max<double>(top[item], std::fabs(found.along[i]));
-    });
+    coordinates.each(units.get(), rows, p.centroid_mean,
+                     [&](int64_t r, const Coordinates::Result& found) {
+                       const int64_t j = first + r;
+                       std::copy_n(found.along, p.count, along.get() + j * p.count);
+                       rest[j] = found.rest;
+                       error[j] = found.error;
+                       const double inside = std::sqrt(dot(found.along, found.along, p.count));
+                       norm[item] = std::max(norm[item], 1.001 * inside + found.error);
+                       for (int64_t i = 0; i < p.count; ++i)
+                         top[item] = std::max<double>(top[item], std::fabs(found.along[i]));
+                     });
   });
   // A step of the coordinates with which the largest of them fits a byte, and the largest rest four.
   const auto largest_of = [](const Buffer<double>& values, int64_t n) {
@@ -568,8 +571,7 @@ SearchWork search(const PrunedSearch& s, const Parallel& parallel) {
   std::atomic<int64_t> screened{0}, multiplied{0}, decided{0};
   parallel.run(ceil_div(s.rows.count, size), [&](int64_t item) {
     const int64_t first = item * size;
-    const SearchWork work =
-        Item(s, centroids, first, std::min(size, s.rows.count - first)).run();
+    const SearchWork work = Item(s, centroids, first, std::min(size, s.rows.count - first)).run();
     screened += work.screened;
     multiplied += work.multiplied;
     decided += work.decided;

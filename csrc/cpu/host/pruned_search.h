@@ -51,16 +51,16 @@ void order_centroids(const FloatRows& centroids, const int64_t* order, const flo
 constexpr double kLeastNorm = 0.5;
 
 struct SearchWork {
-  int64_t screened = 0;   // pairs of a row and a centroid
-  int64_t multiplied = 0; // of these, by 8-bit integers
-  int64_t decided = 0;    // of these, in double
+  int64_t screened = 0;    // pairs of a row and a centroid
+  int64_t multiplied = 0;  // of these, by 8-bit integers
+  int64_t decided = 0;     // of these, in double
 };
 
 struct PrunedSearch {
   FloatRows rows;
   const uint8_t* projected;  // [rows.count][projected_row_bytes]
   const int64_t* guess;      // [rows.count] of the nearest centroid, or -1
-  const float* bound;        // [rows.count] of the cosines with all but the guess, before they moved
+  const float* bound;  // [rows.count] of the cosines with all but the guess, before they moved
   FloatRows centroids;
   const void* packed;  // of the same centroids
   Projection projection;
