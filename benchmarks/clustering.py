@@ -131,12 +131,16 @@ def run_process(command: list[object], blas: str = "") -> dict[str, Any]:
 
 def run_ours(name: str, data: Path, clusters: int, passes: int, output: Path) -> dict[str, Any]:
     method = {
-        "ours-lloyd": ["--tolerance", 0, "--init", data / "init" / "init.npy"],
-        "ours-two-level": ["--method", "two-level"],
-    }
+        "ours-lloyd": [
+            "--passes", passes, "--tolerance", 0, "--init", data / "init" / "init.npy",
+        ],
+        "ours-two-level": [
+            "--method", "two-level", "--passes", 2, "--refine-passes", 1, "--init", "random",
+        ],
+    }  # fmt: skip
     run = run_process(
         ["-m", "unicom_ext", "cluster", data, "--output", output, "--overwrite", "--clusters",
-         clusters, "--passes", passes, *method[name]],
+         clusters, *method[name]],
     )  # fmt: skip
     result = json.loads((output / "clusters.json").read_text())
     # The first line comes when everything is open; one with a rate when a pass is done.
