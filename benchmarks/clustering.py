@@ -226,6 +226,7 @@ def compare(
                 if "skipped" in run:
                     skipped[name] = run["skipped"]
                     continue
+                del run["lines"]  # what they tell has been read, and they name folders
                 run["objective"] = objective_of(data, output / "centroids.npy")
                 runs.setdefault(name, []).append(run)
     load.append(load_average())

@@ -3,7 +3,8 @@ csrc/cpu/host/pruned_search.h for the bounds.
 
 What a pass knows of each row of this process is kept in files beside the labels: the row along the
 leading axes in bytes, and an upper bound of its cosines with all centroids but its own. They hold
-some 50 to 250 bytes a row and are worth nothing to another run, so a resumed one begins anew.
+28 bytes a row and one for each axis, and are worth nothing to another run, so a resumed one begins
+anew.
 """
 
 from __future__ import annotations

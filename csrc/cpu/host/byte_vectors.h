@@ -14,6 +14,23 @@ constexpr int64_t kValues = sizeof(ByteQuad);  // of a unit
 // mean: some seventy rounding errors at worst.
 constexpr double kSlack = 128 * 0x1p-24;
 
+// Arrays one after another in a block, each on a line of its own. With a null block only their
+// bytes count.
+class Arrays {
+ public:
+  explicit Arrays(const void* block)
+      : begin_(static_cast<char*>(const_cast<void*>(block))), at_(begin_) {}
+  template <class T>
+  void take(T*& array, int64_t count) {
+    array = reinterpret_cast<T*>(at_);
+    at_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+  }
+  int64_t bytes() const { return at_ - begin_; }
+
+ private:
+  char *begin_, *at_;
+};
+
 inline double dot(const float* a, const float* b, int64_t count) {
   return kernels_for<float>().dot(a, b, count);
 }

@@ -31,23 +31,18 @@ struct PackedCentroids {
       : panel_count(ceil_div(count, kLanes)),
         units(round_up(ceil_div(dim, kValues), 4)),
         height(units * kValues) {
-    auto* at = static_cast<char*>(const_cast<void*>(packed));
-    char* const begin = at;
-    const auto take = [&](auto*& pointer, int64_t values) {
-      pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(at);
-      at += round_up(values * static_cast<int64_t>(sizeof(*pointer)), 64);
-    };
+    Arrays arrays(packed);
     const int64_t lanes = panel_count * kLanes;
-    take(largest, 1);
-    take(largest_norm, 1);
-    take(largest_lost, 1);
-    take(inverse_norm, lanes);
-    take(panels, lanes * units);
-    take(bias, lanes);
-    take(scale, lanes);
-    take(start, lanes);
-    take(mean, height);
-    bytes = at - begin;
+    arrays.take(largest, 1);
+    arrays.take(largest_norm, 1);
+    arrays.take(largest_lost, 1);
+    arrays.take(inverse_norm, lanes);
+    arrays.take(panels, lanes * units);
+    arrays.take(bias, lanes);
+    arrays.take(scale, lanes);
+    arrays.take(start, lanes);
+    arrays.take(mean, height);
+    bytes = arrays.bytes();
   }
 };
 

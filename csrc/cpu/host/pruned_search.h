@@ -20,35 +20,9 @@
 
 #include <cstdint>
 
-#include "../../core/rows.h"
-#include "parallel.h"
+#include "projection.h"
 
 namespace unicom::cpu {
-
-// What rows and centroids are reduced to. The steps are of the rows' values; where they are too
-// small for one, more centroids are marked for it.
-struct Projection {
-  const float* row_mean;       // [dim]
-  const float* centroid_mean;  // [dim]
-  const float* axes;  // [count][dim], of norm <= 1 as a matrix; nullptr: all of dim, as they are
-  int64_t dim, count;
-  float step;       // of the coordinates along the axes
-  float rest_step;  // of the norm of what lies outside
-  int32_t largest;  // size of a value, see NearestKernels
-};
-
-// Bytes of what is kept of a row.
-int64_t projected_row_bytes(const Projection&);
-void project_rows(const FloatRows& rows, const Projection&, uint8_t* projected, const Parallel&);
-
-// The centroids `order` [count] of some, the first to be searched first. A later one is passed over
-// for rows that were said to be certain of it:
-//   moved  [count] not increasing: bounds of what each may have added to a cosine, as a share of the
-//          norm of row - row mean, kLeastNorm at least; nullptr where rows are certain of nothing
-int64_t ordered_centroid_bytes(int64_t count, const Projection&);
-void order_centroids(const FloatRows& centroids, const int64_t* order, const float* moved,
-                     const Projection&, void* packed, const Parallel&);
-constexpr double kLeastNorm = 0.5;
 
 struct SearchWork {
   int64_t screened = 0;    // pairs of a row and a centroid

@@ -115,10 +115,14 @@ struct Probabilities : LogitBlock<Unit> {
 // A class whose score is above the row's floor becomes a candidate, and the floor rises to the
 // score less the row's window. Candidates come in increasing order; the first ones may be below
 // where the floor is in the end.
-struct Nearest : CosineBlock<ByteQuad> {  // units: a multiple of four
-  const float* class_bias;                // [16 panels], -infinity for the padding
+// Rows against panels in bytes; units: a multiple of four.
+struct ByteBlock : CosineBlock<ByteQuad> {
+  const int32_t* class_start;  // [16 panels] where the sums of products begin
+};
+
+struct Nearest : ByteBlock {
+  const float* class_bias;  // [16 panels], -infinity for the padding
   const float* class_scale;
-  const int32_t* class_start;
   const float* row_scale;  // [6 tiles]
   const float* window;     // [6 tiles]
   float* floor;  // [6 tiles]; starts at a lower bound of the best score, or +infinity for rows
@@ -150,10 +154,9 @@ struct Bytes {
 
 // A block of rows against the leading parts of centroids: a bit for each whose sum of products is
 // above the row's limit.
-struct Screen : CosineBlock<ByteQuad> {  // units: a multiple of four
-  const int32_t* class_start;            // [16 panels] where the sums begin
-  const int32_t* limit;                  // [6 tiles]
-  uint16_t* marks;                       // [6 tiles][marks_stride] the lanes of each panel
+struct Screen : ByteBlock {
+  const int32_t* limit;  // [6 tiles]
+  uint16_t* marks;       // [6 tiles][marks_stride] the lanes of each panel
   int64_t marks_stride;
 };
 

@@ -148,6 +148,23 @@ UNICOM_INLINE void keep_in_registers([[maybe_unused]] IntVec<float> (&acc)[M][N]
 #endif
 }
 
+// Sums of products of the rows first, ... first + kRows - 1 of one tile with the panels panel, ...
+// panel + P - 1.
+template <int P>
+UNICOM_INLINE void sum_products(const ByteBlock& args, int64_t panel, int64_t tile, int first,
+                                IntVec<float> (&acc)[kRows][P * kVectors<float>]) {
+  const int32_t* start = args.class_start + panel * kLanes;
+#pragma GCC unroll 8
+  for (int v = 0; v < P * kVectors<float>; ++v)
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
+      acc[m][v] = (IntVec<float>)load_words(start + v * kWidth<float>);
+  keep_in_registers(acc);
+  multiply_bytes<P>(acc, args.rows + tile * args.row_tile_stride + first,
+                    args.classes + panel * args.panel_stride, args.panel_stride, args.units);
+  keep_in_registers(acc);
+}
+
 // Scores [6][16 P] of one tile and the panels panel, ... panel + P - 1, of those rows that have one
 // above their floor; returns a bit for each of these rows.
 // Not inlined: alone, the loop gets all the registers.
@@ -158,18 +175,10 @@ __attribute__((noinline)) unsigned tile_scores(const Nearest& args, int64_t pane
   constexpr int kW = kWidth<float>;
   const float* bias = args.class_bias + panel * kLanes;
   const float* class_scale = args.class_scale + panel * kLanes;
-  const int32_t* class_start = args.class_start + panel * kLanes;
   unsigned found = 0;
   for (int first = 0; first < kTile; first += kRows) {
     IntVec<float> acc[kRows][kN];
-#pragma GCC unroll 8
-    for (int v = 0; v < kN; ++v)
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) acc[m][v] = (IntVec<float>)load_words(class_start + v * kW);
-    keep_in_registers(acc);
-    multiply_bytes<P>(acc, args.rows + tile * args.row_tile_stride + first,
-                      args.classes + panel * args.panel_stride, args.panel_stride, args.units);
-    keep_in_registers(acc);
+    sum_products<P>(args, panel, tile, first, acc);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const int64_t r = tile * kTile + first + m;
@@ -227,17 +236,9 @@ template <int P>
 __attribute__((noinline)) void mark_tile(const Screen& args, int64_t panel, int64_t tile) {
   constexpr int kV = kVectors<float>, kN = P * kV;
   constexpr int kW = kWidth<float>;
-  const int32_t* class_start = args.class_start + panel * kLanes;
   for (int first = 0; first < kTile; first += kRows) {
     IntVec<float> acc[kRows][kN];
-#pragma GCC unroll 8
-    for (int v = 0; v < kN; ++v)
-#pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) acc[m][v] = (IntVec<float>)load_words(class_start + v * kW);
-    keep_in_registers(acc);
-    multiply_bytes<P>(acc, args.rows + tile * args.row_tile_stride + first,
-                      args.classes + panel * args.panel_stride, args.panel_stride, args.units);
-    keep_in_registers(acc);
+    sum_products<P>(args, panel, tile, first, acc);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const int64_t r = tile * kTile + first + m;
