@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,23 @@ def test_python_objects_are_not_loaded(tmp_path):
     np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
     with pytest.raises(SourceError, match="holds Python objects, which are not loaded"):
         open_array(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "<f4", ">f4"])
+@pytest.mark.parametrize("pad", [0, 1, 2, 5000])
+def test_rows_that_are_read_are_those_of_the_file_and_of_the_caller(tmp_path, dtype, pad):
+    array = np.random.default_rng(pad).standard_normal((700, 13)).astype(dtype)
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': (700, 13), }}".encode()
+    header += b" " * (110 + pad - len(header)) + b"\n"  # values begin anywhere
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + array.tobytes())
+    before = path.read_bytes()
+    source = Source(path)
+    for start, stop in ((0, 700), (3, 4), (317, 318), (699, 700), (5, 5)):
+        rows = source.read(source.shards[0], start, stop)
+        assert torch.equal(rows, torch.from_numpy(array[start:stop].astype(np.float32)))
+        rows.zero_()
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("dtype", ["<f2", ">f4", "<f8", ">f8"])

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from unicom_ext.utils.arrays import SourceError, open_array, read_header
+from unicom_ext.utils.arrays import SourceError, open_array, read_header, read_rows
 from unicom_ext.utils.files import list_files, natural_key, unpadded
 
 Item = TypeVar("Item")
@@ -53,8 +53,8 @@ class NpyFile:
         self._dtype = dtype.newbyteorder("=")
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        # Opened each time: pages that stay mapped would count as memory of this process.
-        return np.array(open_array(self.path)[start:stop], self._dtype)
+        # Mapped each time: pages that stay mapped would count as memory of this process.
+        return np.require(read_rows(self.path, start, stop), self._dtype, "A")
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         return np.asarray(open_array(self.path)[rows], self._dtype)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import mmap
 import os
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +88,42 @@ def open_array(path: str | os.PathLike[str], name: str = "") -> np.ndarray:
         return np.memmap(path, dtype, "r", offset, shape, "F" if fortran_order else "C")
     except (OSError, ValueError) as error:
         raise SourceError(f"{_where(Path(path), name)}: cannot be read: {error}") from None
+
+
+def read_rows(path: str | os.PathLike[str], start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a `.npy` file of a matrix in C order, in memory now; see `read_header`.
+
+    They are the file's pages themselves, as copies would take longer than most work on them. Who
+    writes to them has copies of those pages.
+    """
+    dtype, shape, _, offset = read_header(path)
+    if start >= stop or 0 in shape:
+        return np.empty((max(stop - start, 0), *shape[1:]), dtype)
+    row_bytes = dtype.itemsize * math.prod(shape[1:])
+    begin, end = offset + start * row_bytes, offset + stop * row_bytes
+    page = begin % mmap.ALLOCATIONGRANULARITY
+    try:
+        with open(path, "rb") as file:
+            pages = mmap.mmap(
+                file.fileno(), end - begin + page, access=mmap.ACCESS_COPY, offset=begin - page
+            )
+        _bring(pages)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: cannot be read: {error}") from None
+    values = np.frombuffer(pages, dtype, (end - begin) // dtype.itemsize, page)
+    return values.reshape(stop - start, *shape[1:])
+
+
+def _bring(pages: mmap.mmap) -> None:
+    """Reads the file, where the system can be asked to; else each page comes when it is used."""
+    populate_read = 22  # MADV_POPULATE_READ: Linux 5.14, no name in Python
+    if sys.platform != "linux":
+        return
+    try:
+        pages.madvise(populate_read)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def refused(path: str | os.PathLike[str], name: str, array: np.ndarray, wanted: str) -> SourceError:
