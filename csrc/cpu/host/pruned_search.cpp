@@ -134,7 +134,6 @@ class Item {
                     kValues);
       if (b >= count) continue;
       limit[b] = begin(rows[b], searched, state[b]);
-      pack_whole(rows[b], unit.get(), whole.get() + b * c_.bytes_each, state[b]);
     }
     for (int64_t panel = 0; panel < panels; panel += kPanelsPerSweep) {
       const int64_t swept = std::min(kPanelsPerSweep, panels - panel);
@@ -151,8 +150,12 @@ class Item {
                                  stride});
       for (int64_t b = 0; b < count; ++b) {
         for (int64_t p = swept; p % kMarkedPanels != 0; ++p) marks[b * stride + p] = 0;
-        multiply_marked(rows[b], marks.get() + b * stride, swept, panel * kLanes,
-                        whole.get() + b * c_.bytes_each, state[b]);
+        const int64_t marked = kernels().nearest->list_marks(
+            marks.get() + b * stride, swept, static_cast<int32_t>(panel * kLanes), marked_.data());
+        if (marked == 0) continue;
+        uint8_t* bytes = whole.get() + b * c_.bytes_each;
+        if (!(state[b].scale > 0)) pack_whole(rows[b], unit.get(), bytes, state[b]);
+        multiply_marked(rows[b], marked, bytes, state[b]);
       }
     }
     work_.screened += count * searched;
@@ -164,7 +167,8 @@ class Item {
     double floor;     // cosines below are not looked for
     double bound;     // of all cosines that were passed over
     double lower[2];  // bounds from below of the two largest cosines
-    double shared, kept, lost, scale;
+    double shared;
+    double kept, lost, scale = 0;  // of the whole row in bytes; 0: not there yet
     std::vector<Candidate> candidates;
   };
 
@@ -188,7 +192,7 @@ class Item {
         std::clamp(std::floor(least) - 1, -double{kLimit}, double{kLimit} - 1));
   }
 
-  // All dimensions of the row, in bytes.
+  // All dimensions of the row, in bytes: once any centroid is marked.
   void pack_whole(int64_t r, float* unit, uint8_t* out, Search& search) const {
     const Bytes bytes = unit_row_to_bytes(s_.rows, first_ + r, 1 / known_[r].norm, p_.row_mean,
                                           p_.largest, p_.largest, out, c_.bytes_each, unit);
@@ -197,11 +201,7 @@ class Item {
     search.kept = 1.001 * (bytes.norm + bytes.lost);
   }
 
-  void multiply_marked(int64_t r, const uint16_t* marks, int64_t panels, int64_t first,
-                       const uint8_t* whole, Search& search) {
-    const int64_t marked =
-        kernels().nearest->list_marks(marks, panels, static_cast<int32_t>(first), marked_.data());
-    if (marked == 0) return;
+  void multiply_marked(int64_t r, int64_t marked, const uint8_t* whole, Search& search) {
     kernels().nearest->byte_products({.row = whole,
                                       .matrix = c_.whole,
                                       .bytes = c_.bytes_each,
