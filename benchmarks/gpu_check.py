@@ -47,6 +47,8 @@ TESTS_OF_NEAREST = "tests/cuda/test_cuda_nearest.py"
 TESTS_OF_RANKS = "tests/cuda/test_cuda_ranks.py"
 STAND_IN = "tests/cuda/test_cuda_benchmarks.py"  # of benchmarks
 MARK = "gpu" if GPU else "emulated"
+HOPPER = "small_sizes and (fp16 or bf16)"  # the smallest tests of its own kernels
+GENERAL = {"UNICOM_CUDA_HOPPER": "0"}  # the kernels of all GPUs
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,14 @@ class Command:
 @dataclass(frozen=True)
 class Stage:
     """name: for --only and --from. seconds: the most it may take, all of its commands together.
-    then: called once it has passed; says what is wrong all the same."""
+    then: called once it has passed; says what is wrong all the same. otherwise: environment of the
+    stages that follow, where it fails: without what it has tried."""
 
     name: str
     seconds: float
     commands: tuple[Command, ...]
     then: Callable[[], str | None] = lambda: None
+    otherwise: dict[str, str] = field(default_factory=dict)
 
 
 # ---- what there is to do
@@ -85,13 +89,20 @@ def stages() -> list[Stage]:
     parallel = ("-n", str(min(8, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     return [
         stage("doctor", 20, sys.executable, "-m", "unicom_ext.cli", "doctor"),
+        # A kernel that hangs, or a fault, must not take all other stages with it.
+        Stage(
+            "hopper",
+            25,
+            (Command((*PYTEST, TESTS_OF_THE_GPU, "-k", HOPPER, "--maxfail=4")),),
+            otherwise=GENERAL,
+        ),
         stage("small", 60, *PYTEST, TESTS_OF_THE_GPU, "--maxfail=8"),
         steps("first", 90),
+        general(35),
         stage("loss", 75, *PYTEST, *parallel, "-m", MARK, *usable_tests()),
         stage("nearest", 30, *PYTEST, *parallel, "-m", MARK, TESTS_OF_NEAREST),
         # The caching allocator hides most accesses beyond the end of an array.
-        sanitizer("memcheck", 50, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        Stage("chunks", 50, tuple(map(chunk, (32, 64, 128, 256)))),
+        sanitizer("memcheck", 45, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         # ---- the second call
         sanitizer("racecheck", 45),
         sanitizer("initcheck", 30, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
@@ -99,6 +110,7 @@ def stages() -> list[Stage]:
         stage("ranks", 45, *PYTEST, *parallel, TESTS_OF_RANKS),
         steps("peers", 60),
         profile(),
+        Stage("chunks", 50, tuple(map(chunk, (32, 64, 128, 256)))),
         steps("rest", 60),
         clustering(),
     ]
@@ -137,6 +149,14 @@ def steps(plan: str, seconds: float) -> Stage:
     return stage(plan, seconds, *head_step(plan, RESULTS, seconds))
 
 
+def general(seconds: float) -> Stage:
+    """The first two shapes by the kernels of all GPUs: what Hopper's own are worth."""
+    if not GPU:
+        return Stage("general", seconds, (emulated_chunk(GENERAL),))
+    words = head_step("chunk", RESULTS / "general", seconds)
+    return Stage("general", seconds, (Command(words, GENERAL),))
+
+
 def head_step(plan: str, output: Path, seconds: float) -> tuple[str, ...]:
     script = str(ROOT / "benchmarks" / "head_step.py")
     minutes = ("--minutes", f"{(seconds - 20) / 60:.2f}")  # no further shape is begun then
@@ -148,9 +168,12 @@ def chunk(mib: int) -> Command:
     """The classes that backward takes at a time: read once by a process."""
     environment = {"UNICOM_CUDA_CHUNK_MIB": str(mib)}
     if not GPU:
-        words = (*PYTEST, "tests/cuda/test_cuda_backend.py", "-k", "overflow")
-        return Command(words, environment)
+        return emulated_chunk(environment)
     return Command(head_step("chunk", RESULTS / f"chunk-{mib}", 40), environment)
+
+
+def emulated_chunk(environment: dict[str, str]) -> Command:
+    return Command((*PYTEST, "tests/cuda/test_cuda_backend.py", "-k", "overflow"), environment)
 
 
 def sanitizer(tool: str, seconds: float, environment: dict[str, str] | None = None) -> Stage:
@@ -242,6 +265,7 @@ class Run:
         self.end = time.monotonic() + 60 * minutes
         self.record: dict[str, Any] = {"machine": describe(), "stages": []}
         self.packed: object = None
+        self.environment: dict[str, str] = {}  # of all that follows
         results.mkdir(parents=True, exist_ok=True)
 
     def do(self, stage: Stage) -> bool:
@@ -275,6 +299,9 @@ class Run:
         if entry["status"] == 0 and (problem := stage.then()) is not None:
             entry["status"] = problem
         passed = entry["status"] == 0
+        if not passed and stage.otherwise:
+            self.environment.update(stage.otherwise)
+            entry["then"] = stage.otherwise
         took = f" in {entry['seconds']:.0f} s" if "seconds" in entry else ""
         print(f"{'ok' if passed else 'FAILED'}  {stage.name}{took}: "
               f"{entry['last_line'] if passed else entry['status']}", flush=True)  # fmt: skip
@@ -293,7 +320,12 @@ class Run:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **command.environment},
+                env={
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "1",
+                    **self.environment,
+                    **command.environment,
+                },
                 process_group=0,
             )
         except FileNotFoundError:

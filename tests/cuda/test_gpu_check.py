@@ -9,6 +9,7 @@ import sys
 import tarfile
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_check
@@ -59,6 +60,15 @@ def test_a_stage_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path,
     assert "this is why" in said
     assert said.endswith("failed: bad, slow\n")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["gpu-check.tar.gz"]
+
+
+@pytest.mark.parametrize(("tried", "seen"), [(GOOD, "on"), (BAD, "off"), (SLOW, "off")])
+def test_what_fails_is_not_used_by_the_stages_that_follow(tmp_path, monkeypatch, tried, seen):
+    monkeypatch.setenv("SOME_KERNELS", "on")
+    tried = replace(tried, otherwise={"SOME_KERNELS": "off"})
+    after = says("after", "import os; print(os.environ['SOME_KERNELS'])")
+    _, record, _ = run(tmp_path, None, [tried, after, replace(after, name="later")])
+    assert [stage["last_line"] for stage in record["stages"][1:]] == [seen, seen]
 
 
 def test_when_all_passes(tmp_path, capsys):
