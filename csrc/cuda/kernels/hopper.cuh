@@ -1,6 +1,7 @@
 // The instructions that came with Hopper (sm_90a), named: barriers that count bytes, copies of boxes
 // by the tensor memory accelerator (TMA), products of a warpgroup on operands in shared memory
-// (wgmma), clusters of blocks. Device code for sm_90a only.
+// (wgmma), clusters of blocks. For sm_90a only: kernels have a body under UNICOM_HAS_HOPPER and none
+// in what is compiled for other GPUs.
 //
 // A box of TMA is [rows][64] sixteen-bit values, 128 bytes a line, swizzled: chunk c of 16 bytes of
 // line l lies at chunk c ^ (l % 8). Boxes begin at multiples of 1024 bytes, which the swizzle and
@@ -9,6 +10,10 @@
 
 #include "tensor_core.cuh"
 #include "tensor_map.h"
+
+#if defined(UNICOM_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define UNICOM_HAS_HOPPER
+#endif
 
 namespace unicom::cuda {
 
@@ -93,7 +98,7 @@ UNICOM_DEVICE int cluster_rank() { return emulation::cluster_rank(); }
 UNICOM_DEVICE void cluster_arrive() { emulation::cluster_arrive(); }
 UNICOM_DEVICE void cluster_wait() { emulation::cluster_wait(); }
 
-#elif !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#else
 
 // By one thread, before any other thread knows of it.
 UNICOM_DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
@@ -313,12 +318,11 @@ UNICOM_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// By all threads of all blocks of the cluster, also where a warp is not together.
 UNICOM_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
-UNICOM_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+UNICOM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 #endif
 
