@@ -112,12 +112,14 @@ UNICOM_DEVICE void barrier_init_done() {
 UNICOM_DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// At the barrier that lies at the same place in the block `rank` of the cluster.
+// At the barrier that lies at the same place in the block `rank` of the cluster. Says that this thread
+// has read, not that it has written: released to the whole cluster it would wait for all of its memory
+// accesses.
 UNICOM_DEVICE void barrier_arrive_at(SharedAddress barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
