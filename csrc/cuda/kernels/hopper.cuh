@@ -66,9 +66,8 @@ UNICOM_DEVICE void wait_stores() {
 }
 UNICOM_DEVICE void publish_stores() { emulation::publish_stores(); }
 
-UNICOM_DEVICE uint64_t operand_descriptor(SharedAddress start, int leading_bytes,
-                                          int stride_bytes) {
-  return emulation::operand_descriptor(start, leading_bytes, stride_bytes);
+UNICOM_DEVICE uint32_t window_address(SharedAddress p) {
+  return emulation::shared_window_address(p);
 }
 UNICOM_DEVICE void begin_products() { emulation::begin_products(); }
 UNICOM_DEVICE void commit_products() { emulation::commit_products(); }
@@ -91,9 +90,13 @@ UNICOM_DEVICE void add_product(float (&sums)[kCols / 2], const uint32_t (&a)[4],
 UNICOM_DEVICE void meet(int barrier, int threads) { emulation::meet(barrier, threads, true); }
 UNICOM_DEVICE void announce(int barrier, int threads) { emulation::meet(barrier, threads, false); }
 template <int kRegisters>
-UNICOM_DEVICE void give_registers() {}
+UNICOM_DEVICE void give_registers() {
+  emulation::set_registers(kRegisters, false);
+}
 template <int kRegisters>
-UNICOM_DEVICE void take_registers() {}
+UNICOM_DEVICE void take_registers() {
+  emulation::set_registers(kRegisters, true);
+}
 UNICOM_DEVICE int cluster_rank() { return emulation::cluster_rank(); }
 UNICOM_DEVICE void cluster_arrive() { emulation::cluster_arrive(); }
 UNICOM_DEVICE void cluster_wait() { emulation::cluster_wait(); }
@@ -190,16 +193,7 @@ UNICOM_DEVICE void publish_stores() { asm volatile("fence.proxy.async.shared::ct
 // the same descriptors. Thread t has sums[i] of row t / 32 * 16 + i / 2 % 2 * 8 + t % 32 / 4 and
 // column i / 4 * 8 + t % 4 * 2 + i % 2.
 
-// Where an operand begins, in boxes. With the depth inside (a line is 64 of the depth): eight lines
-// further is `stride_bytes`, usually 1024; the leading offset is not used, and 16 of the depth further
-// is 32 bytes. With the depth outside (a line is 64 rows of one depth): eight of the depth further is
-// stride_bytes, usually 1024; the next 64 rows are `leading_bytes` further.
-UNICOM_DEVICE uint64_t operand_descriptor(SharedAddress start, int leading_bytes,
-                                          int stride_bytes) {
-  constexpr uint64_t kSwizzle128 = 1;
-  return uint64_t{(start & 0x3ffff) >> 4} | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
-         static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
-}
+UNICOM_DEVICE uint32_t window_address(SharedAddress p) { return p; }
 // Before the first product after registers of sums or of A were written.
 UNICOM_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 UNICOM_DEVICE void commit_products() {
@@ -326,6 +320,20 @@ UNICOM_DEVICE void cluster_arrive() {
 }
 UNICOM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
+#endif
+
+#if defined(UNICOM_EMULATE_CUDA) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Where an operand begins, in boxes. With the depth inside (a line is 64 of the depth): eight lines
+// further is `stride_bytes`, usually 1024; the leading offset is not used, and 16 of the depth further
+// is 32 bytes. With the depth outside (a line is 64 rows of one depth): eight of the depth further is
+// stride_bytes, usually 1024; the next 64 rows are `leading_bytes` further.
+UNICOM_DEVICE uint64_t operand_descriptor(SharedAddress start, int leading_bytes,
+                                          int stride_bytes) {
+  constexpr uint64_t kSwizzle128 = 1;
+  return uint64_t{(window_address(start) & 0x3ffff) >> 4} |
+         static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
+}
 #endif
 
 }  // namespace unicom::cuda
