@@ -100,7 +100,7 @@ std::vector<WarpExchange> warps;
 std::vector<Block> blocks;
 int bytes_of_shared = 0;
 int limit_of_shared = 227 << 10;
-int architecture = 8;
+int architecture = 9;
 const std::function<void()>* body = nullptr;
 void* scheduler_stack_pointer = nullptr;
 int current = 0;

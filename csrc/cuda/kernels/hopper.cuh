@@ -322,7 +322,6 @@ UNICOM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;"
 
 #endif
 
-#if defined(UNICOM_EMULATE_CUDA) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // Where an operand begins, in boxes. With the depth inside (a line is 64 of the depth): eight lines
 // further is `stride_bytes`, usually 1024; the leading offset is not used, and 16 of the depth further
 // is 32 bytes. With the depth outside (a line is 64 rows of one depth): eight of the depth further is
@@ -334,6 +333,5 @@ UNICOM_DEVICE uint64_t operand_descriptor(SharedAddress start, int leading_bytes
          static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
 }
-#endif
 
 }  // namespace unicom::cuda
