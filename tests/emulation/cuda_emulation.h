@@ -39,7 +39,11 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid value" : "no error"; }
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMajor };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 union cudaLaunchAttributeValue {
@@ -75,6 +79,8 @@ int shared_limit();
 // Which kernels there are to choose from: those of an architecture and of all before.
 void set_compute_capability(int major);
 int compute_capability();
+// So few that persistent blocks have several tiles.
+constexpr int kMultiprocessors = 6;
 void barrier();
 bool barrier_or(bool predicate);
 
@@ -223,8 +229,11 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? emulation::compute_capability()
-                                                          : emulation::shared_limit();
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::shared_limit(); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulation::compute_capability(); break;
+    case cudaDevAttrMultiProcessorCount: *value = emulation::kMultiprocessors; break;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {

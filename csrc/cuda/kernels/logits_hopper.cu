@@ -10,12 +10,6 @@ namespace {
 template <class Unit>
 using HopperLogitTile = HopperTile<Unit, kClassCols<Unit>, true, true>;
 
-template <class Args>
-struct OnHopper {
-  Args args;
-  HopperOperands operands;
-};
-
 // A block's rows against the tiles of classes from `first_class` on.
 template <class T>
 UNICOM_DEVICE auto class_tiles_from(int64_t first_class) {

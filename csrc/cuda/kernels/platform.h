@@ -56,6 +56,8 @@ struct Queue {
     return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_limit_));
   }
 
+  int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, &multiprocessors_); }
+
   // Whether the device is a Hopper, and the build has code for it.
   bool is_hopper() {
 #ifdef UNICOM_HOPPER
@@ -79,7 +81,7 @@ struct Queue {
     return *known;
   }
 
-  int shared_limit_ = 0, capability_ = 0;
+  int shared_limit_ = 0, capability_ = 0, multiprocessors_ = 0;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -34,6 +34,13 @@ struct HopperOperands {
   HopperPlan plan;
 };
 
+// What a kernel is given: its own arguments, and the operands.
+template <class Args>
+struct OnHopper {
+  Args args;
+  HopperOperands operands;
+};
+
 // Where a tile's operands begin in their matrices.
 struct HopperOrigin {
   int row, col, depth;
@@ -45,6 +52,7 @@ class HopperTile {
   using Real = float;
   static constexpr int kRows = kConsumers * kBoxRows, kCols = kCols_, kDepth = kBoxCols;
   static constexpr int kThreadRows = 2, kThreadCols = kCols / 4;
+  static constexpr int kRun = 2;
   static constexpr int kABytes = kRows / kBoxRows * kBoxBytes;  // of a step
   static constexpr int kBBytes = kCols / kBoxRows * kBoxBytes;
 
