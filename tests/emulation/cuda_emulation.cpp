@@ -398,3 +398,9 @@ void wait_copies(int pending) {
 }
 
 }  // namespace emulation
+
+// For tests in Python.
+extern "C" void unicom_emulate(int compute_capability, uint64_t schedule) {
+  emulation::set_compute_capability(compute_capability);
+  emulation::set_schedule(schedule);
+}
