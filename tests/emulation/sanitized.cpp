@@ -22,6 +22,7 @@
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cuda/kernels/logits.h"
+#include "../../csrc/cuda/kernels/product.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
 #include "../../csrc/cuda/kernels/select.h"
 
@@ -658,6 +659,99 @@ void compare_logits(const LogitCase& c) {
   }
 }
 
+// ---- the products of backward alone, so that blocks go through several tiles and parts of the sum
+// may be empty
+
+struct ProductCase {
+  int64_t rows, first, chunk, count, depth, splits;
+  bool accumulate;
+};
+
+// Of both kinds of GPUs, which add in the same order, beside what they are in double precision.
+void compare_products(const ProductCase& c, cuda::ProductOf of) {
+  using namespace unicom::cuda;
+  const bool of_embeddings = of == ProductOf::kEmbeddings;
+  const std::string name = std::string("product of ") +
+                           (of_embeddings ? "embeddings " : "prototypes ") +
+                           std::to_string(c.rows) + " x " + std::to_string(c.count) + " x " +
+                           std::to_string(c.depth) + " in " + std::to_string(c.splits);
+  std::mt19937 random(static_cast<unsigned>(c.count));
+  std::uniform_real_distribution<float> uniform(0, 8);
+  // As probabilities leave it: zeros up to the end of the last tile of classes, and behind it NaN.
+  const int64_t valid = std::clamp<int64_t>(c.count - c.first, 0, c.chunk);
+  const int64_t written = round_up(valid, kClassGranule);
+  constexpr uint16_t kNan = 0x7fff;
+  Array<uint16_t> p(c.rows * c.chunk);
+  for (int64_t i = 0; i < p.size; ++i) {
+    const int64_t j = i % c.chunk;
+    p.data[i] = j < valid ? half_bits(uniform(random)) : j < written ? uint16_t{0} : kNan;
+  }
+  const Array<uint16_t> operand = unit_rows(random, of_embeddings ? c.chunk : c.rows, c.depth);
+  // What all parts have for results that have a sum.
+  const int64_t out_rows = of_embeddings ? c.rows : c.chunk;
+  const int64_t sum_rows = of_embeddings ? c.rows : written;
+  Array<float> before(c.splits * out_rows * c.depth);
+  for (int64_t i = 0; i < before.size; ++i) before.data[i] = c.accumulate ? uniform(random) : NAN;
+  Array<double> right(sum_rows * c.depth), size(sum_rows * c.depth);
+  auto value = [](const Array<uint16_t>& a, int64_t i) {
+    return double(emulation::half_to_float(a.data[i]));
+  };
+  for (int64_t i = 0; i < right.size; ++i) {
+    const int64_t row = i / c.depth, col = i % c.depth;
+    for (int64_t k = 0; k < (of_embeddings ? valid : c.rows); ++k) {
+      const double term = value(p, of_embeddings ? row * c.chunk + k : k * c.chunk + row) *
+                          value(operand, k * c.depth + col);
+      right.data[i] += term;
+      size.data[i] += std::fabs(term);
+    }
+    for (int64_t part = 0; c.accumulate && part < c.splits; ++part)
+      right.data[i] += before.data[part * out_rows * c.depth + i];
+  }
+  auto run = [&](int capability, uint64_t schedule) {
+    emulation::set_compute_capability(capability);
+    emulation::set_schedule(schedule);
+    Array<float> out(before.size);
+    std::copy_n(before.get(), before.size, out.get());
+    Queue queue;
+    product<Half>(queue, {.of = of,
+                          .probabilities = p.get(),
+                          .operand = operand.get(),
+                          .rows = c.rows,
+                          .chunk = c.chunk,
+                          .depth = c.depth,
+                          .order = ClassOrder::of<Half>(1),
+                          .count = &c.count,
+                          .bound = c.first + c.chunk,
+                          .first = c.first,
+                          .splits = c.splits,
+                          .accumulate = c.accumulate,
+                          .out = out.get()});
+    expect(queue.error == cudaSuccess, name + ": a launch");
+    return out;
+  };
+  const Array<float> out = run(9, 0), other_order = run(9, 12345), other_kind = run(8, 12345);
+  for (int64_t i = 0; i < right.size; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < c.splits; ++part) {
+      const int64_t at = part * out_rows * c.depth + i;
+      if (out.data[at] != other_order.data[at])
+        return expect(false, name + ": two orders of the threads");
+      if ((of_embeddings || i < valid * c.depth) && out.data[at] != other_kind.data[at])
+        return expect(false, name + ": two kinds of GPUs");
+      sum += out.data[at];
+    }
+    if (!(std::fabs(sum - right.data[i]) <= 2e-6 * (size.data[i] + 8 * c.splits)))
+      return expect(false, name + ", result " + std::to_string(i) + ": " + std::to_string(sum) +
+                               " for " + std::to_string(right.data[i]));
+  }
+  // What is behind the count stays as it was.
+  for (int64_t part = 0; part < c.splits; ++part) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>((out_rows - sum_rows) * c.depth);
+    const int64_t at = (part * out_rows + sum_rows) * c.depth;
+    expect(std::memcmp(out.get() + at, before.get() + at, bytes) == 0, name + ": behind the count");
+  }
+}
+
 }  // namespace
 }  // namespace unicom
 
@@ -692,6 +786,16 @@ int main() {
   compare_logits({129, 1025, 1025, 256, 2, 3, 16, kNone});
   compare_logits({65, 800, 769, 384, 1, 0, 300, kNone});
   compare_logits({150, 600, 599, 576, 1, 1, 64, 0.05});
+  const ProductCase products[] = {
+      {128, 0, 256, 256, 64, 1, false},   {128, 256, 512, 513, 128, 1, true},
+      {256, 0, 512, 300, 192, 2, false},  {384, 256, 256, 300, 256, 1, true},
+      {1280, 0, 256, 255, 64, 4, false},  {128, 256, 1280, 1100, 64, 2, true},
+      {128, 0, 512, 1, 512, 2, false},    {128, 512, 256, 400, 64, 1, true},
+      {128, 512, 256, 400, 64, 1, false},
+  };
+  for (const ProductCase& c : products)
+    for (const auto of : {cuda::ProductOf::kEmbeddings, cuda::ProductOf::kPrototypes})
+      compare_products(c, of);
   compare_updates(50, 1, 7);
   compare_updates(9, 35, 70);
   compare_updates(300, 132, 40);
