@@ -83,7 +83,8 @@ struct WarpExchange {
 constexpr int kNumberedBarriers = 16;
 struct NumberedBarrier {
   int expected = 0, arrived = 0;
-  int times = 0;  // that all have come
+  int times = 0;                 // that all have come
+  int lanes[1024 / kWarp] = {};  // that have come, of each warp
 };
 
 struct Block {
@@ -129,7 +130,7 @@ void fibre_main() {
   if (!fibres[current].copies.empty() || !fibres[current].groups.empty()) wait_copies(0);
   check_end_of_thread();
   fibres[current].state = State::kDone;
-  if (--blocks[current_block()].running == 0) check_end_of_block(current_block());
+  if (--blocks[current_block()].running == 0) check_end_of_block();
   to_scheduler(true);
   fail("a finished thread ran on");
 }
@@ -278,6 +279,7 @@ int current_thread() { return current; }
 int threads_of_block() { return static_cast<int>(blockDim.x); }
 int blocks_of_cluster() { return static_cast<int>(blocks.size()); }
 bool has_ended(int thread) { return fibres[thread].state == State::kDone; }
+bool block_has_ended(int block) { return blocks[block].running == 0; }
 char* shared_of(int block) { return blocks[block].shared.get(); }
 int shared_bytes() { return bytes_of_shared; }
 
@@ -334,7 +336,12 @@ void meet(int number, int threads, bool wait) {
              " of " + std::to_string(barrier.expected) + " threads have come";
     }
   } const all_came(barrier, number);
+  ++barrier.lanes[threadIdx.x / kWarp];
   if (++barrier.arrived == threads) {
+    for (int& lanes : barrier.lanes) {
+      if (lanes % kWarp != 0) fail("a part of a warp comes to barrier " + std::to_string(number));
+      lanes = 0;
+    }
     barrier.arrived = 0;
     ++barrier.times;
   }

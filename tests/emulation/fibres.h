@@ -32,6 +32,7 @@ int current_thread();
 int threads_of_block();
 int blocks_of_cluster();
 bool has_ended(int thread);
+bool block_has_ended(int block);
 inline int current_block() { return current_thread() / threads_of_block(); }
 
 // Dynamic shared memory of a block of the cluster; it begins at a multiple of kSharedAlignment.
@@ -47,8 +48,8 @@ void reset_units();
 bool units_are_busy();
 // Does a piece of the work that was given to them; which one follows from `random`.
 void run_units(uint64_t random);
-// Finds what a thread may not leave behind when it ends, and a block when all of its threads do.
+// Finds what the current thread may not leave behind when it ends, and its block when all do.
 void check_end_of_thread();
-void check_end_of_block(int block);
+void check_end_of_block();
 
 }  // namespace emulation

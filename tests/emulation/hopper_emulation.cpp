@@ -1,5 +1,7 @@
 #include "hopper_emulation.h"
 
+#include <emmintrin.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -22,6 +24,7 @@ constexpr int kChunkBytes = 16;  // which the swizzle moves as a whole
 constexpr int kDepth = 16;       // of one product
 constexpr int kRows = 64;        // of one product
 constexpr int kMostCols = 256;
+constexpr int kRegistersOfBlock = 65536;
 
 std::string number(int64_t n) { return std::to_string(n); }
 
@@ -43,6 +46,7 @@ class Mirror {
       : bytes_(static_cast<size_t>(shared_bytes()), '\xff'), known_(bytes_.size() / kChunkBytes) {}
 
   char* at(int offset) { return &bytes_[static_cast<size_t>(offset)]; }
+  const char* at(int offset) const { return &bytes_[static_cast<size_t>(offset)]; }
   void refresh(const char* shared) {
     for (size_t i = 0; i < known_.size(); ++i) {
       char* mine = &bytes_[i * kChunkBytes];
@@ -126,7 +130,7 @@ struct Thread {
   std::vector<InFlight> in_flight;
 
   int registers = 0;
-  int cluster_arrivals = 0;
+  int cluster_arrivals = 0, cluster_waits = 0;
 };
 
 std::vector<std::unique_ptr<Mirror>> mirrors;
@@ -166,6 +170,8 @@ int own_offset(const char* shared, const char* what) {
 
 // ---- barriers
 
+constexpr int kMostPending = 1 << 20;  // arrivals, bytes
+
 enum class Mark : uint64_t {
   kNone = 3,
   kNew = 1,
@@ -195,6 +201,9 @@ Mbarrier& barrier_at(int block, int offset) {
 }
 // For TMA and other blocks.
 Mbarrier& known_barrier_at(int block, int offset) {
+  if (block_has_ended(block))
+    fail("the barrier at byte " + number(offset) + " is of rank " + number(block) +
+         ", which has ended");
   Mbarrier& barrier = barrier_at(block, offset);
   if (barrier.mark != static_cast<uint64_t>(Mark::kKnown))
     fail("the barrier at byte " + number(offset) + " is used before barrier_init_done");
@@ -211,6 +220,14 @@ void arrive(Mbarrier& barrier, int offset, int arrivals) {
          barrier.text());
   barrier.pending -= static_cast<uint64_t>(arrivals);
   end_phase_if_complete(barrier);
+}
+
+// What generic stores have left in shared memory must be what TMA and wgmma see.
+void check_published(const Mirror& mirror, int block, int offset, int bytes, const char* reader) {
+  if (std::memcmp(mirror.at(offset), shared_of(block) + offset, static_cast<size_t>(bytes)) != 0)
+    fail(std::string(reader) + " reads byte " + number(offset) +
+         " of shared memory, which was written without publish_stores, or before the reader was " +
+         "waited for");
 }
 
 // ---- boxes
@@ -248,8 +265,10 @@ void finish(const Load& load) {
 
 void go_on(Store& store) {
   if (!store.read) {
-    const char* lines = mirror_of(store.block).at(0);
-    store.lines.assign(lines + store.from.begin, lines + store.from.end);
+    const int bytes = store.from.end - store.from.begin;
+    const Mirror& mirror = mirror_of(store.block);
+    check_published(mirror, store.block, store.from.begin, bytes, "a store of a box");
+    store.lines.assign(mirror.at(store.from.begin), mirror.at(store.from.begin) + bytes);
     store.read = true;
     return;
   }
@@ -260,6 +279,22 @@ void go_on(Store& store) {
       if (uint16_t* to = element(store.map, row, col + i); to != nullptr) *to = values[i];
   });
   store.written = true;
+}
+
+// Whoever still reads or writes where a box is to be copied to.
+void check_free(int block, const Range& box) {
+  const std::string where = "a box is copied to " + box.text() + " of rank " + number(block);
+  for (int i = 0; i < warpgroups_of_block(); ++i)
+    for (const Product& product :
+         warpgroups[static_cast<size_t>(block * warpgroups_of_block() + i)].products)
+      if (box.overlaps(product.a_range) || box.overlaps(product.b_range))
+        fail(where + ", which a product reads that warpgroup " + number(i) + " has not waited for");
+  for (const Load& load : loads)
+    if (load.block == block && box.overlaps(load.to))
+      fail(where + ", to which another one is being copied");
+  for (const auto& store : stores)
+    if (store->block == block && !store->read && box.overlaps(store->from))
+      fail(where + ", which a store has not read");
 }
 
 Range box_range(const TensorMap& map, int offset) {
@@ -307,13 +342,14 @@ struct Descriptor {
 
 // An operand as [kDepth][rows].
 void read_operand(double* out, int rows, const Descriptor& descriptor, Widen widen, int block) {
-  Mirror& mirror = mirror_of(block);
+  const Mirror& mirror = mirror_of(block);
   for (int row = 0; row < rows; ++row)
     for (int depth = 0; depth < kDepth; ++depth) {
       const int offset = swizzled(descriptor.offset(row, depth));
       if (!mirror.known(offset))
         fail("a product reads shared memory that nobody has written for it: byte " +
              number(offset));
+      check_published(mirror, block, offset, 2, "a product");
       uint16_t bits;
       std::memcpy(&bits, mirror.at(offset), 2);
       out[depth * rows + row] = widen(bits);
@@ -337,6 +373,40 @@ int place_of_sum(int thread, int i, int cols) {
   return row * cols + i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
+// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a row
+// as [kDepth][kRows], `b` its columns as [kDepth][cols].
+void add_truncated(float* sums, const double* a, const double* b, int cols, bool add) {
+  const auto absolute = [](__m128d x) { return _mm_andnot_pd(_mm_set1_pd(-0.0), x); };
+  const __m128d start = add ? _mm_set_pd(sums[1], sums[0]) : _mm_setzero_pd();
+  __m128d terms[kDepth], largest = absolute(start);
+  for (int k = 0; k < kDepth; ++k) {
+    terms[k] = _mm_mul_pd(_mm_set1_pd(a[k * kRows]), _mm_loadu_pd(b + k * cols));
+    largest = _mm_max_pd(largest, absolute(terms[k]));
+  }
+  // Where all is zero, any digit will do.
+  largest = _mm_max_pd(largest, _mm_set1_pd(0x1p-900));
+  const __m128i digit =
+      _mm_sub_epi64(_mm_slli_epi64(_mm_srli_epi64(_mm_castpd_si128(largest), 52), 52),
+                    _mm_set1_epi64x(int64_t{23} << 52));
+  const __m128d digits =
+      _mm_castsi128_pd(_mm_sub_epi64(_mm_set1_epi64x(int64_t{2046} << 52), digit));
+  __m128i sum = _mm_cvttpd_epi32(_mm_mul_pd(start, digits));
+  for (const __m128d& term : terms)
+    sum = _mm_add_epi32(sum, _mm_cvttpd_epi32(_mm_mul_pd(term, digits)));
+  // Clears the digits that a float does not hold: as many as |sum| has above 24 bits.
+  const __m128i sign = _mm_srai_epi32(sum, 31);
+  const __m128i size = _mm_sub_epi32(_mm_xor_si128(sum, sign), sign);
+  __m128i beyond = _mm_srli_epi32(size, 24);
+  for (int step : {1, 2, 4}) beyond = _mm_or_si128(beyond, _mm_srli_epi32(beyond, step));
+  sum = _mm_sub_epi32(_mm_xor_si128(_mm_andnot_si128(beyond, size), sign), sign);
+  const __m128 after = _mm_cvtpd_ps(_mm_mul_pd(_mm_cvtepi32_pd(sum), _mm_castsi128_pd(digit)));
+  _mm_storel_pi(reinterpret_cast<__m64*>(sums), after);
+}
+
+bool all_finite(const double* values, int count) {
+  return std::all_of(values, values + count, [](double x) { return std::isfinite(x); });
+}
+
 void execute(const Product& product, int block) {
   static double a[kDepth * kRows], b[kDepth * kMostCols];
   if (product.a_in_registers)
@@ -344,13 +414,23 @@ void execute(const Product& product, int block) {
   else
     read_operand(a, kRows, {product.a, product.a_depth_inner}, product.widen, block);
   read_operand(b, product.cols, {product.b, product.b_depth_inner}, product.widen, block);
-  for (int row = 0; row < kRows; ++row)
+  const std::vector<float>& before = product.sums->values;
+  const bool finite = all_finite(a, kDepth * kRows) && all_finite(b, kDepth * product.cols) &&
+                      (!product.add || std::all_of(before.begin(), before.end(),
+                                                   [](float x) { return std::isfinite(x); }));
+  for (int row = 0; row < kRows; ++row) {
+    float* sums = &product.sums->values[static_cast<size_t>(row * product.cols)];
+    if (finite) {
+      for (int col = 0; col < product.cols; col += 2)
+        add_truncated(sums + col, a + row, b + col, product.cols, product.add);
+      continue;
+    }
     for (int col = 0; col < product.cols; ++col) {
-      float& sum = product.sums->values[static_cast<size_t>(row * product.cols + col)];
       double terms[kDepth];
       for (int k = 0; k < kDepth; ++k) terms[k] = a[k * kRows + row] * b[k * product.cols + col];
-      sum = truncated_sum(product.add ? sum : 0.0f, terms);
+      sums[col] = truncated_sum(product.add ? sums[col] : 0.0f, terms);
     }
+  }
 }
 
 constexpr uint32_t kUnderWay = 0x7fc0bad0;  // NaN that sums are until they have been waited for
@@ -374,6 +454,11 @@ void issue(float* at, Product product) {
       product.a_registers.resize(kWarpgroup);
     else
       product.a_range = Descriptor(product.a, product.a_depth_inner).range(kRows);
+    for (const Load& load : loads)
+      if (load.block == current_block() &&
+          (load.to.overlaps(product.a_range) || load.to.overlaps(product.b_range)))
+        fail("a product reads " + load.to.text() +
+             " of shared memory, to which a box is being copied");
     group.products.push_back(product);
   }
   Product& shared = group.product(index);
@@ -426,7 +511,8 @@ void take_sums(int count) {
 void barrier_init(char* barrier, int arrivals) {
   const int offset = own_offset(barrier, "a barrier");
   if (offset % 8 != 0) fail("a barrier is not aligned to 8 bytes");
-  if (arrivals < 1 || arrivals >= 1 << 20) fail("a barrier of " + number(arrivals) + " arrivals");
+  if (arrivals < 1 || arrivals >= kMostPending)
+    fail("a barrier of " + number(arrivals) + " arrivals");
   *reinterpret_cast<Mbarrier*>(barrier) = {.phase = 0,
                                            .arrivals = static_cast<uint64_t>(arrivals),
                                            .pending = static_cast<uint64_t>(arrivals),
@@ -457,6 +543,8 @@ void barrier_arrive(char* barrier, int arrivals) {
 void barrier_expect(char* barrier, int bytes) {
   const int offset = own_offset(barrier, "a barrier");
   Mbarrier& here = barrier_at(current_block(), offset);
+  if (bytes < 0 || here.bytes + bytes >= kMostPending)
+    fail("a barrier cannot wait for " + number(bytes) + " bytes more");
   here.bytes += bytes;
   arrive(here, offset, 1);
   maybe_pause();
@@ -488,6 +576,7 @@ void load_box(char* to, const TensorMap* map, int col, int row, char* barrier, u
   for (int block = 0; block < blocks_of_cluster(); ++block)
     if (ranks >> block & 1) {
       known_barrier_at(block, offset);
+      check_free(block, box);
       loads.push_back({*map, col, row, block, box, offset});
     }
   maybe_pause();
@@ -608,12 +697,34 @@ void wait_products(int pending) {
 
 // ---- registers, clusters
 
-void set_registers(int, bool) {}
+// A block has as many as a launch of it can give evenly, and gives and takes them by warpgroups.
+void set_registers(int registers, bool more) {
+  if (registers % 8 != 0 || registers < 24 || registers > 256)
+    fail("a thread cannot have " + number(registers) + " registers");
+  struct Free final : Condition {
+    int thread, registers;
+    bool holds() const override {
+      int all = registers;
+      const int first = thread / threads_of_block() * threads_of_block();
+      for (int i = first; i < first + threads_of_block(); ++i)
+        if (i != thread) all += threads[static_cast<size_t>(i)].registers;
+      return all <= kRegistersOfBlock;
+    }
+    std::string text() const override { return number(registers) + " registers"; }
+  } free;
+  free.thread = current_thread();
+  free.registers = registers;
+  if (more != (registers > me().registers))
+    fail("a thread of " + number(me().registers) + " registers " +
+         (more ? "takes " : "gives until ") + number(registers));
+  if (more && !free.holds()) wait_for(free);
+  me().registers = registers;
+}
 
 int cluster_rank() { return current_block(); }
 
 void cluster_arrive() {
-  ++me().cluster_arrivals;
+  if (me().cluster_arrivals++ != me().cluster_waits) fail("cluster_arrive without cluster_wait");
   maybe_pause();
 }
 
@@ -627,6 +738,7 @@ void cluster_wait() {
     }
     std::string text() const override { return "the other threads of the cluster"; }
   } all_arrived;
+  if (++me().cluster_waits != me().cluster_arrivals) fail("cluster_wait without cluster_arrive");
   all_arrived.count = me().cluster_arrivals;
   if (!all_arrived.holds()) wait_for(all_arrived);
 }
@@ -638,6 +750,8 @@ void reset_units() {
   mirrors.clear();
   mirrors.resize(blocks);
   threads.assign(blocks * static_cast<size_t>(threads_of_block()), {});
+  for (Thread& thread : threads)
+    thread.registers = std::min(255, kRegistersOfBlock / threads_of_block() / 8 * 8);
   warpgroups.assign(blocks * static_cast<size_t>(warpgroups_of_block()), {});
   loads.clear();
   stores.clear();
@@ -668,8 +782,20 @@ void run_units(uint64_t random) {
   run_product(busy[pick - stores.size()]);
 }
 
-void check_end_of_thread() {}
-void check_end_of_block(int) {}
+void check_end_of_thread() {
+  const Thread& thread = me();
+  if (!thread.in_flight.empty()) fail("a thread ends before it has waited for its products");
+  for (const auto& group : thread.store_groups)
+    for (const auto& store : group)
+      if (!store->read) fail("a thread ends before its stores have read shared memory");
+  if (!thread.stores.empty()) fail("a thread ends before it has committed its stores");
+}
+
+void check_end_of_block() {
+  for (const Load& load : loads)
+    if (load.block == current_block())
+      fail("a block ends while a box is copied to " + load.to.text() + " of its shared memory");
+}
 
 }  // namespace emulation
 
