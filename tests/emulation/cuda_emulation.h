@@ -182,6 +182,10 @@ inline float exp2_fast(float x) {
 inline void __syncthreads() { emulation::barrier(); }
 inline int __syncthreads_or(int predicate) { return emulation::barrier_or(predicate != 0); }
 
+inline void __syncwarp() {
+  const char nothing = 0;
+  emulation::exchange(&nothing, sizeof(nothing));
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::from_lane<T>(emulation::exchange(&value, sizeof(T)), emulation::lane() ^ mask);

@@ -4,6 +4,7 @@
 #include "../../csrc/cuda/kernels/logits.cu"
 #include "../../csrc/cuda/kernels/logits_hopper.cu"
 #include "../../csrc/cuda/kernels/nearest.cu"
+#include "../../csrc/cuda/kernels/nearest_hopper.cu"
 #include "../../csrc/cuda/kernels/pack.cu"
 #include "../../csrc/cuda/kernels/product.cu"
 #include "../../csrc/cuda/kernels/product_hopper.cu"
