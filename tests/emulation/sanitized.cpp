@@ -774,12 +774,15 @@ int main() {
     expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
            "features of " + std::to_string(dim));
   }
-  compare_nearest(1, 1, 1, 1);
-  compare_nearest(129, 257, 7, 1);
-  compare_nearest(3, 300, 9, 1e-7f);
-  emulation::set_shared_limit(99 << 10);
-  compare_nearest(5, 513, 66, 1e-3f);
-  emulation::set_shared_limit(227 << 10);
+  for (const int capability : {8, 9}) {
+    emulation::set_compute_capability(capability);
+    compare_nearest(1, 1, 1, 1);
+    compare_nearest(129, 257, 7, 1);
+    compare_nearest(3, 300, 9, 1e-7f);
+    emulation::set_shared_limit(99 << 10);
+    compare_nearest(5, 513, 66, 1e-3f);
+    emulation::set_shared_limit(227 << 10);
+  }
   constexpr double kNone = std::numeric_limits<double>::infinity();
   compare_logits({1, 700, 513, 64, 1, 1, 64, kNone});
   compare_logits({130, 1300, 1200, 64, 1, 1, 64, 0.2});
