@@ -102,7 +102,7 @@ std::vector<WarpExchange> warps;
 std::vector<Block> blocks;
 int bytes_of_shared = 0;
 int limit_of_shared = 227 << 10;
-int architecture = 8;
+int architecture = 9;
 const std::function<void()>* body = nullptr;
 void* scheduler_stack_pointer = nullptr;
 int current = 0;
@@ -425,3 +425,9 @@ void wait_copies(int pending) {
 }
 
 }  // namespace emulation
+
+// For tests in Python.
+extern "C" void unicom_emulate(int compute_capability, uint64_t schedule) {
+  emulation::set_compute_capability(compute_capability);
+  emulation::set_schedule(schedule);
+}

@@ -2,6 +2,7 @@
 #include "cuda_emulation.h"
 
 #include "../../csrc/cuda/kernels/logits.cu"
+#include "../../csrc/cuda/kernels/logits_hopper.cu"
 #include "../../csrc/cuda/kernels/nearest.cu"
 #include "../../csrc/cuda/kernels/pack.cu"
 #include "../../csrc/cuda/kernels/product.cu"

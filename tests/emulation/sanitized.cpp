@@ -21,6 +21,7 @@
 #include "../../csrc/cpu/host/unit_sums.h"
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
+#include "../../csrc/cuda/kernels/logits.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
 #include "../../csrc/cuda/kernels/select.h"
 
@@ -529,6 +530,134 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
   }
 }
 
+// ---- the logits alone, so that blocks go through several tiles of classes
+
+struct LogitCase {
+  int64_t batch, bound, count, depth, runs, width;
+  double scale, filter;
+};
+
+uint16_t half_bits(double x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
+
+// Rows of about unit length, as halves.
+Array<uint16_t> unit_rows(std::mt19937& random, int64_t rows, int64_t depth) {
+  std::normal_distribution<float> normal;
+  Array<uint16_t> out(rows * depth);
+  for (int64_t i = 0; i < out.size; ++i)
+    out.data[i] = half_bits(normal(random) / std::sqrt(double(depth)));
+  return out;
+}
+
+struct LogitOutcome {
+  Array<cuda::RowSum<float>> sums;
+  Array<uint16_t> probabilities;
+};
+
+// Sums of exponentials and probabilities of all classes but those of the first tile, beside what
+// they are in double precision.
+void compare_logits(const LogitCase& c) {
+  using namespace unicom::cuda;
+  const int64_t rows = round_up(c.batch, kRowGranule), classes = round_up(c.bound, kClassGranule);
+  const int64_t first = kClassGranule, chunk = classes - first;
+  const std::string name = "logits of " + std::to_string(c.batch) + " x " +
+                           std::to_string(c.count) + " x " + std::to_string(c.depth);
+  std::mt19937 random(static_cast<unsigned>(c.count));
+  const Array<uint16_t> embeddings = unit_rows(random, rows, c.depth);
+  const Array<uint16_t> prototypes = unit_rows(random, classes, c.depth);
+  Array<int64_t> slots(c.batch * c.width);
+  for (int64_t i = 0; i < slots.size; ++i)
+    slots.data[i] = static_cast<int64_t>(random() % (c.count + 9)) - 9;  // negative: none here
+
+  const double log2_scale = c.scale / std::log(2.0);
+  Array<double> cosines(c.batch * classes), sums(c.batch), largest(c.batch);
+  Array<RowScale<float>> scales(rows);
+  for (int64_t i = 0; i < rows; ++i) scales.data[i] = {0, 0};
+  for (int64_t i = 0; i < c.batch; ++i) {
+    largest.data[i] = kNoCosine;
+    double* const row = cosines.get() + i * classes;
+    for (int64_t j = 0; j < classes; ++j) {
+      const int64_t* const own = slots.get() + i * c.width;
+      row[j] = kNoCosine;
+      if (j >= c.count || std::find(own, own + c.width, j) != own + c.width) continue;
+      double cosine = 0;
+      for (int64_t k = 0; k < c.depth; ++k)
+        cosine += double(emulation::half_to_float(embeddings.data[i * c.depth + k])) *
+                  emulation::half_to_float(prototypes.data[j * c.depth + k]);
+      largest.data[i] = std::max(largest.data[i], cosine);
+      row[j] = cosine > c.filter ? kNoCosine : cosine;
+      sums.data[i] += std::exp2(log2_scale * (cosine > c.filter ? 0 : cosine));
+    }
+    const double exponent = std::ceil(std::log2(sums.data[i]));
+    scales.data[i] = {static_cast<float>(std::exp2(exponent) / sums.data[i]),
+                      static_cast<float>(exponent)};
+  }
+
+  const Logits logits{.embeddings = embeddings.get(),
+                      .prototypes = prototypes.get(),
+                      .order = ClassOrder::of<Half>(1),
+                      .rows = rows,
+                      .classes = classes,
+                      .depth = c.depth,
+                      .batch = c.batch,
+                      .positives = {.slots = slots.get(), .width = c.width},
+                      .count = &c.count,
+                      .bound = c.bound,
+                      .scale = c.scale,
+                      .filter = c.filter};
+  auto run = [&](uint64_t schedule) {
+    emulation::set_schedule(schedule);
+    LogitOutcome out{Array<RowSum<float>>(c.runs * rows), Array<uint16_t>(rows * chunk)};
+    Queue queue;
+    sum_exp<Half>(queue, {.logits = logits,
+                          .runs = c.runs,
+                          .out = out.sums.get(),
+                          .kept = nullptr,
+                          .kept_classes = 0});
+    probabilities<Half>(queue, {.logits = logits,
+                                .first = first,
+                                .chunk = chunk,
+                                .kept = nullptr,
+                                .kept_classes = 0,
+                                .runs = c.runs,
+                                .row = scales.get(),
+                                .out = out.probabilities.get()});
+    expect(queue.error == cudaSuccess, name + ": a launch");
+    return out;
+  };
+  for (const int capability : {8, 9}) {
+    emulation::set_compute_capability(capability);
+    const LogitOutcome in_order = run(0), out = run(12345);
+    const std::string on = name + " on " + std::to_string(capability);
+    expect(std::memcmp(out.sums.get(), in_order.sums.get(),
+                       sizeof(RowSum<float>) * static_cast<size_t>(out.sums.size)) == 0 &&
+               std::memcmp(out.probabilities.get(), in_order.probabilities.get(),
+                           2 * static_cast<size_t>(out.probabilities.size)) == 0,
+           on + ": two orders of the threads");
+    for (int64_t i = 0; i < c.batch; ++i) {
+      const std::string of_row = on + ", row " + std::to_string(i);
+      double sum = 0, peak = kNoCosine;
+      for (int64_t r = 0; r < c.runs; ++r) {
+        const RowSum<float>& part = out.sums.data[r * rows + i];
+        if (part.sum > 0) sum += part.sum * std::exp2(double(part.exponent));
+        peak = std::max(peak, double(part.largest));
+      }
+      const double off = 1e-6 * (c.scale + 3);
+      expect(std::fabs(sum / sums.data[i] - 1) < off, of_row + ": sum");
+      expect(std::fabs(peak - largest.data[i]) < 1e-6, of_row + ": largest cosine");
+      for (int64_t j = 0; j < std::min(chunk, round_up(c.count - first, kClassGranule)); ++j) {
+        const double cosine = cosines.data[i * classes + first + j];
+        const double right = cosine == kNoCosine ? 0
+                                                 : std::exp2(log2_scale * cosine) / sums.data[i] *
+                                                       UnitTraits<Half>::kProbabilityScale;
+        const double got = emulation::half_to_float(out.probabilities.data[i * chunk + j]);
+        if (std::fabs(got - right) > right * (1e-3 + off) + 6e-8)
+          return expect(false, of_row + ", class " + std::to_string(first + j) + ": " +
+                                   std::to_string(got) + " for " + std::to_string(right));
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace unicom
 
@@ -557,6 +686,12 @@ int main() {
   emulation::set_shared_limit(99 << 10);
   compare_nearest(5, 513, 66, 1e-3f);
   emulation::set_shared_limit(227 << 10);
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  compare_logits({1, 700, 513, 64, 1, 1, 64, kNone});
+  compare_logits({130, 1300, 1200, 64, 1, 1, 64, 0.2});
+  compare_logits({129, 1025, 1025, 256, 2, 3, 16, kNone});
+  compare_logits({65, 800, 769, 384, 1, 0, 300, kNone});
+  compare_logits({150, 600, 599, 576, 1, 1, 64, 0.05});
   compare_updates(50, 1, 7);
   compare_updates(9, 35, 70);
   compare_updates(300, 132, 40);
@@ -578,8 +713,12 @@ int main() {
     const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
                              " x " + std::to_string(c.dim) + ", " + std::to_string(c.positives);
     compare(in, Precision::kFp32, right, 2e-7, name + " float");
-    compare(in, Precision::kFp16, right, 1e-3, name + " half");
-    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat");
+    for (const int capability : {8, 9}) {
+      emulation::set_compute_capability(capability);
+      const std::string on = name + " on " + std::to_string(capability);
+      compare(in, Precision::kFp16, right, 1e-3, on + " half");
+      compare(in, Precision::kBf16, right, 1e-2, on + " bfloat");
+    }
   }
   std::printf(failed ? "FAILED\n" : "all the same\n");
   return failed ? 1 : 0;

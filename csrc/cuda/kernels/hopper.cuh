@@ -1,6 +1,7 @@
 // The instructions that came with Hopper (sm_90a), named: barriers that count bytes, copies of boxes
 // by the tensor memory accelerator (TMA), products of a warpgroup on operands in shared memory
-// (wgmma), clusters of blocks. Device code for sm_90a only.
+// (wgmma), clusters of blocks. For sm_90a only: kernels have a body under UNICOM_HAS_HOPPER and none
+// in what is compiled for other GPUs.
 //
 // A box of TMA is [rows][64] sixteen-bit values, 128 bytes a line, swizzled: chunk c of 16 bytes of
 // line l lies at chunk c ^ (l % 8). Boxes begin at multiples of 1024 bytes, which the swizzle and
@@ -9,6 +10,10 @@
 
 #include "tensor_core.cuh"
 #include "tensor_map.h"
+
+#if defined(UNICOM_EMULATE_CUDA) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define UNICOM_HAS_HOPPER
+#endif
 
 namespace unicom::cuda {
 
@@ -96,7 +101,7 @@ UNICOM_DEVICE int cluster_rank() { return emulation::cluster_rank(); }
 UNICOM_DEVICE void cluster_arrive() { emulation::cluster_arrive(); }
 UNICOM_DEVICE void cluster_wait() { emulation::cluster_wait(); }
 
-#elif !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#else
 
 // By one thread, before any other thread knows of it.
 UNICOM_DEVICE void barrier_init(SharedAddress barrier, int arrivals) {
@@ -110,12 +115,14 @@ UNICOM_DEVICE void barrier_init_done() {
 UNICOM_DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// At the barrier that lies at the same place in the block `rank` of the cluster.
+// At the barrier that lies at the same place in the block `rank` of the cluster. Says that this thread
+// has read, not that it has written: released to the whole cluster it would wait for all of its memory
+// accesses.
 UNICOM_DEVICE void barrier_arrive_at(SharedAddress barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -307,16 +314,14 @@ UNICOM_DEVICE int cluster_rank() {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// By all threads of all blocks of the cluster, also where a warp is not together.
 UNICOM_DEVICE void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
-UNICOM_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+UNICOM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 #endif
 
-#if defined(UNICOM_EMULATE_CUDA) || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // Where an operand begins, in boxes. With the depth inside (a line is 64 of the depth): eight lines
 // further is `stride_bytes`, usually 1024; the leading offset is not used, and 16 of the depth further
 // is 32 bytes. With the depth outside (a line is 64 rows of one depth): eight of the depth further is
@@ -328,6 +333,5 @@ UNICOM_DEVICE uint64_t operand_descriptor(SharedAddress start, int leading_bytes
          static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | kSwizzle128 << 62;
 }
-#endif
 
 }  // namespace unicom::cuda

@@ -1,0 +1,128 @@
+"""The loss on Hopper's own kernels (TMA and wgmma) over the emulation, beside float64 and the
+kernels of every GPU. Blocks of several tiles are in tests/emulation/sanitized.cpp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import backends
+from support.problems import (
+    Outcome,
+    Problem,
+    distance,
+    random_problem,
+    relative_error,
+    solve,
+    truth,
+)
+
+from unicom_ext import PartialMarginSoftmax
+from unicom_ext.functional import partial_margin_softmax
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+# Around the edges of boxes (64), blocks (128) and tiles of classes (256).
+EDGES = (1, 63, 64, 65, 127, 128, 129, 255, 256, 257)
+# Each edge once in the batch, in the classes and in the depth, beside different ones.
+SHAPES = [
+    (EDGES[i], max(2, EDGES[(3 * i + 7) % 10]), EDGES[(7 * i + 2) % 10]) for i in range(len(EDGES))
+]
+
+
+def on_both(problem: Problem) -> tuple[Outcome, Outcome]:
+    """On Hopper's kernels, and on those of every GPU."""
+    on_hopper = solve(partial_margin_softmax, problem)
+    with backends.emulating(compute_capability=8):
+        return on_hopper, solve(partial_margin_softmax, problem)
+
+
+def check(problem: Problem, off: float) -> None:
+    """As near to the truth as the budget of its precision allows, and nearer to the other kernels,
+    which multiply the same halves."""
+    on_hopper, elsewhere = on_both(problem)
+    scale, right = problem.options["scale"], truth(problem)
+    assert torch.allclose(on_hopper.loss.double(), right.loss, rtol=off, atol=off * scale)
+    assert torch.allclose(on_hopper.loss, elsewhere.loss, rtol=1e-5, atol=1e-6 * scale)
+    for a, b, c in zip(on_hopper[1:], elsewhere[1:], right[1:], strict=True):
+        size = max(1, float(c.norm()))  # in one dimension gradients are zero
+        assert distance(a, c) < off * size
+        assert distance(a, b) < off / 100 * size
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp16", 1e-2), ("bf16", 6e-2)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_around_the_edges_of_tiles(shape, precision, off):
+    check(random_problem(*shape, closeness=0.5, precision=precision, reduction="none"), off)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 1.0},
+        {"scale": 500.0},
+        {"interclass_filter": 0.1},
+        {"positives": 4},
+        {"positives": 3, "multi_label": "separate"},
+        {"label_smoothing": 0.2},
+        {"ignored": 30},
+        {"sampled": 200, "features": 65},
+    ],
+    ids=str,
+)
+def test_options(options):
+    options = {"closeness": 0.5, "precision": "fp16", "reduction": "none", **options}
+    # Rounding takes some cosines to the other side of the filter.
+    off = 3e-2 if "interclass_filter" in options else 1e-2
+    check(random_problem(130, 270, 96, **options), off)
+
+
+def test_samples_that_have_come_to_their_prototypes():
+    problem = random_problem(70, 300, 64, precision="fp16", reduction="none")
+    converged = Problem(
+        problem.prototypes[problem.labels], problem.labels, problem.prototypes, problem.options
+    )
+    on_hopper, elsewhere = on_both(converged)
+    assert torch.allclose(on_hopper.loss, elsewhere.loss, rtol=1e-4, atol=1e-6)
+
+
+def test_fewer_classes_than_there_is_room_for():
+    """Labels that stand twice bring fewer classes than the bound allows."""
+    results = []
+    for capability in (8, 9):
+        with backends.emulating(compute_capability=capability):
+            torch.manual_seed(0)
+            module = PartialMarginSoftmax(64, 700, sample_rate=0.4, precision="fp16", seed=3)
+            x = torch.randn(150, 64, requires_grad=True)
+            loss = module(x, torch.arange(150) % 7)
+            loss.backward()
+            assert len(module.last_selection.class_index) < 280 + 150
+            results.append((loss.detach(), x.grad, module.weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_order_of_threads_changes_nothing(precision):
+    problem = random_problem(130, 600, 130, closeness=0.5, precision=precision)
+    outcomes = []
+    for schedule in (0, 1, 77):
+        with backends.emulating(schedule=schedule):
+            outcomes.append(solve(partial_margin_softmax, problem))
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"precision": "fp16"}, True),
+        ({"precision": "bf16"}, True),
+        ({"precision": "fp32"}, False),
+        ({"precision": "fp16", "num_centers": 2}, False),
+    ],
+    ids=str,
+)
+def test_where_the_path_is_taken(options, taken):
+    """It adds in another order, so its last digits tell that it ran."""
+    on_hopper, elsewhere = on_both(random_problem(100, 300, 64, reduction="none", **options))
+    assert torch.equal(on_hopper.loss, elsewhere.loss) is not taken
