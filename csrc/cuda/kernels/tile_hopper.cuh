@@ -124,6 +124,7 @@ class HopperTile {
       advance();
     }
     wait_products<0>();
+    pin(sums_);
     release(last);
   }
 
