@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -174,26 +175,45 @@ void prepare(Fibre& fibre) {
   fibre.groups.clear();
 }
 
-// Threads that wait for the same in the same block are named together.
-[[noreturn]] void fail_of_deadlock(int threads) {
-  std::string report = "no thread can go on";
-  for (int i = 0; i < threads;) {
-    const auto text = [](int thread) {
-      switch (fibres[thread].state) {
-        case State::kDone: return std::string("ended");
-        case State::kInCollective: return std::string("waits for the other lanes of its warp");
-        default: return "waits for " + fibres[thread].condition->text();
-      }
-    };
-    int end = i + 1;
-    while (end < threads && end % threads_of_block() != 0 && text(end) == text(i)) ++end;
-    report += "\n  rank " + std::to_string(i / threads_of_block()) + ", thread";
-    report += (end - i > 1 ? "s " : " ") + std::to_string(i % threads_of_block());
-    if (end - i > 1) report += " to " + std::to_string((end - 1) % threads_of_block());
-    report += ": " + text(i);
-    i = end;
+// "0 to 31, 64, ..."
+std::string ranges(const std::vector<int>& numbers) {
+  constexpr int kMost = 4;
+  std::string text;
+  int count = 0;
+  for (size_t i = 0, end; i < numbers.size(); i = end) {
+    for (end = i + 1; end < numbers.size() && numbers[end] == numbers[end - 1] + 1;) ++end;
+    if (count > 0) text += ", ";
+    if (count++ == kMost) return text + "...";
+    text += std::to_string(numbers[i]);
+    if (end - i > 1) text += " to " + std::to_string(numbers[end - 1]);
   }
-  fail(report);
+  return text;
+}
+
+[[noreturn]] void stop(const std::string& problem) {
+  std::fprintf(stderr, "CUDA emulation: %s\n", problem.c_str());
+  std::fflush(stderr);
+  std::abort();
+}
+
+// Says who waits for what; threads of a block that wait for the same are named together.
+[[noreturn]] void fail_of_deadlock(int threads) {
+  std::map<int, std::map<std::string, std::vector<int>>> waiting;
+  for (int i = 0; i < threads; ++i) {
+    const Fibre& fibre = fibres[i];
+    auto& block = waiting[i / threads_of_block()];
+    const std::string text = fibre.state == State::kDone ? "ended"
+                             : fibre.state == State::kInCollective
+                                 ? "wait for the other lanes of the warp"
+                                 : "wait for " + fibre.condition->text();
+    block[text].push_back(i % threads_of_block());
+  }
+  std::string report = "no thread can go on";
+  for (const auto& [rank, block] : waiting)
+    for (const auto& [text, numbers] : block)
+      report += "\n  rank " + std::to_string(rank) +
+                (numbers.size() > 1 ? ", threads " : ", thread ") + ranges(numbers) + ": " + text;
+  stop(report);
 }
 
 // Blocks of a cluster run at once. `first`: the index of the first.
@@ -249,10 +269,10 @@ void run_cluster(dim3 first, dim3 cluster) {
 }  // namespace
 
 void fail(const std::string& problem) {
-  std::fprintf(stderr, "CUDA emulation: %s (block %u %u %u, thread %u)\n", problem.c_str(),
-               blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x);
-  std::fflush(stderr);
-  std::abort();
+  const auto text = [](const dim3& at) {
+    return std::to_string(at.x) + " " + std::to_string(at.y) + " " + std::to_string(at.z);
+  };
+  stop(problem + " (block " + text(blockIdx) + ", thread " + std::to_string(threadIdx.x) + ")");
 }
 
 uint64_t next_random(uint64_t& state) {

@@ -79,6 +79,7 @@ struct Store {
   int block;
   Range from;
   bool read = false, written = false;
+  bool waited_for = false;  // that it be read
   std::vector<char> lines;
 };
 
@@ -293,8 +294,8 @@ void check_free(int block, const Range& box) {
     if (load.block == block && box.overlaps(load.to))
       fail(where + ", to which another one is being copied");
   for (const auto& store : stores)
-    if (store->block == block && !store->read && box.overlaps(store->from))
-      fail(where + ", which a store has not read");
+    if (store->block == block && !store->waited_for && box.overlaps(store->from))
+      fail(where + ", which a store reads that has not been waited for");
 }
 
 Range box_range(const TensorMap& map, int offset) {
@@ -614,12 +615,15 @@ void wait_stores(int pending, bool written) {
     }
     std::string text() const override { return "its stores of boxes"; }
   };
-  const size_t all = me().store_groups.size();
-  const Stored stored(me(), all - std::min(all, static_cast<size_t>(pending)), written);
+  auto& groups = me().store_groups;
+  const Stored stored(me(), groups.size() - std::min(groups.size(), size_t(pending)), written);
   if (!stored.holds()) wait_for(stored);
-  std::erase_if(me().store_groups, [](const auto& group) {
-    return std::all_of(group.begin(), group.end(), [](const auto& one) { return one->written; });
-  });
+  for (size_t i = 0; i < stored.count; ++i)
+    for (const auto& store : groups[i]) store->waited_for = true;
+  const auto over = [](const auto& store) { return store->written && store->waited_for; };
+  std::erase_if(groups,
+                [&](const auto& group) { return std::all_of(group.begin(), group.end(), over); });
+  std::erase_if(stores, over);
 }
 
 void publish_stores() { mirror_of(current_block()).refresh(shared_of(current_block())); }
@@ -717,7 +721,7 @@ void set_registers(int registers, bool more) {
   if (more != (registers > me().registers))
     fail("a thread of " + number(me().registers) + " registers " +
          (more ? "takes " : "gives until ") + number(registers));
-  if (more && !free.holds()) wait_for(free);
+  while (more && !free.holds()) wait_for(free);  // another one may have taken them
   me().registers = registers;
 }
 
@@ -758,28 +762,29 @@ void reset_units() {
 }
 
 bool units_are_busy() {
-  return !loads.empty() || !stores.empty() ||
-         std::any_of(warpgroups.begin(), warpgroups.end(),
-                     [](const Warpgroup& group) { return group.has_work(); });
+  return !loads.empty() || std::any_of(stores.begin(), stores.end(), [](const auto& store) {
+    return !store->written;
+  }) || std::any_of(warpgroups.begin(), warpgroups.end(), [](const Warpgroup& group) {
+    return group.has_work();
+  });
 }
 
 void run_units(uint64_t random) {
-  std::vector<int> busy;
+  std::vector<Store*> storing;
+  for (const auto& store : stores)
+    if (!store->written) storing.push_back(store.get());
+  std::vector<int> multiplying;
   for (size_t i = 0; i < warpgroups.size(); ++i)
-    if (warpgroups[i].has_work()) busy.push_back(static_cast<int>(i));
-  auto pick = static_cast<size_t>(random % (loads.size() + stores.size() + busy.size()));
+    if (warpgroups[i].has_work()) multiplying.push_back(static_cast<int>(i));
+  auto pick = static_cast<size_t>(random % (loads.size() + storing.size() + multiplying.size()));
   if (pick < loads.size()) {
     const Load load = loads[pick];
     loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(pick));
     return finish(load);
   }
   pick -= loads.size();
-  if (pick < stores.size()) {
-    go_on(*stores[pick]);
-    if (stores[pick]->written) stores.erase(stores.begin() + static_cast<std::ptrdiff_t>(pick));
-    return;
-  }
-  run_product(busy[pick - stores.size()]);
+  if (pick < storing.size()) return go_on(*storing[pick]);
+  run_product(multiplying[pick - storing.size()]);
 }
 
 void check_end_of_thread() {
@@ -787,7 +792,7 @@ void check_end_of_thread() {
   if (!thread.in_flight.empty()) fail("a thread ends before it has waited for its products");
   for (const auto& group : thread.store_groups)
     for (const auto& store : group)
-      if (!store->read) fail("a thread ends before its stores have read shared memory");
+      if (!store->waited_for) fail("a thread ends before it has waited for its stores");
   if (!thread.stores.empty()) fail("a thread ends before it has committed its stores");
 }
 

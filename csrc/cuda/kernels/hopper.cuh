@@ -322,6 +322,23 @@ UNICOM_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;"
 
 #endif
 
+// The compiler takes products for done as soon as they are issued. This keeps what it does with
+// registers of sums behind wait_products, and what it does with those of A before begin_products.
+template <class T, int kCount>
+UNICOM_DEVICE void pin(T (&registers)[kCount]) {
+#ifdef UNICOM_EMULATE_CUDA
+  (void)registers;
+#else
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if constexpr (std::is_same_v<T, float>)
+      asm volatile("" : "+f"(registers[i])::"memory");
+    else
+      asm volatile("" : "+r"(registers[i])::"memory");
+  }
+#endif
+}
+
 // Where an operand begins, in boxes. With the depth inside (a line is 64 of the depth): eight lines
 // further is `stride_bytes`, usually 1024; the leading offset is not used, and 16 of the depth further
 // is 32 bytes. With the depth outside (a line is 64 rows of one depth): eight of the depth further is

@@ -132,6 +132,7 @@ class HopperTile {
       advance();
     }
     wait_products<0>();
+    pin(sums_);
     release(last);
   }
 
