@@ -806,6 +806,8 @@ void check_end_of_block() {
 
 namespace unicom::cuda {
 
+bool has_tensor_maps() { return true; }
+
 bool make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t stride,
                      int box_rows) {
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride * 2 % 16 != 0 || rows < 1 || cols < 1 ||

@@ -1,6 +1,7 @@
 // Every kernel, as C++.
 #include "cuda_emulation.h"
 
+#include "../../csrc/cuda/kernels/attention_hopper.cu"
 #include "../../csrc/cuda/kernels/logits.cu"
 #include "../../csrc/cuda/kernels/logits_hopper.cu"
 #include "../../csrc/cuda/kernels/nearest.cu"

@@ -25,11 +25,13 @@ PFN_cuTensorMapEncodeTiled_v12000 encoder() {
 
 }  // namespace
 
+bool has_tensor_maps() { return encoder() != nullptr; }
+
 bool make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t stride,
                      int box_rows) {
   constexpr int64_t kBytes = 2;                    // of a value
   constexpr int64_t kMostRows = int64_t{1} << 31;  // boxes are named by 32-bit coordinates
-  if (encoder() == nullptr || reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
+  if (!has_tensor_maps() || reinterpret_cast<uintptr_t>(data) % 16 != 0 ||
       stride * kBytes % 16 != 0 || rows < 1 || cols < 1 || rows >= kMostRows || cols >= kMostRows)
     return false;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows)};

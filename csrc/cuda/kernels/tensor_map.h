@@ -21,4 +21,7 @@ using TensorMap = CUtensorMap;
 bool make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t stride,
                      int box_rows);
 
+// Whether the driver has TMA, so that make_tensor_map fails of a matrix alone.
+bool has_tensor_maps();
+
 }  // namespace unicom::cuda
