@@ -165,7 +165,7 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, centers, d
         None,
         None,
     )
-    codes = [False, False, precision, 1, 0, 1 << 20, False, centers]
+    codes = [False, False, precision, 1, 0, 1 << 20, False, centers, True]
     options = [1.0, 0.3, 0.0, 64.0, 2.0, 0.0], codes
     real = library.ops.loss(*tensors, *options)
     with FakeTensorMode():

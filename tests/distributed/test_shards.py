@@ -25,7 +25,7 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     total = num_classes if classes is None else len(classes)
     reals = [margin.m1, margin.m2, margin.m3, scale, threshold, smoothing]
     exact, linear = options.get("margin_grad") == "exact", options.get("beyond_pi") == "linear"
-    codes = [exact, linear, precision, 1, 0, workspace_bytes, False, 1]
+    codes = [exact, linear, precision, 1, 0, workspace_bytes, False, 1, True]
     shards, saved = [], []
     for start, stop in pairwise(borders):
         mine = None
@@ -90,7 +90,10 @@ def test_a_shard_without_classes_contributes_nothing():
     problem = random_problem(5, 9, 4)
     slot = torch.full((5,), -2)
     arguments = (problem.embeddings, slot, problem.prototypes[:0], None, None, None)
-    reals, codes = [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [False, False, 0, 1, 0, 1 << 20, False, 1]
+    reals, codes = (
+        [1.0, 0.3, 0.0, 64.0, math.inf, 0.0],
+        [False, False, 0, 1, 0, 1 << 20, False, 1, True],
+    )
     sums, exponent, largest, _, packed, kept = ops.loss_sums(*arguments, 9, reals, codes)
     assert (sums == 0).all()
     assert (largest == -math.inf).all()

@@ -17,10 +17,10 @@ bool can_attend(Queue&);
 // negatives' prototypes, each by its exponential, both to the same exponent.
 struct AttendClasses {
   Logits logits;
-  int64_t runs;  // the classes are cut into this many, which blocks sum apart
-  void* sums;    // [runs][rows] RowSum<float>
-  float* parts;  // [runs][rows][depth]
-  float* out;    // [rows][depth] the sums of prototypes, of all runs, to
+  int64_t runs;     // the classes are cut into this many, which blocks sum apart
+  void* sums;       // [runs][rows] RowSum<float>
+  float* parts;     // [runs][rows][depth]
+  float* out;       // [rows][depth] the sums of prototypes, of all runs, to
   float* exponent;  // [rows]
 };
 template <class Unit>

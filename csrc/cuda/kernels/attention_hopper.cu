@@ -128,8 +128,7 @@ __global__ void merge_runs_kernel(__grid_constant__ const AttendClasses a) {
   if (row >= rows) return;
   const auto* sums = static_cast<const RowSum<float>*>(a.sums) + row;
   float exponent = kNoExponent;
-  for (int64_t run = 0; run < a.runs; ++run)
-    exponent = max_of(exponent, sums[run * rows].exponent);
+  for (int64_t run = 0; run < a.runs; ++run) exponent = max_of(exponent, sums[run * rows].exponent);
   for (int64_t k = lane_index(); k < depth; k += kWarp) {
     float total = 0;
     for (int64_t run = 0; run < a.runs; ++run)
@@ -254,10 +253,10 @@ template <class Unit>
 void attend_classes(Queue& queue, const AttendClasses& a) {
   const Logits& l = a.logits;
   with_depth(l.depth, [&](auto depth) {
-    launch<Unit, depth.value>(queue, attend_classes_kernel<Unit, depth.value>, a,
-                              dim3(static_cast<unsigned>(l.rows / kRowGranule),
-                                   static_cast<unsigned>(a.runs)),
-                              l.embeddings, l.rows, l.prototypes, l.classes);
+    launch<Unit, depth.value>(
+        queue, attend_classes_kernel<Unit, depth.value>, a,
+        dim3(static_cast<unsigned>(l.rows / kRowGranule), static_cast<unsigned>(a.runs)),
+        l.embeddings, l.rows, l.prototypes, l.classes);
   });
   queue.launch(merge_runs_kernel, warp_grid(l.rows), kThreads, 0, a);
 }

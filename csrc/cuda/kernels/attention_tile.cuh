@@ -136,9 +136,7 @@ class AttentionTile {
     return shared_ + kRingBegin + stage * kStageBytes;
   }
   // A stage is full when its bytes are there, and empty when all warps that multiply have read it.
-  UNICOM_DEVICE SharedAddress full(int stage) const {
-    return shared_ + kBarriersBegin + stage * 8;
-  }
+  UNICOM_DEVICE SharedAddress full(int stage) const { return shared_ + kBarriersBegin + stage * 8; }
   UNICOM_DEVICE SharedAddress empty(int stage) const { return full(kStages + stage); }
   UNICOM_DEVICE SharedAddress queries_there() const { return full(2 * kStages); }
   UNICOM_DEVICE void init_barriers() const {
@@ -192,8 +190,8 @@ class AttentionTile {
       barrier_wait(empty(stage_), phase_ ^ 1);
       barrier_expect(full(stage_), kStageBytes);
       for (int box = 0; box < kBoxes; ++box)
-        load_box(keys(stage_) + box * kKeyBoxBytes, given.keys, box * kBoxCols, first_key + t * kCols,
-                 full(stage_));
+        load_box(keys(stage_) + box * kKeyBoxBytes, given.keys, box * kBoxCols,
+                 first_key + t * kCols, full(stage_));
       advance();
     }
   }

@@ -47,7 +47,8 @@ struct PrepareBackward {
   double* folded;           // [rows] negative_weight / largest: what the operands can hold
   double* largest;          // [1] absolute value of negative_weight
   double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
-  void* row;                // [rows] RowScale<Real>
+  void* row;                // [rows] RowScale<Real>; its factor
+  bool folds;               //   times folded
   double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
                      // all weights become NaN
 };
