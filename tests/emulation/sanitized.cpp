@@ -129,7 +129,7 @@ struct Inputs {
             .columns = feature_index.get(),
             .dim = c.features};
   }
-  Problem problem(Precision precision, int64_t keep_bytes) const {
+  Problem problem(Precision precision, int64_t keep_bytes, bool wants_embeddings) const {
     return {.embeddings = source(embeddings),
             .prototypes = source(prototypes),
             .batch = c.batch,
@@ -145,7 +145,8 @@ struct Inputs {
             .label_smoothing = c.label_smoothing,
             .total_sampled = bound,
             .precision = precision,
-            .keep_bytes = keep_bytes};
+            .keep_bytes = keep_bytes,
+            .wants_embeddings = wants_embeddings};
   }
   Positives positives() const { return {.slots = slot.get(), .width = c.positives}; }
   Outcome outcome() const {
@@ -214,7 +215,7 @@ struct Forward {
 
 Outcome on_cpu(const Inputs& in) {
   Outcome out = in.outcome();
-  const Problem p = in.problem(Precision::kFp32, 0);
+  const Problem p = in.problem(Precision::kFp32, 0, true);
   const Forward saved(p, cpu::packed_bytes(p), cpu::kept_bytes(p));
   cpu::forward(p, saved.shard(), saved.saved(), cpu::Serial());
   cpu::join_targets(saved.join(in, out));
@@ -223,14 +224,15 @@ Outcome on_cpu(const Inputs& in) {
 }
 
 // take: the prototypes' gradient is handed over in pieces, as for an update inside backward.
-Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool take) {
+Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool take,
+               bool wants_embeddings) {
   using namespace unicom::cuda;
   Outcome out = in.outcome();
   Queue queue;
-  const Problem p = in.problem(precision, keep_bytes);
+  const Problem p = in.problem(precision, keep_bytes, wants_embeddings);
   const Forward saved(p, cuda::packed_bytes(p), cuda::kept_bytes(p));
   {
-    Array<char> workspace(forward_workspace(p));
+    Array<char> workspace(forward_workspace(queue, p));
     forward(queue, p, saved.shard(), saved.saved(), workspace.get());
   }
   join_targets(queue, saved.join(in, out));
@@ -247,20 +249,21 @@ Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool t
   const TakeRows* const taken = take ? &take_rows : nullptr;
   Gradients gradients = saved.gradients(in, out);
   if (take) gradients.prototypes = nullptr;
-  Array<char> workspace(backward_workspace(p, gradients, taken));
+  Array<char> workspace(backward_workspace(queue, p, gradients, taken));
   backward(queue, p, gradients, taken, workspace.get());
   return out;
 }
 
+// attends: forward is told that the embeddings' gradient will be wanted, and prepares it on a Hopper.
 void compare(const Inputs& in, Precision precision, const Outcome& right, double tolerance,
-             const std::string& name) {
+             const std::string& name, bool attends = false) {
   emulation::set_schedule(0);
-  const Outcome in_order = on_gpu(in, precision, 0, false);
+  const Outcome in_order = on_gpu(in, precision, 0, false, attends);
   // Nothing of this may be seen in the result: the order of the threads, kept cosines, less shared
   // memory, gradients in pieces.
   emulation::set_schedule(12345);
-  emulation::set_shared_limit(99 << 10);
-  const Outcome out = on_gpu(in, precision, 1 << 18, true);
+  if (!attends) emulation::set_shared_limit(99 << 10);
+  const Outcome out = on_gpu(in, precision, 1 << 18, true, attends);
   emulation::set_shared_limit(227 << 10);
   expect(same_bits(out.grad_embeddings, in_order.grad_embeddings) &&
              same_bits(out.grad_prototypes, in_order.grad_prototypes),
@@ -826,6 +829,8 @@ int main() {
       compare(in, Precision::kFp16, right, 1e-3, on + " half");
       compare(in, Precision::kBf16, right, 1e-2, on + " bfloat");
     }
+    compare(in, Precision::kFp16, right, 1e-3, name + " half by attention", true);
+    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat by attention", true);
   }
   std::printf(failed ? "FAILED\n" : "all the same\n");
   return failed ? 1 : 0;

@@ -292,13 +292,18 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
   const Logits logits = logits_of(p, n, space.rows, classes.unit);
   if (space.attends) {
     if constexpr (UnitTraits<Unit>::kTensorCores) {
-      const Attended attended(saved.kept, n);
       attend_classes<Unit>(queue, {.logits = logits,
                                    .runs = space.runs,
                                    .sums = space.partial,
-                                   .parts = space.attended,
-                                   .out = attended.sums,
-                                   .exponent = attended.exponent});
+                                   .attended = space.attended});
+      const Attended attended(saved.kept, n);
+      merge_attended(queue, {.rows = n.rows,
+                             .depth = n.depth,
+                             .runs = space.runs,
+                             .sums = space.partial,
+                             .attended = space.attended,
+                             .out = attended.sums,
+                             .exponent = attended.exponent});
     }
   } else {
     sum_exp<Unit>(queue, {.logits = logits,

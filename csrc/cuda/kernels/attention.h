@@ -19,9 +19,7 @@ struct AttendClasses {
   Logits logits;
   int64_t runs;     // the classes are cut into this many, which blocks sum apart
   void* sums;       // [runs][rows] RowSum<float>
-  float* parts;     // [runs][rows][depth]
-  float* out;       // [rows][depth] the sums of prototypes, of all runs, to
-  float* exponent;  // [rows]
+  float* attended;  // [runs][rows][depth]
 };
 template <class Unit>
 void attend_classes(Queue&, const AttendClasses&);

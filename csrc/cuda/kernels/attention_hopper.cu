@@ -117,26 +117,9 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
              const RowSum<float> total = weights.of(i);
              if (lane_index() % 4 == 0) sums[tile.row(i)] = total;
            }
-           tile.write(a.parts + row * a.logits.depth, static_cast<int>(a.logits.depth));
+           tile.write(a.attended + row * a.logits.depth, static_cast<int>(a.logits.depth));
          });
 #endif
-}
-
-// A warp takes one row: the runs' sums of prototypes to one exponent, in their order.
-__global__ void merge_runs_kernel(__grid_constant__ const AttendClasses a) {
-  const int64_t row = global_warp(), rows = a.logits.rows, depth = a.logits.depth;
-  if (row >= rows) return;
-  const auto* sums = static_cast<const RowSum<float>*>(a.sums) + row;
-  float exponent = kNoExponent;
-  for (int64_t run = 0; run < a.runs; ++run) exponent = max_of(exponent, sums[run * rows].exponent);
-  for (int64_t k = lane_index(); k < depth; k += kWarp) {
-    float total = 0;
-    for (int64_t run = 0; run < a.runs; ++run)
-      total += times_power(a.parts[(run * rows + row) * depth + k],
-                           sums[run * rows].exponent - exponent);
-    a.out[row * depth + k] = total;
-  }
-  if (lane_index() == 0) a.exponent[row] = exponent;
 }
 
 // The samples of which a class is a positive, in their order.
@@ -258,7 +241,6 @@ void attend_classes(Queue& queue, const AttendClasses& a) {
         dim3(static_cast<unsigned>(l.rows / kRowGranule), static_cast<unsigned>(a.runs)),
         l.embeddings, l.rows, l.prototypes, l.classes);
   });
-  queue.launch(merge_runs_kernel, warp_grid(l.rows), kThreads, 0, a);
 }
 
 template <class Unit>

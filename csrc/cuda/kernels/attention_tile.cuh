@@ -2,8 +2,8 @@
 // copies and two take 64 queries each. The queries stay in shared memory, tiles of keys come through a
 // ring of stages. A warpgroup multiplies its queries by the keys, its threads make weights of the
 // cosines, which are in their registers as the next product wants its first operand, and the weights
-// are multiplied by the same keys. While one warpgroup makes weights, the other one's products have
-// the tensor cores.
+// are multiplied by the same keys. Warpgroups take turns in asking for products, so that those of one
+// are done while the other makes weights: asked for together they would end together.
 #pragma once
 
 #include "attention.h"
@@ -73,9 +73,12 @@ class AttentionTile {
 
   // Makes the cosines those of the first tile.
   UNICOM_DEVICE void begin() {
+    if (warpgroup() == 1) give_turn();
     barrier_wait(full(0), 0);
+    take_turn();
     begin_products();
     add_cosines(0);
+    give_turn();
     wait_products<0>();
   }
 
@@ -98,15 +101,19 @@ class AttentionTile {
     const int stage = stage_;
     advance();
     if (last) {
+      take_turn();
       begin_products();
       add_keys(stage, weights);
+      give_turn();
       wait_products<0>();
       return;
     }
     barrier_wait(full(stage_), phase_);
+    take_turn();
     begin_products();
     add_keys(stage, weights);
     add_cosines(stage_);
+    give_turn();
     wait_products<1>();
     release(stage);
     wait_products<0>();
@@ -157,9 +164,13 @@ class AttentionTile {
     phase_ ^= 1;
   }
 
+  UNICOM_DEVICE static int warpgroup() { return static_cast<int>(threadIdx.x) / kWarpgroup; }
+  // Numbered barriers, one for the turns of each warpgroup.
+  UNICOM_DEVICE static void take_turn() { meet(1 + warpgroup(), kConsumers * kWarpgroup); }
+  UNICOM_DEVICE static void give_turn() { announce(2 - warpgroup(), kConsumers * kWarpgroup); }
+
   UNICOM_DEVICE void add_cosines(int stage) {
-    const SharedAddress queries =
-        shared_ + static_cast<int>(threadIdx.x) / kWarpgroup * kQueryBytes;
+    const SharedAddress queries = shared_ + warpgroup() * kQueryBytes;
 #pragma unroll
     for (int depth = 0; depth < kDepth; depth += 16) {
       const int box = depth / kBoxCols, within = depth % kBoxCols * 2;

@@ -28,6 +28,16 @@ struct FinishSums {
 template <class Real>
 void finish_sums(Queue&, const FinishSums&);
 
+// The sums of prototypes that AttendClasses made, of all runs, to the largest of their exponents.
+struct MergeAttended {
+  int64_t rows, depth, runs;
+  const void* sums;       // [runs][rows] RowSum<float>
+  const float* attended;  // [runs][rows][depth]
+  float* out;             // [rows][depth]
+  float* exponent;        // [rows]
+};
+void merge_attended(Queue&, const MergeAttended&);
+
 // A sample with a label that is no class has loss NaN and no gradient.
 void join_targets(Queue&, const JoinTargets&);
 
