@@ -627,8 +627,10 @@ void compare_logits(const LogitCase& c) {
   };
   for (const int capability : {8, 9}) {
     emulation::set_compute_capability(capability);
+    const int64_t boxes = emulation::boxes_loaded();
     const LogitOutcome in_order = run(0), out = run(12345);
     const std::string on = name + " on " + std::to_string(capability);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
     expect(std::memcmp(out.sums.get(), in_order.sums.get(),
                        sizeof(RowSum<float>) * static_cast<size_t>(out.sums.size)) == 0 &&
                std::memcmp(out.probabilities.get(), in_order.probabilities.get(),
@@ -707,7 +709,9 @@ void compare_product(const ProductCase& c, cuda::ProductOf of) {
   for (const int capability : {8, 9}) {
     emulation::set_compute_capability(capability);
     const std::string on = name + " on " + std::to_string(capability);
+    const int64_t boxes = emulation::boxes_loaded();
     const Array<float> out = run(12345, false), more = run(0, true);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
     for (int64_t i = 0; i < (of_embeddings ? c.rows : valid); ++i)
       for (int64_t k = 0; k < c.depth; ++k) {
         double right = 0, size = 0, sum = 0, added = 0;
