@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int col_tiles = static_cast<int>(a.depth / kCols);
   const int all = static_cast<int>((rows + cluster_rows - 1) / cluster_rows) * col_tiles;
   const int tiles = (max_of(all - cluster, 0) + clusters - 1) / clusters;
+  // Where this block's tile t begins.
   auto row = [=](int t) {
     return ((cluster + t * clusters) / col_tiles * ranks + rank) * T::kRows;
   };
