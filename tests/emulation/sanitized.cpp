@@ -630,8 +630,10 @@ void compare_logits(const LogitCase& c) {
   };
   for (const int capability : {8, 9}) {
     emulation::set_compute_capability(capability);
+    const int64_t boxes = emulation::boxes_loaded();
     const LogitOutcome in_order = run(0), out = run(12345);
     const std::string on = name + " on " + std::to_string(capability);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
     expect(std::memcmp(out.sums.get(), in_order.sums.get(),
                        sizeof(RowSum<float>) * static_cast<size_t>(out.sums.size)) == 0 &&
                std::memcmp(out.probabilities.get(), in_order.probabilities.get(),
@@ -732,7 +734,13 @@ void compare_products(const ProductCase& c, cuda::ProductOf of) {
     expect(queue.error == cudaSuccess, name + ": a launch");
     return out;
   };
-  const Array<float> out = run(9, 0), other_order = run(9, 12345), other_kind = run(8, 12345);
+  const int64_t boxes = emulation::boxes_loaded();
+  const Array<float> out = run(9, 0), other_order = run(9, 12345);
+  const int64_t boxes_on_hopper = emulation::boxes_loaded();
+  const Array<float> other_kind = run(8, 12345);
+  const bool some = valid > 0;  // else there is nothing to load
+  expect((boxes_on_hopper > boxes) == some && emulation::boxes_loaded() == boxes_on_hopper,
+         name + ": which kernels run");
   for (int64_t i = 0; i < right.size; ++i) {
     double sum = 0;
     for (int64_t part = 0; part < c.splits; ++part) {

@@ -141,15 +141,13 @@ bool find_candidates_on_hopper(Queue& queue, const FindCandidates& a) {
   using T = FoundCandidates::T;
   if (!queue.is_hopper()) return false;
   OnHopper<FindCandidates> given{.args = a, .operands = {}};
-  if (!T::make_operands(&given.operands, a.rows, a.padded, a.packed.unit, a.packed.classes,
-                        a.packed.depth, a.packed.depth, a.packed.depth))
+  const int64_t depth = a.packed.depth;
+  if (!T::make_operands(&given.operands, a.rows, a.padded, depth, a.packed.unit, a.packed.classes,
+                        depth, depth))
     return false;
-  const int64_t blocks = a.padded / T::kRows;
-  given.operands.plan =
-      T::plan(queue.shared_limit(), a.packed.depth / T::kDepth, blocks % 2 == 0 ? 2 : 1);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.runs));
-  queue.launch(find_candidates_hopper_kernel, grid, kHopperThreads, given.operands.plan.bytes,
-               given, given.operands.plan.ranks);
+  given.operands.plan = T::plan(queue.shared_limit(), depth / T::kDepth, a.padded);
+  const dim3 grid(static_cast<unsigned>(a.padded / T::kRows), static_cast<unsigned>(a.runs));
+  launch_tiles(queue, find_candidates_hopper_kernel, grid, given);
   return true;
 }
 

@@ -32,6 +32,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   const int col_tiles = static_cast<int>(a.depth / kCols);
   const int all = static_cast<int>((rows + cluster_rows - 1) / cluster_rows) * col_tiles;
   const int tiles = (max_of(all - cluster, 0) + clusters - 1) / clusters;
+  // Where this block's tile t begins.
   auto row = [=](int t) {
     return ((cluster + t * clusters) / col_tiles * ranks + rank) * T::kRows;
   };
@@ -43,18 +44,16 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
         out(t)[i / kCols * a.depth + i % kCols] = 0;
     return;
   }
-  T::run(
-      given.operands, tiles, steps.count,
-      [&](int t) {
-        return HopperOrigin{
-            .row = row(t), .col = col(t), .depth = static_cast<int>(steps.first) * T::kDepth};
-      },
-      [&](T& tile) {
-        for (int t = 0; t < tiles; ++t) {
-          tile.multiply();
-          write_sums(tile, out(t), a);
-        }
-      });
+  auto source = [=](int t) {
+    const int depth = static_cast<int>(steps.first) * T::kDepth;
+    return HopperOrigin{.row = row(t), .col = col(t), .depth = depth};
+  };
+  T::run(given.operands, tiles, steps.count, source, [&](T& tile) {
+    for (int t = 0; t < tiles; ++t) {
+      tile.multiply();
+      write_sums(tile, out(t), a);
+    }
+  });
 #endif
 }
 
@@ -64,19 +63,17 @@ bool launch_on_hopper(Queue& queue, const Product& a) {
   using T = HopperTile<Unit, kCols, kEmbeddings, false>;
   OnHopper<Product> given{.args = a, .operands = {}};
   const int64_t rows = kEmbeddings ? a.rows : a.chunk, depth = kEmbeddings ? a.chunk : a.rows;
-  if (!T::make_operands(&given.operands, static_cast<const Unit*>(a.probabilities), rows,
-                        static_cast<const Unit*>(a.operand), a.depth, depth, a.chunk, a.depth))
+  if (!T::make_operands(&given.operands, static_cast<const Unit*>(a.probabilities), rows, a.chunk,
+                        static_cast<const Unit*>(a.operand), a.depth, a.depth, depth))
     return false;
-  const int64_t blocks = rows / T::kRows;
-  const int ranks = blocks % 2 == 0 ? 2 : 1;
-  given.operands.plan = T::plan(queue.shared_limit(), 0, ranks);
+  HopperPlan& plan = given.operands.plan;
+  plan = T::plan(queue.shared_limit(), 0, rows);
   // One block on each multiprocessor, for all parts of the sum together.
-  const int64_t tiles = blocks / ranks * (a.depth / kCols);
-  const int64_t at_once = queue.multiprocessors() / (ranks * a.splits);
+  const int64_t tiles = rows / (plan.ranks * T::kRows) * (a.depth / kCols);
+  const int64_t at_once = queue.multiprocessors() / (plan.ranks * a.splits);
   const int64_t clusters = min_of(tiles, max_of<int64_t>(at_once, 1));
-  const dim3 grid(static_cast<unsigned>(clusters * ranks), static_cast<unsigned>(a.splits));
-  queue.launch(product_hopper_kernel<Unit, kCols, kOf>, grid, kHopperThreads,
-               given.operands.plan.bytes, given, ranks);
+  const dim3 grid(static_cast<unsigned>(clusters * plan.ranks), static_cast<unsigned>(a.splits));
+  launch_tiles(queue, product_hopper_kernel<Unit, kCols, kOf>, grid, given);
   return true;
 }
 
