@@ -33,6 +33,9 @@ int64_t chunk_bytes() {
   return bytes;
 }
 
+// Most classes at a time where no probabilities are in memory: their blocks fill the device four
+// times.
+constexpr int64_t kAttendedChunk = 4 * kMultiprocessors * kRowGranule;
 constexpr int64_t kMaxSplits = 16;
 // To write and read a block's sums takes about as long as products of this depth (sixteen-bit).
 constexpr int64_t kDepthOfSums = 1024;
@@ -153,11 +156,12 @@ bool attends(Queue& queue, const Problem& p, const Gradients& g) {
 template <class Unit>
 int64_t chunk_of(Queue& queue, const Problem& p, const Gradients& g) {
   const Padded n(p);
-  const int64_t probability_bytes = attends<Unit>(queue, p, g) ? 0 : n.rows * kUnitBytes<Unit>;
-  const int64_t class_bytes =
-      std::max(probability_bytes, n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
+  const bool attending = attends<Unit>(queue, p, g);
+  const int64_t class_bytes = std::max(attending ? 0 : n.rows * kUnitBytes<Unit>,
+                                       n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
+  const int64_t most = attending ? std::min(kAttendedChunk, n.classes) : n.classes;
   return std::clamp(chunk_bytes() / class_bytes / kClassGranule * kClassGranule, kClassGranule,
-                    std::max(n.classes, kClassGranule));
+                    std::max(most, kClassGranule));
 }
 
 template <class Unit>
