@@ -166,7 +166,7 @@ def profile() -> Stage:
     """Counters of the kernels that take the time, at B = 8192, |S| = 100k, d' = 512."""
     if not GPU:
         return stage("profile", 40, *PYTEST, STAND_IN, "-k", "profiled")
-    kernels = "regex:sum_exp_kernel|probabilities_kernel|product_kernel|unpack_prototypes_kernel"
+    kernels = "regex:sum_exp|probabilities|product_kernel|unpack_prototypes_kernel"
     counters = ("ncu", "--clock-control", "none", "--set", "detailed", "--page", "details",
                 "--kernel-name", kernels, "--launch-count", "5",
                 "--export", str(RESULTS / "step.ncu-rep"))  # fmt: skip

@@ -432,3 +432,4 @@ extern "C" void unicom_emulate(int compute_capability, uint64_t schedule) {
   emulation::set_compute_capability(compute_capability);
   emulation::set_schedule(schedule);
 }
+extern "C" int64_t unicom_boxes_loaded() { return emulation::boxes_loaded(); }

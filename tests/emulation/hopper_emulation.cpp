@@ -572,7 +572,14 @@ void barrier_wait(char* barrier, int phase) {
 
 // ---- boxes
 
+namespace {
+int64_t loaded = 0;
+}  // namespace
+
+int64_t boxes_loaded() { return loaded; }
+
 void load_box(char* to, const TensorMap* map, int col, int row, char* barrier, uint16_t ranks) {
+  ++loaded;
   const Range box = box_range(*map, own_offset(to, "a box"));
   const int offset = own_offset(barrier, "a barrier");
   if (ranks == 0 || ranks >> blocks_of_cluster() != 0) fail("a box goes to ranks there are not");

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/kernels/nearest.cu"
 #include "../../csrc/cuda/kernels/pack.cu"
 #include "../../csrc/cuda/kernels/product.cu"
+#include "../../csrc/cuda/kernels/product_hopper.cu"
 #include "../../csrc/cuda/kernels/row_updates.cu"
 #include "../../csrc/cuda/kernels/samples.cu"
 #include "../../csrc/cuda/kernels/select.cu"

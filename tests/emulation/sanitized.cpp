@@ -22,6 +22,7 @@
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cuda/kernels/logits.h"
+#include "../../csrc/cuda/kernels/product.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
 #include "../../csrc/cuda/kernels/select.h"
 
@@ -626,8 +627,10 @@ void compare_logits(const LogitCase& c) {
   };
   for (const int capability : {8, 9}) {
     emulation::set_compute_capability(capability);
+    const int64_t boxes = emulation::boxes_loaded();
     const LogitOutcome in_order = run(0), out = run(12345);
     const std::string on = name + " on " + std::to_string(capability);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
     expect(std::memcmp(out.sums.get(), in_order.sums.get(),
                        sizeof(RowSum<float>) * static_cast<size_t>(out.sums.size)) == 0 &&
                std::memcmp(out.probabilities.get(), in_order.probabilities.get(),
@@ -655,6 +658,80 @@ void compare_logits(const LogitCase& c) {
                                    std::to_string(got) + " for " + std::to_string(right));
       }
     }
+  }
+}
+
+// ---- the products alone, cut into parts and added to what is there
+
+struct ProductCase {
+  int64_t rows, chunk, first, count, depth, splits;
+};
+
+void compare_product(const ProductCase& c, cuda::ProductOf of) {
+  using namespace unicom::cuda;
+  const bool of_embeddings = of == ProductOf::kEmbeddings;
+  const int64_t valid = std::clamp<int64_t>(c.count - c.first, 0, c.chunk);
+  const int64_t out_rows = of_embeddings ? c.rows : c.chunk;
+  const std::string name = (of_embeddings ? "embedding product of " : "prototype product of ") +
+                           std::to_string(c.rows) + " x " + std::to_string(valid) + " x " +
+                           std::to_string(c.depth);
+  std::mt19937 random(static_cast<unsigned>(c.rows + c.chunk));
+  std::uniform_real_distribution<float> uniform;
+  Array<uint16_t> p(c.rows * c.chunk);
+  for (int64_t i = 0; i < c.rows; ++i)  // zero up to the tile of the last class, then anything
+    for (int64_t j = 0; j < c.chunk; ++j)
+      p.data[i * c.chunk + j] = j < valid                            ? half_bits(uniform(random))
+                                : j < round_up(valid, kClassGranule) ? uint16_t{0}
+                                                                     : uint16_t{0x7fff};
+  const Array<uint16_t> operand = unit_rows(random, of_embeddings ? c.chunk : c.rows, c.depth);
+  auto run = [&](uint64_t schedule, bool accumulate) {
+    emulation::set_schedule(schedule);
+    Array<float> out(c.splits * out_rows * c.depth);
+    std::fill_n(out.get(), out.size, accumulate ? 0.5f : 1e30f);
+    Queue queue;
+    product<Half>(queue, {.of = of,
+                          .probabilities = p.get(),
+                          .operand = operand.get(),
+                          .rows = c.rows,
+                          .chunk = c.chunk,
+                          .depth = c.depth,
+                          .order = ClassOrder::of<Half>(1),
+                          .count = &c.count,
+                          .bound = c.first + c.chunk,
+                          .first = c.first,
+                          .splits = c.splits,
+                          .accumulate = accumulate,
+                          .out = out.get()});
+    expect(queue.error == cudaSuccess, name + ": a launch");
+    return out;
+  };
+  const int64_t summed = of_embeddings ? valid : c.rows;
+  for (const int capability : {8, 9}) {
+    emulation::set_compute_capability(capability);
+    const std::string on = name + " on " + std::to_string(capability);
+    const int64_t boxes = emulation::boxes_loaded();
+    const Array<float> out = run(12345, false), more = run(0, true);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
+    for (int64_t i = 0; i < (of_embeddings ? c.rows : valid); ++i)
+      for (int64_t k = 0; k < c.depth; ++k) {
+        double right = 0, size = 0, sum = 0, added = 0;
+        for (int64_t j = 0; j < summed; ++j) {
+          const int64_t row = of_embeddings ? i : j, col = of_embeddings ? j : i;
+          const double term = double(emulation::half_to_float(p.data[row * c.chunk + col])) *
+                              emulation::half_to_float(operand.data[j * c.depth + k]);
+          right += term;
+          size += std::fabs(term);
+        }
+        for (int64_t s = 0; s < c.splits; ++s) {
+          const int64_t at = (s * out_rows + i) * c.depth + k;
+          sum += out.data[at];
+          added += more.data[at] - 0.5;
+        }
+        if (std::fabs(sum - right) > 1e-5 * size || std::fabs(added - right) > 1e-5 * (size + 1))
+          return expect(false, on + ": (" + std::to_string(i) + ", " + std::to_string(k) + ") is " +
+                                   std::to_string(sum) + ", then " + std::to_string(added) +
+                                   ", for " + std::to_string(right));
+      }
   }
 }
 
@@ -692,6 +769,14 @@ int main() {
   compare_logits({129, 1025, 1025, 256, 2, 3, 16, kNone});
   compare_logits({65, 800, 769, 384, 1, 0, 300, kNone});
   compare_logits({150, 600, 599, 576, 1, 1, 64, 0.05});
+  const ProductCase products[] = {
+      {128, 256, 0, 1, 64, 1},      {256, 512, 256, 600, 128, 2}, {384, 768, 0, 513, 192, 3},
+      {128, 512, 512, 900, 256, 2}, {256, 256, 256, 200, 64, 1},
+  };
+  for (const ProductCase& c : products) {
+    compare_product(c, cuda::ProductOf::kEmbeddings);
+    compare_product(c, cuda::ProductOf::kPrototypes);
+  }
   compare_updates(50, 1, 7);
   compare_updates(9, 35, 70);
   compare_updates(300, 132, 40);

@@ -69,11 +69,22 @@ def _emulated_cuda():
     return torch.ops.unicom_ext_emulated
 
 
+def _emulation() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_emulation("_C_emulated").with_suffix(".so")))
+
+
+def boxes_loaded() -> int:
+    """How often kernels over the emulation have used TMA, which only those for Hopper do."""
+    count = _emulation().unicom_boxes_loaded
+    count.restype = ctypes.c_int64
+    return count()
+
+
 @contextlib.contextmanager
 def emulating(*, compute_capability: int = 9, schedule: int = 1) -> Iterator[None]:
     """What the emulation is of in the meantime: a Hopper (9) or a GPU before it (8), whose threads
     run in the order that follows from `schedule`."""
-    emulation = ctypes.CDLL(str(build_emulation("_C_emulated").with_suffix(".so")))
+    emulation = _emulation()
     emulation.unicom_emulate(compute_capability, ctypes.c_uint64(schedule))
     try:
         yield

@@ -32,6 +32,20 @@ int64_t chunk_bytes() {
   return bytes;
 }
 
+// Into how many runs to cut tiles of classes, against each of which all blocks of rows go, so that
+// they fill the device: one block has a multiprocessor, and to begin takes it about as long as a
+// tile.
+int64_t runs_of(int64_t rows, int64_t classes) {
+  const int64_t blocks = rows / kRowGranule, tiles = classes / kClassGranule;
+  auto cost = [&](int64_t runs) {
+    return ceil_div(blocks * runs, kMultiprocessors) * (ceil_div(tiles, runs) + 1);
+  };
+  int64_t best = 1;
+  for (int64_t runs = 2; runs <= std::min(tiles, kWantedBlocks); ++runs)
+    if (cost(runs) < cost(best)) best = runs;
+  return best;
+}
+
 constexpr int64_t kMaxSplits = 16;
 // To write and read a block's sums takes about as long as products of this depth (sixteen-bit).
 constexpr int64_t kDepthOfSums = 1024;
@@ -83,8 +97,7 @@ struct ForwardSpace {
   double* class_sums;  // [kSumParts][depth], with label smoothing
 
   ForwardSpace(Arena& arena, const Problem& p, const Padded& n)
-      : runs(std::clamp<int64_t>(kWantedBlocks * kRowGranule / std::max<int64_t>(n.rows, 1), 1,
-                                 std::max<int64_t>(n.classes / kClassGranule, 1))),
+      : runs(runs_of(n.rows, n.classes)),
         rows(arena.take<Unit>(n.rows * n.depth)),
         inverse_norm(arena.take<double>(n.rows)),
         partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)),
@@ -369,14 +382,12 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
   for (int64_t first = 0; first < n.classes; first += space.chunk) {
     const int64_t chunk = std::min(space.chunk, n.classes - first);
     const Unit* unit = classes.unit + first * n.depth;
-    const int64_t runs =
-        std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1, chunk / kClassGranule);
     probabilities<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
                                 .first = first,
                                 .chunk = chunk,
                                 .kept = g.kept,
                                 .kept_classes = kept_classes<Unit>(p),
-                                .runs = runs,
+                                .runs = runs_of(n.rows, chunk),
                                 .row = space.row_scale,
                                 .out = space.probabilities});
     Product product_of{.of = ProductOf::kEmbeddings,

@@ -10,12 +10,6 @@ namespace {
 template <class Unit>
 using HopperLogitTile = HopperTile<Unit, kClassCols<Unit>, true, true>;
 
-template <class Args>
-struct OnHopper {
-  Args args;
-  HopperOperands operands;
-};
-
 // A block's rows against the tiles of classes from `first_class` on.
 template <class T>
 UNICOM_DEVICE auto class_tiles_from(int64_t first_class) {
@@ -90,15 +84,12 @@ bool launch_on_hopper(Queue& queue, void (*kernel)(OnHopper<Args>), const Args& 
   const Logits& a = args.logits;
   if (!queue.is_hopper() || a.order.centers > 1) return false;
   OnHopper<Args> given{.args = args, .operands = {}};
-  if (!T::make_operands(&given.operands, static_cast<const Unit*>(a.embeddings), a.rows,
-                        static_cast<const Unit*>(a.prototypes), a.classes, a.depth, a.depth,
-                        a.depth))
+  if (!T::make_operands(&given.operands, static_cast<const Unit*>(a.embeddings), a.rows, a.depth,
+                        static_cast<const Unit*>(a.prototypes), a.classes, a.depth, a.depth))
     return false;
-  const int64_t blocks = a.rows / T::kRows;
-  given.operands.plan = T::plan(queue.shared_limit(), a.depth / T::kDepth, blocks % 2 == 0 ? 2 : 1);
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(args.runs));
-  queue.launch(kernel, grid, kHopperThreads, given.operands.plan.bytes, given,
-               given.operands.plan.ranks);
+  given.operands.plan = T::plan(queue.shared_limit(), a.depth / T::kDepth, a.rows);
+  const dim3 grid(static_cast<unsigned>(a.rows / T::kRows), static_cast<unsigned>(args.runs));
+  launch_tiles(queue, kernel, grid, given);
   return true;
 }
 

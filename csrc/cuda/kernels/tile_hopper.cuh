@@ -34,6 +34,13 @@ struct HopperOperands {
   HopperPlan plan;
 };
 
+// What a kernel is given.
+template <class Args>
+struct OnHopper {
+  Args args;
+  HopperOperands operands;
+};
+
 // Where a tile's operands begin in their matrices.
 struct HopperOrigin {
   int row, col, depth;
@@ -44,26 +51,27 @@ class HopperTile {
  public:
   using Real = float;
   static constexpr int kRows = kConsumers * kBoxRows, kCols = kCols_, kDepth = kBoxCols;
-  static constexpr int kThreadRows = 2, kThreadCols = kCols / 4;
+  static constexpr int kThreadRows = 2, kThreadCols = kCols / 4, kRun = 2;
   static constexpr int kABytes = kRows / kBoxRows * kBoxBytes;  // of a step
   static constexpr int kBBytes = kCols / kBoxRows * kBoxBytes;
 
-  // steps: those of a tile if A is the same for all tiles, else 0. A that stays spares a third of
+  // steps: those of a tile if A is the same for all tiles, else 0; rows: of all blocks. A that stays spares a third of
   // what comes from the second-level cache, but the ring has to hold what one warpgroup is ahead of
   // the other and what is under way.
-  static HopperPlan plan(size_t limit, int64_t steps, int ranks) {
+  static HopperPlan plan(size_t limit, int64_t steps, int64_t rows) {
     constexpr size_t kLeastStages = 4, kMostStages = 8;
     constexpr size_t kBarriers = kMostStages * 2 * 8;
     const size_t room = limit - kBarriers, kept = static_cast<size_t>(steps) * kABytes;
     const bool keeps = steps > 0 && kept + kLeastStages * kBBytes <= room;
     const size_t first = keeps ? kept : 0, stage = keeps ? kBBytes : kABytes + kBBytes;
     const size_t stages = std::min(kMostStages, (room - first) / stage);
+    const int ranks = rows / kRows % 2 == 0 ? 2 : 1;
     return {static_cast<int>(stages), keeps, ranks, first + stages * stage + kBarriers};
   }
 
-  // Of a matrix that lies with the depth innermost, [rows][depth], or outermost, [depth][rows].
-  static bool make_operands(HopperOperands* to, const Unit* a, int64_t rows, const Unit* b,
-                            int64_t cols, int64_t depth, int64_t a_stride, int64_t b_stride) {
+  // Of matrices that lie with the depth innermost, [rows][depth], or outermost, [depth][rows].
+  static bool make_operands(HopperOperands* to, const Unit* a, int64_t rows, int64_t a_stride,
+                            const Unit* b, int64_t cols, int64_t b_stride, int64_t depth) {
     return make_tensor_map(&to->a, a, kADepthInner ? rows : depth, kADepthInner ? depth : rows,
                            a_stride, kBoxRows) &&
            make_tensor_map(&to->b, b, kBDepthInner ? cols : depth, kBDepthInner ? depth : cols,
@@ -126,6 +134,11 @@ class HopperTile {
     wait_products<0>();
     pin(sums_);
     release(last);
+  }
+
+  UNICOM_DEVICE void clear() {
+#pragma unroll
+    for (float& sum : sums_) sum = 0;
   }
 
   // See Tile.
@@ -218,5 +231,12 @@ class HopperTile {
       phase_ = 0;  // where in the ring this thread is, and how often it was there, mod 2
   float sums_[kCols / 2];
 };
+
+template <class Args>
+void launch_tiles(Queue& queue, void (*kernel)(OnHopper<Args>), dim3 grid,
+                  const OnHopper<Args>& given) {
+  const HopperPlan& plan = given.operands.plan;
+  queue.launch(kernel, grid, kHopperThreads, plan.bytes, given, plan.ranks);
+}
 
 }  // namespace unicom::cuda
