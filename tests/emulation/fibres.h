@@ -1,4 +1,4 @@
-// Threads of a cluster of blocks as fibres, which take turns: for the sources of the emulation only.
+// Threads of a cluster as fibres, which take turns. For the sources of the emulation only.
 #pragma once
 
 #include <memory>

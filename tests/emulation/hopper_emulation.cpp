@@ -377,8 +377,8 @@ int place_of_sum(int thread, int i, int cols) {
   return row * cols + i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a row
-// as [kDepth][kRows], `b` its columns as [kDepth][cols].
+// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a
+// row as [kDepth][kRows], `b` its columns as [kDepth][cols].
 void add_truncated(float* sums, const double* a, const double* b, int cols, bool add) {
   const auto absolute = [](__m128d x) { return _mm_andnot_pd(_mm_set1_pd(-0.0), x); };
   const __m128d start = add ? _mm_set_pd(sums[1], sums[0]) : _mm_setzero_pd();
@@ -817,8 +817,9 @@ namespace unicom::cuda {
 
 bool make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t stride,
                      int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride * 2 % 16 != 0 || rows < 1 || cols < 1 ||
-      stride < cols || box_rows < 1 || box_rows > 256)
+  constexpr int64_t kMost = int64_t{1} << 31;  // places are given in 32 bits
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride * 2 % 16 != 0 || stride < cols ||
+      rows < 1 || cols < 1 || rows >= kMost || cols >= kMost || box_rows < 1 || box_rows > 256)
     return false;
   *map = {static_cast<const uint16_t*>(data), rows, cols, stride, box_rows};
   return true;
