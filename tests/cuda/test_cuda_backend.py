@@ -250,6 +250,9 @@ def test_the_machine_code_for_hopper_is_hopper_s(tmp_path):
         for kernel in kernels:
             found = set(re.findall(r"\b(HGMMA|UTMALDG|HMMA|LDGSTS|LDSM|LDL|STL)\b", kernel))
             assert found == {"HGMMA", "UTMALDG"}, kernel.splitlines()[0]
+            # Nothing in the main loop waits for memory or gives up the first-level cache.
+            loop = kernel[kernel.index("HGMMA") : kernel.rindex("HGMMA")]
+            assert not re.search(r"MEMBAR|CCTL", loop), kernel.splitlines()[0]
 
 
 @pytest.mark.slow

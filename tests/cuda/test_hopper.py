@@ -98,6 +98,13 @@ def test_samples_that_have_come_to_their_prototypes():
     assert torch.allclose(on_hopper.loss, elsewhere.loss, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"interclass_filter": 0.1}], ids=str)
+def test_without_negatives(options):
+    problem = random_problem(5, 1, 16, precision="fp16", reduction="none", **options)
+    for outcome in on_both(problem):
+        assert all(torch.equal(part, torch.zeros_like(part)) for part in outcome)
+
+
 def test_fewer_classes_than_there_is_room_for():
     """Labels that stand twice bring fewer classes than the bound allows."""
     results = []

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.emulated
 RIGHT = [
     *(f"{unit}_{cols}" for unit in ("half", "bfloat") for cols in (64, 96, 128, 256)),
     "half_registers",
+    "half_128_registers",
     "bfloat_registers",
     "stores_then_products",
     "two_sums_at_once",
@@ -25,7 +26,7 @@ RIGHT = [
 
 # What the emulation says, or the value that came out wrong.
 FAULTS = {
-    "wrong_phase": "a product reads bytes 0 to 8191 of shared memory, to which a box is being copied",
+    "wrong_phase": "a product reads bytes 0 to 8191 of shared memory, to which a box is being",
     "full_at_once": "more arrivals than expected at the barrier at byte 49152",
     "released_too_early": (
         "a box is copied to bytes 0 to 8191 of rank 0, "
@@ -50,7 +51,7 @@ FAULTS = {
     "unpublished": "a product reads shared memory that nobody has written for it",
     "stored_too_early": "which was written without publish_stores, or before the reader",
     "copies_to_an_ended_block": "the barrier at byte 0 is of rank 1, which has ended",
-    "box_unpublished": "a store of a box reads byte 1024 of shared memory, which was written without",
+    "box_unpublished": "a store of a box reads byte 1024 of shared memory, which was written",
     "box_stored_too_early": "publish_stores, or before the reader was waited for",
     "box_overwritten": (
         "a box is copied to bytes 1024 to 3071 of rank 0, "

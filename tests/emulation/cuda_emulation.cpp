@@ -67,6 +67,8 @@ struct Copy {
 struct Fibre {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
+  unsigned thread = 0;  // of its block
+  int block = 0;
   State state = State::kReady;
   int pause = 0;                         // rounds of the scheduler that it lets pass
   const Condition* condition = nullptr;  // that it waits for
@@ -136,15 +138,10 @@ void fibre_main() {
   fail("a finished thread ran on");
 }
 
-// The thread that `fail` names.
-void select(int index) {
-  current = index;
-  threadIdx = dim3(static_cast<unsigned>(index) % blockDim.x);
-  blockIdx = blocks[current_block()].index;
-}
-
 void run_fibre(int index) {
-  select(index);
+  current = index;
+  threadIdx = dim3(fibres[index].thread);
+  blockIdx = blocks[fibres[index].block].index;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(&fake, fibres[index].stack, kStackBytes);
@@ -155,7 +152,10 @@ void run_fibre(int index) {
 #endif
 }
 
-void prepare(Fibre& fibre) {
+void prepare(int index) {
+  Fibre& fibre = fibres[index];
+  fibre.block = index / threads_of_block();
+  fibre.thread = static_cast<unsigned>(index % threads_of_block());
   if (fibre.stack == nullptr)
     fibre.stack = static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
@@ -230,7 +230,7 @@ void run_cluster(dim3 first, dim3 cluster) {
         block.running = threads_of_block();
       }
   const int threads = rank * threads_of_block();
-  for (int i = 0; i < threads; ++i) prepare(fibres[i]);
+  for (int i = 0; i < threads; ++i) prepare(i);
   for (auto& warp : warps) warp.arrived = 0;
   reset_units();
   uint64_t random = schedule * 0x9e3779b97f4a7c15u + 1;
@@ -296,6 +296,7 @@ void maybe_pause() {
 }
 
 int current_thread() { return current; }
+int current_block() { return fibres[current].block; }
 int threads_of_block() { return static_cast<int>(blockDim.x); }
 int blocks_of_cluster() { return static_cast<int>(blocks.size()); }
 bool has_ended(int thread) { return fibres[thread].state == State::kDone; }

@@ -1,4 +1,4 @@
-// Threads of a cluster of blocks as fibres, which take turns: for the sources of the emulation only.
+// Threads of a cluster as fibres, which take turns. For the sources of the emulation only.
 #pragma once
 
 #include <memory>
@@ -29,11 +29,11 @@ void maybe_pause();
 
 // Threads of a cluster are numbered through its blocks.
 int current_thread();
+int current_block();
 int threads_of_block();
 int blocks_of_cluster();
 bool has_ended(int thread);
 bool block_has_ended(int block);
-inline int current_block() { return current_thread() / threads_of_block(); }
 
 // Dynamic shared memory of a block of the cluster; it begins at a multiple of kSharedAlignment.
 constexpr int kSharedAlignment = 1024;

@@ -407,8 +407,8 @@ bool stores(StoreFault fault) {
 
 // ---- a second opinion -------------------------------------------------------------------------
 
-// Where CuTe has element (row, depth) of an operand: Layout_K_SW128_Atom and Layout_MN_SW128_Atom of
-// halves, tiled to [256][64] with the atoms along the depth first (tile_to_shape; CUTLASS 4.2).
+// Where CuTe has element (row, depth) of an operand: Layout_K_SW128_Atom and Layout_MN_SW128_Atom
+// of halves, tiled to [256][64] with the atoms along the depth first (tile_to_shape; CUTLASS 4.2).
 struct Fact {
   int row, depth, offset;
 };

@@ -43,22 +43,32 @@ constexpr int swizzled(int offset) { return offset ^ (offset >> 3 & 0x70); }
 class Mirror {
  public:
   Mirror()
-      : bytes_(static_cast<size_t>(shared_bytes()), '\xff'), known_(bytes_.size() / kChunkBytes) {}
+      : bytes_(static_cast<size_t>(shared_bytes()), '\xff'),
+        known_(bytes_.size() / kChunkBytes + 1) {}
 
   char* at(int offset) { return &bytes_[static_cast<size_t>(offset)]; }
   const char* at(int offset) const { return &bytes_[static_cast<size_t>(offset)]; }
   void refresh(const char* shared) {
-    for (size_t i = 0; i < known_.size(); ++i) {
-      char* mine = &bytes_[i * kChunkBytes];
-      if (std::memcmp(mine, shared + i * kChunkBytes, kChunkBytes) == 0) continue;
-      std::memcpy(mine, shared + i * kChunkBytes, kChunkBytes);
-      known_[i] = true;
-    }
+    for_changes(shared, 0, shared_bytes(), 4096, [&](int begin, int bytes) {
+      for_changes(shared, begin, bytes, kChunkBytes, [&](int chunk, int size) {
+        std::memcpy(at(chunk), shared + chunk, static_cast<size_t>(size));
+        set_known(chunk);
+      });
+    });
   }
   void set_known(int offset) { known_[static_cast<size_t>(offset / kChunkBytes)] = true; }
   bool known(int offset) const { return known_[static_cast<size_t>(offset / kChunkBytes)]; }
 
  private:
+  // Calls f(offset, bytes) for each piece of a part that differs.
+  template <class F>
+  void for_changes(const char* shared, int begin, int bytes, int piece, const F& f) const {
+    for (int i = begin; i < begin + bytes; i += piece) {
+      const int size = std::min(piece, begin + bytes - i);
+      if (std::memcmp(at(i), shared + i, static_cast<size_t>(size)) != 0) f(i, size);
+    }
+  }
+
   std::vector<char> bytes_;
   std::vector<char> known_;  // chunks that somebody has written
 };
@@ -102,18 +112,13 @@ struct Product {
 struct Warpgroup {
   std::deque<Product> products;  // since the last one that somebody waited for
   int first = 0;                 // number of the first of them
-  int done = 0;                  // products
+  int done = 0, to_do = 0;       // products; to do: that all threads have committed
   int waited_for = 0;            // products
   std::vector<int> group_ends;   // products until the end of each committed group
   std::vector<int> committers;   // threads that have committed it
 
   int issued() const { return first + static_cast<int>(products.size()); }
   Product& product(int index) { return products[static_cast<size_t>(index - first)]; }
-  bool has_work() const {
-    const auto group = std::upper_bound(group_ends.begin(), group_ends.end(), done);
-    return group != group_ends.end() &&
-           committers[static_cast<size_t>(group - group_ends.begin())] == kWarpgroup;
-  }
 };
 
 struct Thread {
@@ -139,6 +144,7 @@ std::vector<Thread> threads;
 std::vector<Warpgroup> warpgroups;
 std::vector<Load> loads;
 std::vector<std::shared_ptr<Store>> stores;
+int work = 0;  // pieces of it that the units can do
 
 Thread& me() { return threads[static_cast<size_t>(current_thread())]; }
 int warpgroups_of_block() { return (threads_of_block() + kWarpgroup - 1) / kWarpgroup; }
@@ -173,11 +179,9 @@ int own_offset(const char* shared, const char* what) {
 
 constexpr int kMostPending = 1 << 20;  // arrivals, bytes
 
-enum class Mark : uint64_t {
-  kNone = 3,
-  kNew = 1,
-  kKnown = 2
-};  // none: what shared memory begins as
+// Marks of a barrier: of a new one, and of one that TMA and other blocks may know. Shared memory
+// begins without, as 3.
+constexpr uint64_t kNew = 1, kKnown = 2;
 struct Mbarrier {
   uint64_t phase : 1;
   uint64_t arrivals : 20;  // of each phase
@@ -195,8 +199,7 @@ static_assert(sizeof(Mbarrier) == 8);
 Mbarrier& barrier_at(int block, int offset) {
   if (offset % 8 != 0) fail("a barrier is not aligned to 8 bytes");
   auto& barrier = *reinterpret_cast<Mbarrier*>(shared_of(block) + offset);
-  if (barrier.mark != static_cast<uint64_t>(Mark::kNew) &&
-      barrier.mark != static_cast<uint64_t>(Mark::kKnown))
+  if (barrier.mark != kNew && barrier.mark != kKnown)
     fail("there is no barrier at byte " + number(offset) + " of rank " + number(block));
   return barrier;
 }
@@ -206,7 +209,7 @@ Mbarrier& known_barrier_at(int block, int offset) {
     fail("the barrier at byte " + number(offset) + " is of rank " + number(block) +
          ", which has ended");
   Mbarrier& barrier = barrier_at(block, offset);
-  if (barrier.mark != static_cast<uint64_t>(Mark::kKnown))
+  if (barrier.mark != kKnown)
     fail("the barrier at byte " + number(offset) + " is used before barrier_init_done");
   return barrier;
 }
@@ -374,8 +377,8 @@ int place_of_sum(int thread, int i, int cols) {
   return row * cols + i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a row
-// as [kDepth][kRows], `b` its columns as [kDepth][cols].
+// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a
+// row as [kDepth][kRows], `b` its columns as [kDepth][cols].
 void add_truncated(float* sums, const double* a, const double* b, int cols, bool add) {
   const auto absolute = [](__m128d x) { return _mm_andnot_pd(_mm_set1_pd(-0.0), x); };
   const __m128d start = add ? _mm_set_pd(sums[1], sums[0]) : _mm_setzero_pd();
@@ -518,13 +521,12 @@ void barrier_init(char* barrier, int arrivals) {
                                            .arrivals = static_cast<uint64_t>(arrivals),
                                            .pending = static_cast<uint64_t>(arrivals),
                                            .bytes = 0,
-                                           .mark = static_cast<uint64_t>(Mark::kNew)};
+                                           .mark = kNew};
   me().new_barriers.push_back(offset);
 }
 
 void barrier_init_done() {
-  for (int offset : me().new_barriers)
-    barrier_at(current_block(), offset).mark = static_cast<uint64_t>(Mark::kKnown);
+  for (int offset : me().new_barriers) barrier_at(current_block(), offset).mark = kKnown;
   me().new_barriers.clear();
 }
 
@@ -586,6 +588,7 @@ void load_box(char* to, const TensorMap* map, int col, int row, char* barrier, u
       known_barrier_at(block, offset);
       check_free(block, box);
       loads.push_back({*map, col, row, block, box, offset});
+      ++work;
     }
   maybe_pause();
 }
@@ -598,6 +601,7 @@ void store_box(const TensorMap* map, int col, int row, const char* from) {
   store->block = current_block();
   store->from = box_range(*map, own_offset(from, "a box"));
   stores.push_back(store);
+  work += 2;  // reading and writing
   me().stores.push_back(store);
   maybe_pause();
 }
@@ -680,7 +684,9 @@ void commit_products() {
   }
   if (group.group_ends[index] != thread.issued)
     fail("threads of a warpgroup differ in what they commit");
-  ++group.committers[index];
+  if (++group.committers[index] < kWarpgroup) return;
+  work += thread.issued - group.to_do;
+  group.to_do = thread.issued;
 }
 
 void wait_products(int pending) {
@@ -766,15 +772,10 @@ void reset_units() {
   warpgroups.assign(blocks * static_cast<size_t>(warpgroups_of_block()), {});
   loads.clear();
   stores.clear();
+  work = 0;
 }
 
-bool units_are_busy() {
-  return !loads.empty() || std::any_of(stores.begin(), stores.end(), [](const auto& store) {
-    return !store->written;
-  }) || std::any_of(warpgroups.begin(), warpgroups.end(), [](const Warpgroup& group) {
-    return group.has_work();
-  });
-}
+bool units_are_busy() { return work > 0; }
 
 void run_units(uint64_t random) {
   std::vector<Store*> storing;
@@ -782,7 +783,8 @@ void run_units(uint64_t random) {
     if (!store->written) storing.push_back(store.get());
   std::vector<int> multiplying;
   for (size_t i = 0; i < warpgroups.size(); ++i)
-    if (warpgroups[i].has_work()) multiplying.push_back(static_cast<int>(i));
+    if (warpgroups[i].done < warpgroups[i].to_do) multiplying.push_back(static_cast<int>(i));
+  --work;
   auto pick = static_cast<size_t>(random % (loads.size() + storing.size() + multiplying.size()));
   if (pick < loads.size()) {
     const Load load = loads[pick];
@@ -817,8 +819,9 @@ bool has_tensor_maps() { return true; }
 
 bool make_tensor_map(TensorMap* map, const void* data, int64_t rows, int64_t cols, int64_t stride,
                      int box_rows) {
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride * 2 % 16 != 0 || rows < 1 || cols < 1 ||
-      stride < cols || box_rows < 1 || box_rows > 256)
+  constexpr int64_t kMost = int64_t{1} << 31;  // places are given in 32 bits
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride * 2 % 16 != 0 || stride < cols ||
+      rows < 1 || cols < 1 || rows >= kMost || cols >= kMost || box_rows < 1 || box_rows > 256)
     return false;
   *map = {static_cast<const uint16_t*>(data), rows, cols, stride, box_rows};
   return true;

@@ -36,6 +36,28 @@ int64_t chunk_bytes() {
 // Most classes at a time where no probabilities are in memory: their blocks fill the device four
 // times.
 constexpr int64_t kAttendedChunk = 4 * kMultiprocessors * kRowGranule;
+
+// Into how many parts to cut work so that `blocks` blocks for each fill the device: few waves, one
+// block on each multiprocessor. length(parts): of one block's work.
+template <class Length>
+int64_t parts_that_fill(int64_t blocks, int64_t most, const Length& length) {
+  auto cost = [&](int64_t parts) {
+    return ceil_div(blocks * parts, kMultiprocessors) * length(parts);
+  };
+  int64_t best = 1;
+  for (int64_t parts = 2; parts <= most; ++parts)
+    if (cost(parts) < cost(best)) best = parts;
+  return best;
+}
+
+// Into how many runs to cut tiles of classes, against each of which all blocks of rows go: to begin
+// takes a block about as long as a tile.
+int64_t runs_of(int64_t rows, int64_t classes) {
+  const int64_t tiles = classes / kClassGranule;
+  return parts_that_fill(rows / kRowGranule, std::min(tiles, kWantedBlocks),
+                         [&](int64_t runs) { return ceil_div(tiles, runs) + 1; });
+}
+
 constexpr int64_t kMaxSplits = 16;
 // To write and read a block's sums takes about as long as products of this depth (sixteen-bit).
 constexpr int64_t kDepthOfSums = 1024;
@@ -86,19 +108,6 @@ struct Attended {
   static int64_t bytes(const Padded& n) { return n.rows * (n.depth + 1) * int64_t{sizeof(float)}; }
 };
 
-// Into how many parts to cut work so that `blocks` blocks for each fill the device: few waves, one
-// block on each multiprocessor. length(parts): of one block's work.
-template <class Length>
-int64_t parts_that_fill(int64_t blocks, int64_t most, const Length& length) {
-  auto cost = [&](int64_t parts) {
-    return ceil_div(blocks * parts, kMultiprocessors) * length(parts);
-  };
-  int64_t best = 1;
-  for (int64_t parts = 2; parts <= most; ++parts)
-    if (cost(parts) < cost(best)) best = parts;
-  return best;
-}
-
 template <class Unit>
 struct PackedClasses {
   Unit* unit;            // [classes][depth]
@@ -124,10 +133,7 @@ struct ForwardSpace {
 
   ForwardSpace(Arena& arena, Queue& queue, const Problem& p, const Padded& n)
       : attends(p.wants_embeddings && cuda::attends<Unit>(queue, p)),
-        runs(attends
-                 ? attending_runs(n)
-                 : std::clamp<int64_t>(kWantedBlocks * kRowGranule / std::max<int64_t>(n.rows, 1),
-                                       1, std::max<int64_t>(n.classes / kClassGranule, 1))),
+        runs(attends ? attending_runs(n) : runs_of(n.rows, n.classes)),
         rows(arena.take<Unit>(n.rows * n.depth)),
         inverse_norm(arena.take<double>(n.rows)),
         partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)),
@@ -452,14 +458,12 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
   const Logits logits = logits_of(p, n, space.rows, classes.unit);
   // The sums of a chunk's prototypes, and what the chunk adds to those of the embeddings.
   auto sum_chunk = [&](int64_t first, int64_t chunk) {
-    const int64_t runs =
-        std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1, chunk / kClassGranule);
     probabilities<Unit>(queue, {.logits = logits,
                                 .first = first,
                                 .chunk = chunk,
                                 .kept = g.kept,
                                 .kept_classes = kept_classes<Unit>(p),
-                                .runs = runs,
+                                .runs = runs_of(n.rows, chunk),
                                 .row = space.row_scale,
                                 .out = space.probabilities});
     Product product_of{.of = ProductOf::kEmbeddings,

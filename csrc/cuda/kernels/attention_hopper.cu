@@ -66,7 +66,7 @@ class RunningWeights {
         c = exponential_(c, exponent_[i]);
         sum_[i] += c;
       }
-      if (filtered_) sum_[i] += filtered[i] * exponential_(0.0f, exponent_[i]);
+      if (filtered[i] > 0) sum_[i] += filtered[i] * exponential_(0.0f, exponent_[i]);
     }
   }
 

@@ -115,9 +115,9 @@ UNICOM_DEVICE void barrier_init_done() {
 UNICOM_DEVICE void barrier_arrive(SharedAddress barrier) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// At the barrier that lies at the same place in the block `rank` of the cluster. Says that this thread
-// has read, not that it has written: released to the whole cluster it would wait for all of its memory
-// accesses.
+// At the barrier that lies at the same place in the block `rank` of the cluster. Says that this
+// thread has read, not that it has written: released to the whole cluster it would wait for all of
+// its memory accesses.
 UNICOM_DEVICE void barrier_arrive_at(SharedAddress barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
@@ -132,11 +132,13 @@ UNICOM_DEVICE void barrier_expect(SharedAddress barrier, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// What TMA has written is there then, whichever block asked for it. Acquired from the whole cluster,
+// each wait would empty the first-level cache (CCTL.IVALL).
 UNICOM_DEVICE void barrier_wait(SharedAddress barrier, int phase) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra over;\n"
       "bra again;\n"
       "over:\n}" ::"r"(barrier),

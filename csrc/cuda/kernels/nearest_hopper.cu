@@ -10,12 +10,13 @@ namespace unicom::cuda {
 
 namespace {
 
+using HopperSearchTile = HopperTile<Half, kClassGranule, true, true>;
+
 // What a warp knows of its rows, which no other warp has a part of; the same on the four lanes that
 // share a row.
+template <class T>
 class FoundCandidates {
  public:
-  using T = HopperTile<Half, kClassGranule, true, true>;
-
   UNICOM_DEVICE FoundCandidates(const T& tile, const FindCandidates& a, int64_t first_row)
       : bias_(a.packed.bias),
         lists_(a.candidate +
@@ -110,7 +111,7 @@ class FoundCandidates {
 __global__ void __launch_bounds__(kHopperThreads, 1)
     find_candidates_hopper_kernel(__grid_constant__ const OnHopper<FindCandidates> given) {
 #ifdef UNICOM_HAS_HOPPER
-  using T = FoundCandidates::T;
+  using T = HopperSearchTile;
   const FindCandidates& a = given.args;
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * T::kRows;
   const TileRun run = run_of_block<T::kCols>(a.packed.classes, a.runs);
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
                             .depth = 0};
       },
       [&](T& tile) {
-        FoundCandidates found(tile, a, first_row);
+        FoundCandidates<T> found(tile, a, first_row);
         for (int t = 0; t < run.tiles; ++t) {
           tile.multiply();
           found.add(tile, (run.first + t) * T::kCols);
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 }  // namespace
 
 bool find_candidates_on_hopper(Queue& queue, const FindCandidates& a) {
-  using T = FoundCandidates::T;
+  using T = HopperSearchTile;
   if (!queue.is_hopper()) return false;
   OnHopper<FindCandidates> given{.args = a, .operands = {}};
   const int64_t depth = a.packed.depth;

@@ -182,7 +182,7 @@ class HopperTile {
       barrier_wait(full(min_of(count_ / 2, tiles * steps_ - 1)), 0);
   }
 
-  // The first operand of a product of a matrix instruction at `depth` of a step.
+  // What a matrix instruction takes at `depth` of a step, of boxes that lie one after another.
   template <bool kDepthInner>
   UNICOM_DEVICE static uint64_t operand(SharedAddress boxes, int depth) {
     return operand_descriptor(boxes + depth * (kDepthInner ? 2 : kBoxLineBytes), kBoxBytes,
@@ -211,8 +211,11 @@ class HopperTile {
         }
         for (int i = rank; i < kCols / kBoxRows; i += ranks_) {
           const int row = from.col + i * kBoxRows;
-          load_box_to(all_ranks, b + i * kBoxBytes, operands.b, kBDepthInner ? depth : row,
-                      kBDepthInner ? row : depth, done);
+          const int x = kBDepthInner ? depth : row, y = kBDepthInner ? row : depth;
+          if (ranks_ == 1)
+            load_box(b + i * kBoxBytes, operands.b, x, y, done);
+          else
+            load_box_to(all_ranks, b + i * kBoxBytes, operands.b, x, y, done);
         }
         advance();
       }
@@ -222,11 +225,12 @@ class HopperTile {
   const SharedAddress kept_, stages_;
   const int steps_, count_, stage_bytes_, ranks_;
   const bool keeps_a_;
-  int stage_ = 0,
-      phase_ = 0;  // where in the ring this thread is, and how often it was there, mod 2
+  // Where in the ring this thread is, and whether it has been there an odd number of times.
+  int stage_ = 0, phase_ = 0;
   float sums_[kCols / 2];
 };
 
+// All blocks of a grid, in clusters as planned.
 template <class Args>
 void launch_tiles(Queue& queue, void (*kernel)(OnHopper<Args>), dim3 grid,
                   const OnHopper<Args>& given) {
