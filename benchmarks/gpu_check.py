@@ -49,6 +49,7 @@ STAND_IN = "tests/cuda/test_cuda_benchmarks.py"  # of benchmarks
 MARK = "gpu" if GPU else "emulated"
 HOPPER = "small_sizes and (fp16 or bf16)"  # the smallest tests of its own kernels
 GENERAL = {"UNICOM_CUDA_HOPPER": "0"}  # the kernels of all GPUs
+PROFILED = "sum_exp|probabilities|product|unpack_prototypes"  # kernels, of either kind of GPU
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,8 @@ def profile() -> Stage:
     """Counters of the kernels that take the time, at B = 8192, |S| = 100k, d' = 512."""
     if not GPU:
         return stage("profile", 40, *PYTEST, STAND_IN, "-k", "profiled")
-    kernels = "regex:sum_exp_kernel|probabilities_kernel|product_kernel|unpack_prototypes_kernel"
     counters = ("ncu", "--clock-control", "none", "--set", "detailed", "--page", "details",
-                "--kernel-name", kernels, "--launch-count", "5",
+                "--kernel-name", f"regex:{PROFILED}", "--launch-count", "5",
                 "--export", str(RESULTS / "step.ncu-rep"))  # fmt: skip
     return stage("profile", 40, *counters, sys.executable, str(ROOT / "benchmarks/cuda_step.py"))
 

@@ -35,6 +35,7 @@ struct Problem {
   Precision precision = Precision::kFp32;
   // Forward may keep so many bytes of cosines for backward, which multiplies the others again.
   int64_t keep_bytes = 0;
+  bool wants_embeddings = false;  // their gradient, later: forward may prepare it
 
   // What sums, losses and gradients are computed and returned in: float64 or float32.
   bool is_double() const {

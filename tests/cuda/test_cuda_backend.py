@@ -22,9 +22,13 @@ from unicom_ext.ops import library
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc", path=str(CUDA_HOME / "bin")) or shutil.which("nvcc")
+# Of the toolkit, or of the wheel nvidia-cuda-nvdisasm.
+DISASSEMBLERS = (CUDA_HOME / "bin", *Path(torch.__path__[0]).parent.glob("nvidia/*/bin"))
+NVDISASM = shutil.which("nvdisasm", path=os.pathsep.join(map(str, DISASSEMBLERS)))
 CSRC = backends.ROOT / "csrc"
 KERNELS = sorted((CSRC / "cuda" / "kernels").glob("*.cu"))
-BINDING = sorted([*(CSRC / "bind" / "cuda").glob("*.cpp"), *(CSRC / "cuda" / "host").glob("*.cpp")])
+BINDING = sorted(path for room in ("bind/cuda", "cuda/host", "cuda/kernels")
+                 for path in (CSRC / room).glob("*.cpp"))  # fmt: skip
 op = functional.partial_margin_softmax
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: kernels not compiled")
@@ -161,7 +165,7 @@ def test_shapes_for_the_compiler_are_those_of_the_operator(precision, centers, d
         None,
         None,
     )
-    codes = [False, False, precision, 1, 0, 1 << 20, False, centers]
+    codes = [False, False, precision, 1, 0, 1 << 20, False, centers, True]
     options = [1.0, 0.3, 0.0, 64.0, 2.0, 0.0], codes
     real = library.ops.loss(*tensors, *options)
     with FakeTensorMode():
@@ -183,7 +187,7 @@ def test_the_sources_are_found():
     emulated = (backends.ROOT / "tests" / "emulation" / "kernels.cpp").read_text()
     assert KERNELS
     assert {path.name for path in KERNELS} == set(re.findall(r"cuda/kernels/(\w+\.cu)", emulated))
-    assert {path.parent for path in BINDING} == {CSRC / "bind" / "cuda", CSRC / "cuda" / "host"}
+    assert len({path.parent for path in BINDING}) == 3
 
 
 def compile_kernels(path: Path, out: Path) -> tuple[str, str]:
@@ -230,6 +234,25 @@ def test_kernels_compile_without_warnings_and_spills(tmp_path, record_property):
     for name, target, registers, shared, kernel in sorted(table):
         lines.append(f"{registers:>9} {shared:>13}  {name} {target} {kernel}")
     record_property("summary", "\n".join(lines))
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.skipif(NVDISASM is None, reason="nvdisasm was not found: machine code not read")
+def test_the_machine_code_for_hopper_is_hopper_s(tmp_path):
+    for source in (path for path in KERNELS if path.stem.endswith("_hopper")):
+        cubin = tmp_path / "kernels.cubin"
+        subprocess.run([NVCC, "-std=c++20", "-O3", "-cubin", str(source), "-o", str(cubin),
+                        "-gencode", "arch=compute_90a,code=sm_90a"], check=True)  # fmt: skip
+        code = subprocess.run([NVDISASM, "-c", str(cubin)], capture_output=True, text=True)
+        kernels = re.split(r"(?=\.section\s+\.text\.)", code.stdout)[1:]
+        assert kernels
+        for kernel in kernels:
+            found = set(re.findall(r"\b(HGMMA|UTMALDG|HMMA|LDGSTS|LDSM|LDL|STL)\b", kernel))
+            assert found == {"HGMMA", "UTMALDG"}, kernel.splitlines()[0]
+            # Nothing in the main loop waits for memory or gives up the first-level cache.
+            loop = kernel[kernel.index("HGMMA") : kernel.rindex("HGMMA")]
+            assert not re.search(r"MEMBAR|CCTL", loop), kernel.splitlines()[0]
 
 
 @pytest.mark.slow

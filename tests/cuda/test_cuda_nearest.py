@@ -5,7 +5,9 @@ The result is that of the CPU bit for bit, so that is what most tests ask for.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from contextlib import AbstractContextManager
 
 import numpy as np
 import pytest
@@ -28,20 +30,28 @@ CANDIDATES = 64  # room for a row's, csrc/cuda/kernels/nearest.h
 CHUNK_ROWS = 16384  # csrc/cuda/host/nearest.cpp
 
 
+def both_kinds() -> list[AbstractContextManager[None]]:
+    """The emulation of a GPU with tensor cores, and of a Hopper, whose kernels are others."""
+    return [backends.emulating(compute_capability=capability) for capability in (8, 9)]
+
+
 @pytest.fixture(params=backends.PARAMS)
 def backend(request, monkeypatch):
-    """Runs its argument on the CPU's own kernels and on the backend; checks that both agree."""
+    """Runs its argument on the CPU's own kernels and on the backend, where that is emulated as
+    both kinds of GPUs; checks that all agree."""
+    emulated = request.param == "emulated_cuda"
 
-    def on_both(work):
-        right = work()
-        with monkeypatch.context() as patch:
-            backends.use(patch, request.param)
-            got = work()
-        for a, b in zip(got, right, strict=True):
-            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    def on_all(work):
+        right = tuple(work())
+        for kind in both_kinds() if emulated else [contextlib.nullcontext()]:
+            with monkeypatch.context() as patch, kind:
+                backends.use(patch, request.param)
+                got = tuple(work())
+            for a, b in zip(got, right, strict=True):
+                assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
         return got
 
-    return on_both
+    return on_all
 
 
 @pytest.mark.parametrize(
@@ -222,10 +232,12 @@ def test_any_problem(n, k, d, spread, unevenly, seed):
         centre *= 10.0**power
     rows = centre + spread * gaussian(n, d, seed + 1) * centre.abs()
     centroids = centre + spread * gaussian(k, d, seed + 2) * centre.abs()
-    index, score = on_emulation(rows, centroids)
     right = nearest(rows, centroids)
-    assert torch.equal(index, right[0])
-    assert torch.equal(score.nan_to_num(7), right[1].nan_to_num(7))
+    for kind in both_kinds():
+        with kind:
+            index, score = on_emulation(rows, centroids)
+        assert torch.equal(index, right[0])
+        assert torch.equal(score.nan_to_num(7), right[1].nan_to_num(7))
 
 
 def on_emulation(rows: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -189,6 +190,17 @@ def test_the_first_call_fits_its_eight_minutes():
     names = [stage.name for stage in planned]
     assert sum(stage.seconds for stage in planned[: names.index("racecheck")]) <= 8 * 60
     assert len(set(names)) == len(names)
+
+
+def test_kernels_that_take_the_time_are_profiled():
+    sources = (gpu_check.ROOT / "csrc" / "cuda" / "kernels").glob("*.cu")
+    kernels = {name for path in sources for name in re.findall(r"(\w+_kernel)\(", path.read_text())}
+    profiled = {name for name in kernels if re.search(gpu_check.PROFILED, name)}
+    products = {"sum_exp_kernel", "probabilities_kernel", "product_kernel"}
+    hopper = {name.replace("_kernel", "_hopper_kernel") for name in products}
+    # Of float and double operands alone, which the profiled step does not have.
+    others = {"unpack_prototypes_kernel", "kept_probabilities_kernel"}
+    assert profiled == products | hopper | others
 
 
 def test_binaries_of_other_sources_are_refused(monkeypatch, tmp_path, capsys):

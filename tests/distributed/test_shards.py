@@ -10,6 +10,7 @@ import torch
 from support.problems import random_problem, relative_error, solve
 
 from unicom_ext import functional, sampling
+from unicom_ext.ops import library
 
 ops = torch.ops.unicom_ext
 
@@ -25,13 +26,13 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
     total = num_classes if classes is None else len(classes)
     reals = [margin.m1, margin.m2, margin.m3, scale, threshold, smoothing]
     exact, linear = options.get("margin_grad") == "exact", options.get("beyond_pi") == "linear"
-    codes = [exact, linear, precision, 1, 0, workspace_bytes, False, 1]
+    codes = [exact, linear, precision, 1, 0, workspace_bytes, False, 1, True]
     shards, saved = [], []
     for start, stop in pairwise(borders):
         mine = None
         if classes is not None:
             mine = classes[(classes >= start) & (classes < stop)]
-        slot = ops.label_slots(problem.labels, mine, num_classes, -100, start, stop)
+        slot = library.ops.label_slots(problem.labels, mine, num_classes, -100, start, stop)
         local = None if mine is None else mine - start
         arguments = (
             problem.embeddings,
@@ -41,7 +42,7 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
             None,
             features,
         )
-        *sums, packed, kept = ops.loss_sums(*arguments, total, reals, codes)
+        *sums, packed, kept = library.ops.loss_sums(*arguments, total, reals, codes)
         shards.append(sums)
         saved.append((arguments, packed, kept))
     exponent = torch.stack([e for _, e, _, _ in shards]).amax(0)
@@ -50,12 +51,12 @@ def solve_in_shards(problem, borders, precision=0, workspace_bytes=1 << 20):
                for (s, *_), f in zip(shards, factors, strict=True)]  # fmt: skip
     inverse_norm = shards[0][3]
     slot = torch.where(problem.labels == -100, -1, -2)
-    sample_loss, state = ops.loss_merge(
+    sample_loss, state = library.ops.loss_merge(
         torch.stack(columns).sum(0), exponent, inverse_norm, slot, None, None, reals, codes
     )
     grad_embeddings, grad_prototypes = 0.0, []
     for arguments, packed, kept in saved:
-        dx, dw, _ = ops.loss_backward(
+        dx, dw, _ = library.ops.loss_backward(
             torch.ones((), dtype=torch.float32), *arguments, state, packed, kept, reals, codes,
             True, False, True, False,
         )  # fmt: skip
@@ -86,11 +87,28 @@ def test_shards_together_are_the_whole(borders, selected, scale, workspace_bytes
     assert relative_error(dw, whole.grad_prototypes) < 2e-6
 
 
+@pytest.mark.parametrize("borders", BORDERS, ids=str)
+@pytest.mark.parametrize("scale", [30.0, 200.0])
+def test_shards_of_halves_together_are_the_whole(borders, scale, emulated):
+    """Where forward prepares the embeddings' gradient, to each shard's own exponents."""
+    problem = random_problem(37, 151, 16, closeness=1.0, ignored=3, precision="fp16")
+    problem = problem.having(scale=scale)
+    whole = solve(functional.partial_margin_softmax, problem)
+    sample_loss, dx, dw = solve_in_shards(problem, borders, precision=1)
+    kept = problem.labels != -100
+    assert relative_error(sample_loss[kept].mean(), whole.loss) < 1e-6
+    assert relative_error(dx, whole.grad_embeddings) < 5e-4
+    assert relative_error(dw, whole.grad_prototypes) < 5e-4
+
+
 def test_a_shard_without_classes_contributes_nothing():
     problem = random_problem(5, 9, 4)
     slot = torch.full((5,), -2)
     arguments = (problem.embeddings, slot, problem.prototypes[:0], None, None, None)
-    reals, codes = [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [False, False, 0, 1, 0, 1 << 20, False, 1]
+    reals, codes = (
+        [1.0, 0.3, 0.0, 64.0, math.inf, 0.0],
+        [False, False, 0, 1, 0, 1 << 20, False, 1, True],
+    )
     sums, exponent, largest, _, packed, kept = ops.loss_sums(*arguments, 9, reals, codes)
     assert (sums == 0).all()
     assert (largest == -math.inf).all()
@@ -111,7 +129,7 @@ def test_shards_need_the_bound_of_all():
     with pytest.raises(ValueError, match=r"total_sampled must be at least 9, .* got 8"):
         ops.loss_sums(
             problem.embeddings, slot, problem.prototypes, None, None, None, 8,
-            [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [0, 0, 0, 1, 0, 0, 0, 1],
+            [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [0, 0, 0, 1, 0, 0, 0, 1, 1],
         )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-// Enough of CUDA to run this project's kernels as C++: blocks one after another, each thread of a
-// block a fibre. Fibres run in a random order between barriers, so that a missing barrier shows as
+// Enough of CUDA to run this project's kernels as C++: clusters of blocks one after another, each
+// thread a fibre. Fibres run in a random order between barriers, so that a missing barrier shows as
 // a result that changes with the order. Divergent barriers and collectives, and kernels that never
 // end, stop the program with a message.
 //
 //   shared memory        dynamic: a block of exactly the size asked for, filled with NaN before
-//                        each block of threads starts; static: static variables
+//                        each block of threads starts; static: static variables, so not in clusters
 //   asynchronous copies  happen when the thread waits for them, not before
 //   warp functions       all 32 lanes must take part
 //
@@ -19,6 +19,8 @@
 #include <functional>
 #include <type_traits>
 #include <vector>
+
+#include "hopper_emulation.h"
 
 #define __global__
 #define __device__
@@ -37,12 +39,28 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline const char* cudaGetErrorString(cudaError_t e) { return e ? "invalid value" : "no error"; }
 using cudaStream_t = void*;
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  struct {
+    unsigned x, y, z;
+  } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
 };
 
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fibre that runs
@@ -52,11 +70,17 @@ namespace emulation {
 // The order in which fibres run follows from this; 0 is the order of thread numbers.
 void set_schedule(uint64_t seed);
 
-void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, size_t shared_bytes);
+void run_grid(const std::function<void()>& kernel, dim3 grid, dim3 block, dim3 cluster,
+              size_t shared_bytes);
 void* dynamic_shared();
 // What a block may have: that of a data centre GPU by default; 99 KiB is that of the others.
 void set_shared_limit(int bytes);
 int shared_limit();
+// Which kernels there are to choose from: those of an architecture and of all before.
+void set_compute_capability(int major);
+int compute_capability();
+// So few that persistent blocks have several tiles.
+constexpr int kMultiprocessors = 6;
 void barrier();
 bool barrier_or(bool predicate);
 
@@ -158,6 +182,10 @@ inline float exp2_fast(float x) {
 inline void __syncthreads() { emulation::barrier(); }
 inline int __syncthreads_or(int predicate) { return emulation::barrier_or(predicate != 0); }
 
+inline void __syncwarp() {
+  const char nothing = 0;
+  emulation::exchange(&nothing, sizeof(nothing));
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::from_lane<T>(emulation::exchange(&value, sizeof(T)), emulation::lane() ^ mask);
@@ -204,8 +232,12 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulation::shared_limit();
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulation::shared_limit(); break;
+    case cudaDevAttrComputeCapabilityMajor: *value = emulation::compute_capability(); break;
+    case cudaDevAttrMultiProcessorCount: *value = emulation::kMultiprocessors; break;
+  }
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
@@ -216,7 +248,15 @@ template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args),
                                const std::type_identity_t<Args>& args) {
   const Args copy = args;  // parameters are passed by value
-  emulation::run_grid([&] { kernel(copy); }, config->gridDim, config->blockDim,
+  dim3 cluster;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& size = config->attrs[i].val.clusterDim;
+    cluster = dim3(size.x, size.y, size.z);
+  }
+  if (config->gridDim.x % cluster.x != 0 || config->gridDim.y % cluster.y != 0 ||
+      config->gridDim.z % cluster.z != 0)
+    return cudaErrorInvalidValue;
+  emulation::run_grid([&] { kernel(copy); }, config->gridDim, config->blockDim, cluster,
                       config->dynamicSmemBytes);
   return cudaSuccess;
 }

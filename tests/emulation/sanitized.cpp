@@ -21,6 +21,8 @@
 #include "../../csrc/cpu/host/unit_sums.h"
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
+#include "../../csrc/cuda/kernels/logits.h"
+#include "../../csrc/cuda/kernels/product.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
 #include "../../csrc/cuda/kernels/select.h"
 
@@ -127,7 +129,7 @@ struct Inputs {
             .columns = feature_index.get(),
             .dim = c.features};
   }
-  Problem problem(Precision precision, int64_t keep_bytes) const {
+  Problem problem(Precision precision, int64_t keep_bytes, bool wants_embeddings) const {
     return {.embeddings = source(embeddings),
             .prototypes = source(prototypes),
             .batch = c.batch,
@@ -143,7 +145,8 @@ struct Inputs {
             .label_smoothing = c.label_smoothing,
             .total_sampled = bound,
             .precision = precision,
-            .keep_bytes = keep_bytes};
+            .keep_bytes = keep_bytes,
+            .wants_embeddings = wants_embeddings};
   }
   Positives positives() const { return {.slots = slot.get(), .width = c.positives}; }
   Outcome outcome() const {
@@ -212,7 +215,7 @@ struct Forward {
 
 Outcome on_cpu(const Inputs& in) {
   Outcome out = in.outcome();
-  const Problem p = in.problem(Precision::kFp32, 0);
+  const Problem p = in.problem(Precision::kFp32, 0, true);
   const Forward saved(p, cpu::packed_bytes(p), cpu::kept_bytes(p));
   cpu::forward(p, saved.shard(), saved.saved(), cpu::Serial());
   cpu::join_targets(saved.join(in, out));
@@ -221,14 +224,15 @@ Outcome on_cpu(const Inputs& in) {
 }
 
 // take: the prototypes' gradient is handed over in pieces, as for an update inside backward.
-Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool take) {
+Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool take,
+               bool wants_embeddings) {
   using namespace unicom::cuda;
   Outcome out = in.outcome();
   Queue queue;
-  const Problem p = in.problem(precision, keep_bytes);
+  const Problem p = in.problem(precision, keep_bytes, wants_embeddings);
   const Forward saved(p, cuda::packed_bytes(p), cuda::kept_bytes(p));
   {
-    Array<char> workspace(forward_workspace(p));
+    Array<char> workspace(forward_workspace(queue, p));
     forward(queue, p, saved.shard(), saved.saved(), workspace.get());
   }
   join_targets(queue, saved.join(in, out));
@@ -245,20 +249,21 @@ Outcome on_gpu(const Inputs& in, Precision precision, int64_t keep_bytes, bool t
   const TakeRows* const taken = take ? &take_rows : nullptr;
   Gradients gradients = saved.gradients(in, out);
   if (take) gradients.prototypes = nullptr;
-  Array<char> workspace(backward_workspace(p, gradients, taken));
+  Array<char> workspace(backward_workspace(queue, p, gradients, taken));
   backward(queue, p, gradients, taken, workspace.get());
   return out;
 }
 
+// attends: forward is told that the embeddings' gradient will be wanted, and prepares it on a Hopper.
 void compare(const Inputs& in, Precision precision, const Outcome& right, double tolerance,
-             const std::string& name) {
+             const std::string& name, bool attends = false) {
   emulation::set_schedule(0);
-  const Outcome in_order = on_gpu(in, precision, 0, false);
+  const Outcome in_order = on_gpu(in, precision, 0, false, attends);
   // Nothing of this may be seen in the result: the order of the threads, kept cosines, less shared
   // memory, gradients in pieces.
   emulation::set_schedule(12345);
-  emulation::set_shared_limit(99 << 10);
-  const Outcome out = on_gpu(in, precision, 1 << 18, true);
+  if (!attends) emulation::set_shared_limit(99 << 10);
+  const Outcome out = on_gpu(in, precision, 1 << 18, true, attends);
   emulation::set_shared_limit(227 << 10);
   expect(same_bits(out.grad_embeddings, in_order.grad_embeddings) &&
              same_bits(out.grad_prototypes, in_order.grad_prototypes),
@@ -529,6 +534,235 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
   }
 }
 
+// ---- the logits alone, so that blocks go through several tiles of classes
+
+struct LogitCase {
+  int64_t batch, bound, count, depth, runs, width;
+  double scale, filter;
+};
+
+uint16_t half_bits(double x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
+
+// Rows of about unit length, as halves.
+Array<uint16_t> unit_rows(std::mt19937& random, int64_t rows, int64_t depth) {
+  std::normal_distribution<float> normal;
+  Array<uint16_t> out(rows * depth);
+  for (int64_t i = 0; i < out.size; ++i)
+    out.data[i] = half_bits(normal(random) / std::sqrt(double(depth)));
+  return out;
+}
+
+struct LogitOutcome {
+  Array<cuda::RowSum<float>> sums;
+  Array<uint16_t> probabilities;
+};
+
+// Sums of exponentials and probabilities of all classes but those of the first tile, beside what
+// they are in double precision.
+void compare_logits(const LogitCase& c) {
+  using namespace unicom::cuda;
+  const int64_t rows = round_up(c.batch, kRowGranule), classes = round_up(c.bound, kClassGranule);
+  const int64_t first = kClassGranule, chunk = classes - first;
+  const std::string name = "logits of " + std::to_string(c.batch) + " x " +
+                           std::to_string(c.count) + " x " + std::to_string(c.depth);
+  std::mt19937 random(static_cast<unsigned>(c.count));
+  const Array<uint16_t> embeddings = unit_rows(random, rows, c.depth);
+  const Array<uint16_t> prototypes = unit_rows(random, classes, c.depth);
+  Array<int64_t> slots(c.batch * c.width);
+  for (int64_t i = 0; i < slots.size; ++i)
+    slots.data[i] = static_cast<int64_t>(random() % (c.count + 9)) - 9;  // negative: none here
+
+  const double log2_scale = c.scale / std::log(2.0);
+  Array<double> cosines(c.batch * classes), sums(c.batch), largest(c.batch);
+  Array<RowScale<float>> scales(rows);
+  for (int64_t i = 0; i < rows; ++i) scales.data[i] = {0, 0};
+  for (int64_t i = 0; i < c.batch; ++i) {
+    largest.data[i] = kNoCosine;
+    double* const row = cosines.get() + i * classes;
+    for (int64_t j = 0; j < classes; ++j) {
+      const int64_t* const own = slots.get() + i * c.width;
+      row[j] = kNoCosine;
+      if (j >= c.count || std::find(own, own + c.width, j) != own + c.width) continue;
+      double cosine = 0;
+      for (int64_t k = 0; k < c.depth; ++k)
+        cosine += double(emulation::half_to_float(embeddings.data[i * c.depth + k])) *
+                  emulation::half_to_float(prototypes.data[j * c.depth + k]);
+      largest.data[i] = std::max(largest.data[i], cosine);
+      row[j] = cosine > c.filter ? kNoCosine : cosine;
+      sums.data[i] += std::exp2(log2_scale * (cosine > c.filter ? 0 : cosine));
+    }
+    const double exponent = std::ceil(std::log2(sums.data[i]));
+    scales.data[i] = {static_cast<float>(std::exp2(exponent) / sums.data[i]),
+                      static_cast<float>(exponent)};
+  }
+
+  const Logits logits{.embeddings = embeddings.get(),
+                      .prototypes = prototypes.get(),
+                      .order = ClassOrder::of<Half>(1),
+                      .rows = rows,
+                      .classes = classes,
+                      .depth = c.depth,
+                      .batch = c.batch,
+                      .positives = {.slots = slots.get(), .width = c.width},
+                      .count = &c.count,
+                      .bound = c.bound,
+                      .scale = c.scale,
+                      .filter = c.filter};
+  auto run = [&](uint64_t schedule) {
+    emulation::set_schedule(schedule);
+    LogitOutcome out{Array<RowSum<float>>(c.runs * rows), Array<uint16_t>(rows * chunk)};
+    Queue queue;
+    sum_exp<Half>(queue, {.logits = logits,
+                          .runs = c.runs,
+                          .out = out.sums.get(),
+                          .kept = nullptr,
+                          .kept_classes = 0});
+    probabilities<Half>(queue, {.logits = logits,
+                                .first = first,
+                                .chunk = chunk,
+                                .kept = nullptr,
+                                .kept_classes = 0,
+                                .runs = c.runs,
+                                .row = scales.get(),
+                                .out = out.probabilities.get()});
+    expect(queue.error == cudaSuccess, name + ": a launch");
+    return out;
+  };
+  for (const int capability : {8, 9}) {
+    emulation::set_compute_capability(capability);
+    const int64_t boxes = emulation::boxes_loaded();
+    const LogitOutcome in_order = run(0), out = run(12345);
+    const std::string on = name + " on " + std::to_string(capability);
+    expect((emulation::boxes_loaded() > boxes) == (capability == 9), on + ": which kernels run");
+    expect(std::memcmp(out.sums.get(), in_order.sums.get(),
+                       sizeof(RowSum<float>) * static_cast<size_t>(out.sums.size)) == 0 &&
+               std::memcmp(out.probabilities.get(), in_order.probabilities.get(),
+                           2 * static_cast<size_t>(out.probabilities.size)) == 0,
+           on + ": two orders of the threads");
+    for (int64_t i = 0; i < c.batch; ++i) {
+      const std::string of_row = on + ", row " + std::to_string(i);
+      double sum = 0, peak = kNoCosine;
+      for (int64_t r = 0; r < c.runs; ++r) {
+        const RowSum<float>& part = out.sums.data[r * rows + i];
+        if (part.sum > 0) sum += part.sum * std::exp2(double(part.exponent));
+        peak = std::max(peak, double(part.largest));
+      }
+      const double off = 1e-6 * (c.scale + 3);
+      expect(std::fabs(sum / sums.data[i] - 1) < off, of_row + ": sum");
+      expect(std::fabs(peak - largest.data[i]) < 1e-6, of_row + ": largest cosine");
+      for (int64_t j = 0; j < std::min(chunk, round_up(c.count - first, kClassGranule)); ++j) {
+        const double cosine = cosines.data[i * classes + first + j];
+        const double right = cosine == kNoCosine ? 0
+                                                 : std::exp2(log2_scale * cosine) / sums.data[i] *
+                                                       UnitTraits<Half>::kProbabilityScale;
+        const double got = emulation::half_to_float(out.probabilities.data[i * chunk + j]);
+        if (std::fabs(got - right) > right * (1e-3 + off) + 6e-8)
+          return expect(false, of_row + ", class " + std::to_string(first + j) + ": " +
+                                   std::to_string(got) + " for " + std::to_string(right));
+      }
+    }
+  }
+}
+
+// ---- the products of backward alone, so that blocks go through several tiles and parts of the sum
+// may be empty
+
+struct ProductCase {
+  int64_t rows, first, chunk, count, depth, splits;
+  bool accumulate;
+};
+
+// Of both kinds of GPUs, which add in the same order, beside what they are in double precision.
+void compare_products(const ProductCase& c, cuda::ProductOf of) {
+  using namespace unicom::cuda;
+  const bool of_embeddings = of == ProductOf::kEmbeddings;
+  const std::string name = std::string("product of ") +
+                           (of_embeddings ? "embeddings " : "prototypes ") +
+                           std::to_string(c.rows) + " x " + std::to_string(c.count) + " x " +
+                           std::to_string(c.depth) + " in " + std::to_string(c.splits);
+  std::mt19937 random(static_cast<unsigned>(c.count));
+  std::uniform_real_distribution<float> uniform(0, 8);
+  // As probabilities leave it: zeros up to the end of the last tile of classes, and behind it NaN.
+  const int64_t valid = std::clamp<int64_t>(c.count - c.first, 0, c.chunk);
+  const int64_t written = round_up(valid, kClassGranule);
+  constexpr uint16_t kNan = 0x7fff;
+  Array<uint16_t> p(c.rows * c.chunk);
+  for (int64_t i = 0; i < p.size; ++i) {
+    const int64_t j = i % c.chunk;
+    p.data[i] = j < valid ? half_bits(uniform(random)) : j < written ? uint16_t{0} : kNan;
+  }
+  const Array<uint16_t> operand = unit_rows(random, of_embeddings ? c.chunk : c.rows, c.depth);
+  // What all parts have for results that have a sum.
+  const int64_t out_rows = of_embeddings ? c.rows : c.chunk;
+  const int64_t sum_rows = of_embeddings ? c.rows : written;
+  Array<float> before(c.splits * out_rows * c.depth);
+  for (int64_t i = 0; i < before.size; ++i) before.data[i] = c.accumulate ? uniform(random) : NAN;
+  Array<double> right(sum_rows * c.depth), size(sum_rows * c.depth);
+  auto value = [](const Array<uint16_t>& a, int64_t i) {
+    return double(emulation::half_to_float(a.data[i]));
+  };
+  for (int64_t i = 0; i < right.size; ++i) {
+    const int64_t row = i / c.depth, col = i % c.depth;
+    for (int64_t k = 0; k < (of_embeddings ? valid : c.rows); ++k) {
+      const double term = value(p, of_embeddings ? row * c.chunk + k : k * c.chunk + row) *
+                          value(operand, k * c.depth + col);
+      right.data[i] += term;
+      size.data[i] += std::fabs(term);
+    }
+    for (int64_t part = 0; c.accumulate && part < c.splits; ++part)
+      right.data[i] += before.data[part * out_rows * c.depth + i];
+  }
+  auto run = [&](int capability, uint64_t schedule) {
+    emulation::set_compute_capability(capability);
+    emulation::set_schedule(schedule);
+    Array<float> out(before.size);
+    std::copy_n(before.get(), before.size, out.get());
+    Queue queue;
+    product<Half>(queue, {.of = of,
+                          .probabilities = p.get(),
+                          .operand = operand.get(),
+                          .rows = c.rows,
+                          .chunk = c.chunk,
+                          .depth = c.depth,
+                          .order = ClassOrder::of<Half>(1),
+                          .count = &c.count,
+                          .bound = c.first + c.chunk,
+                          .first = c.first,
+                          .splits = c.splits,
+                          .accumulate = c.accumulate,
+                          .out = out.get()});
+    expect(queue.error == cudaSuccess, name + ": a launch");
+    return out;
+  };
+  const int64_t boxes = emulation::boxes_loaded();
+  const Array<float> out = run(9, 0), other_order = run(9, 12345);
+  const int64_t boxes_on_hopper = emulation::boxes_loaded();
+  const Array<float> other_kind = run(8, 12345);
+  const bool some = valid > 0;  // else there is nothing to load
+  expect((boxes_on_hopper > boxes) == some && emulation::boxes_loaded() == boxes_on_hopper,
+         name + ": which kernels run");
+  for (int64_t i = 0; i < right.size; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < c.splits; ++part) {
+      const int64_t at = part * out_rows * c.depth + i;
+      if (out.data[at] != other_order.data[at])
+        return expect(false, name + ": two orders of the threads");
+      if ((of_embeddings || i < valid * c.depth) && out.data[at] != other_kind.data[at])
+        return expect(false, name + ": two kinds of GPUs");
+      sum += out.data[at];
+    }
+    if (!(std::fabs(sum - right.data[i]) <= 2e-6 * (size.data[i] + 8 * c.splits)))
+      return expect(false, name + ", result " + std::to_string(i) + ": " + std::to_string(sum) +
+                               " for " + std::to_string(right.data[i]));
+  }
+  // What is behind the count stays as it was.
+  for (int64_t part = 0; part < c.splits; ++part) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>((out_rows - sum_rows) * c.depth);
+    const int64_t at = (part * out_rows + sum_rows) * c.depth;
+    expect(std::memcmp(out.get() + at, before.get() + at, bytes) == 0, name + ": behind the count");
+  }
+}
+
 }  // namespace
 }  // namespace unicom
 
@@ -551,12 +785,31 @@ int main() {
     expect(std::memcmp(a.get(), b.get(), sizeof(int64_t) * static_cast<size_t>(a.size)) == 0,
            "features of " + std::to_string(dim));
   }
-  compare_nearest(1, 1, 1, 1);
-  compare_nearest(129, 257, 7, 1);
-  compare_nearest(3, 300, 9, 1e-7f);
-  emulation::set_shared_limit(99 << 10);
-  compare_nearest(5, 513, 66, 1e-3f);
-  emulation::set_shared_limit(227 << 10);
+  for (const int capability : {8, 9}) {
+    emulation::set_compute_capability(capability);
+    compare_nearest(1, 1, 1, 1);
+    compare_nearest(129, 257, 7, 1);
+    compare_nearest(3, 300, 9, 1e-7f);
+    emulation::set_shared_limit(99 << 10);
+    compare_nearest(5, 513, 66, 1e-3f);
+    emulation::set_shared_limit(227 << 10);
+  }
+  constexpr double kNone = std::numeric_limits<double>::infinity();
+  compare_logits({1, 700, 513, 64, 1, 1, 64, kNone});
+  compare_logits({130, 1300, 1200, 64, 1, 1, 64, 0.2});
+  compare_logits({129, 1025, 1025, 256, 2, 3, 16, kNone});
+  compare_logits({65, 800, 769, 384, 1, 0, 300, kNone});
+  compare_logits({150, 600, 599, 576, 1, 1, 64, 0.05});
+  const ProductCase products[] = {
+      {128, 0, 256, 256, 64, 1, false},   {128, 256, 512, 513, 128, 1, true},
+      {256, 0, 512, 300, 192, 2, false},  {384, 256, 256, 300, 256, 1, true},
+      {1280, 0, 256, 255, 64, 4, false},  {128, 256, 1280, 1100, 64, 2, true},
+      {128, 0, 512, 1, 512, 2, false},    {128, 512, 256, 400, 64, 1, true},
+      {128, 512, 256, 400, 64, 1, false},
+  };
+  for (const ProductCase& c : products)
+    for (const auto of : {cuda::ProductOf::kEmbeddings, cuda::ProductOf::kPrototypes})
+      compare_products(c, of);
   compare_updates(50, 1, 7);
   compare_updates(9, 35, 70);
   compare_updates(300, 132, 40);
@@ -578,8 +831,14 @@ int main() {
     const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
                              " x " + std::to_string(c.dim) + ", " + std::to_string(c.positives);
     compare(in, Precision::kFp32, right, 2e-7, name + " float");
-    compare(in, Precision::kFp16, right, 1e-3, name + " half");
-    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat");
+    for (const int capability : {8, 9}) {
+      emulation::set_compute_capability(capability);
+      const std::string on = name + " on " + std::to_string(capability);
+      compare(in, Precision::kFp16, right, 1e-3, on + " half");
+      compare(in, Precision::kBf16, right, 1e-2, on + " bfloat");
+    }
+    compare(in, Precision::kFp16, right, 1e-3, name + " half by attention", true);
+    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat by attention", true);
   }
   std::printf(failed ? "FAILED\n" : "all the same\n");
   return failed ? 1 : 0;

@@ -290,7 +290,7 @@ def loss_arguments(
             torch.tensor(64.0).double().requires_grad_(),
         ),
         [1.0, 0.3, 0.1, 64.0, float("inf"), 0.1 if centers == 1 else 0.0],
-        [False, False, 0, reduction, 0, workspace_bytes, sparse, centers],
+        [False, False, 0, reduction, 0, workspace_bytes, sparse, centers, True],
     )
 
 

@@ -10,11 +10,13 @@ Each backend is a namespace of operators with the signatures of ``torch.ops.unic
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import fcntl
 import functools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,29 @@ def _emulated_cuda():
     torch.ops.load_library(build_emulation("_C_emulated").with_suffix(".so"))
     autograd.register("unicom_ext_emulated")
     return torch.ops.unicom_ext_emulated
+
+
+def _emulation() -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_emulation("_C_emulated").with_suffix(".so")))
+
+
+def boxes_loaded() -> int:
+    """How often kernels over the emulation have used TMA, which only those for Hopper do."""
+    count = _emulation().unicom_boxes_loaded
+    count.restype = ctypes.c_int64
+    return count()
+
+
+@contextlib.contextmanager
+def emulating(*, compute_capability: int = 9, schedule: int = 1) -> Iterator[None]:
+    """What the emulation is of in the meantime: a Hopper (9) or a GPU before it (8), whose threads
+    run in the order that follows from `schedule`."""
+    emulation = _emulation()
+    emulation.unicom_emulate(compute_capability, ctypes.c_uint64(schedule))
+    try:
+        yield
+    finally:
+        emulation.unicom_emulate(9, ctypes.c_uint64(1))
 
 
 def _on_copies(namespace: str, copy: Callable[[torch.Tensor], torch.Tensor]):

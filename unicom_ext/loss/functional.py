@@ -182,9 +182,8 @@ def call_loss(
 ) -> tuple[Tensor, Metrics]:
     """The operator in one process, its tensors already checked."""
     grad_enabled = torch.is_grad_enabled()
-    wants_pass = grad_enabled and (
-        embeddings.requires_grad or prototypes.requires_grad or options.learns_scale
-    )
+    wants_embeddings = grad_enabled and (embeddings.requires_grad or options.learns_scale)
+    wants_pass = wants_embeddings or (grad_enabled and prototypes.requires_grad)
     wants_grad = wants_pass or (grad_enabled and options.margin.requires_grad)
     slot, *of_classes = selected
     loss, sample_loss, target_cosine, largest_negative, *_ = library.run(
@@ -195,7 +194,7 @@ def call_loss(
         *of_classes,
         *options.of_each(slot),
         options.scale_on(prototypes.device),
-        *options.packed(prototypes.device, wants_pass),
+        *options.packed(prototypes.device, wants_pass, wants_embeddings),
     )
     top1 = is_top1(slot >= 0, target_cosine, largest_negative)
     return loss, Metrics(sample_loss, target_cosine, largest_negative, top1)

@@ -265,12 +265,15 @@ class LossOptions:
         assert isinstance(self.scale, Tensor)
         return self.scale.to(device, torch.float64).reshape(())
 
-    def packed(self, device: torch.device, wants_grad: bool) -> tuple[list[float], list[int]]:
+    def packed(
+        self, device: torch.device, wants_grad: bool, wants_embeddings: bool
+    ) -> tuple[list[float], list[int]]:
         """`Reals` and `Codes`, the lists that the operators take.
 
         Args:
             device: of the prototypes.
             wants_grad: whether there will be a backward pass.
+            wants_embeddings: whether it will be for the embeddings too, or for the scale.
         """
         m2, m3 = self.margin.m2, self.margin.m3
         reals = Reals(
@@ -291,6 +294,7 @@ class LossOptions:
             # Transforms have hardly a rule for sparse tensors.
             self.sparse_grad and not transforming(),
             self.num_centers,
+            wants_embeddings,
         )
         return list(reals), list(codes)
 

@@ -34,3 +34,4 @@ class Codes(NamedTuple):
     workspace_bytes: int
     sparse_grad: int
     num_centers: int
+    wants_embeddings: int  # whether there will be a backward pass for them, or for the scale

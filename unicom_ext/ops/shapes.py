@@ -15,6 +15,7 @@ from unicom_ext.ops.codes import PRECISION, REDUCTION, Codes
 
 _LANES, _TILE = 16, 6  # csrc/cpu/kernels/layout.h
 _CUDA_ROWS, _CUDA_CLASSES, _CUDA_DEPTH = 128, 256, 64  # csrc/cuda/kernels/logits.h
+_CUDA_ATTENDED = 256  # kMostAttended in csrc/cuda/kernels/attention.h
 _CUDA_TEAM = 16  # kTeam in csrc/cuda/kernels/tile_simt.cuh and tile_tensor_core.cuh
 
 
@@ -73,15 +74,20 @@ def _packed_bytes(classes: int, dim: int, bytes_per_value: int, device_type: str
 def _kept_bytes(
     classes: int,
     batch: int,
+    dim: int,
     real_bytes: int,
     value_bytes: int,
-    workspace_bytes: int,
     device_type: str,
-    centers: int,
+    codes: Codes,
 ) -> int:
-    if device_type == "cuda":  # kept_classes in csrc/cuda/host/loss.cpp
-        class_bytes = _round_up(batch, _CUDA_ROWS) * real_bytes
-        if value_bytes == 2 or class_bytes == 0:
+    workspace_bytes, centers = codes.workspace_bytes, codes.num_centers
+    if device_type == "cuda":  # kept_bytes in csrc/cuda/host/loss.cpp
+        rows, depth = _round_up(batch, _CUDA_ROWS), _round_up(dim, _CUDA_DEPTH)
+        if value_bytes == 2:
+            attended = codes.wants_embeddings and centers == 1 and depth <= _CUDA_ATTENDED
+            return rows * (depth + 1) * 4 if attended else 0
+        class_bytes = rows * real_bytes
+        if class_bytes == 0:
             return 0
         fit = workspace_bytes // (class_bytes * _CUDA_CLASSES) * _CUDA_CLASSES
         return _smaller(fit, classes) * class_bytes
@@ -158,11 +164,11 @@ def _saved_sizes(
         _kept_bytes(
             classes,
             batch,
+            num_features,
             8 if double else 4,
             value_bytes,
-            codes.workspace_bytes,
             device_type,
-            centers,
+            codes,
         ),
     )
 

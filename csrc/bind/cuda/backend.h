@@ -118,7 +118,7 @@ class Backend {
   static void check_values(const Problem&) {}
 
   void forward(const Problem& p, const ShardSums& sums, const Saved& saved) {
-    const Tensor workspace = bytes(forward_workspace(p));
+    const Tensor workspace = bytes(forward_workspace(on_.queue, p));
     cuda::forward(on_.queue, p, sums, saved, workspace.mutable_data_ptr());
   }
   void join_targets(const JoinTargets& a) { cuda::join_targets(on_.queue, a); }
@@ -132,7 +132,7 @@ class Backend {
   // embeddings is NaN.
   template <class Rows>
   void backward_with_update(const Problem& p, const Gradients& g, const Rows& rows) {
-    const int64_t most = std::min(p.bound * p.centers, backward_chunk(p));
+    const int64_t most = std::min(p.bound * p.centers, backward_chunk(on_.queue, p, g));
     const Tensor space = bytes(update_workspace(rows, most));
     const TakeRows take = [&](Queue& queue, const GradientRows& part) {
       update_rows(queue, rows,
@@ -220,7 +220,7 @@ class Backend {
   Tensor bytes(int64_t count) const { return empty({count}, ScalarType::Byte); }
 
   void run_backward(const Problem& p, const Gradients& g, const TakeRows* take) {
-    const Tensor workspace = bytes(backward_workspace(p, g, take));
+    const Tensor workspace = bytes(backward_workspace(on_.queue, p, g, take));
     cuda::backward(on_.queue, p, g, take, workspace.mutable_data_ptr());
   }
 

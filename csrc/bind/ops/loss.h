@@ -71,7 +71,8 @@ struct LossOps {
                  .label_smoothing = options.label_smoothing,
                  .total_sampled = 0,
                  .precision = options.precision,
-                 .keep_bytes = options.workspace_bytes};
+                 .keep_bytes = options.workspace_bytes,
+                 .wants_embeddings = options.wants_embeddings};
       check(problem.embeddings.dim >= 1,
             "feature_index must hold at least one dimension, got none");
       problem.total_sampled = total_sampled.value_or(Backend::sampled(problem));

@@ -22,6 +22,7 @@ struct Options {
   MultiLabel multi_label;
   int64_t workspace_bytes;
   int64_t num_centers;
+  bool wants_embeddings;
   // And of the autograd formula, which hands both lists on as they are: is the prototypes' gradient
   // to hold the sampled rows alone?
   bool sparse_grad;
@@ -29,9 +30,9 @@ struct Options {
   Options(const std::vector<double>& reals, const std::vector<int64_t>& codes) {
     check(reals.size() == 6, "reals must be [m1, m2, m3, scale, filter, label_smoothing], got ",
           reals.size(), " values");
-    check(codes.size() == 8,
+    check(codes.size() == 9,
           "codes must be [exact_margin_grad, linear_beyond_pi, precision, reduction, multi_label, "
-          "workspace_bytes, sparse_grad, num_centers], got ",
+          "workspace_bytes, sparse_grad, num_centers, wants_embeddings], got ",
           codes.size(), " values");
     margin = {.m1 = reals[0],
               .m2 = reals[1],
@@ -57,6 +58,7 @@ struct Options {
     check(workspace_bytes >= 0, "workspace_bytes must be at least 0, got ", workspace_bytes);
     sparse_grad = codes[6] != 0;
     num_centers = codes[7];
+    wants_embeddings = codes[8] != 0;
     check(num_centers >= 1, "num_centers must be at least 1, got ", num_centers);
     check(num_centers == 1 || label_smoothing == 0,
           "label_smoothing must be 0 with several centers, got ", label_smoothing);

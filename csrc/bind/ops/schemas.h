@@ -6,7 +6,7 @@ namespace unicom {
 // What the loss is asked for, in two lists (Options in options.h):
 //   reals = [m1, m2, m3 (0 where per sample), scale, filter (inf: none), label_smoothing]
 //   codes = [exact_margin_grad, linear_beyond_pi, precision, reduction, multi_label,
-//   workspace_bytes, sparse_grad, num_centers]
+//   workspace_bytes, sparse_grad, num_centers, wants_embeddings]
 // prototypes is [C * num_centers, d], class by class; class_index holds classes.
 // The tensor `scale` is there for its gradient alone; its value is in reals.
 // slot is [B], or [B, P] for samples with several positives; what is told of each positive is like it.

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../kernels/attention.h"
 #include "../kernels/pack.h"
 #include "../kernels/product.h"
 #include "../kernels/unpack.h"
@@ -30,6 +31,31 @@ int64_t chunk_bytes() {
     return int64_t{mib} << 20;
   }();
   return bytes;
+}
+
+// Most classes at a time where no probabilities are in memory: their blocks fill the device four
+// times.
+constexpr int64_t kAttendedChunk = 4 * kMultiprocessors * kRowGranule;
+
+// Into how many parts to cut work so that `blocks` blocks for each fill the device: few waves, one
+// block on each multiprocessor. length(parts): of one block's work.
+template <class Length>
+int64_t parts_that_fill(int64_t blocks, int64_t most, const Length& length) {
+  auto cost = [&](int64_t parts) {
+    return ceil_div(blocks * parts, kMultiprocessors) * length(parts);
+  };
+  int64_t best = 1;
+  for (int64_t parts = 2; parts <= most; ++parts)
+    if (cost(parts) < cost(best)) best = parts;
+  return best;
+}
+
+// Into how many runs to cut tiles of classes, against each of which all blocks of rows go: to begin
+// takes a block about as long as a tile.
+int64_t runs_of(int64_t rows, int64_t classes) {
+  const int64_t tiles = classes / kClassGranule;
+  return parts_that_fill(rows / kRowGranule, std::min(tiles, kWantedBlocks),
+                         [&](int64_t runs) { return ceil_div(tiles, runs) + 1; });
 }
 
 constexpr int64_t kMaxSplits = 16;
@@ -61,6 +87,27 @@ struct Padded {
         depth(round_up(p.embeddings.dim, kDepthGranule)) {}
 };
 
+// Whether operands are such that passes in the shape of attention take them, on a device that has
+// them.
+template <class Unit>
+bool suits_attention(const Problem& p) {
+  return UnitTraits<Unit>::kTensorCores && p.centers == 1 && Padded(p).depth <= kMostAttended;
+}
+template <class Unit>
+bool attends(Queue& queue, const Problem& p) {
+  return suits_attention<Unit>(p) && p.batch > 0 && Padded(p).classes > 0 && can_attend(queue);
+}
+
+// What forward then keeps of the negatives' part of the embeddings' gradient.
+struct Attended {
+  float* sums;      // [rows][depth]
+  float* exponent;  // [rows]
+
+  Attended(void* kept, const Padded& n)
+      : sums(static_cast<float*>(kept)), exponent(sums + n.rows * n.depth) {}
+  static int64_t bytes(const Padded& n) { return n.rows * (n.depth + 1) * int64_t{sizeof(float)}; }
+};
+
 template <class Unit>
 struct PackedClasses {
   Unit* unit;            // [classes][depth]
@@ -76,33 +123,58 @@ struct PackedClasses {
 
 template <class Unit>
 struct ForwardSpace {
+  bool attends;
   int64_t runs;
   Unit* rows;
   double* inverse_norm;
   RowSum<RealOf<Unit>>* partial;
+  float* attended;     // [runs][rows][depth]
   double* class_sums;  // [kSumParts][depth], with label smoothing
 
-  ForwardSpace(Arena& arena, const Problem& p, const Padded& n)
-      : runs(std::clamp<int64_t>(kWantedBlocks * kRowGranule / std::max<int64_t>(n.rows, 1), 1,
-                                 std::max<int64_t>(n.classes / kClassGranule, 1))),
+  ForwardSpace(Arena& arena, Queue& queue, const Problem& p, const Padded& n)
+      : attends(p.wants_embeddings && cuda::attends<Unit>(queue, p)),
+        runs(attends ? attending_runs(n) : runs_of(n.rows, n.classes)),
         rows(arena.take<Unit>(n.rows * n.depth)),
         inverse_norm(arena.take<double>(n.rows)),
         partial(arena.take<RowSum<RealOf<Unit>>>(runs * n.rows)),
+        attended(arena.take<float>(attends ? runs * n.rows * n.depth : 0)),
         class_sums(arena.take<double>(p.smooths() ? kSumParts * n.depth : 0)) {}
+
+ private:
+  static int64_t attending_runs(const Padded& n) {
+    // To write and read a block's sums takes about as long as so many tiles.
+    constexpr int64_t kTilesOfSums = 4;
+    const int64_t blocks = n.rows / kRowGranule, tiles = ceil_div(n.classes, kAttendedKeys);
+    return parts_that_fill(blocks, std::clamp<int64_t>(kWantedBlocks / blocks, 1, tiles),
+                           [&](int64_t parts) { return ceil_div(tiles, parts) + kTilesOfSums; });
+  }
 };
 
+bool wants_embeddings(const Gradients& g) { return g.embeddings != nullptr || g.radial != nullptr; }
+
+// Whether backward's part of the passes in the shape of attention is taken: where forward has made
+// its own, if that is needed.
 template <class Unit>
-int64_t chunk_of(const Problem& p) {
+bool attends(Queue& queue, const Problem& p, const Gradients& g) {
+  return (p.wants_embeddings || !wants_embeddings(g)) && attends<Unit>(queue, p);
+}
+
+template <class Unit>
+int64_t chunk_of(Queue& queue, const Problem& p, const Gradients& g) {
   const Padded n(p);
-  const int64_t class_bytes =
-      std::max(n.rows * kUnitBytes<Unit>, n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
+  const bool attending = attends<Unit>(queue, p, g);
+  const int64_t class_bytes = std::max(attending ? 0 : n.rows * kUnitBytes<Unit>,
+                                       n.depth * static_cast<int64_t>(sizeof(RealOf<Unit>)));
+  const int64_t most = attending ? std::min(kAttendedChunk, n.classes) : n.classes;
   return std::clamp(chunk_bytes() / class_bytes / kClassGranule * kClassGranule, kClassGranule,
-                    std::max(n.classes, kClassGranule));
+                    std::max(most, kClassGranule));
 }
 
 template <class Unit>
 struct BackwardSpace {
-  int64_t chunk;  // classes at a time
+  bool attends;
+  int64_t chunk;       // classes at a time
+  int64_t scale_rows;  // of the samples' weights
   int64_t row_splits, class_splits;
   Unit *rows, *weighted, *probabilities;
   double *inverse_norm, *target_weight, *negative_weight, *folded, *largest;
@@ -113,24 +185,28 @@ struct BackwardSpace {
   double* upstream;
   char *taken, *targets;  // gradient rows of one chunk, and the samples' targets, if rows are taken
 
-  BackwardSpace(Arena& arena, const Problem& p, const Gradients& g, bool take, const Padded& n) {
-    const bool want_embeddings = g.embeddings != nullptr || g.radial != nullptr;
+  BackwardSpace(Arena& arena, Queue& queue, const Problem& p, const Gradients& g, bool take,
+                const Padded& n) {
+    const bool want_embeddings = wants_embeddings(g);
     const bool want_prototypes = g.prototypes != nullptr || take;
-    chunk = chunk_of<Unit>(p);
-    row_splits = splits(n.rows, n.depth, chunk);
-    class_splits = splits(chunk, n.depth, n.rows);
+    attends = cuda::attends<Unit>(queue, p, g);
+    chunk = chunk_of<Unit>(queue, p, g);
+    scale_rows = round_up(n.rows, attends ? kAttendedKeys : 1);
+    row_splits = attends ? 1 : splits(n.rows, n.depth, chunk);
+    class_splits = attends ? 1 : splits(chunk, n.depth, n.rows);
     rows = arena.take<Unit>(n.rows * n.depth);
-    weighted = arena.take<Unit>(want_prototypes ? n.rows * n.depth : 0);
-    probabilities = arena.take<Unit>(n.rows * chunk);
+    weighted = arena.take<Unit>(want_prototypes && !attends ? n.rows * n.depth : 0);
+    probabilities = arena.take<Unit>(attends ? 0 : n.rows * chunk);
     inverse_norm = arena.take<double>(n.rows);
     target_weight = arena.take<double>(p.batch * p.positives.width);
-    negative_weight = arena.take<double>(n.rows);
-    folded = arena.take<double>(n.rows);
+    negative_weight = arena.take<double>(scale_rows);
+    folded = arena.take<double>(scale_rows);
     largest = arena.take<double>(1);
-    smooth_weight = arena.take<double>(p.smooths() ? n.rows : 0);
+    smooth_weight = arena.take<double>(p.smooths() ? scale_rows : 0);
     smooth_sum = arena.take<double>(p.smooths() && want_prototypes ? n.depth : 0);
-    row_scale = arena.take<RowScale<RealOf<Unit>>>(n.rows);
-    embedding_sums = arena.take<RealOf<Unit>>(want_embeddings ? row_splits * n.rows * n.depth : 0);
+    row_scale = arena.take<RowScale<RealOf<Unit>>>(scale_rows);
+    embedding_sums =
+        arena.take<RealOf<Unit>>(want_embeddings && !attends ? row_splits * n.rows * n.depth : 0);
     prototype_sums = arena.take<RealOf<Unit>>(want_prototypes ? class_splits * chunk * n.depth : 0);
     by_slot = arena.take<int64_t>(want_prototypes ? p.batch * p.positives.width : 0);
     target_prototype = arena.take<int64_t>(p.centers > 1 ? p.batch * p.positives.width : 0);
@@ -143,18 +219,11 @@ struct BackwardSpace {
   int64_t taken_bytes(int64_t row_bytes) const { return chunk * row_bytes; }
 
  private:
-  // How often to cut the sum over `depth` so that rows x cols results fill the device: few waves of
-  // blocks, one on each multiprocessor, and few sums to add up.
+  // How often to cut the sum over `depth` of rows x cols results.
   static int64_t splits(int64_t rows, int64_t cols, int64_t depth) {
-    const int64_t blocks = std::max<int64_t>(rows / kRowGranule * ceil_div(cols, 256), 1);
-    const int64_t most = std::clamp<int64_t>(depth / kClassGranule, 1, kMaxSplits);
-    auto cost = [&](int64_t parts) {
-      return ceil_div(blocks * parts, kMultiprocessors) * (ceil_div(depth, parts) + kDepthOfSums);
-    };
-    int64_t best = 1;
-    for (int64_t parts = 2; parts <= most; ++parts)
-      if (cost(parts) < cost(best)) best = parts;
-    return best;
+    return parts_that_fill(std::max<int64_t>(rows / kRowGranule * ceil_div(cols, 256), 1),
+                           std::clamp<int64_t>(depth / kClassGranule, 1, kMaxSplits),
+                           [&](int64_t parts) { return ceil_div(depth, parts) + kDepthOfSums; });
   }
 };
 
@@ -208,7 +277,7 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                  void* workspace) {
   const Padded n(p);
   Arena arena(workspace);
-  const ForwardSpace<Unit> space(arena, p, n);
+  const ForwardSpace<Unit> space(arena, queue, p, n);
   const PackedClasses<Unit> classes(saved.packed, n);
 
   pack_rows<Unit>(queue, {.source = p.prototypes,
@@ -230,11 +299,29 @@ void run_forward(Queue& queue, const Problem& p, const ShardSums& out, const Sav
                            .out = classes.sum});
   if (p.batch == 0) return;
   pack_embeddings(queue, p, n, nullptr, space.rows, space.inverse_norm);
-  sum_exp<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
-                        .runs = space.runs,
-                        .out = space.partial,
-                        .kept = saved.kept,
-                        .kept_classes = kept_classes<Unit>(p)});
+  const Logits logits = logits_of(p, n, space.rows, classes.unit);
+  if (space.attends) {
+    if constexpr (UnitTraits<Unit>::kTensorCores) {
+      attend_classes<Unit>(queue, {.logits = logits,
+                                   .runs = space.runs,
+                                   .sums = space.partial,
+                                   .attended = space.attended});
+      const Attended attended(saved.kept, n);
+      merge_attended(queue, {.rows = n.rows,
+                             .depth = n.depth,
+                             .runs = space.runs,
+                             .sums = space.partial,
+                             .attended = space.attended,
+                             .out = attended.sums,
+                             .exponent = attended.exponent});
+    }
+  } else {
+    sum_exp<Unit>(queue, {.logits = logits,
+                          .runs = space.runs,
+                          .out = space.partial,
+                          .kept = saved.kept,
+                          .kept_classes = kept_classes<Unit>(p)});
+  }
   finish_sums<RealOf<Unit>>(queue, {.embeddings = p.embeddings,
                                     .prototypes = p.prototypes,
                                     .class_index = p.class_index,
@@ -268,16 +355,16 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                   void* workspace) {
   using Real = RealOf<Unit>;
   const bool taken = take_rows != nullptr;
-  const bool want_embeddings = g.embeddings != nullptr || g.radial != nullptr;
+  const bool want_embeddings = wants_embeddings(g);
   const bool want_prototypes = g.prototypes != nullptr || taken;
   if (!(want_embeddings || want_prototypes) || (p.batch == 0 && !taken)) return;
   const Padded n(p);
   Arena arena(workspace);
-  const BackwardSpace<Unit> space(arena, p, g, taken, n);
+  const BackwardSpace<Unit> space(arena, queue, p, g, taken, n);
   const PackedClasses<Unit> classes(const_cast<void*>(g.packed), n);
 
   prepare_backward<Real>(queue, {.batch = p.batch,
-                                 .rows = n.rows,
+                                 .rows = space.scale_rows,
                                  .positives = p.positives,
                                  .states = g.states,
                                  .grad_loss = g.grad_loss,
@@ -289,6 +376,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                  .largest = space.largest,
                                  .smooth_weight = p.smooths() ? space.smooth_weight : nullptr,
                                  .row = space.row_scale,
+                                 .folds = space.attends,
                                  .upstream = taken ? space.upstream : nullptr});
   // Columns that were not selected stay zero.
   if (taken) queue.fill_zero(space.taken, space.taken_bytes(p.dim * bytes_of(p.prototypes.dtype)));
@@ -323,7 +411,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
     targets.slots = space.target_prototype;
   }
   if (want_prototypes) {
-    pack_embeddings<Unit>(queue, p, n, space.folded, space.weighted, nullptr);
+    if (!space.attends) pack_embeddings<Unit>(queue, p, n, space.folded, space.weighted, nullptr);
     order_positives(
         queue,
         {.slots = targets.slots, .count = p.batch * p.positives.width, .by_slot = space.by_slot});
@@ -357,6 +445,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                 .partial = nullptr,
                 .splits = 0,
                 .split_stride = 0,
+                .part_exponent = nullptr,
                 .sink = {}};
   const RowSink prototype_sink = sink(p.prototypes, taken ? space.taken : g.prototypes, p.dim);
   if (taken && want_embeddings)
@@ -366,22 +455,20 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                          .slots = targets.slots,
                          .count = p.batch * p.positives.width,
                          .out = space.targets});
-  for (int64_t first = 0; first < n.classes; first += space.chunk) {
-    const int64_t chunk = std::min(space.chunk, n.classes - first);
-    const Unit* unit = classes.unit + first * n.depth;
-    const int64_t runs =
-        std::clamp<int64_t>(kWantedBlocks * kRowGranule / n.rows, 1, chunk / kClassGranule);
-    probabilities<Unit>(queue, {.logits = logits_of(p, n, space.rows, classes.unit),
+  const Logits logits = logits_of(p, n, space.rows, classes.unit);
+  // The sums of a chunk's prototypes, and what the chunk adds to those of the embeddings.
+  auto sum_chunk = [&](int64_t first, int64_t chunk) {
+    probabilities<Unit>(queue, {.logits = logits,
                                 .first = first,
                                 .chunk = chunk,
                                 .kept = g.kept,
                                 .kept_classes = kept_classes<Unit>(p),
-                                .runs = runs,
+                                .runs = runs_of(n.rows, chunk),
                                 .row = space.row_scale,
                                 .out = space.probabilities});
     Product product_of{.of = ProductOf::kEmbeddings,
                        .probabilities = space.probabilities,
-                       .operand = unit,
+                       .operand = classes.unit + first * n.depth,
                        .rows = n.rows,
                        .chunk = chunk,
                        .depth = n.depth,
@@ -393,14 +480,31 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                        .accumulate = first > 0,
                        .out = space.embedding_sums};
     if (want_embeddings) product<Unit>(queue, product_of);
-    if (!want_prototypes) continue;
+    if (!want_prototypes) return;
     product_of.of = ProductOf::kPrototypes;
     product_of.operand = space.weighted;
     product_of.splits = space.class_splits;
     product_of.accumulate = false;
     product_of.out = space.prototype_sums;
     product<Unit>(queue, product_of);
-    unpack.unit = unit;
+  };
+  auto attend_chunk = [&](int64_t first, int64_t chunk) {
+    if constexpr (UnitTraits<Unit>::kTensorCores)
+      attend_samples<Unit>(queue, {.logits = logits,
+                                   .first = first,
+                                   .chunk = chunk,
+                                   .by_slot = space.by_slot,
+                                   .row = space.row_scale,
+                                   .out = space.prototype_sums});
+  };
+  for (int64_t first = 0; first < n.classes; first += space.chunk) {
+    const int64_t chunk = std::min(space.chunk, n.classes - first);
+    if (!space.attends)
+      sum_chunk(first, chunk);
+    else if (want_prototypes)
+      attend_chunk(first, chunk);
+    if (!want_prototypes) continue;
+    unpack.unit = classes.unit + first * n.depth;
     unpack.partial = space.prototype_sums;
     unpack.splits = space.class_splits;
     unpack.split_stride = chunk * n.depth;
@@ -429,7 +533,13 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                          .dim = p.prototypes.dim};
   }
   unpack.unit = space.rows;
-  unpack.partial = space.embedding_sums;
+  const Attended attended(const_cast<void*>(g.kept), n);
+  if (space.attends) {
+    unpack.partial = attended.sums;
+    unpack.part_exponent = attended.exponent;
+  } else {
+    unpack.partial = space.embedding_sums;
+  }
   unpack.splits = space.row_splits;
   unpack.split_stride = n.rows * n.depth;
   unpack.sink = sink(p.embeddings, g.embeddings, p.dim);
@@ -449,13 +559,14 @@ int64_t packed_bytes(const Problem& p) {
 int64_t kept_bytes(const Problem& p) {
   return with_unit(p, [&](auto unit) {
     using Unit = decltype(unit);
+    if (suits_attention<Unit>(p)) return p.wants_embeddings ? Attended::bytes(Padded(p)) : 0;
     return bytes_of_kept<Unit>(p, kept_classes<Unit>(p));
   });
 }
 
-int64_t forward_workspace(const Problem& p) {
+int64_t forward_workspace(Queue& queue, const Problem& p) {
   Arena arena(nullptr);
-  with_unit(p, [&](auto unit) { ForwardSpace<decltype(unit)>(arena, p, Padded(p)); });
+  with_unit(p, [&](auto unit) { ForwardSpace<decltype(unit)>(arena, queue, p, Padded(p)); });
   return arena.used();
 }
 
@@ -473,14 +584,15 @@ void write_results(Queue& queue, const WriteResults& a, bool is_double) {
 
 int64_t most_centers(const Problem& p) { return order_of(p).most_centers(); }
 
-int64_t backward_chunk(const Problem& p) {
-  return with_unit(p, [&](auto unit) { return chunk_of<decltype(unit)>(p); });
+int64_t backward_chunk(Queue& queue, const Problem& p, const Gradients& g) {
+  return with_unit(p, [&](auto unit) { return chunk_of<decltype(unit)>(queue, p, g); });
 }
 
-int64_t backward_workspace(const Problem& p, const Gradients& g, const TakeRows* take) {
+int64_t backward_workspace(Queue& queue, const Problem& p, const Gradients& g,
+                           const TakeRows* take) {
   Arena arena(nullptr);
   with_unit(p, [&](auto unit) {
-    BackwardSpace<decltype(unit)>(arena, p, g, take != nullptr, Padded(p));
+    BackwardSpace<decltype(unit)>(arena, queue, p, g, take != nullptr, Padded(p));
   });
   return arena.used();
 }

@@ -10,13 +10,15 @@
 namespace unicom::cuda {
 
 // Bytes of what forward saves. No cosines of sixteen-bit operands are kept, which are multiplied
-// again sooner than fp32 cosines are read.
+// again sooner than fp32 cosines are read; but where they are narrow and the embeddings' gradient is
+// wanted there is room for the negatives' part of it (attention.h), whatever the device: tensors
+// have the same size everywhere.
 int64_t packed_bytes(const Problem&);
 int64_t kept_bytes(const Problem&);
 
 int64_t most_centers(const Problem&);
 
-int64_t forward_workspace(const Problem&);
+int64_t forward_workspace(Queue&, const Problem&);
 void forward(Queue&, const Problem&, const ShardSums&, const Saved&, void* workspace);
 
 // join_targets is a kernel of samples.h.
@@ -32,12 +34,12 @@ struct GradientRows {
 using TakeRows = std::function<void(Queue&, const GradientRows&)>;
 
 // How many prototypes' gradients are there at a time, at most.
-int64_t backward_chunk(const Problem&);
+int64_t backward_chunk(Queue&, const Problem&, const Gradients&);
 
 // take, unless it is null, takes the prototypes' gradient, in pieces, in their order. It may change
 // the prototypes of those classes. Unless the upstream gradient is 1, the gradient of the
 // embeddings becomes NaN, and take's rows mean nothing.
-int64_t backward_workspace(const Problem&, const Gradients&, const TakeRows* take);
+int64_t backward_workspace(Queue&, const Problem&, const Gradients&, const TakeRows* take);
 void backward(Queue&, const Problem&, const Gradients&, const TakeRows* take, void* workspace);
 
 }  // namespace unicom::cuda

@@ -56,13 +56,13 @@ UNICOM_DEVICE double rounded_product(double a, double b) {
 #endif
 }
 
-// The shared memory whose size the launch gives.
+// The shared memory whose size the launch gives, aligned as swizzled boxes of TMA ask for.
 template <class T>
 UNICOM_DEVICE T* dynamic_shared() {
 #ifdef UNICOM_EMULATE_CUDA
   return static_cast<T*>(emulation::dynamic_shared());
 #else
-  extern __shared__ __align__(128) unsigned char unicom_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char unicom_dynamic_shared[];
   return reinterpret_cast<T*>(unicom_dynamic_shared);
 #endif
 }

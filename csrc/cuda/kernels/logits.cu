@@ -1,8 +1,7 @@
 #include "logits.h"
 
-#include <cmath>
-
-#include "../../core/softmax.h"
+#include "logit_tile.cuh"
+#include "logits_hopper.h"
 #include "tile.cuh"
 
 namespace unicom::cuda {
@@ -12,85 +11,7 @@ namespace {
 template <class Unit>
 using LogitTile = Tile<Unit, kClassCols<Unit>, true, true>;
 
-// exp(scale * c) * 2^-exponent. Sixteen-bit operands are off by more than the fast way costs.
-template <class Unit>
-struct Exponential {
-  using Real = RealOf<Unit>;
-  Real scale, scale_log2;
-
-  UNICOM_DEVICE explicit Exponential(double s)
-      : scale(static_cast<Real>(s)), scale_log2(static_cast<Real>(s / kLn2)) {}
-  UNICOM_DEVICE Real operator()(Real c, Real exponent) const {
-    if constexpr (UnitTraits<Unit>::kTensorCores)
-      return exp2_fast(fmaf(c, scale_log2, -exponent));
-    else
-      return scaled_exp(c, scale, exponent);
-  }
-};
-
-template <class Real>
-UNICOM_DEVICE Real times_power(Real x, Real power) {
-  return std::ldexp(x, static_cast<int>(max_of(power, Real(-2000))));
-}
-
-template <class Real>
-UNICOM_DEVICE RowSum<Real> merged(const RowSum<Real>& a, const RowSum<Real>& b) {
-  const Real exponent = max_of(a.exponent, b.exponent);
-  return {times_power(a.sum, a.exponent - exponent) + times_power(b.sum, b.exponent - exponent),
-          exponent, max_of(a.largest, b.largest)};
-}
-
-UNICOM_DEVICE int64_t class_count(const Logits& a) {
-  return a.count != nullptr ? *a.count : a.bound;
-}
-// The same in rows of the prototypes.
-UNICOM_DEVICE int64_t row_count(const Logits& a) { return a.order.rows(class_count(a)); }
-
-// Some tiles of classes, which one block goes through.
-struct TileRun {
-  int64_t first;  // tile
-  int tiles;
-};
-
-// This block's part of the tiles that hold `classes`. By their count, not by their bound: runs are
-// equally long, however many of the sampled classes the labels brought.
-template <int kCols>
-UNICOM_DEVICE TileRun run_of_block(int64_t classes, int64_t runs) {
-  const int64_t all = (max_of<int64_t>(classes, 0) + kCols - 1) / kCols;
-  const int64_t length = (all + runs - 1) / runs;
-  const int64_t first = min_of(blockIdx.y * length, all);
-  return {first, static_cast<int>(min_of(length, all - first))};
-}
-
-// Puts kNoCosine where there is no negative: at the positives and past the last class.
-template <class T>
-UNICOM_DEVICE void mask_tile(T& tile, const Logits& a, int64_t first_row, int64_t first_class,
-                             int64_t count) {
-  using Real = typename T::Real;
-  if (first_class + T::kCols > count) {
-    const int valid = static_cast<int>(max_of<int64_t>(count - first_class, 0));
-#pragma unroll
-    for (int j = 0; j < T::kThreadCols; ++j)
-      if (tile.col(j) >= valid) {
-#pragma unroll
-        for (int i = 0; i < T::kThreadRows; ++i) tile.at(i, j) = Real(kNoCosine);
-      }
-  }
-#pragma unroll
-  for (int i = 0; i < T::kThreadRows; ++i) {
-    const int64_t row = first_row + tile.row(i);
-    if (row >= a.batch) continue;
-    for (int64_t p = 0; p < a.positives.width; ++p) {
-      const int64_t target = a.positives.of(row)[p] - first_class;
-      if (target < 0 || target >= T::kCols) continue;
-#pragma unroll
-      for (int j = 0; j < T::kThreadCols; ++j)
-        if (tile.col(j) == target) tile.at(i, j) = Real(kNoCosine);
-    }
-  }
-}
-
-// The same where classes have several centres, and of each class all but the nearest centre, of
+// mask_tile where classes have several centres, and of each class all but the nearest centre, of
 // equals the first.
 template <class T>
 UNICOM_DEVICE void mask_centers(T& tile, const Logits& a, int64_t first_row, int64_t first_col) {
@@ -147,9 +68,8 @@ UNICOM_DEVICE auto class_tiles(const Logits& a, int64_t first_row, int64_t first
   };
 }
 
-// One block of rows against one run of classes. Each thread keeps, for each of its rows, its own
-// exponent, raised as larger cosines come; the team of a row is merged at the end. kCenters: classes
-// have several; a kernel of its own, as both together would not fit into the registers.
+// One block of rows against one run of classes; the team of a row is merged at the end. kCenters:
+// classes have several; a kernel of its own, as both together would not fit into the registers.
 template <class Unit, bool kCenters>
 __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ const SumExp a) {
   using T = LogitTile<Unit>;
@@ -158,61 +78,30 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
   const int64_t count = row_count(a.logits);
   const TileRun run = run_of_block<T::kCols>(count, a.runs);
   const int64_t first_class = run.first * T::kCols;
-  const Exponential<Unit> exponential(a.logits.scale);
-  const auto filter = static_cast<Real>(a.logits.filter);
-  const bool filtered = a.logits.filter <= 1;
 
   T tile;
-  Real sum[T::kThreadRows], exponent[T::kThreadRows], largest[T::kThreadRows];
-#pragma unroll
-  for (int i = 0; i < T::kThreadRows; ++i) {
-    sum[i] = 0;
-    exponent[i] = Real(kNoExponent);
-    largest[i] = Real(kNoCosine);
-  }
-  tile.run(
-      a.plan, run.tiles, static_cast<int>(a.logits.depth / T::kDepth),
-      class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
-        const int64_t begin = first_class + int64_t{t} * T::kCols;
-        if constexpr (kCenters)
-          mask_centers(tile, a.logits, first_row, begin);
-        else
-          mask_tile(tile, a.logits, first_row, begin, count);
-        if constexpr (!UnitTraits<Unit>::kTensorCores) {
-          if (begin < a.kept_classes)
-            tile.store(static_cast<Real*>(a.kept) + first_row * a.kept_classes + begin,
-                       a.kept_classes, [](int, Real c) { return c; });
-        }
-#pragma unroll
-        for (int i = 0; i < T::kThreadRows; ++i) {
-          Real peak = Real(kNoCosine);
-#pragma unroll
-          for (int j = 0; j < T::kThreadCols; ++j) peak = larger(peak, tile.at(i, j));
-          largest[i] = max_of(largest[i], peak);
-          if (filtered) {
-            peak = Real(kNoCosine);
-#pragma unroll
-            for (int j = 0; j < T::kThreadCols; ++j) {
-              Real& c = tile.at(i, j);
-              c = c > filter ? Real(0) : c;
-              peak = larger(peak, c);
-            }
-          }
-          const Real raised = max_of(exponent[i], Real(std::ceil(peak * exponential.scale_log2)));
-          Real total = raised == exponent[i] ? sum[i] : times_power(sum[i], exponent[i] - raised);
-#pragma unroll
-          for (int j = 0; j < T::kThreadCols; ++j) total += exponential(tile.at(i, j), raised);
-          exponent[i] = raised;
-          sum[i] = total;
-        }
-      });
+  RunningSums<Unit, T> sums(a.logits);
+  tile.run(a.plan, run.tiles, static_cast<int>(a.logits.depth / T::kDepth),
+           class_tiles<Unit, T>(a.logits, first_row, first_class), [&](int t) {
+             const int64_t begin = first_class + int64_t{t} * T::kCols;
+             if constexpr (kCenters)
+               mask_centers(tile, a.logits, first_row, begin);
+             else
+               mask_tile(tile, a.logits, first_row, begin, count);
+             if constexpr (!UnitTraits<Unit>::kTensorCores) {
+               if (begin < a.kept_classes)
+                 tile.store(static_cast<Real*>(a.kept) + first_row * a.kept_classes + begin,
+                            a.kept_classes, [](int, Real c) { return c; });
+             }
+             sums.add(tile);
+           });
 
   __syncthreads();
   auto* shared = dynamic_shared<RowSum<Real>>();  // [kRows][kTeam]
   static_assert(sizeof(RowSum<Real>) * T::kRows * T::kTeam <= T::kLeastSharedBytes);
 #pragma unroll
   for (int i = 0; i < T::kThreadRows; ++i)
-    shared[tile.row(i) * T::kTeam + tile.member()] = {sum[i], exponent[i], largest[i]};
+    shared[tile.row(i) * T::kTeam + tile.member()] = sums.of(i);
   __syncthreads();
   const int r = static_cast<int>(threadIdx.x);
   if (r >= T::kRows) return;
@@ -220,22 +109,6 @@ __global__ void __launch_bounds__(kThreads, 1) sum_exp_kernel(__grid_constant__ 
   for (int m = 1; m < T::kTeam; ++m) total = merged(total, shared[r * T::kTeam + m]);
   static_cast<RowSum<Real>*>(a.out)[blockIdx.y * a.logits.rows + first_row + r] = total;
 }
-
-// A probability as it is stored, from a cosine that is kNoCosine where there is no negative.
-template <class Unit>
-struct Probability {
-  using Real = RealOf<Unit>;
-  Exponential<Unit> exponential;
-  Real filter;
-
-  UNICOM_DEVICE explicit Probability(const Logits& a)
-      : exponential(a.scale), filter(static_cast<Real>(a.filter)) {}
-  UNICOM_DEVICE Unit operator()(Real c, const RowScale<Real>& row) const {
-    const Real p =
-        exponential(c, row.exponent) * (row.factor * Real(UnitTraits<Unit>::kProbabilityScale));
-    return narrow<Unit>(c > filter ? Real(0) : p);
-  }
-};
 
 UNICOM_HD inline int64_t kept_of_chunk(const Probabilities& a) {
   return min_of(max_of<int64_t>(a.kept_classes - a.first, 0), a.chunk);
@@ -300,6 +173,9 @@ dim3 logit_grid(const Logits& a, int64_t tile_rows, int64_t runs) {
 
 template <class Unit>
 void sum_exp(Queue& queue, const SumExp& given) {
+  if constexpr (UnitTraits<Unit>::kTensorCores) {
+    if (sum_exp_on_hopper<Unit>(queue, given)) return;
+  }
   using T = LogitTile<Unit>;
   SumExp a = given;
   a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);
@@ -310,6 +186,9 @@ void sum_exp(Queue& queue, const SumExp& given) {
 
 template <class Unit>
 void probabilities(Queue& queue, const Probabilities& given) {
+  if constexpr (UnitTraits<Unit>::kTensorCores) {
+    if (probabilities_on_hopper<Unit>(queue, given)) return;
+  }
   using T = LogitTile<Unit>;
   Probabilities a = given;
   a.plan = T::plan(queue.shared_limit(), a.logits.depth / T::kDepth);

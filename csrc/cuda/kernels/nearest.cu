@@ -2,7 +2,9 @@
 
 #include <cmath>
 
+#include "candidates.cuh"
 #include "logits.h"
+#include "nearest_hopper.h"
 #include "tile.cuh"
 
 namespace unicom::cuda {
@@ -205,14 +207,7 @@ UNICOM_DEVICE void clear_full_lists(Search& search, Candidate* lists, int64_t fi
     int kept = 0;
     if (full) {
       const float floor = unordered(search.floor[r]);
-      Candidate* list = lists + int64_t{r} * kCandidates;
-      for (int c = lane; c < kCandidates; c += kWarp) {
-        const Candidate candidate = list[c];
-        const bool keep = candidate.score > floor && candidate.index < first_class;
-        const unsigned votes = __ballot_sync(kAllLanes, keep);
-        if (keep) list[kept + __popc(votes & ((1u << lane) - 1))] = candidate;
-        kept += __popc(votes);
-      }
+      kept = keep_candidates(lists + int64_t{r} * kCandidates, kCandidates, floor, first_class);
     }
     if (lane != 0) continue;
     search.again[r] = full;
@@ -476,6 +471,7 @@ void pack_queries(Queue& queue, const PackQueries& a) {
 }
 
 void find_candidates(Queue& queue, const FindCandidates& given) {
+  if (find_candidates_on_hopper(queue, given)) return;
   using T = SearchTile;
   FindCandidates a = given;
   a.plan = T::plan(queue.shared_limit() - sizeof(Search), a.packed.depth / T::kDepth);

@@ -9,6 +9,8 @@
 #endif
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <type_traits>
 
 namespace unicom::cuda {
@@ -22,9 +24,11 @@ struct Queue {
   cudaStream_t stream = nullptr;
   cudaError_t error = cudaSuccess;
 
+  // `cluster`: blocks that are side by side in x, which run at once and see each other's shared
+  // memory; grid.x is a multiple of it.
   template <class Args>
   void launch(void (*kernel)(Args), dim3 grid, int threads, size_t shared_bytes,
-              const std::type_identity_t<Args>& args) {
+              const std::type_identity_t<Args>& args, int cluster = 1) {
     if (error != cudaSuccess || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
     constexpr size_t kDefaultLimit = 48 << 10;
     if (shared_bytes > kDefaultLimit) {
@@ -41,19 +45,32 @@ struct Queue {
     config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     error = cudaLaunchKernelEx(&config, kernel, args);
   }
 
   // Most shared memory that a block may have.
   size_t shared_limit() {
-    if (shared_limit_ == 0 && error == cudaSuccess) {
-      int device = 0, bytes = 0;
-      error = cudaGetDevice(&device);
-      if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-      shared_limit_ = static_cast<size_t>(bytes);
-    }
-    return shared_limit_;
+    return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_limit_));
+  }
+
+  int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount, &multiprocessors_); }
+
+  // Whether the device is a Hopper, and the build has code for it. Measurements turn it off.
+  bool is_hopper() {
+#ifdef UNICOM_HOPPER
+    static const bool wanted = [] {
+      const char* given = std::getenv("UNICOM_CUDA_HOPPER");
+      return given == nullptr || std::strcmp(given, "0") != 0;
+    }();
+    return wanted && attribute(cudaDevAttrComputeCapabilityMajor, &capability_) == 9;
+#else
+    return false;
+#endif
   }
 
   void fill_zero(void* data, int64_t bytes) {
@@ -62,7 +79,15 @@ struct Queue {
   }
 
  private:
-  size_t shared_limit_ = 0;
+  // The device's, which is asked once.
+  int attribute(cudaDeviceAttr which, int* known) {
+    int device = 0;
+    if (*known == 0 && error == cudaSuccess) error = cudaGetDevice(&device);
+    if (*known == 0 && error == cudaSuccess) error = cudaDeviceGetAttribute(known, which, device);
+    return *known;
+  }
+
+  int shared_limit_ = 0, capability_ = 0, multiprocessors_ = 0;
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "logit_tile.cuh"
 #include "rows.cuh"
 
 namespace unicom::cuda {
@@ -98,6 +99,24 @@ __global__ void finish_sums_kernel(__grid_constant__ const FinishSums a) {
   a.out.exponent[i] = !is_constant && none ? -INFINITY : target;
   a.out.largest_negative[i] = counted && !none ? largest : -INFINITY;
   a.out.inverse_norm[i] = a.row_inverse_norm[i];
+}
+
+// A warp takes one row.
+__global__ void merge_attended_kernel(__grid_constant__ const MergeAttended a) {
+  const int64_t row = global_warp();
+  if (row >= a.rows) return;
+  const auto* sums = static_cast<const RowSum<float>*>(a.sums) + row;
+  float exponent = kNoExponent;
+  for (int64_t run = 0; run < a.runs; ++run)
+    exponent = max_of(exponent, sums[run * a.rows].exponent);
+  for (int64_t k = lane_index(); k < a.depth; k += kWarp) {
+    float total = 0;
+    for (int64_t run = 0; run < a.runs; ++run)
+      total += times_power(a.attended[(run * a.rows + row) * a.depth + k],
+                           sums[run * a.rows].exponent - exponent);
+    a.out[row * a.depth + k] = total;
+  }
+  if (lane_index() == 0) a.exponent[row] = exponent;
 }
 
 __global__ void join_targets_kernel(__grid_constant__ const JoinTargets a) {
@@ -198,8 +217,10 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
     largest = max_of(largest, std::fabs(negative));
   }
   largest = block_reduce(largest, Max{});
-  for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads)
+  for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads) {
     a.folded[i] = largest > 0 ? a.negative_weight[i] / largest : 0.0;
+    if (a.folds) static_cast<RowScale<Real>*>(a.row)[i].factor *= static_cast<Real>(a.folded[i]);
+  }
   if (threadIdx.x != 0) return;
   *a.largest = largest;
   if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
@@ -248,6 +269,9 @@ __global__ void order_positives_kernel(__grid_constant__ const OrderPositives a)
 template <class Real>
 void finish_sums(Queue& queue, const FinishSums& a) {
   queue.launch(finish_sums_kernel<Real>, warp_grid(a.batch), kThreads, 0, a);
+}
+void merge_attended(Queue& queue, const MergeAttended& a) {
+  queue.launch(merge_attended_kernel, warp_grid(a.rows), kThreads, 0, a);
 }
 void join_targets(Queue& queue, const JoinTargets& a) {
   queue.launch(join_targets_kernel, thread_grid(a.batch), kThreads, 0, a);

@@ -28,6 +28,16 @@ struct FinishSums {
 template <class Real>
 void finish_sums(Queue&, const FinishSums&);
 
+// The sums of prototypes that AttendClasses made, of all runs, to the largest of their exponents.
+struct MergeAttended {
+  int64_t rows, depth, runs;
+  const void* sums;       // [runs][rows] RowSum<float>
+  const float* attended;  // [runs][rows][depth]
+  float* out;             // [rows][depth]
+  float* exponent;        // [rows]
+};
+void merge_attended(Queue&, const MergeAttended&);
+
 // A sample with a label that is no class has loss NaN and no gradient.
 void join_targets(Queue&, const JoinTargets&);
 
@@ -47,7 +57,8 @@ struct PrepareBackward {
   double* folded;           // [rows] negative_weight / largest: what the operands can hold
   double* largest;          // [1] absolute value of negative_weight
   double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
-  void* row;                // [rows] RowScale<Real>
+  void* row;                // [rows] RowScale<Real>; its factor
+  bool folds;               //   times folded
   double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
                      // all weights become NaN
 };

@@ -4,6 +4,7 @@
 // eight lines that one matrix load touches lie in different banks.
 #pragma once
 
+#include "fragments.cuh"
 #include "operand.cuh"
 #include "tensor_core.cuh"
 
@@ -102,30 +103,9 @@ class TensorCoreTile {
     wait_copies<0>();
   }
 
-  // Results of two neighbours fill four bytes; a team of four lanes transposes what it has of four
-  // parts of the columns, so that each lane has the whole of one.
   template <class Convert>
-  UNICOM_DEVICE void store(Unit* to, int64_t stride, const Convert& convert) const {
-    static_assert(kMmaCols % 4 == 0);
-    const int member = lane_ % 4;
-    to += warp_col_ + member * 8;
-#pragma unroll
-    for (int i = 0; i < kThreadRows; ++i)
-#pragma unroll
-      for (int n = 0; n < kMmaCols; n += 4) {
-        Pack<uint32_t, 4> words;
-#pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          const Unit low = convert(i, sums_[i / 2][n + w][i % 2 * 2]);
-          const Unit high = convert(i, sums_[i / 2][n + w][i % 2 * 2 + 1]);
-          words.values[w] = low.bits | static_cast<uint32_t>(high.bits) << 16;
-        }
-        exchange<1>(words.values[0], words.values[1], member);
-        exchange<1>(words.values[2], words.values[3], member);
-        exchange<2>(words.values[0], words.values[2], member);
-        exchange<2>(words.values[1], words.values[3], member);
-        *reinterpret_cast<Pack<uint32_t, 4>*>(to + row(i) * stride + n * 8) = words;
-      }
+  UNICOM_DEVICE void store(Unit* to, int64_t stride, const Convert& convert) {
+    store_fragments(*this, to + warp_col_, stride, convert);
   }
 
   UNICOM_DEVICE void clear() {
@@ -138,14 +118,6 @@ class TensorCoreTile {
   }
 
  private:
-  // The lane without bit kLane gives its second word for the first of the lane that has it.
-  template <int kLane>
-  UNICOM_DEVICE static void exchange(uint32_t& first, uint32_t& second, int member) {
-    const bool has = (member & kLane) != 0;
-    const uint32_t got = __shfl_xor_sync(kAllLanes, has ? first : second, kLane);
-    (has ? first : second) = got;
-  }
-
   // One operand of one step: kLines lines, of rows with the depth inside or of depths with rows.
   template <int kCount, bool kDepthInner>
   UNICOM_DEVICE void copy(SharedAddress to, const Unit* from, int stride, int step) const {

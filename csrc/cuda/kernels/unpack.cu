@@ -6,14 +6,23 @@ namespace unicom::cuda {
 
 namespace {
 
+// What makes sums by probabilities of a row's sums.
+template <class Unit>
+UNICOM_DEVICE double factor_of_parts(const Unpack& a, int64_t row) {
+  if (a.part_exponent == nullptr) return 1.0 / UnitTraits<Unit>::kProbabilityScale;
+  const SampleState state = a.states.sample(row);
+  const double power = a.part_exponent[row] - state.exponent;
+  return std::ldexp(state.factor, static_cast<int>(min_of(max_of(power, -3000.0), 3000.0)));
+}
+
 // The sum of one value's parts, in their order.
 template <class Unit>
-UNICOM_DEVICE double total_at(const Unpack& a, int64_t row, int64_t k) {
+UNICOM_DEVICE double total_at(const Unpack& a, double factor, int64_t row, int64_t k) {
   using Real = RealOf<Unit>;
   const Real* part = static_cast<const Real*>(a.partial) + row * a.depth + k;
   double total = 0;
   for (int64_t z = 0; z < a.splits; ++z) total += part[z * a.split_stride];
-  return total * (1.0 / UnitTraits<Unit>::kProbabilityScale);
+  return total * factor;
 }
 
 template <class Unit>
@@ -23,10 +32,10 @@ UNICOM_DEVICE double unit_at(const Unpack& a, int64_t row, int64_t k) {
 
 // A warp takes one row: a pass for the projection, one that writes.
 template <class Unit>
-UNICOM_DEVICE double projection(const Unpack& a, int64_t row) {
+UNICOM_DEVICE double projection(const Unpack& a, double factor, int64_t row) {
   double dot = 0;
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp)
-    dot += total_at<Unit>(a, row, k) * unit_at<Unit>(a, row, k);
+    dot += total_at<Unit>(a, factor, row, k) * unit_at<Unit>(a, row, k);
   return warp_sum(dot);
 }
 
@@ -38,7 +47,8 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
     if (a.radial != nullptr) a.radial[i] = 0;
     return;
   }
-  const double dot = projection<Unit>(a, i);
+  const double of_parts = factor_of_parts<Unit>(a, i);
+  const double dot = projection<Unit>(a, of_parts, i);
   if (a.radial != nullptr) a.radial[i] = a.states.sample(i).push * dot;
   if (a.sink.data == nullptr) return;
   const double x_inverse = a.row_inverse_norm[i];
@@ -52,7 +62,7 @@ __global__ void unpack_embeddings_kernel(__grid_constant__ const Unpack a) {
     class_sum = warp_sum(class_sum);
   }
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
-    double value = factor * (total_at<Unit>(a, i, k) - dot * unit_at<Unit>(a, i, k));
+    double value = factor * (total_at<Unit>(a, of_parts, i, k) - dot * unit_at<Unit>(a, i, k));
     if (smooth != 0)
       value -= smooth * x_inverse *
                (a.class_sum[k] - class_sum * (read_any(a.embeddings, i, k) * x_inverse));
@@ -99,15 +109,16 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
   }
   const int64_t id = row_id(a.class_index, slot, a.order.centers);
   const bool smooths = a.smooth_weight != nullptr;
-  const double dot = projection<Unit>(a, row);
+  const double of_parts = factor_of_parts<Unit>(a, row);
+  const double dot = projection<Unit>(a, of_parts, row);
   const double w_inverse = a.class_inverse_norm[slot];
   double smooth_dot = 0;
   for (int64_t k = lane_index(); k < a.sink.dim && smooths; k += kWarp)
     smooth_dot += a.smooth_sum[k] * unit_at<Unit>(a, row, k);
   if (smooths) smooth_dot = warp_sum(smooth_dot);
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
-    double value =
-        *p.largest * w_inverse * (total_at<Unit>(a, row, k) - dot * unit_at<Unit>(a, row, k));
+    double value = *p.largest * w_inverse *
+                   (total_at<Unit>(a, of_parts, row, k) - dot * unit_at<Unit>(a, row, k));
     if (smooths) value -= w_inverse * (a.smooth_sum[k] - smooth_dot * unit_at<Unit>(a, row, k));
     for (int64_t s = first; s < positives && slots[p.by_slot[s]] == slot; ++s) {
       const int64_t positive = p.by_slot[s], i = positive / width;

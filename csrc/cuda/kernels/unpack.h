@@ -30,6 +30,9 @@ struct Unpack {
   const void* unit;     // [rows or chunk][depth] packed unit rows of what is written
   const void* partial;  // [splits][rows or chunk][depth] RealOf<Unit>
   int64_t splits, split_stride;
+  // nullptr: the sums are of probabilities * kProbabilityScale; or [rows]: of embeddings, by
+  // exponentials * 2^-part_exponent.
+  const float* part_exponent;
   RowSink sink;  // of embeddings: data may be nullptr, then only radial is wanted
 };
 

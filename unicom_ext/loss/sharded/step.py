@@ -84,13 +84,12 @@ def call_loss(
         feature_index = sampling.draw_features(step)
     grad_enabled = torch.is_grad_enabled()
     grad_embeddings = grad_enabled and grad_embeddings
-    wants_grad = grad_embeddings or (
-        grad_enabled and (prototypes.requires_grad or options.learns_scale)
-    )
+    wants_embeddings = grad_embeddings or (grad_enabled and options.learns_scale)
+    wants_grad = wants_embeddings or (grad_enabled and prototypes.requires_grad)
     call = Call.of(
         shard.group_name,
         Sizes(size, width, options.ignore_index, *sampling),
-        *options.packed(prototypes.device, wants_grad),
+        *options.packed(prototypes.device, wants_grad, wants_embeddings),
         Flags(
             want_metrics,
             grad_embeddings,

@@ -1,0 +1,195 @@
+"""The loss on Hopper's own kernels (TMA and wgmma) over the emulation, beside float64 and the
+kernels of every GPU: up to 256 dimensions by passes in the shape of attention, above chunk by
+chunk. Blocks of several tiles are in tests/emulation/sanitized.cpp."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import backends
+from support.problems import (
+    Outcome,
+    Problem,
+    distance,
+    random_problem,
+    relative_error,
+    solve,
+    truth,
+)
+
+from unicom_ext import PartialMarginSoftmax
+from unicom_ext.functional import partial_margin_softmax
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+# Around the edges of boxes (64), of tiles of keys (96) and classes (256), and of blocks (128).
+EDGES = (1, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257)
+DEPTHS = (1, 63, 64, 65, 96, 127, 128, 129, 191, 192, 193, 255, 256)
+# Each edge once in the batch, in the classes and in the depth, beside different ones.
+ATTENDED = [
+    (EDGES[i], max(2, EDGES[(3 * i + 7) % 13]), DEPTHS[(7 * i + 2) % 13]) for i in range(13)
+]
+CHUNKED = [
+    (EDGES[i], max(2, EDGES[(3 * i + 7) % 13]), 256 + EDGES[(7 * i + 2) % 4]) for i in range(13)
+]
+
+
+def on_both(problem: Problem) -> tuple[Outcome, Outcome]:
+    """On Hopper's kernels, and on those of every GPU."""
+    on_hopper = solve(partial_margin_softmax, problem)
+    with backends.emulating(compute_capability=8):
+        return on_hopper, solve(partial_margin_softmax, problem)
+
+
+def check(problem: Problem, off: float, nearer: float = 1 / 20) -> None:
+    """As near to the truth as the budget of its precision allows, and nearer to the other kernels,
+    which multiply the same halves, but make halves of other multiples of the probabilities where
+    passes have the shape of attention."""
+    on_hopper, elsewhere = on_both(problem)
+    scale, right = problem.options["scale"], truth(problem)
+    assert torch.allclose(on_hopper.loss.double(), right.loss, rtol=off, atol=off * scale)
+    assert torch.allclose(on_hopper.loss, elsewhere.loss, rtol=1e-5, atol=1e-6 * scale)
+    for a, b, c in zip(on_hopper[1:], elsewhere[1:], right[1:], strict=True):
+        size = max(1, float(c.norm()))  # in one dimension gradients are zero
+        assert distance(a, c) < off * size
+        assert distance(a, b) < off * nearer * size
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp16", 1e-2), ("bf16", 6e-2)])
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_shapes_around_the_edges_of_tiles(shape, precision, off):
+    check(random_problem(*shape, closeness=0.5, precision=precision, reduction="none"), off)
+
+
+@pytest.mark.parametrize("shape", CHUNKED, ids=str)
+def test_shapes_of_more_dimensions(shape):
+    problem = random_problem(*shape, closeness=0.5, precision="fp16", reduction="none")
+    check(problem, 1e-2, 1 / 100)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 1.0},
+        {"scale": 500.0},
+        {"interclass_filter": 0.1},
+        {"positives": 4},
+        {"positives": 3, "multi_label": "separate"},
+        {"label_smoothing": 0.2},
+        {"ignored": 20},
+        {"sampled": 200, "features": 65},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(130, 270, 96), (40, 210, 320)], ids=str)
+def test_options(shape, options):
+    options = {"closeness": 0.5, "precision": "fp16", "reduction": "none", **options}
+    # Rounding takes some cosines to the other side of the filter.
+    off = 3e-2 if "interclass_filter" in options else 1e-2
+    check(random_problem(*shape, **options), off)
+
+
+def test_samples_that_have_come_to_their_prototypes():
+    problem = random_problem(70, 300, 64, precision="fp16", reduction="none")
+    converged = Problem(
+        problem.prototypes[problem.labels], problem.labels, problem.prototypes, problem.options
+    )
+    on_hopper, elsewhere = on_both(converged)
+    assert torch.allclose(on_hopper.loss, elsewhere.loss, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"interclass_filter": 0.1}], ids=str)
+def test_without_negatives(options):
+    problem = random_problem(5, 1, 16, precision="fp16", reduction="none", **options)
+    for outcome in on_both(problem):
+        assert all(torch.equal(part, torch.zeros_like(part)) for part in outcome)
+
+
+def test_fewer_classes_than_there_is_room_for():
+    """Labels that stand twice bring fewer classes than the bound allows."""
+    results = []
+    for capability in (8, 9):
+        with backends.emulating(compute_capability=capability):
+            torch.manual_seed(0)
+            module = PartialMarginSoftmax(64, 700, sample_rate=0.4, precision="fp16", seed=3)
+            x = torch.randn(150, 64, requires_grad=True)
+            loss = module(x, torch.arange(150) % 7)
+            loss.backward()
+            assert len(module.last_selection.class_index) < 280 + 150
+            results.append((loss.detach(), x.grad, module.weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 5e-4
+
+
+def test_a_frozen_encoder_and_a_frozen_head():
+    """Each gradient alone is what it is beside the other."""
+    problem = random_problem(70, 200, 65, closeness=0.5, precision="fp16")
+    both = solve(partial_margin_softmax, problem)
+    for wants_x in (True, False):
+        x = problem.embeddings.clone().requires_grad_(wants_x)
+        w = problem.prototypes.clone().requires_grad_(not wants_x)
+        partial_margin_softmax(x, problem.labels, w, **problem.options).backward()
+        if wants_x:
+            assert torch.equal(x.grad, both.grad_embeddings)
+        else:
+            assert torch.allclose(w.grad, both.grad_prototypes, atol=1e-6)
+
+
+def test_a_learned_scale():
+    results = []
+    for capability in (8, 9):
+        with backends.emulating(compute_capability=capability):
+            problem = random_problem(70, 200, 65, closeness=0.5, precision="fp16")
+            scale = torch.tensor(30.0, requires_grad=True)
+            options = {**problem.options, "scale": scale}
+            partial_margin_softmax(
+                problem.embeddings, problem.labels, problem.prototypes, **options
+            ).backward()
+            results.append(scale.grad)
+    assert relative_error(*results) < 1e-4
+
+
+def test_what_raises_the_exponents_late():
+    """Each class is nearer than all before it, by more than halves can hold."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(66, 64, generator=generator)
+    noise = torch.randn(400, 64, generator=generator)
+    w = torch.linspace(-1, 1, 400)[:, None] * x.mean(0) + 0.01 * noise
+    problem = random_problem(66, 400, 64, precision="fp16", scale=64.0, reduction="none")
+    check(Problem(x.mean(0) + 0.1 * x, problem.labels, w, problem.options, problem.upstream), 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(130, 600, 130), (70, 300, 300)], ids=str)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_order_of_threads_changes_nothing(precision, shape):
+    problem = random_problem(*shape, closeness=0.5, precision=precision)
+    outcomes = []
+    for schedule in (0, 1, 77):
+        with backends.emulating(schedule=schedule):
+            outcomes.append(solve(partial_margin_softmax, problem))
+    for other in outcomes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({"precision": "fp16"}, True),
+        ({"precision": "bf16"}, True),
+        ({"precision": "fp32"}, False),
+        ({"precision": "fp16", "num_centers": 2}, False),
+    ],
+    ids=str,
+)
+def test_where_the_path_is_taken(options, taken):
+    problem = random_problem(100, 300, 64, **options)
+    x, w = problem.embeddings.requires_grad_(), problem.prototypes.requires_grad_()
+    boxes = [backends.boxes_loaded()]
+    loss = partial_margin_softmax(x, problem.labels, w, **problem.options)
+    boxes.append(backends.boxes_loaded())
+    loss.backward()
+    boxes.append(backends.boxes_loaded())
+    assert [boxes[1] > boxes[0], boxes[2] > boxes[1]] == [taken, options["precision"] != "fp32"]
+    with backends.emulating(compute_capability=8):
+        solve(partial_margin_softmax, problem)
+    assert backends.boxes_loaded() == boxes[2]
