@@ -22,6 +22,7 @@
 #include "../../csrc/cuda/host/loss.h"
 #include "../../csrc/cuda/host/nearest.h"
 #include "../../csrc/cuda/kernels/logits.h"
+#include "../../csrc/cuda/kernels/nearest.h"
 #include "../../csrc/cuda/kernels/product.h"
 #include "../../csrc/cuda/kernels/row_updates.h"
 #include "../../csrc/cuda/kernels/select.h"
@@ -36,6 +37,8 @@ void expect(bool good, const std::string& what) {
   std::printf("differs: %s\n", what.c_str());
   failed = true;
 }
+
+uint16_t half_bits(double x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
 
 struct Case {
   int64_t batch, num_classes, dim, sampled, features;
@@ -534,14 +537,97 @@ void compare_nearest(int64_t n, int64_t k, int64_t dim, float spread) {
   }
 }
 
+// ---- the candidates alone: lists that fill up, and are cleared of what is no longer near
+
+// Centroids and rows on a circle, so that most tiles have something better, and windows of all sizes.
+void compare_candidates() {
+  using namespace unicom::cuda;
+  const int64_t rows = 3 * kRowGranule, classes = 5 * kClassGranule, depth = 64, runs = 2;
+  Array<uint16_t> units(rows * depth), centroids(classes * depth);
+  Array<float> bias(classes), floor(rows), window(rows);
+  auto point = [&](const Array<uint16_t>& to, int64_t i, double angle) {
+    to.data[i * depth] = half_bits(std::cos(angle));
+    to.data[i * depth + 1] = half_bits(std::sin(angle));
+  };
+  for (int64_t j = 0; j < classes; ++j) point(centroids, j, 1.5 * double(j) / double(classes));
+  for (int64_t i = 0; i < rows; ++i) {
+    point(units, i, 1.6 * double(i) / double(rows));
+    floor.data[i] = i % 50 == 7 ? INFINITY : -INFINITY;  // rows that do not count
+    window.data[i] = 0.0004f * static_cast<float>(i * 37 % 101);
+  }
+  struct Lists {
+    Array<Candidate> candidates{runs * rows * kCandidates};
+    Array<int32_t> count{runs * rows};
+  };
+  auto run = [&](int capability) {
+    emulation::set_compute_capability(capability);
+    emulation::set_schedule(12345);
+    Lists out;
+    Queue queue;
+    find_candidates(queue, {.rows = reinterpret_cast<const Half*>(units.get()),
+                            .floor = floor.get(),
+                            .window = window.get(),
+                            .packed = {.largest_norm = nullptr,
+                                       .largest_lost = nullptr,
+                                       .inverse_norm = nullptr,
+                                       .mean = nullptr,
+                                       .bias = bias.get(),
+                                       .unit = reinterpret_cast<Half*>(centroids.get()),
+                                       .classes = classes,
+                                       .depth = depth},
+                            .padded = rows,
+                            .runs = runs,
+                            .candidate = out.candidates.get(),
+                            .count = out.count.get()});
+    expect(queue.error == cudaSuccess, "candidates: a launch");
+    return out;
+  };
+  const int64_t boxes = emulation::boxes_loaded();
+  const Lists elsewhere = run(8);
+  expect(emulation::boxes_loaded() == boxes, "candidates: kernels of every GPU");
+  const Lists on_hopper = run(9);
+  expect(emulation::boxes_loaded() > boxes, "candidates: kernels of Hopper");
+  auto list = [&](const Lists& from, int64_t i) {
+    const Candidate* begin = from.candidates.get() + i * kCandidates;
+    std::vector<std::pair<int32_t, float>> sorted;
+    for (int c = 0; c < from.count.data[i]; ++c) sorted.push_back({begin[c].index, begin[c].score});
+    std::sort(sorted.begin(), sorted.end());
+    return sorted;
+  };
+  int full = 0, cleared = 0;
+  for (int64_t i = 0; i < runs * rows; ++i) {
+    const bool too_many = elsewhere.count.data[i] > kCandidates;
+    if (too_many != (on_hopper.count.data[i] > kCandidates) ||
+        (!too_many && list(elsewhere, i) != list(on_hopper, i)))
+      return expect(false, "candidates of row " + std::to_string(i % rows));
+    full += too_many;
+    // Candidates of tiles before the last that are not near the best of all were there once.
+    if (too_many || i >= rows || floor.data[i] > 0) continue;
+    double best = -INFINITY;
+    int64_t came = 0;
+    for (int64_t first = 0; first < 3 * kClassGranule; first += kClassGranule) {
+      auto score = [&](int64_t j) {
+        double sum = 0;
+        for (int k = 0; k < 2; ++k)
+          sum += double(emulation::half_to_float(units.data[i * depth + k])) *
+                 emulation::half_to_float(centroids.data[j * depth + k]);
+        return sum;
+      };
+      for (int64_t j = first; j < first + kClassGranule; ++j) best = std::max(best, score(j));
+      for (int64_t j = first; j < first + kClassGranule; ++j)
+        came += score(j) > best - window.data[i];
+    }
+    cleared += came > kCandidates + 4;
+  }
+  expect(full > 0 && cleared > 0, "candidates: lists that fill up, and that are cleared");
+}
+
 // ---- the logits alone, so that blocks go through several tiles of classes
 
 struct LogitCase {
   int64_t batch, bound, count, depth, runs, width;
   double scale, filter;
 };
-
-uint16_t half_bits(double x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
 
 // Rows of about unit length, as halves.
 Array<uint16_t> unit_rows(std::mt19937& random, int64_t rows, int64_t depth) {
@@ -794,6 +880,7 @@ int main() {
     compare_nearest(5, 513, 66, 1e-3f);
     emulation::set_shared_limit(227 << 10);
   }
+  compare_candidates();
   constexpr double kNone = std::numeric_limits<double>::infinity();
   compare_logits({1, 700, 513, 64, 1, 1, 64, kNone});
   compare_logits({130, 1300, 1200, 64, 1, 1, 64, 0.2});

@@ -203,10 +203,11 @@ struct Search {
 UNICOM_DEVICE void clear_full_lists(Search& search, Candidate* lists, int64_t first_class) {
   const int lane = lane_index();
   for (int r = static_cast<int>(threadIdx.x) / kWarp; r < SearchTile::kRows; r += kWarpsPerBlock) {
-    const bool full = search.count[r] > kCandidates;
+    const float floor = unordered(search.floor[r]);
+    // A list that could not be cleared stays too long.
+    const bool full = search.count[r] > kCandidates && floor < kInfinity;
     int kept = 0;
     if (full) {
-      const float floor = unordered(search.floor[r]);
       kept = keep_candidates(lists + int64_t{r} * kCandidates, kCandidates, floor, first_class);
     }
     if (lane != 0) continue;
