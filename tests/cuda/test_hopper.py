@@ -4,6 +4,10 @@ chunk. Blocks of several tiles are in tests/emulation/sanitized.cpp."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import backends
@@ -193,3 +197,22 @@ def test_where_the_path_is_taken(options, taken):
     with backends.emulating(compute_capability=8):
         solve(partial_margin_softmax, problem)
     assert backends.boxes_loaded() == boxes[2]
+
+
+@pytest.mark.slow  # a process of its own: the variable is read once
+@pytest.mark.parametrize(("given", "uses_tma"), [("0", False), ("1", True)])
+def test_measurements_may_turn_them_off(given, uses_tma):
+    code = """
+import pytest
+from support import backends
+from support.problems import random_problem, solve
+from unicom_ext.functional import partial_margin_softmax
+with pytest.MonkeyPatch.context() as monkeypatch:
+    backends.use(monkeypatch, "emulated_cuda")
+    solve(partial_margin_softmax, random_problem(9, 70, 65, precision="fp16"))
+print(backends.boxes_loaded() > 0)
+"""
+    environment = {**os.environ, "UNICOM_CUDA_HOPPER": given}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert printed.split() == [str(uses_tma)]
