@@ -119,13 +119,12 @@ inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
 // The sum of one instruction as tensor cores may take it at worst: terms are aligned to the
 // largest, and what is below its last digit is dropped; so is what the sum has below its own.
 inline float truncated_sum(float start, const double (&terms)[16]) {
-  double largest = std::fabs(start);
-  for (double term : terms) largest = std::fmax(largest, std::fabs(term));
-  if (largest == 0 || !std::isfinite(largest)) {
-    double sum = start;
-    for (double term : terms) sum += term;
-    return static_cast<float>(sum);
+  double largest = std::fabs(start), exact = start;
+  for (double term : terms) {
+    largest = std::fmax(largest, std::fabs(term));  // which passes over NaN
+    exact += term;
   }
+  if (largest == 0 || !std::isfinite(exact)) return static_cast<float>(exact);
   const uint64_t exponent = __builtin_bit_cast(uint64_t, largest) >> 52;
   const auto digit = __builtin_bit_cast(double, (exponent - 23) << 52);
   const auto digits = __builtin_bit_cast(double, (2046 - (exponent - 23)) << 52);  // 1 / digit
