@@ -1,6 +1,6 @@
 """The loss on Hopper's own kernels (TMA and wgmma) over the emulation, beside float64 and the
 kernels of every GPU: up to 256 dimensions by passes in the shape of attention, above chunk by
-chunk. Blocks of several tiles are in tests/emulation/sanitized.cpp."""
+chunk. Blocks of several tiles are in tests/emulation/sanitized_tiles.cpp."""
 
 from __future__ import annotations
 

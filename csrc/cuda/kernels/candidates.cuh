@@ -1,6 +1,8 @@
 // Lists of candidates, on whichever tile they were found.
 #pragma once
 
+#include <cmath>
+
 #include "device.cuh"
 #include "nearest.h"
 
@@ -23,6 +25,23 @@ UNICOM_DEVICE int keep_candidates(Candidate* list, int count, float floor, int64
     kept += __popc(votes);
   }
   return kept;
+}
+
+// Makes the scores of a tile of its products, and finds the largest of each of the thread's rows.
+// bias: that of the tile's first class.
+template <class T>
+UNICOM_DEVICE void add_bias(T& tile, const float* bias, float (&largest)[T::kThreadRows]) {
+#pragma unroll
+  for (int i = 0; i < T::kThreadRows; ++i) largest[i] = -INFINITY;
+#pragma unroll
+  for (int j = 0; j < T::kThreadCols; ++j) {
+    const float of_class = bias[tile.col(j)];
+#pragma unroll
+    for (int i = 0; i < T::kThreadRows; ++i) {
+      tile.at(i, j) += of_class;
+      largest[i] = larger(largest[i], tile.at(i, j));
+    }
+  }
 }
 
 }  // namespace unicom::cuda

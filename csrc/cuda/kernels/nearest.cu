@@ -267,17 +267,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       [&](int t) {
         const int64_t begin = first_class + int64_t{t} * T::kCols;
         float best[T::kThreadRows];
-#pragma unroll
-        for (int i = 0; i < T::kThreadRows; ++i) best[i] = -kInfinity;
-#pragma unroll
-        for (int j = 0; j < T::kThreadCols; ++j) {
-          const float bias = a.packed.bias[begin + tile.col(j)];
-#pragma unroll
-          for (int i = 0; i < T::kThreadRows; ++i) {
-            tile.at(i, j) += bias;
-            best[i] = larger(best[i], tile.at(i, j));
-          }
-        }
+        add_bias(tile, a.packed.bias + begin, best);
         bool found = false;
 #pragma unroll
         for (int i = 0; i < T::kThreadRows; ++i) {

@@ -33,17 +33,7 @@ class FoundCandidates {
   // in which lanes find them: floors rise first, then what is above them is taken.
   UNICOM_DEVICE void add(T& tile, int64_t first_class) {
     float best[T::kThreadRows];
-#pragma unroll
-    for (int i = 0; i < T::kThreadRows; ++i) best[i] = -INFINITY;
-#pragma unroll
-    for (int j = 0; j < T::kThreadCols; ++j) {
-      const float bias = bias_[first_class + tile.col(j)];
-#pragma unroll
-      for (int i = 0; i < T::kThreadRows; ++i) {
-        tile.at(i, j) += bias;
-        best[i] = larger(best[i], tile.at(i, j));
-      }
-    }
+    add_bias(tile, bias_ + first_class, best);
     bool found = false;
 #pragma unroll
     for (int i = 0; i < T::kThreadRows; ++i) {
