@@ -63,7 +63,9 @@ def test_gradcheck(margin, beyond_pi, any_backend):
     )
     x, w = leaves(problem)
     assert torch.autograd.gradcheck(
-        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options), (x, w)
+        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options),
+        (x, w),
+        fast_mode=True,
     )
 
 
@@ -74,7 +76,9 @@ def test_gradcheck_of_a_reduced_loss(reduction, any_backend):
     )
     x, w = leaves(problem)
     assert torch.autograd.gradcheck(
-        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options), (x, w)
+        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options),
+        (x, w),
+        fast_mode=True,
     )
 
 

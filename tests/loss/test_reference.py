@@ -93,7 +93,9 @@ def test_exact_gradients_are_those_of_finite_differences(margin, beyond_pi, filt
         "reduction": "none",
     }
     assert torch.autograd.gradcheck(
-        lambda x, w: partial_margin_softmax(x, problem.labels, w, **options), (x, w)
+        lambda x, w: partial_margin_softmax(x, problem.labels, w, **options),
+        (x, w),
+        fast_mode=True,
     )
 
 
