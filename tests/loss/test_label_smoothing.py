@@ -57,7 +57,7 @@ def test_is_torchs_over_sampled_classes_and_each_of_several_positives():
     torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-13)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 40),
     positives=st.none() | st.integers(1, 5),

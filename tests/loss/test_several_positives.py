@@ -38,7 +38,7 @@ def test_float32_is_within_its_budget(capability, multi_label, positives, reduct
     check_fp32(solve(partial_margin_softmax, problem), problem)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 30),
     positives=st.integers(1, 9),
