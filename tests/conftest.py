@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 # Compiled graphs name operators by their schema: a cache of this checkout's own.
@@ -13,6 +14,11 @@ import torch
 
 # Two test processes share two cores; tests that are about threads set their own number.
 torch.set_num_threads(1)
+
+# Files of tests lie in memory where there is room: a disk is slow to sync them.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 try:
     import hypothesis

@@ -1,7 +1,6 @@
 """Scripts that train, run as torchrun runs them, and what their losses and encoders did.
 
-Importing torch and a trainer costs seconds, so the processes of all runs are forked from one that
-has imported them already.
+The processes of all runs are forked from one that has imported their trainer already.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from support.processes import CONTEXT, SECONDS
 from support.ranks import free_port
-
-SECONDS = 300  # that a script may take: only one that hangs takes so long, on any machine
 
 
 @dataclass
@@ -47,9 +45,8 @@ class Programs:
     """`run` runs a script; `close` ends the process that the others are forked from."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._server = context.Process(target=_serve, args=(theirs,))
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._server = CONTEXT.Process(target=_serve, args=(theirs,))
         self._server.start()
         theirs.close()
 

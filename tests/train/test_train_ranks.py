@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import traceback
 import pytest
 import torch.distributed as dist
 from rich.console import Console
+from support.processes import CONTEXT
 from support.ranks import free_port
 from support.training import (
     DATA,
@@ -235,13 +235,12 @@ def fail_in_a_run(say, rank, output, failure):
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, failure):
-    context = multiprocessing.get_context("forkserver")
     port = free_port()
     began = time.monotonic()
     processes = []
     for rank in range(3):
-        ours, theirs = context.Pipe()
-        process = context.Process(
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(
             target=rank_of_a_run, args=(theirs, rank, 3, port, tmp_path, failure)
         )
         process.start()
