@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -91,6 +92,10 @@ def pytest_collection_modifyitems(items, config):
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported is not looked through again and again for garbage
 
 
 @pytest.fixture(scope="session")

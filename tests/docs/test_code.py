@@ -6,9 +6,8 @@ import os
 import traceback
 
 import pytest
-import torch
 from support.pages import PAGES, python_blocks, run_python
-from support.processes import CONTEXT
+from support.processes import CONTEXT, begin
 from support.ranks import free_port
 
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
@@ -58,7 +57,7 @@ def run_as_rank(page, rank, port, folder, pipe):
     os.chdir(folder)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
+    begin()
     try:
         pipe.send(run_python(page))
     except Exception:

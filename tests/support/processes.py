@@ -6,6 +6,7 @@ started in the server, so what it forks may fork again.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import traceback
@@ -51,10 +52,16 @@ class Process:
         return self.printed.read_text() if self.printed.exists() else ""
 
 
-def _work(printed: Path, function: Callable[..., None], arguments: tuple) -> None:
+def begin() -> None:
+    """What a process of the server does first."""
     import torch
 
+    gc.freeze()  # what is imported is not looked through again and again for garbage
     torch.set_num_threads(1)
+
+
+def _work(printed: Path, function: Callable[..., None], arguments: tuple) -> None:
+    begin()
     with printed.open("wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

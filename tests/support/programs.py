@@ -5,6 +5,7 @@ The processes of all runs are forked from one that has imported their trainer al
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from support.processes import CONTEXT, SECONDS
+from support.processes import CONTEXT, SECONDS, begin
 from support.ranks import free_port
 
 
@@ -67,15 +68,13 @@ class Programs:
 
 
 def _serve(pipe) -> None:
-    import torch
-
     from unicom_ext.data import glyphs
 
     for module in ("checkpoint", "encoders.small", "loss.sharded.step"):
         import_module(f"unicom_ext.{module}")
     glyphs.load = cache(glyphs.load)
     glyphs.load()  # for all of them, as it takes half a second
-    torch.set_num_threads(1)
+    begin()
     # Or libraries take the folder of tests of data sets for the package `datasets`.
     sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parents[1]]
     context = multiprocessing.get_context("fork")
@@ -86,6 +85,7 @@ def _serve(pipe) -> None:
             return
         for module in imports:
             import_module(module)
+        gc.freeze()
         port, started = str(free_port()), []
         for rank in range(ranks):
             ours, theirs = context.Pipe()

@@ -12,7 +12,7 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-from support.processes import CONTEXT
+from support.processes import CONTEXT, begin
 
 MOST = 4
 # Seconds that a rank waits for another, and that we wait for a rank: only a hang takes so long,
@@ -105,10 +105,9 @@ def free_port() -> int:
 
 
 def _serve(pipe, rank: int, most: int, store: str) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    begin()
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group(
         "gloo",
