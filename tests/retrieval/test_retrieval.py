@@ -557,8 +557,11 @@ def rows_of_kind(kind, n, d):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("classes", [5, 80])  # lists of R = 79 candidates, and of 4
-@pytest.mark.parametrize("kind", ["random", "float64", "all equal", "zero", "getting closer"])
+@pytest.mark.parametrize(
+    ("kind", "classes"),  # 5 and 80: lists of R = 79 candidates, and of 4
+    [("random", 5), ("random", 80), ("float64", 80), ("all equal", 5), ("zero", 80),
+     ("getting closer", 5), ("getting closer", 80)],
+)  # fmt: skip
 def test_memory_does_not_grow_with_gallery_times_queries(kind, classes):
     n, d, block_bytes = 400, 8, 1 << 17
     assert n * n * 4 > 4 * block_bytes  # a full matrix of scores would be seen at once
