@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 from pathlib import Path
 
 # Compiled graphs name operators by their schema: a cache of this checkout's own.
@@ -14,13 +16,18 @@ import torch
 # Two test processes share two cores; tests that are about threads set their own number.
 torch.set_num_threads(1)
 
+# Files of tests lie in memory where there is room: a disk is slow to sync them.
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+
 try:
     import hypothesis
 except ImportError:  # `make gpu-check` does with what a GPU machine has
     pass
 else:
     # The same examples everywhere: a red test is about the code, not about luck.
-    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
     hypothesis.settings.load_profile("tests")
 
 
@@ -85,6 +92,10 @@ def pytest_collection_modifyitems(items, config):
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: item.get_closest_marker("first") is None)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported is not looked through again and again for garbage
 
 
 @pytest.fixture(scope="session")

@@ -4,188 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import random
+import resource
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from click.testing import CliRunner
+from rich.console import Console
 from support.clusters import ROWS, SIZES, make_dump
+from support.processes import Process, fork, status
 from support.ranks import free_port
 
 from unicom_ext.cli.main import main
-
-# Each case in children of a process in which everything is loaded; one thread, because no thread
-# may have started before a fork.
-COMMON = """
-import os, random, signal, sys
-from dataclasses import replace
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from rich.console import Console
 from unicom_ext.cluster import ClusterConfig, cluster, pictures, pruning
 from unicom_ext.cluster.labels import LabelFiles
 from unicom_ext.data.source import Source
 
-torch.set_num_threads(1)
-pictures.draw = lambda *arguments: []
-folder = Path(sys.argv[1])
 
 def config(**settings):
     defaults = {"clusters": 25, "passes": 5, "tolerance": 0.0, "joint": "concat"}
     return ClusterConfig(**{**defaults, **settings})
 
-def run(output, settings, **options):
-    console = Console(quiet=True)
+
+def run(folder, output, settings, console=None, **options):
+    pictures.draw = lambda *arguments: []  # which takes longer than all the rest
+    console = console or Console(quiet=True)
     return cluster(settings, folder / "dump", folder / output, console=console, **options)
 
-def child(work):
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", flush=True)
-        finally:
-            os._exit(status)
-    return pid
-"""
 
-RANKS = (
-    COMMON
-    + """
-def on(size, output, settings):
-    def work(rank):
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{output}.store", rank=rank, world_size=size
-        )
-        run(output, settings)
-        dist.barrier()
-    pids = [child(lambda rank=rank: work(rank)) for rank in range(size)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-cases = {
-    "lloyd": {"early_passes": 1, "merge_above": 0.9},
-    "two-level": {"method": "two-level", "coarse": 4, "refine_passes": 1},
-    "pruned": {"clusters": 520, "init": "random"},
-    "two-level-pruned": {"clusters": 520, "method": "two-level", "coarse": 4, "refine_passes": 3},
-}
-for name, more in cases.items():
-    os.waitpid(child(lambda: run(f"{name}-1", config(**more))), 0)
-    for size in (2, 4):
-        assert on(size, f"{name}-{size}", config(**more)) == [0] * size
-assert on(3, "minibatch-3", config(method="minibatch", batch_rows=90)) == [0, 0, 0]
-# One process cannot read its rows: all of them end.
-read = Source.read
-def broken(self, shard, start, stop):
-    if dist.get_rank() == 1:
-        raise OSError(5, "Input/output error")
-    return read(self, shard, start, stop)
-Source.read = broken
-assert on(2, "broken", config()) == [1, 1]
-print("done")
-"""
-)
-
-KILLED = (
-    COMMON
-    + """
-random.seed(int(sys.argv[2]))
-settings = config(passes=8, **eval(sys.argv[3]))
-# In one go, and with all products.
-os.waitpid(child(lambda: run("whole", replace(settings, prune=False))), 0)
-
-def killed_after(events):
-    # ... itself, at the so many-th reading, writing, syncing or renaming
-    def counting(function):
-        def counted(*arguments, **options):
-            nonlocal events
-            events -= 1
-            if events == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-        return counted
-    for owner, name in ((Source, "read"), (LabelFiles, "write"), (pruning, "_write"),
-                        (torch, "save"), (os, "fsync"), (os, "replace")):
-        setattr(owner, name, counting(getattr(owner, name)))
-
-killed = 0
-for attempt in range(6):
-    resume = (folder / "killed" / "state" / "state.pt").exists()
-    options = {"resume": resume, "overwrite": not resume}
-    def work():
-        if attempt < 5:
-            killed_after(random.randrange(1, 30))
-        run("killed", settings, **options)
-    random.random()
-    status = os.waitstatus_to_exitcode(os.waitpid(child(work), 0)[1])
-    killed += status == -signal.SIGKILL
-assert status == 0
-assert killed == 5
-print("done")
-"""
-)
-
-FULL = (
-    COMMON
-    + """
-import resource
-
-run("out", config(passes=3))
-run("whole", config(passes=5))
-output = folder / "out"
-def files():
-    return {p: p.read_bytes() for p in [*output.glob("*.*"), output / "state" / "state.pt"]}
-before = files()
-state_bytes = len(before[output / "state" / "state.pt"])
-
-# No file may grow beyond a size, which fails as a full disk does: in the middle of a write.
-for limit in (200, 1000, state_bytes - 100):
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        run("out", config(passes=5), resume=True)
-    assert os.waitpid(child(work), 0)[1] != 0
-    assert files() == before
-    assert not list(output.rglob("*.tmp"))
-run("out", config(passes=5), resume=True)
-print("done")
-"""
-)
-
-
-NO_ROOM = (
-    COMMON
-    + """
-import numpy as np
-import resource
-
-(folder / "dump").mkdir()
-rng = np.random.default_rng(0)
-np.save(folder / "dump" / "rows.npy", rng.standard_normal((20000, 12), np.float32))
-settings = config(clusters=512, init="random", joint="image")
-run("whole", replace(settings, prune=False))
-# Labels and the state are smaller than what passes remember of all rows.
-def work():
-    limit = 300 << 10
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    cluster(settings, folder / "dump", folder / "out", console=Console(width=200))
-assert os.waitpid(child(work), 0)[1] == 0
-print("done")
-"""
-)
-
-
-def python(program: str, *arguments: object) -> str:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
-    assert "FutureWarning" not in done.stderr, done.stderr
-    return done.stdout
+def printed_by(work, folder, *arguments) -> str:
+    """What `work(folder, *arguments)` prints, in a process that may fork."""
+    process = Process(folder / "printed", work, folder, *arguments)
+    assert process.end() == 0, process.text()
+    assert "FutureWarning" not in process.text()
+    return process.text()
 
 
 def load(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -194,11 +51,51 @@ def load(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
     return labels, np.load(output / "centroids.npy"), result
 
 
+CASES = {
+    "lloyd": {"early_passes": 1, "merge_above": 0.9},
+    "two-level": {"method": "two-level", "coarse": 4, "refine_passes": 1},
+    "pruned": {"clusters": 520, "init": "random"},
+    "two-level-pruned": {"clusters": 520, "method": "two-level", "coarse": 4, "refine_passes": 3},
+}
+
+
+def on_ranks(size, folder, output, settings):
+    """The status of each."""
+
+    def work(rank):
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/{output}.store", rank=rank, world_size=size
+        )
+        run(folder, output, settings)
+        dist.barrier()
+
+    pids = [fork(work, rank) for rank in range(size)]
+    return [status(pid) for pid in pids]
+
+
+def agreeing(folder):
+    for name, settings in CASES.items():
+        assert status(fork(run, folder, f"{name}-1", config(**settings))) == 0
+        for size in (2, 4):
+            assert on_ranks(size, folder, f"{name}-{size}", config(**settings)) == [0] * size
+    assert on_ranks(3, folder, "minibatch-3", config(method="minibatch", batch_rows=90)) == [0] * 3
+    # One process cannot read its rows: all of them end.
+    read = Source.read
+
+    def broken(self, shard, start, stop):
+        if dist.get_rank() == 1:
+            raise OSError(5, "Input/output error")
+        return read(self, shard, start, stop)
+
+    Source.read = broken
+    assert on_ranks(2, folder, "broken", config()) == [1, 1]
+
+
 @pytest.mark.slow
 def test_one_two_and_four_processes_agree(tmp_path):
     make_dump(tmp_path / "dump")
-    text = python(RANKS, tmp_path)
-    for name in ("lloyd", "two-level", "pruned", "two-level-pruned"):
+    text = printed_by(agreeing, tmp_path)
+    for name in CASES:
         labels, centroids, result = load(tmp_path / f"{name}-1")
         for size in (2, 4):
             other_labels, other_centroids, other = load(tmp_path / f"{name}-{size}")
@@ -218,28 +115,60 @@ def test_one_two_and_four_processes_agree(tmp_path):
     assert "RankFailed: process 1 of 2 failed: OSError: [Errno 5]" in text
 
 
+def command(rank, port, *arguments):
+    os.environ.update(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    main([str(a) for a in arguments])
+
+
 @pytest.mark.slow
 def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
     """Only the first process writes; the other must not end in a traceback."""
     make_dump(tmp_path / "dump")
     (tmp_path / "file").write_text("")
-    command = [
-        sys.executable, "-m", "unicom_ext.cli", "cluster", tmp_path / "dump", "--clusters=5",
-        "--output", tmp_path / "file" / "out",
-    ]  # fmt: skip
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    output, port = tmp_path / "file" / "out", free_port()
+    arguments = ["cluster", tmp_path / "dump", "--clusters=5", "--output", output]
     processes = [
-        subprocess.Popen(
-            command, env={**os.environ, **world, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
+        Process(tmp_path / f"printed-{rank}", command, rank, port, *arguments) for rank in "01"
     ]
     for process in processes:
-        _, text = process.communicate(timeout=300)
-        assert process.returncode == 1, text
-        assert "Error: " in text
-        assert "Not a directory" in text
-        assert "Traceback" not in text
+        assert process.end() == 1, process.text()
+        assert "Error: " in process.text()
+        assert "Not a directory" in process.text()
+        assert "Traceback" not in process.text()
+
+
+def kill_after(events):
+    """Let this process get SIGKILL at the so many-th reading, writing, syncing or renaming."""
+
+    def counting(function):
+        def counted(*arguments, **options):
+            nonlocal events
+            events -= 1
+            if events == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return counted
+
+    for owner, name in ((Source, "read"), (LabelFiles, "write"), (pruning, "_write"),
+                        (torch, "save"), (os, "fsync"), (os, "replace")):  # fmt: skip
+        setattr(owner, name, counting(getattr(owner, name)))
+
+
+def killed_and_resumed(folder, seed, settings):
+    draw = random.Random(seed)
+    settings = config(passes=8, **settings)
+    # In one go, and with all products.
+    assert status(fork(run, folder, "whole", replace(settings, prune=False))) == 0
+
+    def work(resume, events):
+        if events is not None:
+            kill_after(events)
+        run(folder, "killed", settings, resume=resume, overwrite=not resume)
+
+    for events in (*(draw.randrange(1, 30) for _ in range(5)), None):
+        resume = (folder / "killed" / "state" / "state.pt").exists()
+        assert status(fork(work, resume, events)) == (-signal.SIGKILL if events else 0)
 
 
 @pytest.mark.slow
@@ -257,7 +186,7 @@ def test_a_failure_of_the_first_is_one_line_on_each(tmp_path):
 )
 def test_killed_five_times(tmp_path, seed, settings):
     make_dump(tmp_path / "dump")
-    python(KILLED, tmp_path, seed, repr(settings))
+    printed_by(killed_and_resumed, tmp_path, seed, settings)
     whole, killed = load(tmp_path / "whole"), load(tmp_path / "killed")
     assert np.array_equal(whole[0], killed[0])
     assert np.array_equal(whole[1], killed[1])
@@ -266,10 +195,31 @@ def test_killed_five_times(tmp_path, seed, settings):
         assert {name: a[name] for name in steady} == {name: b[name] for name in steady}
 
 
+def without_room(folder):
+    run(folder, "out", config(passes=3))
+    run(folder, "whole", config(passes=5))
+    output = folder / "out"
+
+    def files():
+        return {p: p.read_bytes() for p in [*output.glob("*.*"), output / "state" / "state.pt"]}
+
+    def work(limit):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        run(folder, "out", config(passes=5), resume=True)
+
+    before = files()
+    # No file may grow beyond a size, which fails as a full disk does: in the middle of a write.
+    for limit in (200, 1000, len(before[output / "state" / "state.pt"]) - 100):
+        assert status(fork(work, limit)) == 1
+        assert files() == before
+        assert not list(output.rglob("*.tmp"))
+    run(folder, "out", config(passes=5), resume=True)
+
+
 @pytest.mark.slow
 def test_files_that_cannot_grow(tmp_path):
     make_dump(tmp_path / "dump")
-    errors = [line for line in python(FULL, tmp_path).splitlines() if "Error" in line]
+    errors = [line for line in printed_by(without_room, tmp_path).splitlines() if "Error" in line]
     assert len(errors) == 3
     for error, file in zip(errors, ("labels_0000.npy", "labels_0000.npy", "state.pt"), strict=True):
         assert error.startswith("OSError: [Errno 27]")
@@ -279,9 +229,20 @@ def test_files_that_cannot_grow(tmp_path):
     assert np.array_equal(whole[1], resumed[1])
 
 
+def remembering_without_room(folder):
+    settings = config(clusters=512, init="random", joint="image")
+    run(folder, "whole", replace(settings, prune=False))
+    # Labels and the state are smaller than what passes remember of all rows.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, 300 << 10))
+    run(folder, "out", settings, Console(width=200))
+
+
 @pytest.mark.slow
 def test_no_room_for_what_passes_remember(tmp_path):
-    text = python(NO_ROOM, tmp_path)
+    (tmp_path / "dump").mkdir()
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "dump" / "rows.npy", rng.standard_normal((20000, 12), np.float32))
+    text = printed_by(remembering_without_room, tmp_path)
     assert text.count("No room to remember what passes have found ([Errno 27] File too large)") == 1
     whole, out = (json.loads((tmp_path / name / "clusters.json").read_text())
                   for name in ("whole", "out"))  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.processes import Process
 from support.ranks import free_port
 
 from unicom_ext.distributed import launch
@@ -141,8 +141,7 @@ def process(work, rank, world_size, port, folder):
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    with open(folder / f"stderr-{rank}", "w") as stderr:
-        os.dup2(stderr.fileno(), 2)
+    launch._INTERVAL = 0.05  # tests wait for several of them
     try:
         with launch.joined(stops=(Stop,)) as group:
             (folder / f"joined-{rank}").touch()
@@ -157,28 +156,21 @@ class Processes:
 
     def __init__(self, work, folder: Path) -> None:
         self.folder = folder
-        context = multiprocessing.get_context("forkserver")
         port = free_port()
         self.all = [
-            context.Process(target=process, args=(work, rank, 2, port, folder)) for rank in (0, 1)
+            Process(folder / f"printed-{rank}", process, work, rank, 2, port, folder)
+            for rank in (0, 1)
         ]
-        for each in self.all:
-            each.start()
 
     def until(self, *names):
         end = time.monotonic() + 120
         while not all((self.folder / name).exists() for name in names):
             assert time.monotonic() < end, f"{names} not within 120 s"
-            time.sleep(0.05)
+            time.sleep(0.01)
 
     def end(self):
         """Exit statuses."""
-        for each in self.all:
-            each.join(120)
-            if each.is_alive():
-                each.kill()
-                raise AssertionError("still running after 120 s")
-        return [each.exitcode for each in self.all]
+        return [each.end() for each in self.all]
 
     def said(self, rank):
         return (self.folder / f"said-{rank}").read_text()
@@ -193,8 +185,8 @@ def test_sigterm_after_a_death_says_who_died(tmp_path):
     """Before the others have noticed, as they send nothing."""
     both = Processes(wait_without_a_message, tmp_path)
     both.until("joined-0", "joined-1")
-    both.all[1].kill()
-    both.all[1].join()
+    os.kill(both.all[1].pid, signal.SIGKILL)
+    both.all[1].end()
     os.kill(both.all[0].pid, signal.SIGTERM)
     assert both.end() == [1, -signal.SIGKILL]
     assert both.said(0).startswith(f"RankFailed: rank 1 (process {both.all[1].pid} on")
@@ -206,7 +198,7 @@ def test_sigterm_with_all_alive_ends_the_process_as_ever(tmp_path):
     both = Processes(wait_without_a_message, tmp_path)
     both.until("joined-0", "joined-1")
     os.kill(both.all[0].pid, signal.SIGTERM)
-    both.all[0].join(120)
+    both.all[0].end()
     os.kill(both.all[1].pid, signal.SIGTERM)  # to which the death of the other is no news
     assert both.end() == [-signal.SIGTERM, 1]
     assert not (tmp_path / "said-0").exists()
@@ -229,7 +221,7 @@ def test_sigterm_on_the_way_to_say_who_died(tmp_path, seconds):
     """Again and again, from the error to the end."""
     both = Processes(notice_a_death, tmp_path)
     both.until("noticed")
-    while both.all[0].is_alive() and not (tmp_path / "said-0").exists():
+    while both.all[0].runs() and not (tmp_path / "said-0").exists():
         os.kill(both.all[0].pid, signal.SIGTERM)
         time.sleep(seconds)
     assert both.end() == [1, -signal.SIGKILL]
@@ -239,10 +231,10 @@ def test_sigterm_on_the_way_to_say_who_died(tmp_path, seconds):
 def in_a_message_that_does_not_end(rank, folder, group):
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    launch.PATIENCE = 1.0
+    launch.PATIENCE = 0.5
     end = time.monotonic() + 60
-    while "rank 1" not in (folder / "stderr-0").read_text() and time.monotonic() < end:
-        ctypes.CDLL(None).usleep(100_000)
+    while "rank 1" not in (folder / "printed-0").read_text() and time.monotonic() < end:
+        ctypes.CDLL(None).usleep(20_000)
 
 
 @pytest.mark.slow
@@ -250,8 +242,8 @@ def test_a_rank_that_is_held_up_says_so_from_aside(tmp_path):
     """No error reaches its main thread."""
     both = Processes(in_a_message_that_does_not_end, tmp_path)
     both.end()
-    text = (tmp_path / "stderr-0").read_text()
-    assert f"rank 0 is held up: rank 1 (process {both.all[1].pid} on" in text
+    said = f"rank 0 is held up: rank 1 (process {both.all[1].pid} on"
+    assert said in both.all[0].text()
 
 
 def stop_in_good_order(rank, folder, group):
@@ -259,12 +251,12 @@ def stop_in_good_order(rank, folder, group):
 
 
 def leave_early(rank, folder, group):
-    launch.PATIENCE = 0.5
+    launch.PATIENCE = 0.1
     if rank == 0:
         end = time.monotonic() + 60
         while not (folder / "left").exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        time.sleep(2.0)  # longer than it takes to say that the other has died
+            time.sleep(0.01)
+        time.sleep(1.0)  # longer than it takes to say that the other has died
 
 
 @pytest.mark.slow
@@ -273,7 +265,7 @@ def test_a_rank_that_stops_or_leaves_has_not_failed(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         both = Processes(work, folder)
-        both.all[1].join(120)
+        both.all[1].end()
         (folder / "left").touch()
         codes = both.end()
         if name == "stop":
@@ -281,4 +273,4 @@ def test_a_rank_that_stops_or_leaves_has_not_failed(tmp_path):
             assert [both.said(rank) for rank in (0, 1)] == ["Stop: all of us"] * 2
         else:
             assert codes == [0, 0]
-            assert "rank 1" not in (folder / "stderr-0").read_text()
+            assert "rank 1" not in both.all[0].text()

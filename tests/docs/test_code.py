@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import traceback
 
 import pytest
-import torch
 from support.pages import PAGES, python_blocks, run_python
+from support.processes import CONTEXT, begin
 from support.ranks import free_port
 
 WITH_CODE = [page for page in PAGES if python_blocks(page)]
@@ -39,12 +38,10 @@ def test_in_one_process(page, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ON_RANKS)
 def test_on_two_ranks(page, tmp_path):
-    context = multiprocessing.get_context("forkserver")  # which imports torch once, for all
-    context.set_forkserver_preload(["support.pages", "torch.distributed.checkpoint"])
     port, ranks = str(free_port()), []
     for rank in range(2):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=run_as_rank, args=(page, rank, port, tmp_path, theirs))
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=run_as_rank, args=(page, rank, port, tmp_path, theirs))
         process.start()
         theirs.close()
         ranks.append((process, ours))
@@ -60,7 +57,7 @@ def run_as_rank(page, rank, port, folder, pipe):
     os.chdir(folder)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    torch.set_num_threads(1)
+    begin()
     try:
         pipe.send(run_python(page))
     except Exception:

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from support.images import exactly
 from support.pipelines import photographs, run_pipeline, tables
+from support.processes import Process
 from support.training import assert_same_bits, saved
 
 from unicom_ext import report
@@ -66,6 +67,11 @@ def whole(pictures, tmp_path_factory):
     return output
 
 
+@pytest.fixture(scope="module")
+def right(whole):
+    return results(whole)
+
+
 @pytest.fixture
 def output(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "output")
@@ -81,14 +87,13 @@ def figures(output):
     return json.loads((output / "evaluation" / "figures.json").read_text())
 
 
-def assert_same_results(a, b):
-    assert figures(a) == figures(b)
+def results(output):
+    found = {"figures": figures(output)}
     for step in ("pretrained", "finetuned"):
-        first, second = saved(a / step), saved(b / step)
-        for found in (first, second):  # which name the output directory
-            for name in ("labels", "weights", "workers"):
-                del found["about"]["extra"]["config"][name]
-        assert_same_bits(first, second)
+        found[step] = saved(output / step)
+        for name in ("labels", "weights", "workers"):  # which name the output directory
+            del found[step]["about"]["extra"]["config"][name]
+    return found
 
 
 # ---- what it leaves ------------------------------------------------------------------------------
@@ -233,7 +238,7 @@ def test_results_are_those_of_a_pipeline_from_nothing(output, pictures, tmp_path
     assert figures(output) != {}
     run_pipeline(output, tables(pictures))  # back again
     run_pipeline(tmp_path / "new", tables(pictures))
-    assert_same_results(output, tmp_path / "new")
+    assert_same_bits(results(output), results(tmp_path / "new"))
 
 
 def test_changed_images_and_results(output, pictures, tmp_path):
@@ -362,7 +367,7 @@ def killed_at(number: int, output: Path, settings) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [None, {"m2": 0.2}])
-def test_a_killed_pipeline_goes_on(whole, pictures, tmp_path, before):
+def test_a_killed_pipeline_goes_on(right, pictures, tmp_path, before):
     """Whatever it was about to write, rename or remove, also over a pipeline of other settings.
 
     Some of these places: all of them would take a minute.
@@ -380,32 +385,51 @@ def test_a_killed_pipeline_goes_on(whole, pictures, tmp_path, before):
         if not killed_at(number, output, again):
             break
         run_pipeline(output, again)
-        assert_same_results(output, whole)
+        assert_same_bits(results(output), right)
         number += EVERY
     assert number > 30
 
 
+def command_killed_in(name, arguments):
+    """The command, which gets SIGKILL as this step puts its second file in its place."""
+    (step,) = (step for step in steps.STEPS if step.name == name)
+    work, replace, calls = step.run, os.replace, []
+
+    def killing(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    def run(self, console):
+        os.replace = killing
+        work(self, console)
+
+    step.run = run
+    main(arguments)
+
+
 @pytest.mark.slow
-def test_a_pipeline_that_gets_sigkill_in_each_step_goes_on(whole, pictures, tmp_path):
+def test_a_pipeline_that_gets_sigkill_in_each_step_goes_on(right, pictures, tmp_path):
     settings = PipelineConfig.from_mapping(tables(pictures)).to_toml()
     (tmp_path / "settings.toml").write_text(settings)
     output = tmp_path / "output"
-    arguments = ["pipeline", "--config", tmp_path / "settings.toml", "--output", output]
-    command = [sys.executable, "-u", "-m", "unicom_ext", *map(str, arguments)]
+    arguments = ["pipeline", f"--config={tmp_path / 'settings.toml'}", f"--output={output}"]
+    command = [sys.executable, "-u", "-m", "unicom_ext", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith("extract: ")
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     for step in ("extract", "cluster", "train", "finetune", "evaluate"):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                # What follows the line that announces a step is its work.
-                if line.startswith(f"{step}: "):
-                    process.send_signal(signal.SIGKILL)
-                    break
-        assert process.returncode == -signal.SIGKILL
+        killed = Process(tmp_path / f"{step}.txt", command_killed_in, step, arguments)
+        assert killed.end() == -signal.SIGKILL, killed.text()
+        assert f"\n{step}: " in f"\n{killed.text()}"
         recorded = json.loads((output / "pipeline.json").read_text())["steps"]
         assert "result" not in recorded.get(step, {})
     result = CliRunner().invoke(main, ["pipeline", "--output", str(output)])
     assert result.exit_code == 0, result.output
     assert "pseudo-classes (zero-shot)" in result.output
-    assert_same_results(output, whole)
+    assert_same_bits(results(output), right)
 
 
 def test_the_command_names_the_table_of_a_setting(tmp_path):

@@ -1,11 +1,11 @@
 """Scripts that train, run as torchrun runs them, and what their losses and encoders did.
 
-Importing torch and a trainer costs seconds, so the processes of all runs are forked from one that
-has imported them already.
+The processes of all runs are forked from one that has imported their trainer already.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,9 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from support.processes import CONTEXT, SECONDS, begin
 from support.ranks import free_port
-
-SECONDS = 300  # that a script may take: only one that hangs takes so long, on any machine
 
 
 @dataclass
@@ -47,9 +46,8 @@ class Programs:
     """`run` runs a script; `close` ends the process that the others are forked from."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._server = context.Process(target=_serve, args=(theirs,))
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._server = CONTEXT.Process(target=_serve, args=(theirs,))
         self._server.start()
         theirs.close()
 
@@ -70,15 +68,13 @@ class Programs:
 
 
 def _serve(pipe) -> None:
-    import torch
-
     from unicom_ext.data import glyphs
 
     for module in ("checkpoint", "encoders.small", "loss.sharded.step"):
         import_module(f"unicom_ext.{module}")
     glyphs.load = cache(glyphs.load)
     glyphs.load()  # for all of them, as it takes half a second
-    torch.set_num_threads(1)
+    begin()
     # Or libraries take the folder of tests of data sets for the package `datasets`.
     sys.path[:] = [folder for folder in sys.path if Path(folder) != Path(__file__).parents[1]]
     context = multiprocessing.get_context("fork")
@@ -89,6 +85,7 @@ def _serve(pipe) -> None:
             return
         for module in imports:
             import_module(module)
+        gc.freeze()
         port, started = str(free_port()), []
         for rank in range(ranks):
             ours, theirs = context.Pipe()

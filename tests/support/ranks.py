@@ -1,18 +1,18 @@
 """Processes that form a Gloo group, started once and given many functions to run.
 
-Importing torch costs seconds, so the workers are forked from a server that has already imported
-it, and groups of 1, 2, 3 and 4 ranks are made of the same four workers.
+Groups of 1, 2, 3 and 4 ranks are made of the same four workers.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import socket
 import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
+
+from support.processes import CONTEXT, begin
 
 MOST = 4
 # Seconds that a rank waits for another, and that we wait for a rank: only a hang takes so long,
@@ -37,16 +37,12 @@ class Ranks:
 
     def _start(self) -> None:
         most = self._most
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch.distributed", "unicom_ext.loss.sharded.step", "support.problems"]
-        )
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._workers = []
         for rank in range(most):
-            ours, theirs = context.Pipe()
-            worker = context.Process(
+            ours, theirs = CONTEXT.Pipe()
+            worker = CONTEXT.Process(
                 target=_serve,
                 args=(theirs, rank, most, store),
                 daemon=True,
@@ -109,10 +105,9 @@ def free_port() -> int:
 
 
 def _serve(pipe, rank: int, most: int, store: str) -> None:
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    begin()
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group(
         "gloo",

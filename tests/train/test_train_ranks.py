@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import traceback
 import pytest
 import torch.distributed as dist
 from rich.console import Console
+from support.processes import CONTEXT, begin
 from support.ranks import free_port
 from support.training import (
     DATA,
@@ -41,8 +41,8 @@ from unicom_ext.utils.settings import ConfigError
 # Batches of 23 do not divide by the ranks, and the last of an epoch, of 5 images, leaves some of
 # three ranks without any. Each rank's batch normalisation sees its own part alone, so the models of
 # different numbers of ranks are not the same.
-CONFIG = dataclasses.replace(TINY, batch_size=23)
-STEPS = 3 * 6
+CONFIG = dataclasses.replace(TINY, batch_size=23, epochs=2)
+STEPS = 2 * 6
 
 
 def train_together(group, output, options, stop_at=None):
@@ -116,9 +116,9 @@ def test_uneven_last_batches_train_as_one_process_does(ranks, world_size, last):
 
 @pytest.mark.slow
 def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished, tmp_path):
-    for message, _ in ranks.run(3, train_together, tmp_path, {}, 6):
-        assert message == "interrupted after 6"
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-6"]
+    for message, _ in ranks.run(3, train_together, tmp_path, {}, 7):
+        assert message == "interrupted after 7"
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-7"]
     for metrics, _ in ranks.run(3, train_together, tmp_path, {"resume": True}):
         assert metrics["loss"] == finished[1]["loss"]
     assert_same_bits(saved(tmp_path), saved(finished[0]))
@@ -130,11 +130,11 @@ def test_stopped_on_one_rank_all_stop_and_resume_bit_identically(ranks, finished
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_resumed_on_another_number_of_ranks(ranks, finished, tmp_path, world_size):
-    ranks.run(3, train_together, tmp_path, {}, 6)
+    ranks.run(3, train_together, tmp_path, {}, 7)
     for metrics, _ in ranks.run(world_size, train_together, tmp_path, {"resume": True}):
-        assert metrics["loss"][:6] == finished[1]["loss"][:6]
+        assert metrics["loss"][:7] == finished[1]["loss"][:7]
         # The same batch and prototypes; but the encoder normalises over parts of other sizes.
-        assert metrics["loss"][6] == pytest.approx(finished[1]["loss"][6], rel=0.2)
+        assert metrics["loss"][7] == pytest.approx(finished[1]["loss"][7], rel=0.2)
         assert len(metrics["loss"]) == STEPS
     assert checkpoint.latest(tmp_path / "checkpoints").name == f"step-{STEPS}"
 
@@ -203,12 +203,14 @@ def rank_of_an_agent(output, failure):
 
 
 def fail_in_a_run(say, rank, output, failure):
+    begin()
+    launch._INTERVAL = 0.05  # a test waits for several of them
     report.write = lambda *arguments: None
     victim = rank == VICTIM.get(failure, 1)
 
     if rank == 2 and "slow" in failure:  # the others have ended by the time it looks
         explain = launch._Roll.explain
-        launch._Roll.explain = lambda *arguments: time.sleep(2) or explain(*arguments)
+        launch._Roll.explain = lambda *arguments: time.sleep(0.5) or explain(*arguments)
 
     def on_step(step):
         if victim and step == 6 and failure != "raises" and "checkpoint" not in failure:
@@ -235,13 +237,12 @@ def fail_in_a_run(say, rank, output, failure):
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", FAILURES)
 def test_when_a_rank_fails_all_end_and_say_which(ranks, finished, tmp_path, failure):
-    context = multiprocessing.get_context("forkserver")
     port = free_port()
     began = time.monotonic()
     processes = []
     for rank in range(3):
-        ours, theirs = context.Pipe()
-        process = context.Process(
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(
             target=rank_of_a_run, args=(theirs, rank, 3, port, tmp_path, failure)
         )
         process.start()

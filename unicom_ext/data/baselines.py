@@ -77,8 +77,12 @@ def principal_axes(train: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         )
     mean = train.mean(0)
     train = train - mean
-    _, axes = torch.linalg.eigh((train.T @ train).double())  # smallest first
-    return mean, axes[:, -dim:].flip(1).float()
+    if len(train) < train.shape[1]:
+        axes = torch.linalg.svd(train.double(), full_matrices=False).Vh[:dim].T
+    else:
+        _, axes = torch.linalg.eigh((train.T @ train).double())  # smallest first
+        axes = axes[:, -dim:].flip(1)
+    return mean, axes.float()
 
 
 def _pca(train: Tensor, test: Tensor, dim: int) -> tuple[Tensor, Tensor]:
