@@ -69,7 +69,9 @@ def test_gradcheck(m1, beyond_pi, margin_grad, interclass_filter, reduction, any
             options = problem.options | {"margin": CombinedMargin(m1, m2, m3)}
             return implementation(problem.embeddings, problem.labels, problem.prototypes, **options)
 
-        assert torch.autograd.gradcheck(loss, (m2, m3), fast_mode=True)
+        # The operator is compared with the reference value by value below.
+        fast = implementation is partial_margin_softmax
+        assert torch.autograd.gradcheck(loss, (m2, m3), fast_mode=fast)
 
 
 @pytest.mark.pairs
