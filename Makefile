@@ -18,6 +18,9 @@ demo: build
 	$(BIN)/unicom-ext pipeline --output $(DEMO)
 	@echo "Open $(DEMO)/report.html"
 
+# Kept whatever the shell says: what pytest makes of the tests takes each process five seconds.
+test test-quick: export PYTHONDONTWRITEBYTECODE =
+
 # More for pytest may stand in PYTEST: make test PYTEST="--durations=20 tests/loss"
 test: build
 	$(RUN) -m pytest -n 2 --dist worksteal $(PYTEST)

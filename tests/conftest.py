@@ -27,7 +27,7 @@ except ImportError:  # `make gpu-check` does with what a GPU machine has
     pass
 else:
     # The same examples everywhere: a red test is about the code, not about luck.
-    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+    hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
     hypothesis.settings.load_profile("tests")
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from methods import DIMS, FULL, METHODS, Method
-from scipy import stats
+from scipy import special
 
 LEVEL = 0.95
 # Title, dimensions and measure of each table.
@@ -45,8 +45,8 @@ def interval(values: Sequence[float]) -> Interval:
     if n < 2:
         return Interval(mean, None, None, n)
     error = float(np.std(values, ddof=1)) / n**0.5
-    half = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1)) if error else float(mean == 0)
+    half = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * error
+    p = 2 * float(special.stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
     return Interval(mean, half, p, n)
 
 

@@ -14,13 +14,13 @@ import partial_selection
 import picture_sets
 import pytest
 import records
+import scipy
 import selection_numbers
 import selection_tables
 import torch
 from click.testing import CliRunner
 from methods import FULL, Heads, Method
 from PIL import Image
-from scipy import stats
 from support.training import synthetic
 
 from unicom_ext.data.glyphs import Glyphs
@@ -148,7 +148,7 @@ def test_intervals_are_those_of_scipy():
     a, b = random.normal(size=(2, 5))
     series = [{seed: {"16": x} for seed, x in enumerate(values)} for values in (a, b)]
     found = selection_numbers.paired(*series, "16")
-    right = stats.ttest_rel(a, b)
+    right = scipy.stats.ttest_rel(a, b)
     low, high = right.confidence_interval(0.95)
     assert found.mean == pytest.approx((a - b).mean())
     assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high))

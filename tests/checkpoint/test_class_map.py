@@ -92,7 +92,7 @@ def class_maps(draw):
 def test_any_class_map(ranks, saved, optimizer):
     path = saved / optimizer
 
-    @settings(max_examples=8, deadline=None, database=None)
+    @settings(max_examples=5, database=None)
     @given(class_maps(), st.sampled_from([None, 1, 2, 4]))
     def check(class_map, world_size):
         arguments = path, optimizer, class_map

@@ -33,8 +33,6 @@ from unicom_ext import (
 from unicom_ext.distributed import failures
 
 WORLD_SIZES = [1, 2, 3, 4]
-# Of large products: all of them, and two ranks where an answer is wanted quickly.
-TWO_FIRST = [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))]
 
 
 def make(num_classes, dim, **options) -> PartialMarginSoftmax:
@@ -151,7 +149,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("world_size", TWO_FIRST)
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_option(ranks, world_size, options):
     ignored = 0 if "ignore_index" in options else 3
@@ -162,6 +160,7 @@ def test_every_option(ranks, world_size, options):
     check_equal(ranks, world_size, problem, EVEN, steps=2, **rates, **options)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("rates", [(1.0, 1.0), (0.1, 1.0), (1.0, 0.5), (0, 1.0)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -171,7 +170,7 @@ def test_uneven_and_empty_batches(ranks, world_size, rates, reduction):
     check_equal(ranks, world_size, problem, UNEVEN, steps=2, want_metrics=True, **options)
 
 
-@pytest.mark.parametrize("world_size", TWO_FIRST)
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_classes", [1, 2, 3, 5, 9, 255, 257, 600])
 def test_class_counts_that_divide_by_nothing(ranks, world_size, num_classes):
     # With 1, 2, 3, 5 and 9 classes some of four ranks own none.
@@ -285,6 +284,7 @@ def call_function(group, problem, sizes):
     )
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("sampled", [None, 60])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import pkgutil
-import subprocess
 import sys
 import zlib
 
 import pytest
 from support.pages import ROOT
+from support.processes import Process
 
 import unicom_ext
 
 pytestmark = pytest.mark.slow
+
+
+def build(folder):
+    from sphinx.cmd.build import build_main
+
+    options = ["-q", "-W", "--keep-going", "-c", "docs", "-d", str(folder / "doctrees")]
+    os.chdir(ROOT)
+    sys.exit(build_main([*options, ".", str(folder / "html")]))
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +29,9 @@ def site(tmp_path_factory):
     for package in ("sphinx", "furo", "myst_parser"):
         pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", "docs"]
-    built = subprocess.run(
-        [*command, "-d", folder / "doctrees", ".", folder / "html"],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stderr
-    assert not built.stderr
+    process = Process(folder / "printed", build, folder)
+    assert process.end() == 0, process.text()
+    assert not process.text()
     return folder / "html"
 
 

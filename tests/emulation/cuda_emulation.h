@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "hopper_emulation.h"
+#include "tensor_core.h"
 
 #define __global__
 #define __device__
@@ -84,7 +85,7 @@ constexpr int kMultiprocessors = 6;
 void barrier();
 bool barrier_or(bool predicate);
 
-constexpr int kExchangeBytes = 40;
+constexpr int kExchangeBytes = sizeof(Fragments);
 // Every lane of the warp gives `bytes` and then sees what all gave: [32][kExchangeBytes].
 const char* exchange(const void* mine, int bytes);
 
@@ -116,59 +117,17 @@ inline void load_matrices(uint32_t (&r)[4], const char* row, bool transposed) {
   }
 }
 
-// The sum of one instruction as tensor cores may take it at worst: terms are aligned to the
-// largest, and what is below its last digit is dropped; so is what the sum has below its own.
-inline float truncated_sum(float start, const double (&terms)[16]) {
-  double largest = std::fabs(start), exact = start;
-  for (double term : terms) {
-    largest = std::fmax(largest, std::fabs(term));  // which passes over NaN
-    exact += term;
-  }
-  if (largest == 0 || !std::isfinite(exact)) return static_cast<float>(exact);
-  const uint64_t exponent = __builtin_bit_cast(uint64_t, largest) >> 52;
-  const auto digit = __builtin_bit_cast(double, (exponent - 23) << 52);
-  const auto digits = __builtin_bit_cast(double, (2046 - (exponent - 23)) << 52);  // 1 / digit
-  int64_t sum = static_cast<int64_t>(start * digits);
-  for (double term : terms) sum += static_cast<int64_t>(term * digits);
-  int64_t last = 1;  // digit of the sum that a float holds
-  while (std::abs(sum / last) >= 1 << 24) last *= 2;
-  return static_cast<float>(static_cast<double>(sum / last * last) * digit);
-}
-
 // mma.m16n8k16, rows of A times columns of B.
 template <class Widen>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   const Widen& widen) {
-  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  const char* all = exchange(mine, sizeof(mine));
-  struct Lane {
-    uint16_t halves[12];
-  };
-  auto value = [&](int from, int reg, int k) {
-    return widen(from_lane<Lane>(all, from).halves[2 * reg + k % 2]);
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4 + 8 * (i / 2), column = 2 * (lane() % 4) + i % 2;
-    double terms[16];
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2;  // within a group of four lanes
-      const double x = value(row % 8 * 4 + holder, row / 8 + 2 * (k / 8), k);
-      const double y = value(column * 4 + holder, 4 + k / 8, k);
-      terms[k] = x * y;
-    }
-    c[i] = truncated_sum(c[i], terms);
-  }
-}
-
-// By table: the compiler's own conversion is a slow call.
-inline float half_to_float(uint16_t bits) {
-  static const auto table = [] {
-    std::vector<float> values(1 << 16);
-    for (size_t i = 0; i < values.size(); ++i)
-      values[i] = static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(i)));
-    return values;
-  }();
-  return table[bits];
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  Fragments mine;
+  for (int i = 0; i < 6; ++i)
+    for (int half : {0, 1})
+      mine.of[i][half] = widen(static_cast<uint16_t>(words[i] >> (16 * half)));
+  const char* all = exchange(&mine, sizeof(mine));
+  multiply_add(c, lane(), *reinterpret_cast<const Fragments(*)[32]>(all));
 }
 
 inline float exp2_fast(float x) {

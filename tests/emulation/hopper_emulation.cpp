@@ -1,7 +1,5 @@
 #include "hopper_emulation.h"
 
-#include <emmintrin.h>
-
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -12,6 +10,7 @@
 
 #include "../../csrc/cuda/kernels/tensor_map.h"
 #include "fibres.h"
+#include "tensor_core.h"
 
 namespace emulation {
 
@@ -21,7 +20,6 @@ constexpr int kWarpgroup = 128;
 constexpr int kBoxCols = 64;
 constexpr int kLineBytes = 128;  // of a box
 constexpr int kChunkBytes = 16;  // which the swizzle moves as a whole
-constexpr int kDepth = 16;       // of one product
 constexpr int kRows = 64;        // of one product
 constexpr int kMostCols = 256;
 constexpr int kRegistersOfBlock = 65536;
@@ -377,40 +375,6 @@ int place_of_sum(int thread, int i, int cols) {
   return row * cols + i / 4 * 8 + thread % 4 * 2 + i % 2;
 }
 
-// truncated_sum of two neighbouring columns at once, whose terms and sums are finite: `a` holds a
-// row as [kDepth][kRows], `b` its columns as [kDepth][cols].
-void add_truncated(float* sums, const double* a, const double* b, int cols, bool add) {
-  const auto absolute = [](__m128d x) { return _mm_andnot_pd(_mm_set1_pd(-0.0), x); };
-  const __m128d start = add ? _mm_set_pd(sums[1], sums[0]) : _mm_setzero_pd();
-  __m128d terms[kDepth], largest = absolute(start);
-  for (int k = 0; k < kDepth; ++k) {
-    terms[k] = _mm_mul_pd(_mm_set1_pd(a[k * kRows]), _mm_loadu_pd(b + k * cols));
-    largest = _mm_max_pd(largest, absolute(terms[k]));
-  }
-  // Where all is zero, any digit will do.
-  largest = _mm_max_pd(largest, _mm_set1_pd(0x1p-900));
-  const __m128i digit =
-      _mm_sub_epi64(_mm_slli_epi64(_mm_srli_epi64(_mm_castpd_si128(largest), 52), 52),
-                    _mm_set1_epi64x(int64_t{23} << 52));
-  const __m128d digits =
-      _mm_castsi128_pd(_mm_sub_epi64(_mm_set1_epi64x(int64_t{2046} << 52), digit));
-  __m128i sum = _mm_cvttpd_epi32(_mm_mul_pd(start, digits));
-  for (const __m128d& term : terms)
-    sum = _mm_add_epi32(sum, _mm_cvttpd_epi32(_mm_mul_pd(term, digits)));
-  // Clears the digits that a float does not hold: as many as |sum| has above 24 bits.
-  const __m128i sign = _mm_srai_epi32(sum, 31);
-  const __m128i size = _mm_sub_epi32(_mm_xor_si128(sum, sign), sign);
-  __m128i beyond = _mm_srli_epi32(size, 24);
-  for (int step : {1, 2, 4}) beyond = _mm_or_si128(beyond, _mm_srli_epi32(beyond, step));
-  sum = _mm_sub_epi32(_mm_xor_si128(_mm_andnot_si128(beyond, size), sign), sign);
-  const __m128 after = _mm_cvtpd_ps(_mm_mul_pd(_mm_cvtepi32_pd(sum), _mm_castsi128_pd(digit)));
-  _mm_storel_pi(reinterpret_cast<__m64*>(sums), after);
-}
-
-bool all_finite(const double* values, int count) {
-  return std::all_of(values, values + count, [](double x) { return std::isfinite(x); });
-}
-
 void execute(const Product& product, int block) {
   static double a[kDepth * kRows], b[kDepth * kMostCols];
   if (product.a_in_registers)
@@ -418,23 +382,12 @@ void execute(const Product& product, int block) {
   else
     read_operand(a, kRows, {product.a, product.a_depth_inner}, product.widen, block);
   read_operand(b, product.cols, {product.b, product.b_depth_inner}, product.widen, block);
-  const std::vector<float>& before = product.sums->values;
-  const bool finite = all_finite(a, kDepth * kRows) && all_finite(b, kDepth * product.cols) &&
-                      (!product.add || std::all_of(before.begin(), before.end(),
-                                                   [](float x) { return std::isfinite(x); }));
-  for (int row = 0; row < kRows; ++row) {
-    float* sums = &product.sums->values[static_cast<size_t>(row * product.cols)];
-    if (finite) {
-      for (int col = 0; col < product.cols; col += 2)
-        add_truncated(sums + col, a + row, b + col, product.cols, product.add);
-      continue;
-    }
-    for (int col = 0; col < product.cols; ++col) {
-      double terms[kDepth];
-      for (int k = 0; k < kDepth; ++k) terms[k] = a[k * kRows + row] * b[k * product.cols + col];
-      sums[col] = truncated_sum(product.add ? sums[col] : 0.0f, terms);
-    }
-  }
+  std::vector<float>& sums = product.sums->values;
+  if (!product.add) std::fill(sums.begin(), sums.end(), 0.0f);
+  for (int row = 0; row < kRows; ++row)
+    for (int col = 0; col < product.cols; col += 2)
+      add_truncated(&sums[static_cast<size_t>(row * product.cols + col)], a + row, kRows, b + col,
+                    product.cols);
 }
 
 constexpr uint32_t kUnderWay = 0x7fc0bad0;  // NaN that sums are until they have been waited for
@@ -748,9 +701,11 @@ void cluster_arrive() {
 void cluster_wait() {
   struct AllArrived final : Condition {
     int count;
+    mutable int first = 0;  // that may not have arrived
     bool holds() const override {
-      for (int i = 0; i < static_cast<int>(threads.size()); ++i)
-        if (!has_ended(i) && threads[static_cast<size_t>(i)].cluster_arrivals < count) return false;
+      for (; first < static_cast<int>(threads.size()); ++first)
+        if (!has_ended(first) && threads[static_cast<size_t>(first)].cluster_arrivals < count)
+          return false;
       return true;
     }
     std::string text() const override { return "the other threads of the cluster"; }

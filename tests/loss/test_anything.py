@@ -13,7 +13,7 @@ from unicom_ext.margins import ArcFace, CombinedMargin, CosFace
 
 
 # The fixture only selects kernels, so it need not be set again for each example.
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 40),
     num_classes=st.integers(2, 300),

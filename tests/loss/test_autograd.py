@@ -63,7 +63,9 @@ def test_gradcheck(margin, beyond_pi, any_backend):
     )
     x, w = leaves(problem)
     assert torch.autograd.gradcheck(
-        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options), (x, w)
+        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options),
+        (x, w),
+        fast_mode=True,
     )
 
 
@@ -74,7 +76,9 @@ def test_gradcheck_of_a_reduced_loss(reduction, any_backend):
     )
     x, w = leaves(problem)
     assert torch.autograd.gradcheck(
-        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options), (x, w)
+        lambda x, w: partial_margin_softmax(x, problem.labels, w, **problem.options),
+        (x, w),
+        fast_mode=True,
     )
 
 
@@ -165,7 +169,7 @@ def test_two_forwards_before_two_backwards(capability):
 
 
 def test_threads_do_not_disturb_each_other(capability):
-    problems = [random_problem(65, 700, 48, seed=seed, sampled=300) for seed in range(6)]
+    problems = [random_problem(65, 700, 48, seed=seed, sampled=300) for seed in range(4)]
     alone = [solve(partial_margin_softmax, problem) for problem in problems]
 
     def forward(problem):
@@ -177,7 +181,7 @@ def test_threads_do_not_disturb_each_other(capability):
         return loss.detach(), *torch.autograd.grad(loss, (x, w))
 
     with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
+        for _ in range(3):
             nodes = list(pool.map(forward, problems))
             for got, right in zip(pool.map(backward, nodes), alone, strict=True):
                 assert_all_equal(got, right)
@@ -232,7 +236,7 @@ def test_inputs_are_never_modified(dtype, any_backend):
 # --- the same bits
 
 
-SIZES = [(70, 5000, 64), (1, 3000, 40), (600, 300, 33), (3, 70, 500)]
+SIZES = [(70, 5000, 32), (1, 3000, 40), (600, 300, 17), (3, 70, 500)]
 
 
 @pytest.mark.pairs

@@ -57,7 +57,7 @@ def test_is_torchs_over_sampled_classes_and_each_of_several_positives():
     torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-13)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 40),
     positives=st.none() | st.integers(1, 5),
@@ -124,7 +124,7 @@ def test_gradcheck_with_a_learned_margin(any_backend, positives):
             label_smoothing=0.3,
         )
 
-    assert torch.autograd.gradcheck(loss, (x, w, m2))
+    assert torch.autograd.gradcheck(loss, (x, w, m2), fast_mode=True)
 
 
 def test_what_does_not_count_may_hold_anything(any_backend):

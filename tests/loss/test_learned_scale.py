@@ -42,7 +42,7 @@ def sizes_of_terms(problem, scale):
     return 2 * float(weight.sum()), (1 - metrics.target_cosine**2).clamp(min=0).sqrt().min()
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch=st.integers(1, 30),
     positives=st.none() | st.integers(1, 4),
@@ -96,7 +96,7 @@ def test_gradcheck_beside_the_others(any_backend, positives):
             label_smoothing=0.1,
         )
 
-    assert torch.autograd.gradcheck(loss, (x, w, m2, log_scale))
+    assert torch.autograd.gradcheck(loss, (x, w, m2, log_scale), fast_mode=True)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

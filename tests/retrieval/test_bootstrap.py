@@ -6,8 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy
 import torch
-from scipy import stats
 
 from unicom_ext.retrieval import bootstrap, evaluate
 
@@ -67,7 +67,7 @@ def test_intervals_are_scipys(over):
         def average(sums, sizes, axis):
             return sums.sum(axis) / sizes.sum(axis)
 
-        right = stats.bootstrap(
+        right = scipy.stats.bootstrap(
             (sums, sizes), average, paired=True, n_resamples=3000, method="percentile",
             rng=np.random.default_rng(0),
         ).confidence_interval  # fmt: skip

@@ -54,7 +54,7 @@ def knn_problem(draw):
     return parts
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40)
 @given(knn_problem(), st.sampled_from([0.07, 1.0, 1e-3]), st.sampled_from([1500, 1 << 26]))
 def test_knn_is_that_of_votes_one_by_one(data, temperature, block_bytes):
     train, labels, test, wanted = data

@@ -62,8 +62,8 @@ def oracle(score, labels, among, ks):
 @pytest.mark.parametrize("dim", [3, 24, 37])
 def test_binary_codes_are_ranked_by_their_hamming_distance(dim, block_bytes):
     """Of which many are equal: of 300 rows at most dim + 1 are told apart."""
-    x, y = random_rows(60, 40), random_rows(300, 40, seed=1)
-    labels, among = torch.arange(60) % 7, torch.arange(300) % 7
+    x, y = random_rows(30, 40), random_rows(300, 40, seed=1)
+    labels, among = torch.arange(30) % 7, torch.arange(300) % 7
     bits = [np.unpackbits(encode(rows[:, :dim], "binary").numpy(), axis=1) for rows in (x, y)]
     hamming = (bits[0][:, None] != bits[1]).sum(2)
     (found,) = evaluate(

@@ -99,7 +99,7 @@ def test_rows_are_read_as_a_tensor_is_indexed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dims", [[256], [16]])
 def test_memory_does_not_grow_with_the_rows(tmp_path, dims):
-    block_bytes, n = 1 << 20, 8000
+    block_bytes, n = 1 << 19, 5500
     rng = np.random.default_rng(0)
     np.save(tmp_path / "q.npy", rng.normal(size=(50, 256)).astype(np.float16))
     np.save(tmp_path / "x.npy", rng.normal(size=(n, 256)).astype(np.float16))

@@ -36,7 +36,7 @@ def unit(rows):
 @pytest.mark.parametrize("among_the_others", [False, True])
 def test_an_index_that_finds_all_gives_the_exact_figures(among_the_others, grouped, block_bytes):
     if block_bytes == 1:
-        x, labels, y, among = problem(20, 30)
+        x, labels, y, among = problem(20, 14)
     else:
         x, labels, y, among = problem()
     rows = (x, labels) if among_the_others else (x, labels, y, among)

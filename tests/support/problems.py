@@ -182,13 +182,28 @@ def row_errors(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(error == 0, 0.0, error / size)
 
 
-def check_fp32(outcome: Outcome, problem: Problem) -> None:
-    """Relative error at most three times the eager formula's in float32, plus 3e-6."""
+class Budget(NamedTuple):
+    right: Outcome
+    allowed: tuple[float, ...]  # relative errors
+
+    def check(self, outcome: Outcome) -> None:
+        for name, a, b, allowed in zip(
+            Outcome._fields, outcome, self.right, self.allowed, strict=True
+        ):
+            error = relative_error(a, b)
+            assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+
+
+def fp32_budget(problem: Problem) -> Budget:
+    """A relative error of at most three times the eager formula's in float32, plus 3e-6."""
     yardstick = eager_partial_fc if problem.labels.dim() == 1 else eager_multi_label
     right, eager = truth(problem), solve(yardstick, problem.to(torch.float32))
-    for name, a, b, e in zip(Outcome._fields, outcome, right, eager, strict=True):
-        error, allowed = relative_error(a, b), 3 * relative_error(e, b) + 3e-6
-        assert error <= allowed, f"{name}: relative error {error:.3g}, allowed {allowed:.3g}"
+    errors = (relative_error(e, b) for e, b in zip(eager, right, strict=True))
+    return Budget(right, tuple(3 * error + 3e-6 for error in errors))
+
+
+def check_fp32(outcome: Outcome, problem: Problem) -> None:
+    fp32_budget(problem).check(outcome)
 
 
 def check_conditioned(outcome: Outcome, problem: Problem) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest
 
 from unicom_ext.loss.adaptive.noise import standard_normal
 
@@ -44,7 +44,7 @@ def test_is_what_whole_numbers_give(seed, step, start):
 
 def test_is_normal_and_independent():
     z = torch.stack([normal(s, t, torch.arange(20_000)) for s in (0, 1) for t in (0, 1, 2)])
-    assert kstest(z.flatten().numpy(), "norm").pvalue > 0.01
+    assert scipy.stats.kstest(z.flatten().numpy(), "norm").pvalue > 0.01
     correlation = torch.corrcoef(z)
     assert float((correlation - torch.eye(6)).abs().max()) < 4 / math.sqrt(20_000)
     assert abs(float((z[:, 1:] * z[:, :-1]).mean())) < 4 / math.sqrt(120_000)
