@@ -21,6 +21,7 @@ from unicom_ext.data.baselines import (
     hog,
     hog_lda,
     lda,
+    principal_axes,
     raw_pixels,
 )
 from unicom_ext.data.glyphs import Glyphs
@@ -339,6 +340,19 @@ def test_labels_matter_to_the_discriminants_alone(halves, features):
     for name, function in BASELINES.items():
         x = function(train.images, shuffled, test.images)
         assert torch.equal(x, features[name]) == (function in (raw_pixels, hog))
+
+
+@pytest.mark.parametrize("rows", [12, 90])
+def test_principal_axes_of_few_images_and_of_many(rows):
+    train = torch.randn(rows, 30, generator=torch.Generator().manual_seed(0))
+    train[1] = train[0]
+    mean, axes = principal_axes(train, 5)
+    assert torch.equal(mean, train.mean(0))
+    _, right = np.linalg.eigh(np.cov(train.double().numpy().T))
+    cosines = axes.double().numpy().T @ right[:, :-6:-1]
+    assert np.allclose(np.abs(cosines), np.eye(5), atol=1e-5)
+    _, all_of_them = principal_axes(train, min(rows - 1, 30))  # of few, one has no variance
+    torch.testing.assert_close(all_of_them.T @ all_of_them, torch.eye(min(rows - 1, 30)))
 
 
 def test_discriminants_solve_fishers_problem():
