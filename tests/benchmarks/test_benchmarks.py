@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,6 +28,7 @@ from click.testing import CliRunner
 from partial_fc import CompiledPartialFC, PartialFC
 from rich.console import Console
 from support.problems import random_problem, relative_error, truth
+from support.processes import CONTEXT
 from support.training import DATA, TINY
 
 from unicom_ext import PartialMarginSoftmax
@@ -186,7 +188,8 @@ def test_a_run_writes_json_and_markdown(tmp_path, set_threads):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-def test_peak_memory_counts_the_gradient_and_the_logits():
+def test_peak_memory_counts_the_gradient_and_the_logits(monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: CONTEXT)
     shape = Shape(20_000, 256, 64, sample_rate=0.5, feature_rate=1.0)
     logits = 256 * shape.num_sampled * 4
     memory = measure.peak_memory(shape, "partialfc", 1)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
 import unicodedata
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from unicom_ext.data.baselines import (
     hog,
     hog_lda,
     lda,
+    principal_axes,
     raw_pixels,
 )
 from unicom_ext.data.glyphs import Glyphs
@@ -35,10 +37,10 @@ def assert_same(a: Glyphs, b: Glyphs):
 
 
 @pytest.fixture(scope="session")
-def collection(tmp_path_factory) -> Glyphs:
-    """Drawn afresh for this run; the workers of a parallel run share it."""
-    folder = tmp_path_factory.getbasetemp()
-    return glyphs.load((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "data")
+def collection() -> Glyphs:
+    """Drawn afresh whenever the source has changed, as that takes many seconds."""
+    source = hashlib.sha256(Path(glyphs.__file__).read_bytes()).hexdigest()[:16]
+    return glyphs.load(Path(__file__).resolve().parents[2] / "build" / "glyphs" / source)
 
 
 # ---- the collection ------------------------------------------------------------------------------
@@ -100,8 +102,6 @@ def test_every_class_is_a_visible_character(collection):
 @pytest.mark.slow
 def test_faces_draw_only_what_they_have(monkeypatch):
     """Without a glyph of its own a character would come out as the face's missing-glyph box."""
-    from pathlib import Path
-
     import matplotlib
     from fontTools.ttLib import TTFont
     from PIL import ImageFont
@@ -322,7 +322,9 @@ def test_features_of_an_image_do_not_depend_on_the_others(halves, features):
 @pytest.mark.slow
 def test_better_features_retrieve_better(collection):
     few = glyphs._take(collection, list(range(0, collection.num_classes, 6)))
-    train, test = glyphs.split(few)
+    whole = torch.from_numpy(few.images)[:, None].float()
+    images = torch.nn.functional.interpolate(whole, size=24, mode="area")  # to be quick
+    train, test = glyphs.split(replace(few, images=images[:, 0].byte().numpy()))
     recall = {}
     for name, function in BASELINES.items():
         x = function(train.images, train.labels, test.images, 32)
@@ -338,6 +340,19 @@ def test_labels_matter_to_the_discriminants_alone(halves, features):
     for name, function in BASELINES.items():
         x = function(train.images, shuffled, test.images)
         assert torch.equal(x, features[name]) == (function in (raw_pixels, hog))
+
+
+@pytest.mark.parametrize("rows", [12, 90])
+def test_principal_axes_of_few_images_and_of_many(rows):
+    train = torch.randn(rows, 30, generator=torch.Generator().manual_seed(0))
+    train[1] = train[0]
+    mean, axes = principal_axes(train, 5)
+    assert torch.equal(mean, train.mean(0))
+    _, right = np.linalg.eigh(np.cov(train.double().numpy().T))
+    cosines = axes.double().numpy().T @ right[:, :-6:-1]
+    assert np.allclose(np.abs(cosines), np.eye(5), atol=1e-5)
+    _, all_of_them = principal_axes(train, min(rows - 1, 30))  # of few, one has no variance
+    torch.testing.assert_close(all_of_them.T @ all_of_them, torch.eye(min(rows - 1, 30)))
 
 
 def test_discriminants_solve_fishers_problem():

@@ -7,12 +7,12 @@ import importlib.resources
 import io
 import json
 import os
+import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
+import time
 import tomllib
 
 import numpy as np
@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.processes import Process, fork, status
 from support.training import (
     DATA,
     PARTS,
@@ -414,63 +415,43 @@ def test_output_is_readable_where_there_is_no_terminal(tmp_path, no_report):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-# This process only forks: a process that has run threads must not.
-WRITER = """
-import os, random, signal, sys, time, torch
-from pathlib import Path
-from torch import nn
-from unicom_ext import checkpoint
 
-root = Path(sys.argv[1])
-random.seed(0)
+def writers_are_killed(root):
+    """One after the other, each at some moment of its saving without end."""
+    draw = random.Random(0)
 
-def write_on(n):
-    module = nn.Linear(300, 1000)
-    while True:
-        n += 1
-        module.weight.data.fill_(n)
-        checkpoint.save(root / f"step-{n}", modules={"m": module}, extra={"n": n})
+    def write_on(n):
+        module = torch.nn.Linear(300, 1000)
+        while True:
+            n += 1
+            module.weight.data.fill_(n)
+            checkpoint.save(root / f"step-{n}", modules={"m": module}, extra={"n": n})
 
-def read(n):
-    module = nn.Linear(300, 1000)
-    extra = checkpoint.load(root / f"step-{n}", modules={"m": module})
-    assert extra["n"] == n and (module.weight == n).all()
+    def read(n):
+        module = torch.nn.Linear(300, 1000)
+        extra = checkpoint.load(root / f"step-{n}", modules={"m": module})
+        assert extra["n"] == n
+        assert (module.weight == n).all()
 
-def fork(function, n):
-    child = os.fork()
-    if child == 0:
-        try:
-            function(n)
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), flush=True)
-            os._exit(1)
-    return child
+    def newest():
+        path = checkpoint.latest(root)
+        return 0 if path is None else int(path.name[5:])
 
-def newest():
-    path = checkpoint.latest(root)
-    return 0 if path is None else int(path.name[5:])
-
-for _ in range(6):
-    n = newest()
-    child = fork(write_on, n)
-    while newest() == n:
-        time.sleep(0.001)
-    time.sleep(random.uniform(0, 0.05))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert os.waitpid(fork(read, newest()), 0)[1] == 0
-print("done")
-"""
+    for _ in range(6):
+        n = newest()
+        child = fork(write_on, n)
+        while newest() == n:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert status(child) == -signal.SIGKILL
+        assert status(fork(read, newest())) == 0
 
 
 @pytest.mark.slow
 def test_killed_writers_leave_a_whole_checkpoint(tmp_path):
-    killed = subprocess.run(
-        [sys.executable, "-c", WRITER, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert killed.returncode == 0, killed.stdout + killed.stderr
-    assert killed.stdout == "done\n"
+    process = Process(tmp_path / "printed", writers_are_killed, tmp_path / "checkpoints")
+    assert process.end() == 0, process.text()
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])

@@ -199,18 +199,18 @@ def rank_of_a_run(pipe, rank, world_size, port, output, failure):
 def rank_of_an_agent(output, failure):
     """The same as torchrun's agent starts it."""
     rank = int(os.environ["RANK"])
+    launch._INTERVAL = 0.05  # each waits for several of them
     fail_in_a_run(lambda said: (output / f"rank-{rank}").write_text(said[0]), rank, output, failure)
 
 
 def fail_in_a_run(say, rank, output, failure):
     begin()
-    launch._INTERVAL = 0.05  # a test waits for several of them
     report.write = lambda *arguments: None
     victim = rank == VICTIM.get(failure, 1)
 
     if rank == 2 and "slow" in failure:  # the others have ended by the time it looks
         explain = launch._Roll.explain
-        launch._Roll.explain = lambda *arguments: time.sleep(0.5) or explain(*arguments)
+        launch._Roll.explain = lambda *arguments: time.sleep(1) or explain(*arguments)
 
     def on_step(step):
         if victim and step == 6 and failure != "raises" and "checkpoint" not in failure:
