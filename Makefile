@@ -25,7 +25,7 @@ test test-quick: export PYTHONDONTWRITEBYTECODE =
 test: build
 	$(RUN) -m pytest -n 2 --dist worksteal $(PYTEST)
 
-# An answer in a minute and a half: without what needs a compiler, other programs or many seconds.
+# A quicker answer: without what needs a compiler, other programs or many seconds.
 test-quick: build
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not emulated" $(PYTEST)
 
