@@ -159,12 +159,15 @@ void prepare(int index) {
   if (fibre.stack == nullptr)
     fibre.stack = static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  void** top = reinterpret_cast<void**>(fibre.stack + kStackBytes);
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(fibre.stack, kStackBytes);  // what the last fibre left
+  // The frames in which the last fibre ended; those below them have returned.
+  if (fibre.stack_pointer != nullptr)
+    __asan_unpoison_memory_region(fibre.stack_pointer,
+                                  sizeof(void*) * (top - static_cast<void**>(fibre.stack_pointer)));
 #endif
   // As if fibre_main had been interrupted at its start: six registers and a return address, and
   // the stack aligned as a call leaves it.
-  void** top = reinterpret_cast<void**>(fibre.stack + kStackBytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(&fibre_main);
   for (int i = 0; i < 6; ++i) *--top = nullptr;

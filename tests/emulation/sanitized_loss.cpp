@@ -249,19 +249,21 @@ void check_loss() {
       {9, 130, 40, 60, 36, 16, false, 3, MultiLabel::kAverage, 0, 3},
       {7, 65, 17, 20, 9, 16, true, 1, MultiLabel::kAverage, 0, 8},
   };
+  Precision half = Precision::kFp16;
   for (const Case& c : cases) {
     const Inputs in(c);
     const Outcome right = on_cpu(in);
     const std::string name = std::to_string(c.batch) + " x " + std::to_string(c.num_classes) +
                              " x " + std::to_string(c.dim) + ", " + std::to_string(c.positives);
     compare(in, Precision::kFp32, right, 2e-7, name + " float");
+    // Both kinds of halves run the same code: each takes every other case, of every kind of case.
+    half = half == Precision::kFp16 ? Precision::kBf16 : Precision::kFp16;
+    const double tolerance = half == Precision::kFp16 ? 1e-3 : 1e-2;
     for (const int capability : {8, 9}) {
       emulation::set_compute_capability(capability);
-      compare(in, Precision::kFp16, right, 1e-3, name + " half on " + std::to_string(capability));
+      compare(in, half, right, tolerance, name + " halves on " + std::to_string(capability));
     }
-    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat");
-    compare(in, Precision::kFp16, right, 1e-3, name + " half by attention", true);
-    compare(in, Precision::kBf16, right, 1e-2, name + " bfloat by attention", true);
+    compare(in, half, right, tolerance, name + " halves by attention", true);
   }
 }
 
