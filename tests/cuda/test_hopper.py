@@ -5,8 +5,6 @@ chunk. Blocks of several tiles are in tests/emulation/sanitized_tiles.cpp."""
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from support.problems import (
     solve,
     truth,
 )
+from support.processes import Process
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.functional import partial_margin_softmax
@@ -199,20 +198,17 @@ def test_where_the_path_is_taken(options, taken):
     assert backends.boxes_loaded() == boxes[2]
 
 
+def solve_with(setting):
+    os.environ["UNICOM_CUDA_HOPPER"] = setting
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        backends.use(monkeypatch, "emulated_cuda")
+        solve(partial_margin_softmax, random_problem(9, 70, 65, precision="fp16"))
+    print(backends.boxes_loaded() > 0)
+
+
 @pytest.mark.slow  # a process of its own: the variable is read once
 @pytest.mark.parametrize(("given", "uses_tma"), [("0", False), ("1", True)])
-def test_measurements_may_turn_them_off(given, uses_tma):
-    code = """
-import pytest
-from support import backends
-from support.problems import random_problem, solve
-from unicom_ext.functional import partial_margin_softmax
-with pytest.MonkeyPatch.context() as monkeypatch:
-    backends.use(monkeypatch, "emulated_cuda")
-    solve(partial_margin_softmax, random_problem(9, 70, 65, precision="fp16"))
-print(backends.boxes_loaded() > 0)
-"""
-    environment = {**os.environ, "UNICOM_CUDA_HOPPER": given}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert printed.split() == [str(uses_tma)]
+def test_measurements_may_turn_them_off(given, uses_tma, tmp_path):
+    process = Process(tmp_path / "printed", solve_with, given)
+    assert process.end() == 0, process.text()
+    assert process.text().split() == [str(uses_tma)]
