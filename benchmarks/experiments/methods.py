@@ -10,6 +10,8 @@ Each has three candidates, of which its results on the validation classes choose
     softmax     full softmax over cosines without a margin. Tuned: the scale
     filter      full margin softmax without negatives whose cosine is above a threshold. Tuned: the
                 threshold, which is what it adds; the rest is what full margin softmax has chosen
+    small scale partial with smaller scales: an afterthought, as softmax without a margin did best
+                with its smallest scale. Of joint labels alone. Tuned: margin m2 and scale
 
 The principal components of full margin softmax cost no training: they are evaluated with it.
 """
@@ -29,16 +31,20 @@ from unicom_ext.margins import ArcFace
 SIZE = 128  # of an embedding
 DIMS = (8, 16, 32, 64, 128)
 RATES = (1.0, 0.3, 0.1, 0.03), (1.0, 0.75, 0.5, 0.25)  # r1 and r2 of the grid
+
+
 # What is tuned, as many candidates for each method: margin and scale, the scale alone, the filter.
-_MARGINS = {
-    f"m2 {m2:g}, s {scale:g}": {"m2": m2, "scale": scale}
-    for m2, scale in ((0.15, 16.0), (0.3, 16.0), (0.3, 32.0))
-}
+def _margins(*pairs: tuple[float, float]) -> dict[str, dict[str, float]]:
+    return {f"m2 {m2:g}, s {scale:g}": {"m2": m2, "scale": scale} for m2, scale in pairs}
+
+
+_MARGINS = _margins((0.15, 16.0), (0.3, 16.0), (0.3, 32.0))
 CANDIDATES: dict[str, dict[str, dict[str, float]]] = {
     "partial": _MARGINS,
     "matryoshka": _MARGINS,
     "softmax": {f"s {scale:g}": {"m2": 0.0, "scale": scale} for scale in (8.0, 16.0, 32.0)},
     "filter": {f"above {c:g}": {"interclass_filter": c} for c in (0.3, 0.4, 0.6)},
+    "small scale": _margins((0.15, 4.0), (0.15, 8.0), (0.3, 8.0)),
 }
 
 
@@ -56,9 +62,11 @@ class Method:
 
     @property
     def title(self) -> str:
+        rates = f"r1 = {self.sample_rate:g}, r2 = {self.feature_rate:g}"
         if self.name == "partial":
-            rates = f"r1 = {self.sample_rate:g}, r2 = {self.feature_rate:g}"
             return f"full, {rates}" if self == FULL else rates
+        if self.name == "small scale":
+            return f"small scale, {rates}"
         return {"softmax": "softmax without margin", "filter": "interclass filter"}.get(
             self.name, self.name
         )
@@ -71,9 +79,10 @@ class Method:
 
 
 FULL = Method("partial")
-RIVALS = [Method(name) for name in CANDIDATES if name != "partial"]
+RIVALS = [Method(name) for name in ("matryoshka", "softmax", "filter")]
+SMALL_SCALE = [Method("small scale"), Method("small scale", 0.3, 0.5)]
 GRID = [Method("partial", r1, r2) for r1 in RATES[0] for r2 in RATES[1]]
-METHODS = [*GRID, *RIVALS]
+METHODS = [*GRID, *RIVALS, *SMALL_SCALE]
 QUICK = [FULL, *(Method("partial", r1, r2) for r1, r2 in ((1, 0.5), (0.3, 1), (0.3, 0.5))), *RIVALS]
 
 

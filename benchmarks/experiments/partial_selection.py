@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import picture_sets
 import selection_tables
 from measure import describe_machine
-from methods import FULL, METHODS, QUICK, Method
+from methods import FULL, GRID, QUICK, SMALL_SCALE, Method
 from one_run import Recipe, run, tune
 from records import Records, read
 
@@ -73,15 +73,27 @@ class Task:
         return 1.0 if self.candidate is None else 0.5
 
 
-def tasks(labels: list[str], methods: list[Method], seeds: int) -> Iterator[Task]:
-    """The methods of QUICK before others, kind by kind, seed by seed; what is tuned comes first."""
-    for part in [m for m in methods if m in QUICK], [m for m in methods if m not in QUICK]:
-        for kind in labels:
-            for method in part:
-                for candidate in method.candidates:
-                    yield Task(kind, method, TUNING_SEED, candidate)
-            for seed in range(seeds):
-                yield from (Task(kind, method, seed) for method in part)
+Plan = list[tuple[str, list[Method]]]  # kinds of labels and what is run with them, in order
+
+
+def plan(quick: bool) -> Plan:
+    """Joint labels before other kinds, and the methods of QUICK before the rest of the grid."""
+    first: Plan = [("joint", QUICK), ("true", QUICK)]
+    if quick:
+        return first
+    rest = [method for method in GRID if method not in QUICK]
+    then: Plan = [("joint", SMALL_SCALE), ("image", QUICK), ("text", QUICK)]
+    return [*first, *then, *((kind, rest) for kind in picture_sets.LABELS)]
+
+
+def tasks(plan: Plan, seeds: int) -> Iterator[Task]:
+    """Seed by seed; what is tuned comes first."""
+    for kind, methods in plan:
+        for method in methods:
+            for candidate in method.candidates:
+                yield Task(kind, method, TUNING_SEED, candidate)
+        for seed in range(seeds):
+            yield from (Task(kind, method, seed) for method in methods)
 
 
 class Experiment:
@@ -207,8 +219,7 @@ def main(
         return
     if threads:
         torch.set_num_threads(threads)
-    labels = ["joint", "true"] if quick else list(picture_sets.LABELS)
-    todo = tasks(labels, QUICK if quick else METHODS, seeds or (2 if quick else 5))
+    todo = tasks(plan(quick), seeds or (2 if quick else 5))
     with Records(results) as records:
         recipe = replace(RECIPES[data], epochs=epochs or RECIPES[data].epochs)
         experiment = Experiment(data, emoji_cache, recipe, records)

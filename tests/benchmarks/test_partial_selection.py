@@ -49,9 +49,8 @@ def tiny(monkeypatch):
     pictures = drawn(60, 1, captions)
     monkeypatch.setattr(picture_sets, "load", lambda name, cache: pictures)
     monkeypatch.setattr(partial_selection, "RECIPES", {"glyphs": RECIPE})
-    monkeypatch.setattr(partial_selection, "METHODS", FEW)
     # Histograms of gradients take long.
-    monkeypatch.setattr(picture_sets, "LABELS", ("text",))
+    monkeypatch.setattr(partial_selection, "plan", lambda quick: [("text", FEW)])
     monkeypatch.setattr(selection_tables, "PRIMARY", (FEW[1], "text", 16))
     return pictures
 
@@ -116,9 +115,12 @@ def test_a_run_goes_on_where_it_stopped_and_is_summed_up(tiny, tmp_path, set_thr
 
 
 def test_what_answers_the_question_comes_first_and_is_tuned_before():
-    todo = list(partial_selection.tasks(["joint", "true"], methods.METHODS, 5))
-    assert len(todo) == len(set(todo)) == 2 * len(methods.METHODS) * (3 + 5)
+    todo = list(partial_selection.tasks(partial_selection.plan(False), 5))
+    kinds = len(picture_sets.LABELS)
+    everything = kinds * (len(methods.GRID) + len(methods.RIVALS)) + len(methods.SMALL_SCALE)
+    assert len(todo) == len(set(todo)) == everything * (3 + 5)
     few = len(methods.QUICK) * (3 + 5)
+    assert todo[: 2 * few] == list(partial_selection.tasks(partial_selection.plan(True), 5))
     assert {t.method for t in todo[: 2 * few]} == set(methods.QUICK)
     assert {t.labels for t in todo[:few]} == {"joint"}
     seen = []

@@ -84,6 +84,27 @@ def cars(root):
     return [rows[0], rows[1], rows[4]], rows[2:4], None
 
 
+def cars_of_parts(root):
+    io = pytest.importorskip("scipy.io")
+    parts = {"cars_train": [1, 98, 196], "cars_test": [99, 98]}
+    files = {
+        "cars_train": "devkit/cars_train_annos.mat", "cars_test": "cars_test_annos_withlabels.mat"
+    }  # fmt: skip
+    (root / "devkit").mkdir(parents=True)
+    rows = []
+    for folder, classes in parts.items():
+        kinds = [(name, object) for name in ("bbox_x1", "class", "fname")]
+        annotations = np.empty((1, len(classes)), kinds)
+        for i, number in enumerate(classes):
+            annotations[0, i] = (1, np.uint8(number), f"{i + 1:05d}.jpg")
+            rows.append((f"{folder}/{i + 1:05d}.jpg", f"Car {number} / van", ""))
+        io.savemat(root / files[folder], {"annotations": annotations})
+    pictures(root, [path for path, *_ in rows])
+    names = np.array([[f"Car {i} / van" for i in range(1, 197)]], object)
+    io.savemat(root / "devkit/cars_meta.mat", {"class_names": names})
+    return [rows[0], rows[1], rows[4]], rows[2:4], None
+
+
 def species(root):
     train = ["train_val2018/Aves/2761/a.jpg", "train_val2018/Aves/3/b.jpg"]
     test = ["train_val2018/Plantae/3/c.jpg"]
@@ -166,6 +187,18 @@ def test_birds_without_their_lists(tmp_path):
     train, query, _ = birds_of_folders(tmp_path)
     whole = opened(tmp_path, layout="cub")
     assert (told(whole.train), told(whole.query)) == (train, query)
+
+
+@pytest.mark.filterwarnings(SMALL)
+def test_cars_as_torchvision_downloads_them(tmp_path):
+    train, query, _ = cars_of_parts(tmp_path)
+    for settings in ({}, {"layout": "cars"}):
+        whole = opened(tmp_path, **settings)
+        assert (told(whole.train), told(whole.query)) == (train, query)
+    file = tmp_path / "devkit/cars_meta.mat"
+    file.write_text("MATLAB")
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(file))}: is not as it is published: "):
+        opened(tmp_path)
 
 
 @pytest.mark.filterwarnings(SMALL)

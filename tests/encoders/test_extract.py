@@ -22,6 +22,7 @@ from unicom_ext.data import ngrams
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import open_part
 from unicom_ext.data.source import Source
+from unicom_ext.encoders import contents as named
 from unicom_ext.encoders import dump, extract, registry
 from unicom_ext.encoders.extract import some_words
 from unicom_ext.encoders.extract_config import ExtractConfig
@@ -234,6 +235,98 @@ def test_what_is_whole_is_not_made_again(tmp_path, monkeypatch):
     )
     with pytest.raises(SourceError, match=r"other images: .*'images': 8.* here, .*12.* there"):
         write(tmp_path, images_of(8))
+
+
+def test_other_captions_are_other_features_where_they_are_used(tmp_path):
+    images, changed = images_of(), images_of()
+    changed.pictures._captions[3] = "PATTERN E"  # as long as it was
+    write(tmp_path / "a", images)
+    with pytest.raises(SourceError, match=r"is of other features .a caption has changed.; "):
+        write(tmp_path / "a", changed)
+    write(tmp_path / "a", changed, overwrite=True)
+    line = (tmp_path / "a/metadata/metadata_0000.jsonl").read_text().splitlines()[3]
+    assert json.loads(line)["caption"] == "PATTERN E"
+    without = dataclasses.replace(CONFIG, text_encoder="none")
+    assert write(tmp_path / "b", images, without) == write(tmp_path / "b", changed, without)
+
+
+def test_other_contents_of_the_same_files_are_other_features(tmp_path, monkeypatch):
+    """Weights that were trained on since, and a factory whose code has changed."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    (folder / "own_encoders.py").write_text(
+        "import torch\n\ndef image():\n    return torch.nn.Sequential("
+        "torch.nn.Flatten(), torch.nn.LazyLinear(3))\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    weights = tmp_path / "weights.pt"
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, encoder="small", weights=str(weights), text_encoder="none")
+    untrained = dataclasses.replace(config, weights="")
+    torch.save(registry.create(untrained, 8).module.state_dict(), weights)
+    write(tmp_path / "a", config=config)
+    torch.save(registry.create(untrained, 8).module.state_dict(), weights)
+    with pytest.raises(SourceError, match="what weights names has changed"):
+        write(tmp_path / "a", config=config)
+    found = [named.contents({"encoder": "own_encoders:image", "weights": str(weights)})]
+    (folder / "own_encoders.py").write_text("def image():\n    return None\n")
+    found.append(named.contents({"encoder": "own_encoders:image", "weights": str(weights)}))
+    assert found[0].keys() == found[1].keys() == {"encoder", "weights"}
+    assert found[0]["weights"] == found[1]["weights"]
+    assert found[0]["encoder"] != found[1]["encoder"]
+
+
+def test_contents_of_folders_and_of_nothing(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    settings = {"encoder": f"hf:{folder}", "text_encoder": f"sentence:{folder}", "weights": ""}
+    found = named.contents(settings)
+    assert found.keys() == {"encoder", "text_encoder"}
+    (folder / "model.safetensors").write_bytes(b"1")
+    other = named.contents(settings)
+    assert found["encoder"] != other["encoder"] == other["text_encoder"]
+    # A run's output: the last checkpoint counts, not the pages beside it.
+    for step in (9, 10):
+        (tmp_path / f"run/step-{step}").mkdir(parents=True)
+        (tmp_path / f"run/step-{step}/.metadata").write_text(f"{step}")
+    found = named.contents({"weights": str(tmp_path / "run")})
+    (tmp_path / "run/report.html").write_text("a page")
+    (tmp_path / "run/step-9/.metadata").write_text("other")
+    assert named.contents({"weights": str(tmp_path / "run")}) == found
+    (tmp_path / "run/step-11").mkdir()
+    assert named.contents({"weights": str(tmp_path / "run")}) != found
+    for name in (
+        "hog",
+        "timm:resnet18",
+        "no.such_module:f",
+        f"hf:{tmp_path}/none",
+        "strange name:f",
+    ):
+        assert named.contents({"encoder": name, "text_encoder": "ngrams"}) == {}
+
+
+def test_an_empty_caption_has_no_features(tmp_path):
+    images = images_of()
+    for i in (1, 6):
+        images.pictures._captions[i] = ""
+    write(tmp_path, images)
+    text = Source(tmp_path, joint="text").take(np.arange(12))
+    assert (text.norm(dim=1) == 0).nonzero().flatten().tolist() == [1, 6]
+    encoder = ngrams.NGrams(4)
+    encoder.fit([images.caption(i) for i in range(12) if i not in (1, 6)])
+    torch.testing.assert_close(text[:1], encoder.encode(["PATTERN A"]), atol=1e-3, rtol=1e-3)
+    image = F.normalize(Source(tmp_path).take(np.arange(12)))
+    for joint, expected in (
+        ("average", image),
+        ("concat", torch.cat([image, torch.zeros(12, 4)], dim=1)),
+    ):
+        joined = Source(tmp_path, joint=joint).take(np.arange(12))
+        torch.testing.assert_close(joined[[1, 6]], expected[[1, 6]])
+        assert not torch.isclose(joined[0], expected[0], atol=0.05).all()
+    images.pictures._captions[:] = [""] * 12
+    write(tmp_path / "none", images)
+    assert (Source(tmp_path / "none", joint="text").take(np.arange(12)) == 0).all()
 
 
 def test_a_killed_extraction_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):

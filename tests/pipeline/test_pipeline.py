@@ -253,6 +253,28 @@ def test_changed_images_and_results(output, pictures, tmp_path):
     assert done(run_pipeline(output, settings)[1]) == ["train", "finetune", "evaluate", "report"]
 
 
+def test_changed_captions_and_weights(tmp_path):
+    root, output = tmp_path / "pictures", tmp_path / "output"
+    photographs(root, captions=True)
+    weights = tmp_path / "weights.pt"
+    encoder = registry.create(PipelineConfig.from_mapping(tables(root)).train, 8).module
+    torch.save(encoder.state_dict(), weights)
+    settings = tables(root, train={"weights": str(weights)})
+    assert done(run_pipeline(output, settings, until="train")[1]) == STEPS[:3]
+    assert done(run_pipeline(output, settings, until="train")[1]) == []
+    data = PipelineConfig.from_mapping(settings).data
+    caption = root / open_images(data, 0).train.class_names[0] / "0.txt"
+    caption.write_text(caption.read_text().replace("picture", "pikture"))  # of the same size
+    assert done(run_pipeline(output, settings, until="train")[1]) == STEPS[:3]
+    encoder.get_parameter(next(iter(dict(encoder.named_parameters())))).data.add_(1)
+    torch.save(encoder.state_dict(), weights)
+    assert done(run_pipeline(output, settings, until="train")[1]) == ["train"]
+    without = tables(root, train={"weights": str(weights)}, extract={"text_encoder": "none"})
+    assert done(run_pipeline(output, without, until="cluster")[1]) == STEPS[:2]
+    caption.write_text("another")
+    assert done(run_pipeline(output, without, until="cluster")[1]) == []
+
+
 def test_from_and_until(pictures, tmp_path):
     output, settings = tmp_path / "output", tables(pictures)
     assert done(run_pipeline(output, settings, until="cluster")[1]) == ["extract", "cluster"]

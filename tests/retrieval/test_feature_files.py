@@ -63,6 +63,34 @@ def test_figures_are_those_of_rows_in_memory(tmp_path, dtype, joint, block_bytes
     assert found == evaluate(x, labels, y, among, **groups, **options)
 
 
+@pytest.mark.parametrize("block_bytes", [20_000, 1 << 26])
+def test_images_that_could_not_be_read_are_not_there(tmp_path, block_bytes):
+    """Zero rows without a label; others without a label, or zero ones with one, stay."""
+    rng = np.random.default_rng(0)
+    options = {"dims": [3, 8], "ks": [1, 4], "block_bytes": block_bytes}
+    parts = {}
+    for name, count in (("q", 40), ("g", 60)):
+        x = rng.normal(size=(count, 8)).astype(np.float32)
+        labels, cameras = np.arange(count) % 5 - 1, np.arange(count) % 3
+        unreadable = np.arange(count) % 10 == 5
+        x[unreadable] = 0
+        assert (labels[unreadable] == -1).all()
+        x[7] = 0
+        np.save(tmp_path / f"{name}.npy", x)
+        values = (x, labels, cameras)
+        for kind, of_rows in zip("yc", values[1:], strict=True):
+            np.save(tmp_path / f"{name}{kind}.npy", of_rows)
+        parts[name] = [torch.from_numpy(of_rows[~unreadable]) for of_rows in values]
+    (x, labels, cameras), (y, among, theirs) = parts["q"], parts["g"]
+    files = [tmp_path / f"{name}.npy" for name in ("q", "qy", "g", "gy")]
+    assert evaluate_files(*files[:2], options=options) == evaluate(x, labels, **options)
+    assert evaluate_files(
+        *files, groups=tmp_path / "qc.npy", gallery_groups=tmp_path / "gc.npy", options=options
+    ) == evaluate(
+        x, labels, y, among, query_groups=cameras, gallery_groups=theirs, **options
+    )  # fmt: skip
+
+
 def test_rows_of_parquet_files(tmp_path):
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))

@@ -23,15 +23,18 @@ def join(image: Tensor, text: Tensor, joint: str, image_weight: float) -> Tensor
     average  w u + (1 - w) v, u and v the unit vectors of image and text
     concat   [sqrt(w) u, sqrt(1 - w) v]: cosines are w times the image's plus 1 - w times the text's
 
-    A row is zero where either part is, and NaN where either is not finite.
+    Where the text is zero, as that of no caption is, a row is the image's alone: u, or [u, 0]. It
+    is zero where the image is, and NaN where either is not finite.
     """
     w = image_weight
     weights = (w, 1 - w) if joint == "average" else (w**0.5, (1 - w) ** 0.5)
     norms = [torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (image, text)]
-    both = (norms[0] != 0) & (norms[1] != 0)
+    factors = [weight / norm for weight, norm in zip(weights, norms, strict=True)]
+    factors[0] = torch.where(norms[1] == 0, 1 / norms[0], factors[0])
+    factors[1] = torch.where(norms[1] == 0, 0.0, factors[1])
     parts = [
-        x * torch.where(both, weight / norm, 0.0)
-        for x, weight, norm in zip((image, text), weights, norms, strict=True)
+        x * torch.where(norms[0] == 0, 0.0, factor)
+        for x, factor in zip((image, text), factors, strict=True)
     ]
     if joint == "average":
         return parts[0] + parts[1]

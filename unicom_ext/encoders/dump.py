@@ -131,9 +131,13 @@ def _differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         theirs = ExtractConfig.from_mapping(there["config"])
     except (ConfigError, KeyError, TypeError):
         return ["other settings"]
-    found = mine.differences(theirs, FREE_TO_CHANGE)
-    data, own = there.get("data"), here["data"]
-    return found or ([] if data == own else [f"other images: {own} here, {data} there"])
+    if found := mine.differences(theirs, FREE_TO_CHANGE):
+        return found
+    if (data := there.get("data")) != here["data"]:
+        return [f"other images: {here['data']} here, {data} there"]
+    contents, own = there.get("contents", {}), here["contents"]
+    changed = [n for n in sorted(contents.keys() | own.keys()) if contents.get(n) != own.get(n)]
+    return [f"{'a caption' if n == 'captions' else f'what {n} names'} has changed" for n in changed]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@
     encoder.pt                         of an encoder that was fitted to these images
     extract.json                       settings, facts, and a list of these files
 
-Row i is image i. One that cannot be read has a zero row and no label, which clustering leaves out.
+Row i is image i. One that cannot be read has a zero row and no label, which clustering leaves out;
+the text's row is zero where there is no caption.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from torch import Tensor
 from unicom_ext.data.images.batches import ImageBatches, in_order, killed_workers_named
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.encoders import registry, text
+from unicom_ext.encoders.contents import contents
 from unicom_ext.encoders.dump import ENCODER, LABELS, SHARD_ROWS, THUMBNAILS, Dump, shard_name
 from unicom_ext.encoders.encoder import ImageEncoder
 from unicom_ext.encoders.extract_config import ExtractConfig
@@ -78,7 +81,10 @@ def extract(
     text_encoder = None
     if images.pictures.has_captions and config.text_encoder != "none":
         text_encoder = text.create(config.text_encoder, config.dim, config.seed)
-    facts = {"config": config.to_dict(), "data": images.facts()}
+    found = contents(config.to_dict())
+    if text_encoder is not None:
+        found["captions"] = images.digest_of_captions()
+    facts = {"config": config.to_dict(), "data": images.facts(), "contents": found}
     kinds = ["img_emb", *([] if text_encoder is None else ["text_emb"]), "metadata"]
     shards = range(-(-len(images) // SHARD_ROWS))
     names = [shard_name(kind, number) for kind in kinds for number in shards] + [LABELS]
@@ -145,7 +151,9 @@ class _Extraction:
     def _fit(self) -> None:
         """Fit what has to be, or read what was fitted before."""
         if self.text_encoder is not None:
-            self.text_encoder.fit(self._captions(range(len(self.images))))
+            captions = filter(None, self._captions(range(len(self.images))))
+            if first := next(captions, None):
+                self.text_encoder.fit(chain([first], captions))
         path = self.directory / ENCODER
         if not self.encoder.needs_fitting:
             return
@@ -203,7 +211,9 @@ class _Extraction:
         content = "".join(line + "\n" for line in lines).encode(errors="backslashreplace")
         write_file(self._path("metadata", number), lambda file: file.write(content))
         if self.text_encoder is not None:
-            encoded = self.text_encoder.encode(captions)
+            encoded = torch.zeros(len(captions), self.text_encoder.dim)
+            if there := [i for i, caption in enumerate(captions) if caption]:
+                encoded[there] = self.text_encoder.encode([captions[i] for i in there])
             write_file(self._path("text_emb", number), partial(np.save, arr=encoded.half().numpy()))
         write_file(self._path("img_emb", number), partial(np.save, arr=features.numpy()))
 

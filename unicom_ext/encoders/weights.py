@@ -76,10 +76,8 @@ def read(path: str) -> Saved:
     Raises CheckpointError: it cannot be read or holds anything else; ConfigError: reading it needs
     a package that is not installed.
     """
-    where = Path(path)
+    where = file_of(path)
     if where.is_dir():
-        if not (where / ".metadata").exists():
-            where = checkpoint.latest(where) or where
         tensors: Any = read_module(where, _counting(saved_names(where)))
     elif not where.exists():
         raise CheckpointError(f"{path}: is not there")
@@ -104,6 +102,15 @@ def read(path: str) -> Saved:
                 f"{path}: holds a {type(value).__name__} under {name!r}, must hold tensors by name"
             )
     return Saved(str(where), without_wrappers(tensors))
+
+
+def file_of(path: str) -> Path:
+    """Where the weights lie that a path names: the last checkpoint where it is a directory of some,
+    else the path itself."""
+    where = Path(path)
+    if where.is_dir() and not (where / ".metadata").exists():
+        return checkpoint.latest(where) or where
+    return where
 
 
 def load(module: nn.Module, saved: Saved, encoder: str) -> None:

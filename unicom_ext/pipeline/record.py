@@ -8,33 +8,26 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from unicom_ext.encoders.contents import contents
 from unicom_ext.utils.arrays import SourceError
-from unicom_ext.utils.files import glimpse, write_file
+from unicom_ext.utils.files import digest_of, glimpse, write_file
 
 RECORD = "pipeline.json"
 FORMAT = "unicom_ext pipeline 1"
-FILES = ("weights", "init")  # settings that name files
+_PATHS = ("weights", "init")  # settings that are nothing but the name of a file
 
 
 def key_of(step: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """SHA-256 of all that decides what a step makes.
 
-    Weights and the like, which are names of files, count by what is in these.
+    What weights and the like name counts by what is in it, and files wherever they lie.
     """
-    contents = {n: contents_of(v) if n in FILES else v for n, v in settings.items()}
-    text = json.dumps([step, version, contents, dict(inputs)], sort_keys=True)
+    files = contents(settings)
+    if "init" in settings and (init := digest_of(Path(settings["init"]))):
+        files["init"] = init
+    values = {n: "" if n in _PATHS and n in files else value for n, value in settings.items()}
+    text = json.dumps([step, version, values, files, dict(inputs)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def contents_of(name: str) -> Any:
-    """A digest of the file, or of the files in the directory; the name where it is of none."""
-    path = Path(name)
-    if not name or not path.exists():
-        return name
-    if path.is_file():
-        return glimpse(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    return [[str(p.relative_to(path)), glimpse(p)] for p in files]
 
 
 class Record:

@@ -69,6 +69,12 @@ class Place:
         return found
 
     @property
+    def captions(self) -> bool:
+        """Whether there are features of captions."""
+        text = self.config.extract.text_encoder
+        return self.parts.train.pictures.has_captions and text != "none"
+
+    @property
     def labelled(self) -> bool:
         """Whether there are true classes to train on."""
         return bool((self.parts.train.labels >= 0).any())
@@ -127,12 +133,14 @@ class Extract(Step):
         return _without(self.config.extract, dump.FREE_TO_CHANGE)
 
     def data(self) -> dict[str, str]:
-        return {"train": self.place.digests["train"]}
+        found = {"train": self.place.digests["train"]}
+        if self.place.captions:
+            found["captions"] = self.place.parts.train.digest_of_captions()
+        return found
 
     def purpose(self) -> str:
         config, images = self.config.extract, self.place.parts.train
-        captions = images.pictures.has_captions and config.text_encoder != "none"
-        text = f", and of their captions by {config.text_encoder}" if captions else ""
+        text = f", and of their captions by {config.text_encoder}" if self.place.captions else ""
         return f"features of {len(images):,} images by {config.encoder}{text}"
 
     def clear(self) -> None:
@@ -157,10 +165,9 @@ class Cluster(Step):
     kind = ClusterConfig
 
     def __init__(self, place: Place, inputs: Mapping[str, str]) -> None:
-        images, config = place.parts.train, place.config.extract
-        captions = images.pictures.has_captions and config.text_encoder != "none"
-        self.clustering = place.config.cluster(len(images), captions)
-        if self.clustering.joint != "image" and not captions:
+        images = place.parts.train
+        self.clustering = place.config.cluster(len(images), place.captions)
+        if self.clustering.joint != "image" and not place.captions:
             raise ConfigError(
                 f"joint: got {self.clustering.joint!r}, but there are no features of "
                 "captions, must be image"

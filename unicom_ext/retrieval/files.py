@@ -17,6 +17,7 @@ from unicom_ext.retrieval.arguments import check_counts, check_same_width
 from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
 from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
 from unicom_ext.retrieval.metrics import Result
+from unicom_ext.retrieval.relevance import has_no_label
 from unicom_ext.utils.arrays import check_finite
 from unicom_ext.utils.search import DEFAULT_BLOCK_BYTES, VALUE_BYTES
 
@@ -56,6 +57,9 @@ def evaluate_files(
                             process group
     which                   features
 
+    A row that is zero and has no label, as `unicom-ext extract` writes it of an image that cannot
+    be read, is not there.
+
     In memory are the labels and groups and the working memory, which `block_bytes` bounds; of
     Parquet files also a row group each. The gallery is read once for each block of queries, so
     more `block_bytes` mean less reading.
@@ -69,26 +73,34 @@ def evaluate_files(
         raise ValueError("gallery_groups: was given without a gallery")
     if gallery is not None and (groups is None) != (gallery_groups is None):
         raise ValueError("groups and gallery_groups: give both or neither")
-    queries = StoredRows(Source(features, **which))
-    checked = checked_options(queries.shape[1], **(options or {}))
-    queries.check_finite("features", checked.block_bytes)
-    source = queries.source
+    source = Source(features, **which)
+    checked = checked_options(source.dim, **(options or {}))
+    zero = find_zero_rows("features", source, checked.block_bytes)
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
-    items = None
+    queries, query_labels, query_groups = _readable(source, zero, query_labels, query_groups)
+    items = item_labels = item_groups = None
     if gallery is not None:
-        items = StoredRows(Source(gallery, **which))
-        items.check_finite("gallery", checked.block_bytes)
-        source = items.source
-    task = checked_task(
-        queries,
-        query_labels,
-        items,
-        _integers("gallery_labels", gallery_labels, source, several=True),
-        query_groups,
-        _integers("gallery_groups", gallery_groups, source),
-    )
+        source = Source(gallery, **which)
+        zero = find_zero_rows("gallery", source, checked.block_bytes)
+        item_labels = _integers("gallery_labels", gallery_labels, source, several=True)
+        assert item_labels is not None
+        item_groups = _integers("gallery_groups", gallery_groups, source)
+        items, item_labels, item_groups = _readable(source, zero, item_labels, item_groups)
+    task = checked_task(queries, query_labels, items, item_labels, query_groups, item_groups)
     return evaluate_task(task, checked, Ranks(None))
+
+
+def _readable(
+    source: Source, zero: Tensor, labels: Tensor, groups: Tensor | None
+) -> tuple[StoredRows, Tensor, Tensor | None]:
+    """Rows, labels and groups without those of images that could not be read, which are zero and
+    have no label."""
+    there = ~(zero & has_no_label(labels))
+    if there.all():
+        return StoredRows(source), labels, groups
+    rows = StoredRows(source, there.nonzero().flatten().numpy())
+    return rows, labels[there], None if groups is None else groups[there]
 
 
 class ProbeResult(NamedTuple):
@@ -128,9 +140,8 @@ def probe_files(
         (("train", "labels"), train, labels),
         (("test", "test_labels"), test, test_labels),
     ):
-        stored = StoredRows(Source(path, **which))
-        stored.check_finite(names[0], DEFAULT_BLOCK_BYTES)
-        source = stored.source
+        source = Source(path, **which)
+        find_zero_rows(names[0], source, DEFAULT_BLOCK_BYTES)
         rows.append(source.take(np.arange(source.rows)))
         found = read_labels(names[1], of, source.rows, source.shards)
         numbers.append(torch.from_numpy(found))
@@ -152,43 +163,49 @@ class StoredRows:
 
     Args:
         source: the files.
+        kept: which of their rows, in increasing order; None: all.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.shape = torch.Size((source.rows, source.dim))
+    def __init__(self, source: Source, kept: np.ndarray | None = None) -> None:
+        self._source = source
+        self._kept = np.arange(source.rows) if kept is None else kept
+        self.shape = torch.Size((len(self._kept), source.dim))
 
     def __len__(self) -> int:
-        return self.source.rows
+        return len(self._kept)
 
     def __getitem__(self, index: tuple[slice | Tensor, slice]) -> Tensor:
         rows, columns = index
         if isinstance(rows, Tensor):
             order = rows.argsort()
-            found = self._read(rows[order].numpy(), columns)
+            found = self._read(self._kept[rows[order].numpy()], columns)
             return found[order.argsort()]
-        return self._read(np.arange(rows.start, rows.stop), columns)
+        return self._read(self._kept[rows], columns)
 
     def _read(self, rows: np.ndarray, columns: slice) -> Tensor:
         """Rows in increasing order. Files give whole ones: so many at a time that they take no more
         than what is wanted of them, or than is too little to be worth a call."""
         dim = columns.stop
         part = max(
-            _READ_BYTES // (8 * self.source.dim), len(rows) * dim // (2 * self.source.dim), 1
+            _READ_BYTES // (8 * self._source.dim), len(rows) * dim // (2 * self._source.dim), 1
         )
         found = torch.empty(len(rows), dim)
         for start in range(0, len(rows), part):
-            found[start : start + part] = self.source.take(rows[start : start + part])[:, columns]
+            found[start : start + part] = self._source.take(rows[start : start + part])[:, columns]
         return found
 
-    def check_finite(self, name: str, block_bytes: int) -> None:
-        """SourceError with the file and the row where one is not."""
-        size = max(1, block_bytes // (4 * VALUE_BYTES * self.source.dim))
-        for shard, start, rows in self.source.blocks(size=size):
-            files = " and ".join(str(file.path) for file in shard.files)
-            check_finite(f"{name}: {files}", rows, start)
+
+def find_zero_rows(name: str, source: Source, block_bytes: int) -> Tensor:
+    """Which rows are zero, bool [n]. SourceError with file and row where one is not finite."""
+    size = max(1, block_bytes // (4 * VALUE_BYTES * source.dim))
+    found = []
+    for shard, start, rows in source.blocks(size=size):
+        files = " and ".join(str(file.path) for file in shard.files)
+        check_finite(f"{name}: {files}", rows, start)
+        found.append(~rows.any(dim=1))
+    return torch.cat(found)
 
 
 def _integers(

@@ -136,6 +136,21 @@ def glimpse(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of(path: Path) -> str | None:
+    """SHA-256 of the `glimpse` of a file, or of the names and glimpses of the files in a directory,
+    at any depth; None where there is neither."""
+    if path.is_file():
+        return glimpse(path)
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(found for found in path.rglob("*") if found.is_file()):
+        digest.update(
+            f"{file.relative_to(path)}\0{glimpse(file)}\n".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()
+
+
 def natural_key(path: Path) -> tuple[list[str | int], str]:
     """Sorts names as people count: a_2 before a_10, whatever the case and the padding.
 

@@ -154,3 +154,11 @@ class ImageSet:
         """Add what tells this set from others to a hash."""
         self.pictures.digest(self.rows, into)
         into.update(np.ascontiguousarray(self.labels).data)
+
+    def digest_of_captions(self) -> str:
+        """SHA-256 of the captions, which tell sets apart only where they are used. Raises
+        PictureError where one cannot be read."""
+        digest = hashlib.sha256()
+        for row in self.rows.tolist():
+            digest.update(f"{self.pictures.caption(row)}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,8 @@ from unicom_ext.data.images.collection import (
 from unicom_ext.data.images.folder import read_folder
 from unicom_ext.data.images.pictures import FilePictures
 from unicom_ext.utils.arrays import SourceError
+
+_CARS_TEST = "cars_test_annos_withlabels.mat"  # which torchvision asks for
 
 
 @dataclass(frozen=True)
@@ -155,23 +159,48 @@ def _birds(root: Path) -> Iterator[Named]:
 
 
 def _cars(root: Path) -> Iterator[Named]:
-    file = root / "cars_annos.mat"
+    """With one list of all images, or in the two parts that torchvision downloads. Their halves are
+    for classification: here the first 98 classes are trained on."""
+    for path, number, name in _cars_of_parts(root) if _in_parts(root) else _cars_of_one_list(root):
+        yield Named(path, name, TRAIN if number <= 98 else TEST)
+
+
+def _in_parts(root: Path) -> bool:
+    return not (root / "cars_annos.mat").exists()
+
+
+def _cars_of_one_list(root: Path) -> list[tuple[str, int, str]]:
+    with _matlab(root / "cars_annos.mat") as read:
+        names = [str(name[0]) for name in read["class_names"][0]]
+        images = read["annotations"][0]
+        found = [(str(i["relative_im_path"][0]), int(i["class"][0, 0])) for i in images]
+        return [(path, number, names[number - 1]) for path, number in found]
+
+
+def _cars_of_parts(root: Path) -> list[tuple[str, int, str]]:
+    with _matlab(root / "devkit/cars_meta.mat") as read:
+        names = [str(name[0]) for name in read["class_names"][0]]
+    named = []
+    for folder, file in ("cars_train", "devkit/cars_train_annos.mat"), ("cars_test", _CARS_TEST):
+        with _matlab(root / file) as read:
+            for image in read["annotations"][0]:
+                number = int(image["class"][0, 0])
+                path = os.path.join(folder, str(image["fname"][0]))
+                named.append((path, number, names[number - 1]))
+    return named
+
+
+@contextmanager
+def _matlab(file: Path) -> Iterator[dict[str, Any]]:
+    """What a .mat file holds. SourceError where it is not what the block expects."""
     try:
         from scipy.io import loadmat
     except ModuleNotFoundError:
         raise SourceError(f"{file}: .mat files need scipy: pip install scipy") from None
     try:
-        read = loadmat(file)
-        names = [str(name[0]) for name in read["class_names"][0]]
-        images = [
-            (str(image["relative_im_path"][0]), int(image["class"][0, 0]))
-            for image in read["annotations"][0]
-        ]
-        named = [(path, number, names[number - 1]) for path, number in images]
+        yield loadmat(file)
     except Exception as error:  # scipy's reader raises whatever its parts raise
         raise SourceError(f"{file}: is not as it is published: {error}") from None
-    for path, number, name in named:
-        yield Named(path, name, TRAIN if number <= 98 else TEST)
 
 
 def _species(root: Path) -> Iterator[Named]:
@@ -209,7 +238,10 @@ STANDARD = {
     "cars": Standard(
         "Cars196",
         "Krause et al., 3D Object Representations for Fine-Grained Categorization, 2013",
-        ("cars_annos.mat", "car_ims"),
+        (
+            f"cars_annos.mat or {_CARS_TEST}",
+            "car_ims or cars_train",
+        ),
         {TRAIN: (8_054,), TEST: (8_131,)},
         _cars,
     ),
