@@ -218,7 +218,7 @@ def select_features(dim: int, count: int, seed: int, step: int) -> NDArray[np.in
 
 def cpu_capabilities() -> list[str]:
     """Instruction sets with kernels that this CPU can run, the best last."""
-    names = (c_char_p * 4)()
+    names = (c_char_p * 5)()
     return [(name or b"").decode() for name in names[: _capabilities(names)]]
 
 

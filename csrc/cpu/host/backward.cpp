@@ -111,11 +111,15 @@ class Backward {
         run_panels_(run_panels(std::lcm(logit_panels_, kPanelsPerItem))),
         row_units_(s_.tiles * kTile / kValues),
         row_stride_(s_.padded_rows / kValues),
+        tall_(round_up(s_.height, k_.tile.rows)),
+        weighted_stride_(k_.tile.padded(row_stride_) * k_.tile.rows),
         row_panels_(s_.padded_rows / kLanes),
         along_rows_(run_panels_ * row_stride_ * kLanes),
         along_classes_(row_panels_ * run_panels_ * kGroup * kLanes),
-        weighted_(want_prototypes() ? row_stride_ * s_.height : 0),
-        class_units_(kValues > 1 && want_embeddings() ? run_panels_ * s_.height * kGroup : 0),
+        weighted_(want_prototypes() ? tall_ / k_.tile.rows * weighted_stride_ : 0),
+        class_units_(kValues > 1 && want_embeddings()
+                         ? round_up(run_panels_ * kGroup, k_.tile.class_units) * tall_
+                         : 0),
         embedding_gradient_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
         embedding_sum_(want_embeddings() ? row_panels_ * s_.height * kLanes : 0),
         target_embedding_(want_embeddings() ? p.batch * s_.dim : 0),
@@ -203,7 +207,7 @@ class Backward {
       constexpr int64_t kRows = Shape<Unit>::kRowGranule;
       parallel_.run(s_.padded_rows / kRows, [&](int64_t granule) {
         k_.pack_weighted(rows_.unit.get(), s_.height, weight_.data(), granule * kRows, kRows,
-                         row_stride_ * kTile, weighted_.get());
+                         weighted_stride_, weighted_.get());
       });
       // Positives by prototype, those of one in batch order: the order of their sum.
       by_place_.resize(place_.size());
@@ -248,8 +252,9 @@ class Backward {
   int64_t lanes_of(int64_t panel) const { return std::min(kLanes, p_.sampled - slot_of(panel)); }
 
   void reorder(int64_t first_panel, int64_t panel) {
+    const int64_t unit = panel * kGroup, group = k_.tile.class_units;
     k_.lanes_to_units(classes_.panels + (first_panel + panel) * s_.panel_units, s_.height,
-                      class_units_.get() + panel * s_.height * kGroup);
+                      class_units_.get() + unit / group * group * tall_ + unit % group);
   }
 
   void prototype_gradients(int64_t first_panel, int64_t panels, int64_t group) {
@@ -258,8 +263,9 @@ class Backward {
     const int64_t size = s_.height * kLanes;
     Buffer<Real> gradient(count * size), rows(size);
     Product<Unit> a;
-    a.a_tile_stride = row_stride_ * kTile;
-    a.group_units = a.group_stride = 0;
+    a.a_tile_stride = weighted_stride_;
+    a.group_units = k_.tile.units;
+    a.group_stride = k_.tile.units * k_.tile.rows;
     a.b = along_rows_.get() + offset * row_stride_ * kLanes;
     a.b_panel_stride = row_stride_ * kLanes;
     a.out_panel_stride = size;
@@ -268,7 +274,7 @@ class Backward {
     a.accumulate = p_.smooths();
     for (int64_t k = 0; k < count * s_.height && p_.smooths(); ++k)
       std::fill_n(gradient.get() + k * kLanes, kLanes, smooth_[k % s_.height]);
-    a.tiles = s_.height / kTile;
+    a.rows = s_.height;
     a.a = weighted_.get();
     a.out = gradient.get();
     // The rows that the optimizer will want come from memory while this multiplies.
@@ -303,20 +309,20 @@ class Backward {
   void add_embedding_gradients(int64_t first_panel, int64_t panels, int64_t summed, int64_t item) {
     const int64_t row_panel = item * kPanelsPerItem;
     Product<Unit> a;
-    a.group_units = kGroup;
+    a.group_units = k_.tile.class_units;
     if (kValues > 1) {
       a.a = class_units_.get();
-      a.group_stride = s_.height * kGroup;
+      a.group_stride = tall_ * a.group_units;
     } else {
       a.a = classes_.panels + first_panel * s_.panel_units;
       a.group_stride = s_.panel_units;
     }
-    a.a_tile_stride = kTile * kGroup;
+    a.a_tile_stride = k_.tile.rows * a.group_units;
     a.b_panel_stride = run_panels_ * kGroup * kLanes;
     a.b = along_classes_.get() + row_panel * a.b_panel_stride;
     a.out_panel_stride = s_.height * kLanes;
     a.out = embedding_gradient_.get() + row_panel * a.out_panel_stride;
-    a.tiles = s_.height / kTile;
+    a.rows = s_.height;
     // Panels past the last row are not needed.
     a.panels = std::min(kPanelsPerItem, ceil_div(p_.batch, kLanes) - row_panel);
     a.units = panels * kGroup;
@@ -366,11 +372,13 @@ class Backward {
   const int64_t run_panels_;    // panels in a run of classes
   const int64_t row_units_;     // what a prototype gradient sums over
   const int64_t row_stride_;    // units from one class panel to the next
+  const int64_t tall_;             // height, padded to tiles
+  const int64_t weighted_stride_;  // units from one tile of weighted rows to the next
   const int64_t row_panels_;
   Buffer<Unit> along_rows_;          // [run panel][row unit][16 classes]
   Buffer<Unit> along_classes_;       // [row panel][class unit][16 rows]
-  Buffer<Unit> weighted_;            // tile panels over dimensions [height / 6][row unit][6]
-  Buffer<Unit> class_units_;         // pairs along classes [run panel][height][8]; bf16 only
+  Buffer<Unit> weighted_;            // tiles over dimensions, units along rows
+  Buffer<Unit> class_units_;         // pairs along classes, a group of them for each of tall_; bf16
   Buffer<Real> embedding_gradient_;  // [row panel][height][16], of up to kPanelsInReal panels
   Buffer<double> embedding_sum_;     // [row panel][height][16], of the panels before them
   Buffer<Real> target_embedding_;    // [batch][dim], the positives' part of each sample's gradient

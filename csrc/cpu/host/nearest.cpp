@@ -58,7 +58,8 @@ class Block {
         first_(first),
         count_(count),
         tiles_(ceil_div(count, kTile)),
-        tile_values_(tiles_ * packed.units * kTile),
+        k_(*kernels().nearest),
+        tile_values_(units_of_rows(tiles_ * kTile, packed.units, k_.tile)),
         known_(tiles_ * kTile),
         found_(tiles_, kCapacity) {}
 
@@ -111,10 +112,6 @@ class Block {
           capacity(capacity) {}
   };
 
-  ByteQuad* row_units(ByteQuad* tiles, int64_t r) const {
-    return tiles + r / kTile * packed_.units * kTile + r % kTile;
-  }
-
   // Asks for a centroid to come into the cache.
   void fetch(int64_t j) const {
     if (j < 0) return;
@@ -136,7 +133,7 @@ class Block {
     }
     if (!known.counts) {
       std::fill_n(bytes, packed_.height, uint8_t{0});
-      write_units(bytes, packed_.units, row_units(tile_values_.get(), r), kTile);
+      write_row(bytes, packed_.units, k_.tile, r, tile_values_.get());
       return;
     }
     const float* given = rows_[first_ + r];
@@ -146,7 +143,7 @@ class Block {
     const Bytes row =
         unit_row_to_bytes(rows_, first_ + r, 1 / known.norm, packed_.mean, *packed_.largest,
                           *packed_.largest, bytes, packed_.height, unit);
-    write_units(bytes, packed_.units, row_units(tile_values_.get(), r), kTile);
+    write_row(bytes, packed_.units, k_.tile, r, tile_values_.get());
     known.scale = row.step;
     const double norm = row.norm + row.lost;
     const double largest = *packed_.largest_norm, largest_lost = *packed_.largest_lost;
@@ -168,7 +165,7 @@ class Block {
   void search(const ByteQuad* tiles, int64_t count, const Found& found) const {
     Nearest args;
     args.rows = tiles;
-    args.row_tile_stride = packed_.units * kTile;
+    args.row_tile_stride = k_.tile.padded(packed_.units) * kTile;
     args.classes = packed_.panels;
     args.panel_stride = packed_.units * kLanes;
     args.units = packed_.units;
@@ -184,17 +181,18 @@ class Block {
     args.candidate = found.candidate.get();
     args.score = found.score.get();
     args.count = found.count.get();
-    kernels().nearest->nearest(args);
+    k_.nearest(args);
   }
 
   // Some rows had more candidates than there was room for: once more, with room for all.
   void search_again(const int64_t* rows, int64_t count, int64_t* index, float* score) {
-    Buffer<ByteQuad> tile(packed_.units * kTile);
+    const int64_t units = packed_.units;
+    Buffer<ByteQuad> tile(units_of_rows(kTile, units, k_.tile));
     Found found(1, centroids_.count);
     for (int64_t m = 0; m < kTile; ++m) {
       const int64_t r = rows[std::min(m, count - 1)];
-      const ByteQuad* from = row_units(tile_values_.get(), r);
-      for (int64_t u = 0; u < packed_.units; ++u) tile[u * kTile + m] = from[u * kTile];
+      for (int64_t u = 0; u < units; ++u)
+        tile[k_.tile.at(m, u, units)] = tile_values_[k_.tile.at(r, u, units)];
       start(found, m, r);
       if (m >= count) found.floor[m] = kInfinity;
     }
@@ -243,6 +241,7 @@ class Block {
   const FloatRows& centroids_;
   const PackedCentroids& packed_;
   int64_t first_, count_, tiles_;
+  const NearestKernels& k_;
   Buffer<ByteQuad> tile_values_;
   Buffer<Known> known_;
   Found found_;

@@ -59,7 +59,7 @@ struct PackedRows {
 
   PackedRows(const Plan& p, const Shape<Unit>& s, const Parallel& parallel)
       : unit(s.padded_rows * s.height),
-        tiles(s.padded_rows * s.units),
+        tiles(s.padded_rows * kernels_for<Unit>().tile.padded(s.units)),
         inverse_norm(static_cast<size_t>(s.padded_rows), 0.0) {
     const auto& k = kernels_for<Unit>();
     constexpr int64_t kRows = Shape<Unit>::kRowGranule;
@@ -74,8 +74,8 @@ struct PackedRows {
         }
       }
       for (int64_t t = granule * kRows / kTile; t < (granule + 1) * kRows / kTile; ++t)
-        k.pack_tile(unit.get() + t * kTile * s.height, s.height, s.units, p.rounding,
-                    tiles.get() + t * kTile * s.units);
+        k.pack_tile(unit.get() + t * kTile * s.height, s.height, s.units, p.rounding, t,
+                    tiles.get());
     });
   }
 };
@@ -126,8 +126,9 @@ void fill_block(const Plan& p, const Shape<Unit>& s, const PackedRows<Unit>& row
                 const PackedClasses<Unit>& classes, const void* kept, int64_t block,
                 int64_t first_panel, int64_t panels, StruckLanes* struck, LogitBlock<Unit>* out) {
   const int64_t first_tile = block * s.block_tiles, first_row = first_tile * kTile;
-  out->rows = rows.tiles.get() + first_row * s.units;
-  out->row_tile_stride = kTile * s.units;
+  const int64_t row_units = kernels_for<Unit>().tile.padded(s.units);
+  out->rows = rows.tiles.get() + first_row * row_units;
+  out->row_tile_stride = kTile * row_units;
   out->classes = classes.panels + first_panel * s.panel_units;
   out->panel_stride = s.panel_units;
   out->units = s.units;

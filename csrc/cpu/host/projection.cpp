@@ -57,17 +57,17 @@ class Coordinates {
     Buffer<float> along(width_);
     for (int64_t t = 0; t < tiles; ++t)
       kernels_for<float>().pack_tile(units + t * kTile * height_, height_, p_.dim, Rounding::kNone,
-                                     tile.get() + t * kTile * p_.dim);
+                                     t, tile.get());
     for (int64_t k = 0; k < p_.dim; k += kChunk)
       kernels_for<float>().product({.a = tile.get() + k * kTile,
                                     .a_tile_stride = p_.dim * kTile,
-                                    .group_units = 0,
-                                    .group_stride = 0,
+                                    .group_units = 1,
+                                    .group_stride = kTile,
                                     .b = axes_.get() + k * kLanes,
                                     .b_panel_stride = p_.dim * kLanes,
                                     .out = out.get(),
                                     .out_panel_stride = tiles * kTile * kLanes,
-                                    .tiles = tiles,
+                                    .rows = tiles * kTile,
                                     .panels = panels,
                                     .units = std::min(kChunk, p_.dim - k),
                                     .accumulate = k > 0,

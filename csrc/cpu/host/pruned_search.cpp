@@ -120,7 +120,8 @@ class Item {
     for (int64_t b = 0; b < count; ++b) panels = std::max(panels, panels_of(rows[b]));
     const int64_t searched = std::min(panels * kLanes, c_.count);
     const int64_t stride = std::min(round_up(panels, kMarkedPanels), kPanelsPerSweep);
-    Buffer<ByteQuad> tile(tiles * kTile * c_.units);
+    const NearestKernels& k = *kernels().nearest;
+    Buffer<ByteQuad> tile(units_of_rows(tiles * kTile, c_.units, k.tile));
     Buffer<uint8_t> whole(count * c_.bytes_each);
     Buffer<int32_t> limit(tiles * kTile);
     Buffer<uint16_t> marks(tiles * kTile * stride);
@@ -129,29 +130,28 @@ class Item {
     for (int64_t b = 0; b < tiles * kTile; ++b) {
       limit[b] = kLimit;
       const uint8_t* from = projected(rows[std::min(b, count - 1)]);
-      for (int64_t u = 0; u < c_.units; ++u)
-        std::memcpy(&tile[(b / kTile * c_.units + u) * kTile + b % kTile], from + u * kValues,
-                    kValues);
+      write_row(from, c_.units, k.tile, b, tile.get());
       if (b >= count) continue;
       limit[b] = begin(rows[b], searched, state[b]);
     }
     for (int64_t panel = 0; panel < panels; panel += kPanelsPerSweep) {
       const int64_t swept = std::min(kPanelsPerSweep, panels - panel);
-      kernels().nearest->screen({{{.rows = tile.get(),
-                                   .row_tile_stride = c_.units * kTile,
-                                   .classes = c_.panels + panel * c_.units * kLanes,
-                                   .panel_stride = c_.units * kLanes,
-                                   .units = c_.units,
-                                   .tiles = tiles,
-                                   .panels = swept},
-                                  c_.start + panel * kLanes},
-                                 limit.get(),
-                                 marks.get(),
-                                 stride});
+      k.screen({{{.rows = tile.get(),
+                  .row_tile_stride = k.tile.padded(c_.units) * kTile,
+                  .classes = c_.panels + panel * c_.units * kLanes,
+                  .panel_stride = c_.units * kLanes,
+                  .units = c_.units,
+                  .tiles = tiles,
+                  .panels = swept},
+                 c_.start + panel * kLanes},
+                limit.get(),
+                marks.get(),
+                stride});
       for (int64_t b = 0; b < count; ++b) {
         for (int64_t p = swept; p % kMarkedPanels != 0; ++p) marks[b * stride + p] = 0;
-        const int64_t marked = kernels().nearest->list_marks(
-            marks.get() + b * stride, swept, static_cast<int32_t>(panel * kLanes), marked_.data());
+        const int64_t marked =
+            k.list_marks(marks.get() + b * stride, swept, static_cast<int32_t>(panel * kLanes),
+                         marked_.data());
         if (marked == 0) continue;
         uint8_t* bytes = whole.get() + b * c_.bytes_each;
         if (!(state[b].scale > 0)) pack_whole(rows[b], unit.get(), bytes, state[b]);

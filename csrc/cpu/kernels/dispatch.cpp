@@ -5,6 +5,12 @@
 #include "kernels.h"
 #include "row_steps.h"
 
+#if defined(UNICOM_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace unicom::cpu {
 
 extern const Kernels<double> kernels_fp64_portable;
@@ -19,7 +25,11 @@ UNICOM_DECLARE(emulated_avx512)
 UNICOM_DECLARE(avx2)
 UNICOM_DECLARE(avx512)
 UNICOM_DECLARE(avx512_bf16)
+extern const Kernels<BfPair> kernels_bf16_amx;
+extern const NearestKernels nearest_amx;
 #endif
+extern const Kernels<BfPair> kernels_bf16_emulated_amx;
+extern const NearestKernels nearest_emulated_amx;
 #undef UNICOM_DECLARE
 
 namespace {
@@ -33,14 +43,33 @@ const KernelSet kSets[] = {
     UNICOM_SET(avx2),
     UNICOM_SET(avx512),
     UNICOM_SET(avx512_bf16),
+    {"amx", &kernels_fp32_avx512_bf16, &kernels_bf16_amx, &kernels_fp64_portable,
+     &nearest_amx, &update_avx512_bf16},
 #endif
 };
 constexpr int kSetCount = sizeof(kSets) / sizeof(kSets[0]);
 
 // The code of the 512-bit kernels lowered to what any CPU has. Never chosen by itself: it lets the
 // tests run their register tiles, panel groups and remainders on machines without AVX-512.
-const KernelSet kEmulated = UNICOM_SET(emulated_avx512);
+const KernelSet kEmulated[] = {
+    UNICOM_SET(emulated_avx512),
+    {"emulated_amx", &kernels_fp32_emulated_avx512, &kernels_bf16_emulated_amx,
+     &kernels_fp64_portable, &nearest_emulated_amx, &update_emulated_avx512},
+};
 #undef UNICOM_SET
+
+#if defined(UNICOM_X86)
+// Asks the system for the registers of the matrix unit, which it saves for processes that have
+// asked alone. False where the CPU has none, or the system does not know of it.
+bool has_matrix_unit() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25;
+  constexpr unsigned kAll = kBf16 | kTiles | kBytes;
+  constexpr long kAskForRegisters = 0x1023, kTileData = 18;
+  return (d & kAll) == kAll && syscall(SYS_arch_prctl, kAskForRegisters, kTileData) == 0;
+}
+#endif
 
 bool supported(int set) {
 #if defined(UNICOM_X86)
@@ -51,7 +80,8 @@ bool supported(int set) {
                       __builtin_cpu_supports("avx512vl");
   const bool bf16 =
       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  const bool have[] = {true, avx2, avx512, bf16};
+  static const bool amx = bf16 && has_matrix_unit();
+  const bool have[] = {true, avx2, avx512, bf16, amx};
   return have[set];
 #else
   return set == 0;
@@ -91,10 +121,11 @@ bool set_capability(const char* name) {
       current().store(&kSets[i]);
       return true;
     }
-  if (std::strcmp(kEmulated.name, name) == 0) {
-    current().store(&kEmulated);
-    return true;
-  }
+  for (const KernelSet& emulated : kEmulated)
+    if (std::strcmp(emulated.name, name) == 0) {
+      current().store(&emulated);
+      return true;
+    }
   return false;
 }
 

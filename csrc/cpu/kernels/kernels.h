@@ -19,9 +19,9 @@ struct Ahead {
   int64_t count = 0;
 };
 
-// out[p][6 t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane]
-// a is either tile panels (group_units == 0) or vector panels read along their lanes: then unit u
-// of dimension m lies at a[(u / group_units) * group_stride + m * group_units + u % group_units].
+// out[p][T t + m][lane] (+)= sum_u a(t, u, m) * b[p][u][lane], with tiles of T rows
+// Unit u of row m of a tile lies at a[(u / group_units) * group_stride + m * group_units + u %
+// group_units]: one unit and T of tile panels, or the units of a line of class panels.
 template <class Unit>
 struct Product {
   const Unit* a;
@@ -32,7 +32,7 @@ struct Product {
   int64_t b_panel_stride;
   RealOf<Unit>* out;
   int64_t out_panel_stride;
-  int64_t tiles, panels, units;
+  int64_t rows, panels, units;  // rows of out, a multiple of six
   bool accumulate;
   Ahead ahead;
 };
@@ -170,9 +170,25 @@ struct ByteProducts {
   int32_t* sums;  // [count]
 };
 
+// How operands that only kernels of one set read lie: tile panels, or squares.
+struct TileLayout {
+  int64_t rows;   // of a tile
+  int64_t units;  // of a row that lie side by side; of tile panels 1
+  int64_t class_units;  // the same where they are classes, which `lanes_to_units` has put so
+
+  // Units that a row takes, and where the first of a run of them lies.
+  int64_t padded(int64_t count) const { return round_up(count, units); }
+  int64_t at(int64_t row, int64_t unit, int64_t count) const {
+    return row / rows * rows * padded(count) + unit / units * units * rows + row % rows * units +
+           unit % units;
+  }
+};
+
 template <class Unit>
 struct Kernels {
   using Real = RealOf<Unit>;
+
+  TileLayout tile;
 
   // Gathers rows ids[first], ... up to sixteen of a list of `total`, divides each by its norm and
   // packs them as one vector panel; lanes past the list and values past dim are zero. A null ids
@@ -187,16 +203,19 @@ struct Kernels {
   // height. Returns the inverse norm; a zero row gives zeros and 0.
   double (*unit_row)(const SourceRows&, int64_t id, Real* row, int64_t height);
 
-  // Six unit rows [6][height] to one tile panel [units][6]: what the forward product broadcasts.
-  void (*pack_tile)(const Real* rows, int64_t height, int64_t units, Rounding, Unit* tile);
+  // Six unit rows [6][height] to what the forward product takes as its tile `index`, in tiles of
+  // which a row has tile.padded(units).
+  void (*pack_tile)(const Real* rows, int64_t height, int64_t units, Rounding, int64_t index,
+                    Unit* tiles);
 
-  // Weighted unit rows to tile panels over dimensions, summed over rows: [tiles][row units][6].
+  // Weighted unit rows to tiles over dimensions, summed over rows, tile_stride apart.
   // Handles rows [first, first + count); first is even, rows past the last are zero.
   void (*pack_weighted)(const Real* rows, int64_t height, const double* weight, int64_t first,
                         int64_t count, int64_t tile_stride, Unit* tiles);
 
-  // A class panel re-ordered so that a product can sum over its classes: [height][16 / values].
-  // Identity for unpaired operands (nullptr then: read the panel itself).
+  // A class panel re-ordered so that a product can sum over its classes: 16 / values units for each
+  // of `height` rows, which lie tile.class_units apart. Identity for unpaired operands (nullptr
+  // then: read the panel itself).
   void (*lanes_to_units)(const Unit* panel, int64_t height, Unit* out);
 
   void (*product)(const Product<Unit>&);
@@ -221,6 +240,7 @@ constexpr int64_t kMarkedPanels = 4;
 constexpr int64_t kMoreMarks = 4;
 
 struct NearestKernels {
+  TileLayout tile;  // of rows
   int32_t largest;  // values that they multiply are from -largest to largest; in tiles it is added
   void (*nearest)(const Nearest&);
   void (*screen)(const Screen&);
@@ -244,8 +264,8 @@ struct KernelSet {
 const KernelSet& kernels();
 
 // Names of the instruction sets this CPU can run, best last.
-int capabilities(const char** names /* [4] */);
+int capabilities(const char** names /* [5] */);
 const char* capability();
-bool set_capability(const char* name);  // also "emulated_avx512", for tests
+bool set_capability(const char* name);  // also "emulated_avx512" and "emulated_amx", for tests
 
 }  // namespace unicom::cpu

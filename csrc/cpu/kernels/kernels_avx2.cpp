@@ -9,8 +9,7 @@ const Kernels<float> kernels_fp32_avx2 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_avx2 = make_kernels<BfPair>();
 
 extern const NearestKernels nearest_avx2;
-const NearestKernels nearest_avx2 = {kLargest,   nearest,       screen,
-                                     list_marks, byte_products, to_bytes};
+const NearestKernels nearest_avx2 = make_nearest_kernels();
 
 extern const UpdateKernels update_avx2;
 const UpdateKernels update_avx2 = make_update_kernels();

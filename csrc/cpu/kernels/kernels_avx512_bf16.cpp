@@ -9,8 +9,7 @@ const Kernels<float> kernels_fp32_avx512_bf16 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_avx512_bf16 = make_kernels<BfPair>();
 
 extern const NearestKernels nearest_avx512_bf16;
-const NearestKernels nearest_avx512_bf16 = {kLargest,   nearest,       screen,
-                                            list_marks, byte_products, to_bytes};
+const NearestKernels nearest_avx512_bf16 = make_nearest_kernels();
 
 extern const UpdateKernels update_avx512_bf16;
 const UpdateKernels update_avx512_bf16 = make_update_kernels();

@@ -10,8 +10,7 @@ const Kernels<float> kernels_fp32_emulated_avx512 = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_emulated_avx512 = make_kernels<BfPair>();
 
 extern const NearestKernels nearest_emulated_avx512;
-const NearestKernels nearest_emulated_avx512 = {kLargest,   nearest,       screen,
-                                                list_marks, byte_products, to_bytes};
+const NearestKernels nearest_emulated_avx512 = make_nearest_kernels();
 
 extern const UpdateKernels update_emulated_avx512;
 const UpdateKernels update_emulated_avx512 = make_update_kernels();

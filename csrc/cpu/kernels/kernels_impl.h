@@ -14,6 +14,7 @@ namespace {
 template <class Unit>
 constexpr Kernels<Unit> make_kernels() {
   Kernels<Unit> k{};
+  k.tile = kTileLayout<Unit>;
   k.pack_panel = pack_panel<Unit>;
   k.add_lanes = add_lanes<Unit>;
   k.unit_row = unit_row<RealOf<Unit>>;
@@ -27,6 +28,16 @@ constexpr Kernels<Unit> make_kernels() {
   k.unit_backward = unit_backward<Unit>;
   k.spread_rows = spread_rows<RealOf<Unit>>;
   return k;
+}
+
+constexpr NearestKernels make_nearest_kernels() {
+  return {.tile = kTileLayout<ByteQuad>,
+          .largest = kLargest,
+          .nearest = nearest,
+          .screen = screen,
+          .list_marks = list_marks,
+          .byte_products = byte_products,
+          .to_bytes = to_bytes};
 }
 
 }  // namespace

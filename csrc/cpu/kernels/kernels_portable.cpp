@@ -12,8 +12,7 @@ const Kernels<float> kernels_fp32_portable = make_kernels<float>();
 const Kernels<BfPair> kernels_bf16_portable = make_kernels<BfPair>();
 
 extern const NearestKernels nearest_portable;
-const NearestKernels nearest_portable = {kLargest,   nearest,       screen,
-                                         list_marks, byte_products, to_bytes};
+const NearestKernels nearest_portable = make_nearest_kernels();
 
 extern const UpdateKernels update_portable;
 const UpdateKernels update_portable = make_update_kernels();

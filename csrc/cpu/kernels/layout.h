@@ -1,11 +1,13 @@
-// How operands lie in memory for the CPU kernels. The same for every instruction set, so what a
-// forward pass saves can be read by any backward pass.
+// How operands lie in memory for the CPU kernels. What a forward pass saves is the same for every
+// instruction set, so that any backward pass can read it.
 //
 //   vector panels   [panel][unit][16]  sixteen classes (or batch rows) side by side; the kernels
 //                                      load one line of 16 and multiply it by broadcast values.
 //                                      Classes of several centres have a panel for each of
 //                                      these: the first ones of sixteen classes, then the second.
 //   tile panels     [tile][unit][6]    six rows side by side; the kernels broadcast from these
+//   squares         [tile][unit / 16][16][16]  sixteen rows, of each sixteen units side by side: what
+//                                      the matrix unit takes in the place of tile panels
 //   gradient panels [panel][dim][16]   like vector panels, accumulated in Real
 //
 // A unit is what one multiply-add consumes along the summed dimension: one float, one double, a

@@ -18,9 +18,22 @@ UNICOM_INLINE void keep(const Real* from, int64_t count, bool past_caches, Real*
     for (int64_t i = 0; i < count; i += kWidth<Real>) store(to + i, load(from + i));
 }
 
+template <class Unit>
+int64_t ask_steps_of(const LogitBlock<Unit>& block, int64_t panels) {
+  if constexpr (kInSquares<Unit>) {
+    const int64_t corners = ceil_div(block.tiles * kTile, 2 * kSquare) * ceil_div(panels, 2);
+    return corners * ceil_div(block.units, kSquare);
+  } else {
+    constexpr int P = kRegisterPanels<RealOf<Unit>>;
+    return block.tiles * (panels / P + panels % P) * ask_steps(block.units);
+  }
+}
+
 // Cosines of one tile with the panels [panel, panel + P), multiplied or kept ones: where they are,
 // [P][6][16], and how far from one panel to the next. The host sees to it that P panels beside
-// each other are all kept or none.
+// each other are all kept or none. Tiles come in order, and find what was multiplied with the ones
+// before them.
+//   out  [P][kScratch]
 template <class Real>
 struct TileCosines {
   const Real* data;
@@ -35,17 +48,24 @@ UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& blo
   const bool kept = panel + P <= block.kept;
   RealOf<Unit>* place = block.cosines + panel * block.cosines_panel_stride + tile * kSize;
   if (kept && kKept == Kept::kRead) return {place, block.cosines_panel_stride};
-  multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 0, 0},
-                         block.classes + panel * block.panel_stride, block.panel_stride,
-                         block.units, out, kSize, false, ahead);
+  if constexpr (kInSquares<Unit>) {
+    const int64_t before = tile % kTilesTogether<Unit>;
+    if (before == 0)
+      multiply_together<P, Unit>(block, panel, tile, out, [ahead] { ahead->ask(); });
+    out += before * kSize;
+  } else {
+    multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 1, kTile},
+                           block.classes + panel * block.panel_stride, block.panel_stride,
+                           block.units, out, kSize, false, ahead);
+  }
   if (kept)
     for (int p = 0; p < P; ++p, place += block.cosines_panel_stride)
-      keep(out + p * kSize, kSize, block.past_caches, place);
-  return {out, kSize};
+      keep(out + p * kScratch<Unit>, kSize, block.past_caches, place);
+  return {out, kScratch<Unit>};
 }
 
 // The same for sixteen classes of several centres each, in the panels from `panel` on, centre by
-// centre: of[k] is that tile of centre k.  out: [centers][6][16]
+// centre: of[k] is that tile of centre k.  out: [centers][kScratch]
 template <class Unit, Kept kKept>
 UNICOM_INLINE void center_cosines(const LogitBlock<Unit>& block, int64_t panel, int64_t tile,
                                   LinesAhead* ahead, RealOf<Unit>* out, const RealOf<Unit>** of) {
@@ -55,7 +75,7 @@ UNICOM_INLINE void center_cosines(const LogitBlock<Unit>& block, int64_t panel, 
     constexpr int kCount = decltype(count)::value;
     for (; k + kCount <= block.centers; k += kCount) {
       const auto found = tile_cosines<Unit, kCount, kKept>(block, panel + k, tile, ahead,
-                                                           out + k * kTile * kLanes);
+                                                           out + k * kScratch<Unit>);
       for (int i = 0; i < kCount; ++i) of[k + i] = found.data + i * found.panel_stride;
     }
   };
@@ -101,7 +121,8 @@ void sum_exp(const SumExp<Unit>& args) {
   using Real = RealOf<Unit>;
   constexpr int P = kRegisterPanels<Real>;
   constexpr int kV = kVectors<Real>;
-  alignas(64) Real cosines[kMaxCenters * kTile * kLanes];
+  const MatrixUnitFor<Unit> unit;
+  alignas(64) Real cosines[kMaxCenters * kScratch<Unit>], nearest[kTile * kLanes];
   const int64_t rows = args.tiles * kTile;
   const int64_t centers = args.centers, classes = args.panels / centers;  // sixteens of classes
   const bool running = args.exponent == kRunningExponent;
@@ -118,9 +139,8 @@ void sum_exp(const SumExp<Unit>& args) {
     }
     args.result[r].sum += total;
   };
-  const int64_t products =
-      centers == 1 ? classes / P + classes % P : classes * ceil_div(centers, P);
-  LinesAhead ahead(args.ahead, args.tiles * products * ask_steps(args.units));
+  LinesAhead ahead(args.ahead, centers == 1 ? ask_steps_of(args, classes)
+                                            : classes * ask_steps_of(args, centers));
   // Raises the row's exponent where a larger logit comes; the powers of two make it exact.
   auto raise = [&](int64_t r, const Vec<Real>* c) {
     Vec<Real> top = c[0];
@@ -148,7 +168,8 @@ void sum_exp(const SumExp<Unit>& args) {
         const Real* of[kMaxCenters];
         center_cosines<Unit, Kept::kWrite>(args, panel * centers, t, &ahead, cosines, of);
         for (int64_t i = 0; i < kTile * kLanes; i += kWidth<Real>)
-          store(cosines + i, nearest_center<Real>(of, centers, i));
+          store(nearest + i, nearest_center<Real>(of, centers, i));
+        tile = {nearest, 0};
       }
       for (int64_t m = 0; m < kTile; ++m) {
         const int64_t r = t * kTile + m;
@@ -253,7 +274,8 @@ void probabilities(const Probabilities<Unit>& args) {
   constexpr int64_t kGroup = kLanes / UnitTraits<Unit>::kValues;
   constexpr int64_t kMaxRows = kBlockTiles * kTile;
   constexpr bool kPaired = UnitTraits<Unit>::kValues == 2;
-  alignas(64) Real cosines[kMaxCenters * kTile * kLanes];
+  const MatrixUnitFor<Unit> unit;
+  alignas(64) Real cosines[kMaxCenters * kScratch<Unit>];
   // Pairs are rounded from here; single values are written to their place along the rows at once.
   LinesAhead ahead({}, 1);  // nothing
   alignas(64) Real rounded[kPaired ? kMaxCenters : 1][kPaired ? kMaxRows * kLanes : 1];
@@ -282,7 +304,7 @@ void probabilities(const Probabilities<Unit>& args) {
     for (int i = 0; i < kCount; ++i) p[i] = place(panel + i, i);
     for (int64_t t = 0; t < args.tiles; ++t) {
       const auto tile = tile_cosines<Unit, kCount, Kept::kRead>(args, panel, t, &ahead, cosines);
-      if (tile.data != cosines && t + 1 < args.tiles)
+      if (panel + kCount <= args.kept && t + 1 < args.tiles)
         for (int i = 0; i < kCount; ++i)
           for (int64_t k = 0; k < kTile * kLanes; k += 64 / sizeof(Real))
             __builtin_prefetch(tile.data + i * tile.panel_stride + kTile * kLanes + k);

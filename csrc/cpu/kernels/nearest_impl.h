@@ -148,12 +148,44 @@ UNICOM_INLINE void keep_in_registers([[maybe_unused]] IntVec<float> (&acc)[M][N]
 #endif
 }
 
+// Sums that have been multiplied before they are looked at, on the matrix unit.
+class SumsAhead {
+ public:
+  // Those of the tiles from `tile` on that go together.
+  template <int P>
+  UNICOM_INLINE void multiply(const ByteBlock& args, int64_t panel, int64_t tile) {
+    if constexpr (kInSquares<ByteQuad>)
+      if (tile % kTilesTogether<ByteQuad> == 0)
+        multiply_together<P, ByteQuad>(args, panel, tile, sums_, [] {});
+  }
+  // [16], of a row of the tile and panel p of the P.
+  UNICOM_INLINE const int32_t* of(int64_t tile, int row, int p) const {
+    return sums_ + p * kScratch<ByteQuad> + (tile % kTilesTogether<ByteQuad> * kTile + row) * kLanes;
+  }
+
+ private:
+  const MatrixUnitFor<ByteQuad> unit_;
+  alignas(64) int32_t sums_[kInSquares<ByteQuad> ? kRegisterPanels<float> * kScratch<ByteQuad> : 1];
+};
+
 // Sums of products of the rows first, ... first + kRows - 1 of one tile with the panels panel, ...
 // panel + P - 1.
 template <int P>
-UNICOM_INLINE void sum_products(const ByteBlock& args, int64_t panel, int64_t tile, int first,
+UNICOM_INLINE void sum_products(const ByteBlock& args, [[maybe_unused]] const SumsAhead& ahead,
+                                int64_t panel, int64_t tile, int first,
                                 IntVec<float> (&acc)[kRows][P * kVectors<float>]) {
   const int32_t* start = args.class_start + panel * kLanes;
+  if constexpr (kInSquares<ByteQuad>) {
+    constexpr int kV = kVectors<float>;
+#pragma GCC unroll 8
+    for (int v = 0; v < P * kV; ++v)
+#pragma GCC unroll 8
+      for (int m = 0; m < kRows; ++m)
+        acc[m][v] = (IntVec<float>)load_words(start + v * kWidth<float>) +
+                    (IntVec<float>)load_words(ahead.of(tile, first + m, v / kV) +
+                                              v % kV * kWidth<float>);
+    return;
+  }
 #pragma GCC unroll 8
   for (int v = 0; v < P * kVectors<float>; ++v)
 #pragma GCC unroll 8
@@ -169,8 +201,8 @@ UNICOM_INLINE void sum_products(const ByteBlock& args, int64_t panel, int64_t ti
 // above their floor; returns a bit for each of these rows.
 // Not inlined: alone, the loop gets all the registers.
 template <int P>
-__attribute__((noinline)) unsigned tile_scores(const Nearest& args, int64_t panel, int64_t tile,
-                                               float* scores) {
+__attribute__((noinline)) unsigned tile_scores(const Nearest& args, const SumsAhead& ahead,
+                                               int64_t panel, int64_t tile, float* scores) {
   constexpr int kN = P * kVectors<float>;
   constexpr int kW = kWidth<float>;
   const float* bias = args.class_bias + panel * kLanes;
@@ -178,7 +210,7 @@ __attribute__((noinline)) unsigned tile_scores(const Nearest& args, int64_t pane
   unsigned found = 0;
   for (int first = 0; first < kTile; first += kRows) {
     IntVec<float> acc[kRows][kN];
-    sum_products<P>(args, panel, tile, first, acc);
+    sum_products<P>(args, ahead, panel, tile, first, acc);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const int64_t r = tile * kTile + first + m;
@@ -205,11 +237,13 @@ __attribute__((noinline)) unsigned tile_scores(const Nearest& args, int64_t pane
 void nearest(const Nearest& args) {
   constexpr int P = kRegisterPanels<float>;
   alignas(64) float scores[kTile * P * kLanes];
+  SumsAhead ahead;
   for (int64_t r = 0; r < args.tiles * kTile; ++r) args.count[r] = 0;
   auto panels_at = [&](auto count, int64_t panel) {
     constexpr int kCount = decltype(count)::value;
     for (int64_t t = 0; t < args.tiles; ++t) {
-      unsigned found = tile_scores<kCount>(args, panel, t, scores);
+      ahead.multiply<kCount>(args, panel, t);
+      unsigned found = tile_scores<kCount>(args, ahead, panel, t, scores);
       for (; found != 0; found &= found - 1) {
         const int m = __builtin_ctz(found);
         add_candidates(args, t * kTile + m, scores + m * kCount * kLanes, kCount * kLanes,
@@ -233,12 +267,13 @@ UNICOM_INLINE uint32_t bits_above(IntVec<float> sums, int32_t limit) {
 
 // The marks of one tile for the panels panel, ... panel + P - 1. Not inlined, like tile_scores.
 template <int P>
-__attribute__((noinline)) void mark_tile(const Screen& args, int64_t panel, int64_t tile) {
+__attribute__((noinline)) void mark_tile(const Screen& args, const SumsAhead& ahead, int64_t panel,
+                                         int64_t tile) {
   constexpr int kV = kVectors<float>, kN = P * kV;
   constexpr int kW = kWidth<float>;
   for (int first = 0; first < kTile; first += kRows) {
     IntVec<float> acc[kRows][kN];
-    sum_products<P>(args, panel, tile, first, acc);
+    sum_products<P>(args, ahead, panel, tile, first, acc);
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m) {
       const int64_t r = tile * kTile + first + m;
@@ -257,11 +292,17 @@ __attribute__((noinline)) void mark_tile(const Screen& args, int64_t panel, int6
 
 void screen(const Screen& args) {
   constexpr int P = kRegisterPanels<float>;
+  SumsAhead ahead;
+  const auto panels_at = [&](auto count, int64_t panel) {
+    constexpr int kCount = decltype(count)::value;
+    for (int64_t t = 0; t < args.tiles; ++t) {
+      ahead.multiply<kCount>(args, panel, t);
+      mark_tile<kCount>(args, ahead, panel, t);
+    }
+  };
   int64_t panel = 0;
-  for (; panel + P <= args.panels; panel += P)
-    for (int64_t t = 0; t < args.tiles; ++t) mark_tile<P>(args, panel, t);
-  for (; panel < args.panels; ++panel)
-    for (int64_t t = 0; t < args.tiles; ++t) mark_tile<1>(args, panel, t);
+  for (; panel + P <= args.panels; panel += P) panels_at(std::integral_constant<int, P>{}, panel);
+  for (; panel < args.panels; ++panel) panels_at(std::integral_constant<int, 1>{}, panel);
 }
 
 // How many lanes of a group are marked cannot be foreseen: the first few are written whether they

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "matrix_unit.h"
 #include "simd.h"
 
 namespace unicom::cpu {
@@ -125,7 +126,7 @@ constexpr int kRegisterPanels = UNICOM_VECTOR_BYTES == 64 && sizeof(Real) == 4 ?
 template <class Unit>
 struct TileOperand {
   const Unit* a;
-  int64_t group_units;  // 0: tile panel
+  int64_t group_units;  // 1 of tile panels
   int64_t group_stride;
 };
 
@@ -147,7 +148,7 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int v = 0; v < P * kV; ++v) acc[m][v] = Vec<Real>{};
-    if (tile.group_units == 0) {
+    if (tile.group_units == 1) {
       for (int64_t u = 0; u < units; u += kAskUnits) {
         ahead->ask();
         MultiplyAdd<Unit>::template run<M, P, 1, kTile>(
@@ -170,21 +171,97 @@ __attribute__((noinline)) void multiply_tile(TileOperand<Unit> tile, const Unit*
   }
 }
 
+// Whether products of these units are those of the matrix unit.
+#if defined(UNICOM_MATRIX_UNIT)
+template <class Unit>
+constexpr bool kInSquares = std::is_same_v<Unit, BfPair> || std::is_same_v<Unit, ByteQuad>;
+#else
+template <class Unit>
+constexpr bool kInSquares = false;
+#endif
+
+struct NoMatrixUnit {
+  NoMatrixUnit() {}  // so that it is not unused
+};
+template <class Unit>
+using MatrixUnitFor = std::conditional_t<kInSquares<Unit>, MatrixUnit, NoMatrixUnit>;
+
+template <class Unit>
+constexpr TileLayout kTileLayout =
+    kInSquares<Unit> ? TileLayout{kSquare, kSquare, kSquare}
+                     : TileLayout{kTile, 1, kLanes / UnitTraits<Unit>::kValues};
+
+// Tiles that are multiplied together: whole squares of rows, where there are squares.
+template <class Unit>
+constexpr int64_t kTilesTogether = kInSquares<Unit> ? kSquare : 1;
+template <class Unit>
+constexpr int64_t kScratch = kTilesTogether<Unit> * kTile * kLanes;  // sums of a panel
+
+// out [P][kScratch]: sums of the tiles `tile`, ... of a block, as many as go together, with the
+// panels panel, ... panel + P - 1.
+template <int P, class Unit, class Step>
+UNICOM_INLINE void multiply_together(const CosineBlock<Unit>& block, int64_t panel, int64_t tile,
+                                     SumOf<Unit>* out, const Step& step) {
+  const int64_t left = block.tiles - tile;
+  const int64_t tiles = left < kTilesTogether<Unit> ? left : kTilesTogether<Unit>;
+  multiply_squares<Unit>(block.rows + tile * block.row_tile_stride,
+                         block.row_tile_stride / kTile * kSquare, kSquareUnits,
+                         ceil_div(tiles * kTile, kSquare),
+                         block.classes + panel * block.panel_stride, block.panel_stride, P,
+                         block.units, out, kScratch<Unit>, step);
+}
+
+// `product` in squares. Sums of sums here too: of a block of units in the registers.
+template <class Unit>
+void product_of_squares(const Product<Unit>& args) {
+  using Real = RealOf<Unit>;
+  constexpr int64_t kBlock = 16;  // squares
+  alignas(64) Real sums[2][2 * kSquareUnits];
+  const MatrixUnit unit;
+  const int64_t squares = ceil_div(args.rows, kSquare);
+  const int64_t steps = ceil_div(squares, 2) * ceil_div(args.panels, 2) *
+                        ceil_div(args.units, kSquare);
+  LinesAhead ahead(args.ahead, steps);
+  for (int64_t begin = 0; begin < args.units; begin += kBlock * kSquare) {
+    const int64_t units = args.units - begin < kBlock * kSquare ? args.units - begin : kBlock * kSquare;
+    const bool accumulate = args.accumulate || begin > 0;
+    for (int64_t p = 0; p < args.panels; p += 2)
+      for (int64_t t = 0; t < squares; t += 2) {
+        const int64_t panels = args.panels - p < 2 ? args.panels - p : 2;
+        const int64_t tiles = squares - t < 2 ? squares - t : 2;
+        multiply_squares<Unit>(args.a + t * args.a_tile_stride + begin / kSquare * args.group_stride,
+                               args.a_tile_stride, args.group_stride, tiles,
+                               args.b + p * args.b_panel_stride + begin * kLanes,
+                               args.b_panel_stride, panels, units, sums[0], 2 * kSquareUnits,
+                               [&] { ahead.ask(); });
+        const int64_t rows = args.rows - t * kSquare;
+        const int64_t count = (rows < tiles * kSquare ? rows : tiles * kSquare) * kLanes;
+        for (int64_t j = 0; j < panels; ++j) {
+          Real* out = args.out + (p + j) * args.out_panel_stride + t * kSquareUnits;
+          for (int64_t k = 0; k < count; k += kWidth<Real>)
+            store(out + k, accumulate ? load(out + k) + load(sums[j] + k) : load(sums[j] + k));
+        }
+      }
+  }
+}
+
 template <class Unit>
 void product(const Product<Unit>& args) {
   using Real = RealOf<Unit>;
+  if constexpr (kInSquares<Unit>) return product_of_squares(args);
   constexpr int P = kRegisterPanels<Real>;
   constexpr int kGroup = kLanes / UnitTraits<Unit>::kValues;
   // A block of the summed dimension whose lines of b stay in the first-level cache over all tiles.
   constexpr int64_t kBlock = 16384 / (kLanes * sizeof(Unit) * P) / kGroup * kGroup;
+  const int64_t tiles = args.rows / kTile;
   const int64_t groups = args.panels / P + args.panels % P;
-  LinesAhead ahead(args.ahead, args.tiles * groups * ask_steps(args.units));
+  LinesAhead ahead(args.ahead, tiles * groups * ask_steps(args.units));
   for (int64_t begin = 0; begin < args.units; begin += kBlock) {
     const int64_t units = args.units - begin < kBlock ? args.units - begin : kBlock;
     const bool accumulate = args.accumulate || begin > 0;
-    const int64_t a_offset = args.group_units ? begin / kGroup * args.group_stride : begin * kTile;
+    const int64_t a_offset = begin / args.group_units * args.group_stride;
     auto run = [&](auto panels, int64_t panel) {
-      for (int64_t t = 0; t < args.tiles; ++t)
+      for (int64_t t = 0; t < tiles; ++t)
         multiply_tile<Unit, decltype(panels)::value>(
             {args.a + t * args.a_tile_stride + a_offset, args.group_units, args.group_stride},
             args.b + panel * args.b_panel_stride + begin * kLanes, args.b_panel_stride, units,

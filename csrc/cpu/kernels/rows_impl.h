@@ -368,8 +368,20 @@ void pack_panel(const SourceRows& source, const int64_t* ids, int64_t first, int
 
 template <class Unit>
 void pack_tile(const RealOf<Unit>* rows, int64_t height, int64_t units, Rounding rounding,
-               Unit* tile) {
+               int64_t index, Unit* tiles) {
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  if constexpr (kInSquares<Unit>) {
+    for (int64_t m = 0; m < kTile; ++m) {
+      Unit* to = tiles + kTileLayout<Unit>.at(index * kTile + m, 0, units);
+      for (int64_t u = 0; u < units; u += kSquare, to += kSquareUnits)
+        for (int64_t i = 0; i < kSquare; ++i) {
+          const RealOf<Unit>* pair = rows + m * height + (u + i) * kValues;
+          to[i] = u + i < units ? make_unit<Unit>(pair[0], pair[1]) : Unit{};
+        }
+    }
+    return;
+  }
+  Unit* tile = tiles + index * kTile * units;
   const auto pack = [&](const auto& round) {
     for (int64_t u = 0; u < units; ++u)
       for (int64_t m = 0; m < kTile; ++m) {
@@ -389,27 +401,30 @@ void pack_weighted(const RealOf<Unit>* rows, int64_t height, const double* weigh
                    int64_t count, int64_t tile_stride, Unit* tiles) {
   using Real = RealOf<Unit>;
   constexpr int64_t kValues = UnitTraits<Unit>::kValues;
+  constexpr TileLayout kLayout = kTileLayout<Unit>;
   for (int64_t r = 0; r < count; r += kValues) {
     const Real* even = rows + (first + r) * height;
     const bool paired = kValues == 2 && r + 1 < count;
     const Real* odd = paired ? even + height : even;
     const Real even_weight = static_cast<Real>(weight[first + r]);
     const Real odd_weight = paired ? static_cast<Real>(weight[first + r + 1]) : 0;
-    Unit* out = tiles + (first + r) / kValues * kTile;
-    for (int64_t k = 0; k < height; k += kTile, out += tile_stride)
-      for (int64_t i = 0; i < kTile; ++i)
-        out[i] = make_unit<Unit>(even[k + i] * even_weight, odd[k + i] * odd_weight);
+    Unit* out = tiles + kLayout.at(0, (first + r) / kValues, 0);
+    for (int64_t k = 0; k < height; k += kLayout.rows, out += tile_stride)
+      for (int64_t i = 0; i < kLayout.rows && k + i < height; ++i)
+        out[i * kLayout.units] =
+            make_unit<Unit>(even[k + i] * even_weight, odd[k + i] * odd_weight);
   }
 }
 
 void lanes_to_units(const BfPair* panel, int64_t height, BfPair* out) {
   // [height / 2][16 lanes] pairs along the dimension -> [height][8] pairs along the lanes
   constexpr int kW = kWidth<float>;
+  constexpr int64_t kApart = kTileLayout<BfPair>.class_units;
   for (int64_t u = 0; u < height / 2; ++u)
     for (int v = 0; v < kVectors<float>; ++v) {
       const WordVec line = load_words(panel + u * kLanes + v * kW);
-      store_pairs<0>(out + 2 * u * (kLanes / 2) + v * kW / 2, line);
-      store_pairs<16>(out + (2 * u + 1) * (kLanes / 2) + v * kW / 2, line);
+      store_pairs<0>(out + 2 * u * kApart + v * kW / 2, line);
+      store_pairs<16>(out + (2 * u + 1) * kApart + v * kW / 2, line);
     }
 }
 
