@@ -33,6 +33,8 @@ MultiLabel = Literal["average", "separate"]
 DEFAULT_WORKSPACE_BYTES = 256 << 20
 
 _FAST_BF16 = "avx512_bf16" in library.engine.cpu_capabilities()
+# Then products of bf16 take less time than the cosines do to memory and back.
+_MATRIX_UNIT = "amx" in library.engine.cpu_capabilities()
 # In this order: the abstract classes, which NumPy's numbers are of too, take ten times as long.
 _REAL, _INTEGRAL = (float, Real), (int, Integral)
 MAX_CENTERS = 16  # kMaxCenters in csrc/cpu/kernels/kernels.h
@@ -115,8 +117,8 @@ class LossOptions:
             of a sample with a bad label is NaN too, and the sample has no part in gradients.
         workspace_bytes: up to this much memory keeps cosines from forward to backward, which then
             multiplies three times instead of four; the rest it computes again. The result is the
-            same bit for bit. Nothing is kept where no gradient is wanted, nor on CUDA in fp16 and
-            bf16, where multiplying again is as fast as reading.
+            same bit for bit. Nothing is kept where no gradient is wanted, nor where multiplying
+            again is as fast as reading: in fp16 and bf16 on CUDA, in bf16 on CPUs with AMX.
         num_centers: K, prototypes of each class, its sub-centres (Deng et al., Sub-center ArcFace,
             ECCV 2020): the cosine of a class is the largest of its K, and the gradient goes to that
             prototype, of equals to the first. K = 3 is usual where labels are noisy: wrong samples
@@ -284,13 +286,15 @@ class LossOptions:
             math.inf if self.interclass_filter is None else float(self.interclass_filter),
             float(self.label_smoothing),
         )
+        precision = self._resolved_precision(device.type)
+        keeps = wants_grad and not (precision == "bf16" and _MATRIX_UNIT)
         codes = Codes(
             self.margin_grad == "exact",
             self.beyond_pi == "linear",
-            PRECISION[self._resolved_precision(device.type)],
+            PRECISION[precision],
             REDUCTION[self.reduction],
             MULTI_LABEL[self.multi_label],
-            self.workspace_bytes if wants_grad else 0,
+            self.workspace_bytes if keeps else 0,
             # Transforms have hardly a rule for sparse tensors.
             self.sparse_grad and not transforming(),
             self.num_centers,

@@ -25,11 +25,12 @@ struct Corner {
   int64_t squares;         // whole ones
   const Unit* row_tail[2];  // and one more with zeros at its end; nullptr: none
   const Unit* panel_tail[2];
+  bool accumulate;  // sums go on from what is in out; else from zero
 };
 
 template <class Unit>
 using SumOf = std::conditional_t<std::is_same_v<Unit, ByteQuad>, int32_t, float>;
-// Sums begin at zero: out[i][j] [16 rows][16 lanes]
+// out[i][j] [16 rows][16 lanes]
 template <class Unit>
 using CornerSums = SumOf<Unit>* [2][2];
 
@@ -65,10 +66,17 @@ void multiply_corner(const Corner<Unit>& c, const CornerSums<Unit>& out, const S
   constexpr int kLine = 64;
   // The compiler does not know that these instructions read memory.
   asm volatile("" ::: "memory");
-  _tile_zero(0);
-  if constexpr (kPanels == 2) _tile_zero(1);
-  if constexpr (kRows == 2) _tile_zero(2);
-  if constexpr (kRows == 2 && kPanels == 2) _tile_zero(3);
+  if (c.accumulate) {
+    _tile_loadd(0, out[0][0], kLine);
+    if constexpr (kPanels == 2) _tile_loadd(1, out[0][1], kLine);
+    if constexpr (kRows == 2) _tile_loadd(2, out[1][0], kLine);
+    if constexpr (kRows == 2 && kPanels == 2) _tile_loadd(3, out[1][1], kLine);
+  } else {
+    _tile_zero(0);
+    if constexpr (kPanels == 2) _tile_zero(1);
+    if constexpr (kRows == 2) _tile_zero(2);
+    if constexpr (kRows == 2 && kPanels == 2) _tile_zero(3);
+  }
   const auto add = [&](const Unit* row0, const Unit* row1, const Unit* panel0, const Unit* panel1) {
     _tile_loadd(4, row0, kLine);
     _tile_loadd(6, panel0, kLine);
@@ -126,7 +134,7 @@ void multiply_corner(const Corner<Unit>& c, const CornerSums<Unit>& out, const S
   for (int64_t s = 0; s < c.squares; ++s) step();
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kPanels; ++j) {
-      std::memset(out[i][j], 0, kSquareUnits * sizeof(SumOf<Unit>));
+      if (!c.accumulate) std::memset(out[i][j], 0, kSquareUnits * sizeof(SumOf<Unit>));
       for (int64_t s = 0; s < c.squares; ++s)
         add(c.rows[i] + s * c.square_stride, c.panels[j] + s * kSquareUnits, out[i][j]);
       if (c.row_tail[i] != nullptr) add(c.row_tail[i], c.panel_tail[j], out[i][j]);
@@ -158,19 +166,20 @@ class Tail {
   alignas(64) Unit values_[kSquareUnits];
 };
 
-// out[panel * out_panel + r * 16 + lane], r < 16 row_squares: rows, whose squares lie row_stride
+// out[panel * out_panel + r * 16 + lane] (+)=, r < 16 row_squares: rows, whose squares lie row_stride
 // apart, times panels.
 template <class Unit, class Step>
 void multiply_squares(const Unit* rows, int64_t row_stride, int64_t square_stride,
                       int64_t row_squares, const Unit* panels, int64_t panel_stride,
-                      int64_t panel_count, int64_t units, SumOf<Unit>* out, int64_t out_panel,
-                      const Step& step) {
+                      int64_t panel_count, int64_t units, bool accumulate, SumOf<Unit>* out,
+                      int64_t out_panel, const Step& step) {
   const int64_t squares = units / kSquare, rest = units % kSquare;
   Tail<Unit> row_tail[2], panel_tail[2];
   for (int64_t p = 0; p < panel_count; p += 2) {
     const int panels_here = panel_count - p > 1 ? 2 : 1;
     Corner<Unit> corner{};
     corner.square_stride = square_stride;
+    corner.accumulate = accumulate;
     corner.squares = squares;
     for (int j = 0; j < panels_here; ++j) {
       corner.panels[j] = panels + (p + j) * panel_stride;

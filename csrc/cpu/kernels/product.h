@@ -208,40 +208,42 @@ UNICOM_INLINE void multiply_together(const CosineBlock<Unit>& block, int64_t pan
                          block.row_tile_stride / kTile * kSquare, kSquareUnits,
                          ceil_div(tiles * kTile, kSquare),
                          block.classes + panel * block.panel_stride, block.panel_stride, P,
-                         block.units, out, kScratch<Unit>, step);
+                         block.units, false, out, kScratch<Unit>, step);
 }
 
-// `product` in squares. Sums of sums here too: of a block of units in the registers.
+// `product` in squares. Here sums go on from block to block: what they lose is little beside what
+// the operands have lost.
 template <class Unit>
 void product_of_squares(const Product<Unit>& args) {
   using Real = RealOf<Unit>;
-  constexpr int64_t kBlock = 16;  // squares
-  alignas(64) Real sums[2][2 * kSquareUnits];
-  const MatrixUnit unit;
-  const int64_t squares = ceil_div(args.rows, kSquare);
-  const int64_t steps = ceil_div(squares, 2) * ceil_div(args.panels, 2) *
-                        ceil_div(args.units, kSquare);
-  LinesAhead ahead(args.ahead, steps);
-  for (int64_t begin = 0; begin < args.units; begin += kBlock * kSquare) {
-    const int64_t units = args.units - begin < kBlock * kSquare ? args.units - begin : kBlock * kSquare;
+  constexpr int64_t kBlock = 16 * kSquare;  // two panels of it stay in the first-level cache
+  alignas(64) Real last[2 * kSquareUnits];
+  const MatrixUnitFor<Unit> unit;
+  const int64_t whole = args.rows / kSquare, rest = args.rows % kSquare * kLanes;
+  LinesAhead ahead(args.ahead, ceil_div(whole, 2) * ceil_div(args.panels, 2) *
+                                   ceil_div(args.units, kSquare));
+  const auto ask = [&ahead] { ahead.ask(); };
+  for (int64_t begin = 0; begin < args.units; begin += kBlock) {
+    const int64_t units = args.units - begin < kBlock ? args.units - begin : kBlock;
     const bool accumulate = args.accumulate || begin > 0;
-    for (int64_t p = 0; p < args.panels; p += 2)
-      for (int64_t t = 0; t < squares; t += 2) {
-        const int64_t panels = args.panels - p < 2 ? args.panels - p : 2;
-        const int64_t tiles = squares - t < 2 ? squares - t : 2;
-        multiply_squares<Unit>(args.a + t * args.a_tile_stride + begin / kSquare * args.group_stride,
-                               args.a_tile_stride, args.group_stride, tiles,
-                               args.b + p * args.b_panel_stride + begin * kLanes,
-                               args.b_panel_stride, panels, units, sums[0], 2 * kSquareUnits,
-                               [&] { ahead.ask(); });
-        const int64_t rows = args.rows - t * kSquare;
-        const int64_t count = (rows < tiles * kSquare ? rows : tiles * kSquare) * kLanes;
-        for (int64_t j = 0; j < panels; ++j) {
-          Real* out = args.out + (p + j) * args.out_panel_stride + t * kSquareUnits;
-          for (int64_t k = 0; k < count; k += kWidth<Real>)
-            store(out + k, accumulate ? load(out + k) + load(sums[j] + k) : load(sums[j] + k));
-        }
-      }
+    const Unit* a = args.a + begin / kSquare * args.group_stride;
+    for (int64_t p = 0; p < args.panels; p += 2) {
+      const int64_t panels = args.panels - p < 2 ? args.panels - p : 2;
+      const Unit* b = args.b + p * args.b_panel_stride + begin * kLanes;
+      Real* out = args.out + p * args.out_panel_stride;
+      multiply_squares<Unit>(a, args.a_tile_stride, args.group_stride, whole, b,
+                             args.b_panel_stride, panels, units, accumulate, out,
+                             args.out_panel_stride, ask);
+      if (rest == 0) continue;
+      out += whole * kSquareUnits;
+      for (int64_t j = 0; j < panels && accumulate; ++j)
+        std::memcpy(last + j * kSquareUnits, out + j * args.out_panel_stride, rest * sizeof(Real));
+      multiply_squares<Unit>(a + whole * args.a_tile_stride, args.a_tile_stride, args.group_stride,
+                             1, b, args.b_panel_stride, panels, units, accumulate, last,
+                             kSquareUnits, ask);
+      for (int64_t j = 0; j < panels; ++j)
+        std::memcpy(out + j * args.out_panel_stride, last + j * kSquareUnits, rest * sizeof(Real));
+    }
   }
 }
 
