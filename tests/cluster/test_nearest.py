@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from support.backends import EMULATED, EVERY_SET
 from support.clusters import cosines, gaussian
 from torch import Tensor
 
@@ -121,7 +122,7 @@ def test_the_same_labels_everywhere(set_threads):
     rows = F.normalize(gaussian(500, 40, 0) + 3)
     centroids = rows[::3] + 1e-5 * gaussian(167, 40, 1)
     results = []
-    for name in [*_engine.cpu_capabilities(), "emulated_avx512"]:
+    for name in EVERY_SET:
         with unicom_ext.cpu_capability(name):
             results.append(nearest(rows, centroids))
     set_threads(2)
@@ -146,7 +147,7 @@ def test_rounding_at_its_worst(capability, seed):
     """One centroid loses .49 of a step in every value, another one gains .45 of a step, all in the
     direction of the row: as far off as the two scores can be. The first one is nearer."""
     d = 64
-    vnni = _engine.cpu_capability() in ("avx512_bf16", "emulated_avx512")
+    vnni = _engine.cpu_capability() in ("avx512_bf16", "amx", *EMULATED)
     largest = 127 if vnni else 63  # steps in the largest value
     size = largest / 4
     row = torch.where(gaussian(1, d, seed) > 0, 1.0, -1.0)[0].double()

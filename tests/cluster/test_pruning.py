@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.backends import EVERY_SET
 from support.clusters import QUIET, config, cosines, gaussian
 from torch import Tensor
 
 import unicom_ext
-from unicom_ext import _engine
 from unicom_ext.cluster import Centroids, cluster, pictures, pruning
 from unicom_ext.cluster.pruning import (
     LEAST_NORM,
@@ -38,7 +38,6 @@ from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.ops import library
 
 CPU_ONLY = True  # as the search is
-CAPABILITIES = [*dict.fromkeys([*_engine.cpu_capabilities(), "emulated_avx512"])]
 
 
 def along_axes(sample: Tensor, centroids: Tensor, count: int) -> Projection:
@@ -141,7 +140,7 @@ def move(centroids: Tensor, how: str, seed: int) -> Tensor:
 
 @settings(max_examples=300)
 @given(
-    capability=st.sampled_from(CAPABILITIES),
+    capability=st.sampled_from(EVERY_SET),
     kind=st.sampled_from(KINDS),
     n=st.integers(1, 70),
     k=st.one_of(st.integers(1, 20), st.integers(1, 300)),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.backends import EVERY_SET
 from support.clusters import all_labels, config, gaussian, make_dump, run
 from torch import Tensor
 
 import unicom_ext
-from unicom_ext import _engine
 from unicom_ext.cluster import UnitSums, pictures
 from unicom_ext.cluster.sums import MAX_SHIFT, shift_for
 
@@ -137,7 +137,7 @@ def test_a_clustering_has_the_same_bits_on_every_instruction_set(tmp_path, monke
     kinds = {"lloyd": {}, "minibatch": {"batch_rows": 100}, "two-level": {"coarse": 3}}
     for method, more in kinds.items():
         found = []
-        for name in [*_engine.cpu_capabilities(), "emulated_avx512"]:
+        for name in EVERY_SET:
             output = tmp_path / f"{method}-{name}"
             with unicom_ext.cpu_capability(name):
                 run(tmp_path / "dump", output, config(method=method, joint="concat", **more))

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from support.backends import EVERY_SET
 from support.problems import (
     check_fp32,
     fp32_budget,
@@ -49,6 +50,8 @@ MARGINS = [
     per_sample_margin(40),
 ]
 
+IN_FP32 = [name for name in EVERY_SET if "amx" not in name]  # which has the others' kernels
+
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, capability):
@@ -59,7 +62,7 @@ def test_shapes(shape, capability):
 # One block of rows and two; a constant shift and a running one.
 @pytest.mark.slow
 @pytest.mark.parametrize(("batch", "scale"), [(5, 30.0), (200, 100.0)])
-@pytest.mark.parametrize("name", [*_engine.cpu_capabilities(), "emulated_avx512"])
+@pytest.mark.parametrize("name", IN_FP32)
 def test_so_many_classes_that_sums_are_taken_up_again(batch, scale, name):
     problem, budget = of_many_classes(batch, scale)
     with cpu_capability(name):
@@ -77,7 +80,7 @@ def of_many_classes(batch, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*_engine.cpu_capabilities(), "emulated_avx512"])
+@pytest.mark.parametrize("name", IN_FP32)
 def test_rounding_does_not_grow_with_the_number_of_classes(name):
     problem = random_problem(4, 300_000, 6, scale=16.0, closeness=0.3)
     with cpu_capability(name):

@@ -143,27 +143,38 @@ MARKS = {"emulated_cuda": pytest.mark.emulated, "cuda": pytest.mark.gpu}
 PARAMS = [pytest.param(name, marks=MARKS[name]) for name in BACKENDS]
 
 BEST = _engine.cpu_capabilities()[-1]  # of the instruction sets of this CPU
+EMULATED = ("emulated_avx512", "emulated_amx")  # in instructions that every CPU has
+EVERY_SET = [*_engine.cpu_capabilities(), *EMULATED]
 
 
 def capabilities() -> list:
     """Instruction sets whose kernels can run here, to parametrize tests with. Where the CPU has no
-    AVX-512 its kernels run too, in instructions that every CPU has."""
-    names = _engine.cpu_capabilities()
-    emulated = pytest.param("emulated_avx512", marks=pytest.mark.slow)
-    return names if "avx512" in names else [*names, emulated]
+    AVX-512 or no AMX their kernels run too, in instructions that every CPU has."""
+    names: list = _engine.cpu_capabilities()
+    emulated = [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in EMULATED
+        if name.removeprefix("emulated_") not in names
+    ]
+    return [*names, *emulated]
 
 
 def runs_again(item: pytest.Item) -> bool:
     """Whether a case of a test of the loss runs what another one runs, under another name: float64
-    kernels are one object for every instruction set, and the reference has no kernels."""
+    kernels are one object for every instruction set, the matrix unit has some of bf16 alone, and
+    the reference has no kernels."""
     params = item.callspec.params if hasattr(item, "callspec") else {}
     if "capability" not in params or item.path.parent.name not in ("loss", "distributed"):
         return False
     values = tree_leaves(params)
     if any(value is reference.partial_margin_softmax for value in values):
         return params["capability"] != BEST
-    in_float64 = any(value is torch.float64 for value in values)
-    return in_float64 and params["capability"] not in (BEST, *BACKENDS)
+    capability = params["capability"]
+    if any(value is torch.float64 for value in values):
+        return capability not in (BEST, *BACKENDS)
+    in_bf16 = any(isinstance(value, str) and value == "bf16" for value in values)
+    others = "emulated_amx" if BEST != "amx" else "avx512_bf16"
+    return capability == others and not in_bf16
 
 
 def use(monkeypatch, name: str) -> None:

@@ -368,10 +368,10 @@ class Backward {
   const Kernels<Unit>& k_;
   const PackedRows<Unit> rows_;
   const PackedClasses<Unit> classes_;
-  const int64_t logit_panels_;  // panels of whole classes that probabilities are computed for
-  const int64_t run_panels_;    // panels in a run of classes
-  const int64_t row_units_;     // what a prototype gradient sums over
-  const int64_t row_stride_;    // units from one class panel to the next
+  const int64_t logit_panels_;     // panels of whole classes that probabilities are computed for
+  const int64_t run_panels_;       // panels in a run of classes
+  const int64_t row_units_;        // what a prototype gradient sums over
+  const int64_t row_stride_;       // units from one class panel to the next
   const int64_t tall_;             // height, padded to tiles
   const int64_t weighted_stride_;  // units from one tile of weighted rows to the next
   const int64_t row_panels_;

@@ -149,9 +149,8 @@ class Item {
                 stride});
       for (int64_t b = 0; b < count; ++b) {
         for (int64_t p = swept; p % kMarkedPanels != 0; ++p) marks[b * stride + p] = 0;
-        const int64_t marked =
-            k.list_marks(marks.get() + b * stride, swept, static_cast<int32_t>(panel * kLanes),
-                         marked_.data());
+        const int64_t marked = k.list_marks(marks.get() + b * stride, swept,
+                                            static_cast<int32_t>(panel * kLanes), marked_.data());
         if (marked == 0) continue;
         uint8_t* bytes = whole.get() + b * c_.bytes_each;
         if (!(state[b].scale > 0)) pack_whole(rows[b], unit.get(), bytes, state[b]);

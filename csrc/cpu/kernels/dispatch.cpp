@@ -43,8 +43,8 @@ const KernelSet kSets[] = {
     UNICOM_SET(avx2),
     UNICOM_SET(avx512),
     UNICOM_SET(avx512_bf16),
-    {"amx", &kernels_fp32_avx512_bf16, &kernels_bf16_amx, &kernels_fp64_portable,
-     &nearest_amx, &update_avx512_bf16},
+    {"amx", &kernels_fp32_avx512_bf16, &kernels_bf16_amx, &kernels_fp64_portable, &nearest_amx,
+     &update_avx512_bf16},
 #endif
 };
 constexpr int kSetCount = sizeof(kSets) / sizeof(kSets[0]);

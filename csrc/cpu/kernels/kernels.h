@@ -172,8 +172,8 @@ struct ByteProducts {
 
 // How operands that only kernels of one set read lie: tile panels, or squares.
 struct TileLayout {
-  int64_t rows;   // of a tile
-  int64_t units;  // of a row that lie side by side; of tile panels 1
+  int64_t rows;         // of a tile
+  int64_t units;        // of a row that lie side by side; of tile panels 1
   int64_t class_units;  // the same where they are classes, which `lanes_to_units` has put so
 
   // Units that a row takes, and where the first of a run of them lies.

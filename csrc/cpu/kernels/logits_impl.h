@@ -50,8 +50,7 @@ UNICOM_INLINE TileCosines<RealOf<Unit>> tile_cosines(const LogitBlock<Unit>& blo
   if (kept && kKept == Kept::kRead) return {place, block.cosines_panel_stride};
   if constexpr (kInSquares<Unit>) {
     const int64_t before = tile % kTilesTogether<Unit>;
-    if (before == 0)
-      multiply_together<P, Unit>(block, panel, tile, out, [ahead] { ahead->ask(); });
+    if (before == 0) multiply_together<P, Unit>(block, panel, tile, out, [ahead] { ahead->ask(); });
     out += before * kSize;
   } else {
     multiply_tile<Unit, P>({block.rows + tile * block.row_tile_stride, 1, kTile},

@@ -19,10 +19,10 @@ static_assert(kSquare == kLanes);
 // One or two squares of rows beside each other times one or two panels.
 template <class Unit>
 struct Corner {
-  const Unit* rows[2];     // the first square of each
-  int64_t square_stride;   // from a square to that of the next units
-  const Unit* panels[2];   // the first line of each
-  int64_t squares;         // whole ones
+  const Unit* rows[2];      // the first square of each
+  int64_t square_stride;    // from a square to that of the next units
+  const Unit* panels[2];    // the first line of each
+  int64_t squares;          // whole ones
   const Unit* row_tail[2];  // and one more with zeros at its end; nullptr: none
   const Unit* panel_tail[2];
   bool accumulate;  // sums go on from what is in out; else from zero
@@ -55,10 +55,10 @@ class MatrixUnit {
 };
 
 // Numbers of registers are part of the instructions.
-#define UNICOM_MULTIPLY(sum, row, panel)             \
-  if constexpr (std::is_same_v<Unit, BfPair>)        \
-    _tile_dpbf16ps(sum, row, panel);                 \
-  else                                               \
+#define UNICOM_MULTIPLY(sum, row, panel)      \
+  if constexpr (std::is_same_v<Unit, BfPair>) \
+    _tile_dpbf16ps(sum, row, panel);          \
+  else                                        \
     _tile_dpbusd(sum, row, panel);
 
 template <class Unit, int kRows, int kPanels, class Step>
@@ -98,8 +98,7 @@ void multiply_corner(const Corner<Unit>& c, const CornerSums<Unit>& out, const S
     const int64_t row = s * c.square_stride, panel = s * kSquareUnits;
     add(c.rows[0] + row, c.rows[1] + row, c.panels[0] + panel, c.panels[1] + panel);
   }
-  if (c.row_tail[0] != nullptr)
-    add(c.row_tail[0], c.row_tail[1], c.panel_tail[0], c.panel_tail[1]);
+  if (c.row_tail[0] != nullptr) add(c.row_tail[0], c.row_tail[1], c.panel_tail[0], c.panel_tail[1]);
   _tile_stored(0, out[0][0], kLine);
   if constexpr (kPanels == 2) _tile_stored(1, out[0][1], kLine);
   if constexpr (kRows == 2) _tile_stored(2, out[1][0], kLine);

@@ -160,7 +160,8 @@ class SumsAhead {
   }
   // [16], of a row of the tile and panel p of the P.
   UNICOM_INLINE const int32_t* of(int64_t tile, int row, int p) const {
-    return sums_ + p * kScratch<ByteQuad> + (tile % kTilesTogether<ByteQuad> * kTile + row) * kLanes;
+    return sums_ + p * kScratch<ByteQuad> +
+           (tile % kTilesTogether<ByteQuad> * kTile + row) * kLanes;
   }
 
  private:
@@ -181,9 +182,9 @@ UNICOM_INLINE void sum_products(const ByteBlock& args, [[maybe_unused]] const Su
     for (int v = 0; v < P * kV; ++v)
 #pragma GCC unroll 8
       for (int m = 0; m < kRows; ++m)
-        acc[m][v] = (IntVec<float>)load_words(start + v * kWidth<float>) +
-                    (IntVec<float>)load_words(ahead.of(tile, first + m, v / kV) +
-                                              v % kV * kWidth<float>);
+        acc[m][v] =
+            (IntVec<float>)load_words(start + v * kWidth<float>) +
+            (IntVec<float>)load_words(ahead.of(tile, first + m, v / kV) + v % kV * kWidth<float>);
     return;
   }
 #pragma GCC unroll 8

@@ -204,11 +204,10 @@ UNICOM_INLINE void multiply_together(const CosineBlock<Unit>& block, int64_t pan
                                      SumOf<Unit>* out, const Step& step) {
   const int64_t left = block.tiles - tile;
   const int64_t tiles = left < kTilesTogether<Unit> ? left : kTilesTogether<Unit>;
-  multiply_squares<Unit>(block.rows + tile * block.row_tile_stride,
-                         block.row_tile_stride / kTile * kSquare, kSquareUnits,
-                         ceil_div(tiles * kTile, kSquare),
-                         block.classes + panel * block.panel_stride, block.panel_stride, P,
-                         block.units, false, out, kScratch<Unit>, step);
+  multiply_squares<Unit>(
+      block.rows + tile * block.row_tile_stride, block.row_tile_stride / kTile * kSquare,
+      kSquareUnits, ceil_div(tiles * kTile, kSquare), block.classes + panel * block.panel_stride,
+      block.panel_stride, P, block.units, false, out, kScratch<Unit>, step);
 }
 
 // `product` in squares. Here sums go on from block to block: what they lose is little beside what
@@ -220,7 +219,7 @@ void product_of_squares(const Product<Unit>& args) {
   alignas(64) Real last[2 * kSquareUnits];
   const MatrixUnitFor<Unit> unit;
   const int64_t whole = args.rows / kSquare, rest = args.rows % kSquare * kLanes;
-  LinesAhead ahead(args.ahead, ceil_div(whole, 2) * ceil_div(args.panels, 2) *
+  LinesAhead ahead(args.ahead, ceil_div(args.rows, 2 * kSquare) * ceil_div(args.panels, 2) *
                                    ceil_div(args.units, kSquare));
   const auto ask = [&ahead] { ahead.ask(); };
   for (int64_t begin = 0; begin < args.units; begin += kBlock) {
