@@ -54,8 +54,9 @@ struct PrepareBackward {
   double scale;
   double* target_weight;    // [batch][width] upstream gradient * scale * pull * psi'
   double* negative_weight;  // [rows] upstream gradient * scale * push
-  double* folded;           // [rows] negative_weight / largest: what the operands can hold
-  double* largest;          // [1] absolute value of negative_weight
+  double reach;             // of what can hold the weights
+  double* folded;           // [rows] negative_weight / fold, at most reach in size
+  double* fold;             // [1]
   double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
   void* row;                // [rows] RowScale<Real>; its factor
   bool folds;               //   times folded
