@@ -58,8 +58,8 @@ struct PrepareBackward {
   double* folded;           // [rows] negative_weight / fold, at most reach in size
   double* fold;             // [1]
   double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
-  void* row;                // [rows] RowScale<Real>; its factor
-  bool folds;               //   times folded
+  void* row;                // [rows] RowScale<Real>;
+  bool folds;               //   times folded, as AttendSamples wants it
   double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
                      // all weights become NaN
 };
