@@ -198,17 +198,39 @@ def test_where_the_path_is_taken(options, taken):
     assert backends.boxes_loaded() == boxes[2]
 
 
-def solve_with(setting):
-    os.environ["UNICOM_CUDA_HOPPER"] = setting
+def solve_with(settings):
+    problem = random_problem(9, 70, 65, precision="fp16")
     with pytest.MonkeyPatch.context() as monkeypatch:
         backends.use(monkeypatch, "emulated_cuda")
-        solve(partial_margin_softmax, random_problem(9, 70, 65, precision="fp16"))
+        for setting in settings:
+            os.environ.update(setting)
+            try:
+                solve(partial_margin_softmax, problem)
+            except RuntimeError as error:
+                print(error)
     print(backends.boxes_loaded() > 0)
 
 
 @pytest.mark.slow  # a process of its own: the variable is read once
 @pytest.mark.parametrize(("given", "uses_tma"), [("0", False), ("1", True)])
 def test_measurements_may_turn_them_off(given, uses_tma, tmp_path):
-    process = Process(tmp_path / "printed", solve_with, given)
+    process = Process(tmp_path / "printed", solve_with, [{"UNICOM_CUDA_HOPPER": given}])
     assert process.end() == 0, process.text()
     assert process.text().split() == [str(uses_tma)]
+
+
+@pytest.mark.slow
+def test_bad_settings_of_measurements_are_named(tmp_path):
+    bad = {
+        "UNICOM_CUDA_HOPPER": ("0 or 1", ["off", "", "10"]),
+        "UNICOM_CUDA_CHUNK_MIB": ("a whole number from 1 to 65536", ["0", "65537", "1.5", ""]),
+    }
+    messages, settings, good = [], [], {}
+    for name, (allowed, values) in bad.items():
+        for value in values:
+            settings.append({**good, name: value})
+            messages.append(f"{name} must be {allowed}, got '{value}'")
+        good[name] = "1"
+    process = Process(tmp_path / "printed", solve_with, [*settings, good])
+    assert process.end() == 0, process.text()
+    assert process.text().splitlines() == [*messages, "True"]
