@@ -4,6 +4,7 @@ chunk. Blocks of several tiles are in tests/emulation/sanitized_tiles.cpp."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -22,6 +23,7 @@ from support.processes import Process
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.functional import partial_margin_softmax
+from unicom_ext.ops import library
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -122,6 +124,33 @@ def test_fewer_classes_than_there_is_room_for():
             results.append((loss.detach(), x.grad, module.weight.grad))
     for a, b in zip(*results, strict=True):
         assert relative_error(a, b) < 5e-4
+
+
+@pytest.mark.parametrize("generation", [8, 9])
+@pytest.mark.parametrize("count", [0, 1, 256, 257])
+@pytest.mark.parametrize("dim", [64, 320])
+def test_a_shard_of_fewer_classes_than_the_bound(dim, count, generation):
+    """It has no class of the batch, and is what it would be with the bound that fits."""
+    problem = random_problem(130, 600, dim)
+    slot = torch.full((130,), -2)
+    state = torch.ones(130, 9, dtype=torch.float64)
+    options = [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [False, False, 1, 1, 0, 0, False, 1, True]
+    classes = torch.arange(0, 600, 2)
+    results = []
+    for selection in ((classes, torch.tensor(count)), (classes[:count], None)):
+        operands = (problem.embeddings, slot, problem.prototypes, *selection, None)
+        with backends.emulating(compute_capability=generation):
+            sums, exponent, largest, _, *saved = library.ops.loss_sums(*operands, 600, *options)
+            state[:, 2], power = sums[:, 0].frexp()
+            state[:, 2] = torch.where(sums[:, 0] > 0, 1 / state[:, 2], 0)
+            state[:, 3] = exponent + power
+            gradients = library.ops.loss_backward(
+                torch.ones(()), *operands, state, *saved, *options, True, True, True, False
+            )
+        results.append((sums, largest, *gradients))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) if count == 0 else relative_error(a, b) < 2e-4
+    assert bool(results[0][0].any()) == (count > 0)
 
 
 def test_a_frozen_encoder_and_a_frozen_head():
