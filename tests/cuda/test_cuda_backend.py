@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from support.problems import Problem, random_problem, relative_error, row_errors
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unicom_ext import PartialMarginSoftmax, functional
-from unicom_ext.margins import CombinedMargin
+from unicom_ext.margins import ArcFace, CombinedMargin
 from unicom_ext.ops import library
 
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
@@ -128,6 +129,46 @@ def test_gradients_do_not_overflow_halves(upstream, emulated):
                                problem.options, torch.tensor(upstream)))  # fmt: skip
     for a, b in zip(scaled[1:], plain[1:], strict=True):
         assert relative_error(a.double() / upstream, b) < 1e-5
+
+
+# Kernels that all GPUs have, and those for Hopper: a compute capability and dimensions.
+PATHS = {"general": (8, 70), "attention": (9, 70), "wide attention": (9, 250), "chunks": (9, 320)}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_each_embedding_is_as_exact_at_any_share(precision, path, emulated):
+    """What the others' upstream gradients are is nothing to a sample's."""
+    capability, dim = PATHS[path]
+    problem = random_problem(40, 150, dim, closeness=0.5, precision=precision, reduction="none")
+    with backends.emulating(compute_capability=capability):
+        alone = solve(op, replace(problem, upstream=torch.ones(40))).grad_embeddings
+        upstream = torch.logspace(-6, 6, 40) * (-1) ** torch.arange(40)
+        together = solve(op, replace(problem, upstream=upstream)).grad_embeddings
+    assert row_errors(together / upstream[:, None], alone).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("path", "share"),
+    [(path, -1e-8) for path in PATHS] + [("attention", 1e-20), ("wide attention", 1e-20)],
+)
+def test_prototypes_that_only_light_samples_see(path, share, emulated):
+    """Half of the samples have a small share of the upstream gradient, and half of the classes are
+    near these alone. What is summed chunk by chunk ends in halves at 1e-11 of the largest."""
+    capability, dim = PATHS[path]
+    generator = torch.Generator().manual_seed(0)
+    side = torch.linalg.qr(torch.randn(dim, 2, generator=generator))[0].T * 2 * dim**0.5
+    x = torch.randn(2, 30, dim, generator=generator) + side[:, None]
+    w = torch.randn(2, 60, dim, generator=generator) + side[:, None]
+    labels = torch.arange(30) + torch.tensor([[0], [60]])
+    upstream = torch.tensor([1.0, share]).repeat_interleave(30)
+    problem = Problem(x.flatten(0, 1), labels.flatten(), w.flatten(0, 1),
+                      {"margin": ArcFace(0.3), "scale": 64.0, "precision": "fp16",
+                       "reduction": "none"}, upstream)  # fmt: skip
+    with backends.emulating(compute_capability=capability):
+        got = solve(op, problem)
+    errors = row_errors(got.grad_prototypes, truth(problem).grad_prototypes)
+    assert errors.max() < 0.02
 
 
 @pytest.mark.emulated

@@ -4,6 +4,7 @@ chunk. Blocks of several tiles are in tests/emulation/sanitized_tiles.cpp."""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -22,6 +23,7 @@ from support.processes import Process
 
 from unicom_ext import PartialMarginSoftmax
 from unicom_ext.functional import partial_margin_softmax
+from unicom_ext.ops import library
 
 pytestmark = pytest.mark.usefixtures("emulated")
 
@@ -124,6 +126,33 @@ def test_fewer_classes_than_there_is_room_for():
         assert relative_error(a, b) < 5e-4
 
 
+@pytest.mark.parametrize("generation", [8, 9])
+@pytest.mark.parametrize("count", [0, 1, 256, 257])
+@pytest.mark.parametrize("dim", [64, 320])
+def test_a_shard_of_fewer_classes_than_the_bound(dim, count, generation):
+    """It has no class of the batch, and is what it would be with the bound that fits."""
+    problem = random_problem(130, 600, dim)
+    slot = torch.full((130,), -2)
+    state = torch.ones(130, 9, dtype=torch.float64)
+    options = [1.0, 0.3, 0.0, 64.0, math.inf, 0.0], [False, False, 1, 1, 0, 0, False, 1, True]
+    classes = torch.arange(0, 600, 2)
+    results = []
+    for selection in ((classes, torch.tensor(count)), (classes[:count], None)):
+        operands = (problem.embeddings, slot, problem.prototypes, *selection, None)
+        with backends.emulating(compute_capability=generation):
+            sums, exponent, largest, _, *saved = library.ops.loss_sums(*operands, 600, *options)
+            state[:, 2], power = sums[:, 0].frexp()
+            state[:, 2] = torch.where(sums[:, 0] > 0, 1 / state[:, 2], 0)
+            state[:, 3] = exponent + power
+            gradients = library.ops.loss_backward(
+                torch.ones(()), *operands, state, *saved, *options, True, True, True, False
+            )
+        results.append((sums, largest, *gradients))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b) if count == 0 else relative_error(a, b) < 2e-4
+    assert bool(results[0][0].any()) == (count > 0)
+
+
 def test_a_frozen_encoder_and_a_frozen_head():
     """Each gradient alone is what it is beside the other."""
     problem = random_problem(70, 200, 65, closeness=0.5, precision="fp16")
@@ -198,17 +227,39 @@ def test_where_the_path_is_taken(options, taken):
     assert backends.boxes_loaded() == boxes[2]
 
 
-def solve_with(setting):
-    os.environ["UNICOM_CUDA_HOPPER"] = setting
+def solve_with(settings):
+    problem = random_problem(9, 70, 65, precision="fp16")
     with pytest.MonkeyPatch.context() as monkeypatch:
         backends.use(monkeypatch, "emulated_cuda")
-        solve(partial_margin_softmax, random_problem(9, 70, 65, precision="fp16"))
+        for setting in settings:
+            os.environ.update(setting)
+            try:
+                solve(partial_margin_softmax, problem)
+            except RuntimeError as error:
+                print(error)
     print(backends.boxes_loaded() > 0)
 
 
 @pytest.mark.slow  # a process of its own: the variable is read once
 @pytest.mark.parametrize(("given", "uses_tma"), [("0", False), ("1", True)])
 def test_measurements_may_turn_them_off(given, uses_tma, tmp_path):
-    process = Process(tmp_path / "printed", solve_with, given)
+    process = Process(tmp_path / "printed", solve_with, [{"UNICOM_CUDA_HOPPER": given}])
     assert process.end() == 0, process.text()
     assert process.text().split() == [str(uses_tma)]
+
+
+@pytest.mark.slow
+def test_bad_settings_of_measurements_are_named(tmp_path):
+    bad = {
+        "UNICOM_CUDA_HOPPER": ("0 or 1", ["off", "", "10"]),
+        "UNICOM_CUDA_CHUNK_MIB": ("a whole number from 1 to 65536", ["0", "65537", "1.5", ""]),
+    }
+    messages, settings, good = [], [], {}
+    for name, (allowed, values) in bad.items():
+        for value in values:
+            settings.append({**good, name: value})
+            messages.append(f"{name} must be {allowed}, got '{value}'")
+        good[name] = "1"
+    process = Process(tmp_path / "printed", solve_with, [*settings, good])
+    assert process.end() == 0, process.text()
+    assert process.text().splitlines() == [*messages, "True"]

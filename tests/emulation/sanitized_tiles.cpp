@@ -192,6 +192,16 @@ void compare_attention(const LogitCase& c) {
   std::iota(by_slot.get(), by_slot.get() + by_slot.size, int64_t{0});
   std::stable_sort(by_slot.get(), by_slot.get() + by_slot.size,
                    [&](int64_t a, int64_t b) { return in.slots.data[a] < in.slots.data[b]; });
+  // Samples of both signs, each lighter than the one before.
+  auto weight = [](int64_t i) {
+    return (i % 2 == 0 ? 1 : -1) * std::exp2(-static_cast<double>(i));
+  };
+  Array<RowScale<float>> weighted(in.scales.size);
+  for (int64_t i = 0; i < weighted.size; ++i)
+    weighted.data[i] = i < c.batch
+                           ? RowScale<float>{in.scales.data[i].factor / (i % 2 == 0 ? 2 : -2),
+                                             in.scales.data[i].exponent - 1 + static_cast<float>(i)}
+                           : RowScale<float>{0, -kNoExponent};
   struct AttentionOutcome {
     Array<RowSum<float>> sums;
     Array<float> of_rows, exponent, of_classes;
@@ -218,7 +228,7 @@ void compare_attention(const LogitCase& c) {
                                  .first = 0,
                                  .chunk = in.classes,
                                  .by_slot = by_slot.get(),
-                                 .row = in.scales.get(),
+                                 .row = weighted.get(),
                                  .out = out.of_classes.get()});
     expect(queue.error == cudaSuccess, name + ": a launch");
     return out;
@@ -237,7 +247,7 @@ void compare_attention(const LogitCase& c) {
       double right = 0, size = 0;
       for (int64_t j = 0; j < c.count; ++j) {
         const double of_row = in.share(i, j) * in.prototype(j, k);
-        const double of_class = in.share(i, j) * in.embedding(i, k);
+        const double of_class = weight(i) * in.share(i, j) * in.embedding(i, k);
         right += of_row;
         size += std::fabs(of_row);
         of_classes.data[j * c.depth + k] += of_class;

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from support import backends
 from support.problems import (
     Problem,
     check_fp32,
@@ -302,9 +303,10 @@ def test_no_other_class(reduction, selected, scale, definition):
 
 @pytest.mark.pairs
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("selected", [None, 1, 60])
+@pytest.mark.parametrize("selected", [None, 0, 1, 60])
 def test_all_samples_ignored(reduction, selected, definition):
     implementation, dtype = definition
+    solve(implementation, random_problem(9, 100, 12, dtype=dtype))  # whose memory is used again
     problem = random_problem(
         9, 100, 12, dtype=dtype, reduction=reduction, ignored=9, sampled=selected
     )
@@ -313,6 +315,16 @@ def test_all_samples_ignored(reduction, selected, definition):
     assert got.grad_embeddings.shape == (9, 12)
     assert got.grad_prototypes.shape == (100, 12)
     assert not any(value.any() for value in got)
+
+
+def test_no_label_is_among_no_classes(any_backend):
+    problem = random_problem(9, 100, 12).having(class_index=torch.empty(0, dtype=torch.int64))
+    if any_backend == backends.BEST:
+        message = f"class_index must hold every label, but {int(problem.labels[0])} at position 0"
+        with pytest.raises(ValueError, match=message):
+            solve(op, problem)
+    else:
+        assert solve(op, problem).loss.isnan()
 
 
 @pytest.mark.pairs

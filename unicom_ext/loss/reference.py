@@ -155,6 +155,8 @@ def partial_margin_softmax(
     dtype = torch.promote_types(dtype, torch.float32)
     if class_index is None:
         class_index = torch.arange(num_classes, device=prototypes.device)
+    if len(class_index) == 0:  # then no sample counts: any class will do
+        class_index = class_index.new_zeros(1)
 
     with torch.autocast(embeddings.device.type, enabled=False):
         x = embeddings[kept].to(dtype)  # [B', d]

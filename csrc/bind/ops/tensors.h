@@ -92,6 +92,10 @@ inline FloatRows float_rows(const Tensor& tensor, const char* name) {
           .stride = tensor.stride(0)};
 }
 
-inline const int64_t* index_data(const Tensor& index) { return index.const_data_ptr<int64_t>(); }
+// Never null, which says that there is no index: torch has no address for one that is empty.
+inline const int64_t* index_data(const Tensor& index) {
+  static const int64_t nothing = 0;
+  return index.numel() == 0 ? &nothing : index.const_data_ptr<int64_t>();
+}
 
 }  // namespace unicom

@@ -177,7 +177,7 @@ struct BackwardSpace {
   int64_t scale_rows;  // of the samples' weights
   int64_t row_splits, class_splits;
   Unit *rows, *weighted, *probabilities;
-  double *inverse_norm, *target_weight, *negative_weight, *folded, *largest;
+  double *inverse_norm, *target_weight, *negative_weight, *folded, *fold;
   double *smooth_weight, *smooth_sum;  // of label smoothing
   RowScale<RealOf<Unit>>* row_scale;
   RealOf<Unit>*embedding_sums, *prototype_sums;
@@ -201,7 +201,7 @@ struct BackwardSpace {
     target_weight = arena.take<double>(p.batch * p.positives.width);
     negative_weight = arena.take<double>(scale_rows);
     folded = arena.take<double>(scale_rows);
-    largest = arena.take<double>(1);
+    fold = arena.take<double>(1);
     smooth_weight = arena.take<double>(p.smooths() ? scale_rows : 0);
     smooth_sum = arena.take<double>(p.smooths() && want_prototypes ? n.depth : 0);
     row_scale = arena.take<RowScale<RealOf<Unit>>>(scale_rows);
@@ -372,8 +372,9 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                  .scale = p.scale,
                                  .target_weight = space.target_weight,
                                  .negative_weight = space.negative_weight,
+                                 .reach = space.attends ? 1 : UnitTraits<Unit>::kProbabilityScale,
                                  .folded = space.folded,
-                                 .largest = space.largest,
+                                 .fold = space.fold,
                                  .smooth_weight = p.smooths() ? space.smooth_weight : nullptr,
                                  .row = space.row_scale,
                                  .folds = space.attends,
@@ -515,7 +516,7 @@ void run_backward(Queue& queue, const Problem& p, const Gradients& g, const Take
                                     .count = p.count,
                                     .bound = p.bound,
                                     .by_slot = space.by_slot,
-                                    .largest = space.largest,
+                                    .fold = space.fold,
                                     .compact = g.compact || taken,
                                     .sink_first = taken ? prototypes_before(first) : 0});
     if (taken) take(first, chunk);

@@ -24,8 +24,9 @@ struct AttendClasses {
 template <class Unit>
 void attend_classes(Queue&, const AttendClasses&);
 
-// Backward: classes attend samples, the negatives' part of a chunk of the prototypes' gradient. With
-// the row's factor and exponent, factor * 2^-exponent * exp(scale * cosine) is at most 1 in size.
+// Backward: classes attend samples, the negatives' part of a chunk of the prototypes' gradient. A
+// sample's weight is factor * 2^-exponent * exp(scale * cosine), of which the factor is at most 1 in
+// size; one without weight has factor 0 and the exponent -kNoExponent.
 struct AttendSamples {
   Logits logits;
   int64_t first, chunk;    // prototypes, whole granules

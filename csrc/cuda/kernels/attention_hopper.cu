@@ -6,8 +6,49 @@ namespace unicom::cuda {
 
 namespace {
 
-// Exponentials of a tile, as weights, and their sums. The four lanes that share a row have its
-// exponent in common, raised as larger cosines come.
+// What weights of each row are divided by, as powers of two: the four lanes that share a row have them
+// in common, raised as larger weights come.
+template <class T>
+class RunningExponents {
+ public:
+  UNICOM_DEVICE RunningExponents() {
+#pragma unroll
+    for (float& exponent : exponent_) exponent = kNoExponent;
+  }
+
+  // peak: the logarithm of the largest weight among this thread's. Brings what the tile has summed to
+  // the new exponents, and calls f(what other sums are to be multiplied by), if any has changed.
+  template <class F>
+  UNICOM_DEVICE void raise(T& tile, const float (&peak)[T::kThreadRows], const F& f) {
+    float by[T::kThreadRows];
+    bool raises = false;
+#pragma unroll
+    for (int i = 0; i < T::kThreadRows; ++i) {
+      float largest = larger(peak[i], __shfl_xor_sync(kAllLanes, peak[i], 1));
+      largest = larger(largest, __shfl_xor_sync(kAllLanes, largest, 2));
+      const float raised = max_of(exponent_[i], std::ceil(largest) - kWeightPower);
+      by[i] = raised - exponent_[i];
+      raises |= by[i] > 0;
+      exponent_[i] = raised;
+    }
+    if (__ballot_sync(kAllLanes, raises) == 0) return;
+#pragma unroll
+    for (int i = 0; i < T::kThreadRows; ++i) by[i] = times_power(1.0f, -by[i]);
+    tile.scale_sums(by);
+    f(by);
+  }
+
+  UNICOM_DEVICE float of(int i) const { return exponent_[i]; }
+
+ private:
+  // Weights are at most about 2^this: as far as halves reach, so that those far below the largest
+  // keep their digits.
+  static constexpr float kWeightPower = 15;
+
+  float exponent_[T::kThreadRows];
+};
+
+// Exponentials of a tile, as weights, and their sums.
 template <class Unit, class T>
 class RunningWeights {
  public:
@@ -16,15 +57,13 @@ class RunningWeights {
 #pragma unroll
     for (int i = 0; i < T::kThreadRows; ++i) {
       sum_[i] = 0;
-      exponent_[i] = kNoExponent;
       largest_[i] = kNoCosine;
     }
   }
 
   // Makes weights of the cosines of a tile, and brings what was summed to their exponent.
   UNICOM_DEVICE void weigh(T& tile) {
-    float by[T::kThreadRows], filtered[T::kThreadRows] = {};
-    bool raises = false;
+    float peaks[T::kThreadRows], filtered[T::kThreadRows] = {};
 #pragma unroll
     for (int i = 0; i < T::kThreadRows; ++i) {
       float peak = kNoCosine;
@@ -42,31 +81,21 @@ class RunningWeights {
         }
         if (filtered[i] > 0) peak = larger(peak, 0.0f);
       }
-      peak = larger(peak, __shfl_xor_sync(kAllLanes, peak, 1));
-      peak = larger(peak, __shfl_xor_sync(kAllLanes, peak, 2));
-      const float raised =
-          max_of(exponent_[i], std::ceil(peak * exponential_.scale_log2) - kWeightPower);
-      by[i] = raised - exponent_[i];
-      raises |= by[i] > 0;
-      exponent_[i] = raised;
+      peaks[i] = peak * exponential_.scale_log2;
     }
-    if (__ballot_sync(kAllLanes, raises) != 0) {
+    exponents_.raise(tile, peaks, [&](const float (&by)[T::kThreadRows]) {
 #pragma unroll
-      for (int i = 0; i < T::kThreadRows; ++i) {
-        by[i] = times_power(1.0f, -by[i]);
-        sum_[i] *= by[i];
-      }
-      tile.scale_sums(by);
-    }
+      for (int i = 0; i < T::kThreadRows; ++i) sum_[i] *= by[i];
+    });
 #pragma unroll
     for (int i = 0; i < T::kThreadRows; ++i) {
 #pragma unroll
       for (int j = 0; j < T::kThreadCols; ++j) {
         float& c = tile.at(i, j);
-        c = exponential_(c, exponent_[i]);
+        c = exponential_(c, exponents_.of(i));
         sum_[i] += c;
       }
-      if (filtered[i] > 0) sum_[i] += filtered[i] * exponential_(0.0f, exponent_[i]);
+      if (filtered[i] > 0) sum_[i] += filtered[i] * exponential_(0.0f, exponents_.of(i));
     }
   }
 
@@ -77,18 +106,15 @@ class RunningWeights {
       sum += __shfl_xor_sync(kAllLanes, sum, step);
       largest = max_of(largest, __shfl_xor_sync(kAllLanes, largest, step));
     }
-    return {sum, exponent_[i], largest};
+    return {sum, exponents_.of(i), largest};
   }
 
  private:
-  // Weights are at most about 2^this: as far as halves reach, so that those far below the largest
-  // keep their digits.
-  static constexpr float kWeightPower = 15;
-
   const Exponential<Unit> exponential_;
   const float filter_;
   const bool filtered_;
-  float sum_[T::kThreadRows], exponent_[T::kThreadRows], largest_[T::kThreadRows];
+  RunningExponents<T> exponents_;
+  float sum_[T::kThreadRows], largest_[T::kThreadRows];
 };
 
 // One block of samples against one run of classes.
@@ -122,42 +148,43 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
 #endif
 }
 
-// The samples of which a class is a positive, in their order.
+// The samples of which a class is a positive, in their order. The caller says each time which class
+// it is: there are no registers to keep it in.
 class PositivesOfClass {
  public:
-  UNICOM_DEVICE PositivesOfClass(const AttendSamples& a, int64_t slot)
-      : at_(first_of(a, slot)), end_(first_of(a, slot + 1)) {
-    find(a);
+  UNICOM_DEVICE PositivesOfClass(const AttendSamples& a, int64_t slot) : at_(0) {
+    for (int high = all(a); at_ < high;) {
+      const int middle = (at_ + high) / 2;
+      if (slot_at(a, middle) < slot)
+        at_ = middle + 1;
+      else
+        high = middle;
+    }
+    find(a, slot);
   }
   // Calls f(sample) for those before `end`; what was called for is not called for again.
   template <class F>
-  UNICOM_DEVICE void before(int end, const AttendSamples& a, const F& f) {
+  UNICOM_DEVICE void before(int end, const AttendSamples& a, int64_t slot, const F& f) {
     while (sample_ < end) {
       f(sample_);
       ++at_;
-      find(a);
+      find(a, slot);
     }
   }
 
  private:
-  // The place among the positives, by slot, of the first with this slot or a larger one.
-  UNICOM_DEVICE static int first_of(const AttendSamples& a, int64_t slot) {
-    const Positives& positives = a.logits.positives;
-    int first = 0;
-    for (int high = static_cast<int>(a.logits.batch * positives.width); first < high;) {
-      const int middle = (first + high) / 2;
-      if (positives.slots[a.by_slot[middle]] < slot)
-        first = middle + 1;
-      else
-        high = middle;
-    }
-    return first;
+  UNICOM_DEVICE static int all(const AttendSamples& a) {
+    return static_cast<int>(a.logits.batch * a.logits.positives.width);
   }
-  UNICOM_DEVICE void find(const AttendSamples& a) {
-    sample_ = at_ < end_ ? static_cast<int>(a.by_slot[at_] / a.logits.positives.width) : INT32_MAX;
+  UNICOM_DEVICE static int64_t slot_at(const AttendSamples& a, int place) {
+    return a.logits.positives.slots[a.by_slot[place]];
+  }
+  UNICOM_DEVICE void find(const AttendSamples& a, int64_t slot) {
+    const bool found = at_ < all(a) && slot_at(a, at_) == slot;
+    sample_ = found ? static_cast<int>(a.by_slot[at_] / a.logits.positives.width) : INT32_MAX;
   }
 
-  int at_, end_, sample_;
+  int at_, sample_;  // place among the positives, by slot; its sample
 };
 
 // One block of classes against all samples.
@@ -172,37 +199,49 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   if (first_class >= row_count(a.logits)) return;
   const int tiles = static_cast<int>((a.logits.batch + T::kCols - 1) / T::kCols);
   T::run(given, static_cast<int>(first_class), 0, tiles, [&](T& tile) {
-    const Exponential<Unit> exponential(a.logits.scale);
+    const float scale_log2 = Exponential<Unit>(a.logits.scale).scale_log2;
     const auto filter = static_cast<float>(a.logits.filter);
+    RunningExponents<T> exponents;
     PositivesOfClass positives[T::kThreadRows] = {{a, first_class + tile.row(0)},
                                                   {a, first_class + tile.row(1)}};
     for (int t = 0; t < tiles; ++t) {
       const int first = t * T::kCols;
 #pragma unroll
       for (int i = 0; i < T::kThreadRows; ++i)
-        positives[i].before(first + T::kCols, a, [&](int sample) {
+        positives[i].before(first + T::kCols, a, first_class + tile.row(i), [&](int sample) {
 #pragma unroll
           for (int j = 0; j < T::kThreadCols; ++j)
             if (first + tile.col(j) == sample) tile.at(i, j) = kNoCosine;
         });
       const auto* rows = static_cast<const RowScale<float>*>(a.row) + first;
+      float peaks[T::kThreadRows] = {kNoCosine, kNoCosine};
 #pragma unroll
-      for (int j = 0; j < T::kThreadCols; j += 2) {
-        using Two = Pack<RowScale<float>, 2>;
-        const Two two = *reinterpret_cast<const Two*>(rows + tile.col(j));
+      for (int j = 0; j < T::kThreadCols; ++j) {  // logarithms of weights
+        const float exponent = rows[tile.col(j)].exponent;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const RowScale<float>& row = two.values[e];
-          const float factor = row.factor * UnitTraits<Unit>::kProbabilityScale;
+        for (int i = 0; i < T::kThreadRows; ++i) {
+          float& c = tile.at(i, j);
+          c = c > filter ? kNoCosine : fmaf(c, scale_log2, -exponent);
+          peaks[i] = larger(peaks[i], c);
+        }
+      }
+      exponents.raise(tile, peaks, [](const auto&) {});
 #pragma unroll
-          for (int i = 0; i < T::kThreadRows; ++i) {
-            float& c = tile.at(i, j + e);
-            c = c > filter ? 0.0f : exponential(c, row.exponent) * factor;
-          }
+      for (int j = 0; j < T::kThreadCols; ++j) {
+        const float factor = rows[tile.col(j)].factor;
+#pragma unroll
+        for (int i = 0; i < T::kThreadRows; ++i) {
+          float& c = tile.at(i, j);
+          c = exp2_fast(c - exponents.of(i)) * factor;
         }
       }
       tile.add_weighted(t + 1 == tiles);
     }
+    float by[T::kThreadRows];
+#pragma unroll
+    for (int i = 0; i < T::kThreadRows; ++i)
+      by[i] = times_power(UnitTraits<Unit>::kProbabilityScale, exponents.of(i));
+    tile.scale_sums(by);
     tile.write(a.out + in_chunk * a.logits.depth, static_cast<int>(a.logits.depth));
   });
 #endif

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 
 namespace unicom::cuda {
@@ -65,7 +67,10 @@ struct Queue {
 #ifdef UNICOM_HOPPER
     static const bool wanted = [] {
       const char* given = std::getenv("UNICOM_CUDA_HOPPER");
-      return given == nullptr || std::strcmp(given, "0") != 0;
+      if (given != nullptr && std::strcmp(given, "0") != 0 && std::strcmp(given, "1") != 0)
+        throw std::runtime_error("UNICOM_CUDA_HOPPER must be 0 or 1, got '" + std::string(given) +
+                                 "'");
+      return given == nullptr || *given == '1';
     }();
     return wanted && attribute(cudaDevAttrComputeCapabilityMajor, &capability_) == 9;
 #else

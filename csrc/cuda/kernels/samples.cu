@@ -218,11 +218,15 @@ __global__ void prepare_backward_kernel(__grid_constant__ const PrepareBackward 
   }
   largest = block_reduce(largest, Max{});
   for (int64_t i = threadIdx.x; i < a.rows; i += kWideThreads) {
-    a.folded[i] = largest > 0 ? a.negative_weight[i] / largest : 0.0;
-    if (a.folds) static_cast<RowScale<Real>*>(a.row)[i].factor *= static_cast<Real>(a.folded[i]);
+    a.folded[i] = largest > 0 ? a.negative_weight[i] / largest * a.reach : 0.0;
+    if (!a.folds) continue;
+    RowScale<Real>& row = static_cast<RowScale<Real>*>(a.row)[i];
+    int power = 0;
+    row.factor = static_cast<Real>(std::frexp(row.factor * a.folded[i], &power));
+    row.exponent = row.factor == 0 ? Real(-kNoExponent) : row.exponent - static_cast<Real>(power);
   }
   if (threadIdx.x != 0) return;
-  *a.largest = largest;
+  *a.fold = largest / a.reach;
   if (a.upstream != nullptr) *a.upstream = static_cast<double>(grad[0]);
 }
 

@@ -54,11 +54,12 @@ struct PrepareBackward {
   double scale;
   double* target_weight;    // [batch][width] upstream gradient * scale * pull * psi'
   double* negative_weight;  // [rows] upstream gradient * scale * push
-  double* folded;           // [rows] negative_weight / largest: what the operands can hold
-  double* largest;          // [1] absolute value of negative_weight
+  double reach;             // of what can hold the weights
+  double* folded;           // [rows] negative_weight / fold, at most reach in size
+  double* fold;             // [1]
   double* smooth_weight;    // nullptr, or [rows] upstream gradient * scale * smooth
-  void* row;                // [rows] RowScale<Real>; its factor
-  bool folds;               //   times folded
+  void* row;                // [rows] RowScale<Real>;
+  bool folds;               //   times folded, as AttendSamples wants it
   double* upstream;  // nullptr, or [1]: receives the gradient of the reduced loss; unless it is 1,
                      // all weights become NaN
 };

@@ -21,7 +21,8 @@ template <class Unit>
 struct UnitTraits {
   using Real = float;
   static constexpr bool kTensorCores = true;
-  // Probabilities are stored as p * this, so that those of a million classes stay normal numbers.
+  // Probabilities are stored as p * this, so that those of a million classes stay normal numbers; and
+  // unit vectors that are weighted, so that those of samples of little weight do.
   static constexpr float kProbabilityScale = 32768.0f;
 };
 template <>

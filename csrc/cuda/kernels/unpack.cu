@@ -117,7 +117,7 @@ __global__ void unpack_prototypes_kernel(__grid_constant__ const UnpackPrototype
     smooth_dot += a.smooth_sum[k] * unit_at<Unit>(a, row, k);
   if (smooths) smooth_dot = warp_sum(smooth_dot);
   for (int64_t k = lane_index(); k < a.sink.dim; k += kWarp) {
-    double value = *p.largest * w_inverse *
+    double value = *p.fold * w_inverse *
                    (total_at<Unit>(a, of_parts, row, k) - dot * unit_at<Unit>(a, row, k));
     if (smooths) value -= w_inverse * (a.smooth_sum[k] - smooth_dot * unit_at<Unit>(a, row, k));
     for (int64_t s = first; s < positives && slots[p.by_slot[s]] == slot; ++s) {

@@ -56,7 +56,7 @@ struct UnpackPrototypes {
   const int64_t* count;
   int64_t bound;
   const int64_t* by_slot;  // [batch * width], of OrderPositives
-  const double* largest;   // what the weights in the operands were divided by
+  const double* fold;      // [1] what the weights in the operands were divided by
   bool compact;            // row j of the sink is prototype sink_first + j of the list, not of all
   int64_t sink_first;
 };
