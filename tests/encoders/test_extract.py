@@ -115,11 +115,15 @@ def test_images_that_cannot_be_read_have_zero_rows_and_no_label(tmp_path):
     folder = tmp_path / "pictures"
     pictures(folder, [f"{c}/{i}.jpg" for c in "ab" for i in range(4)])
     (folder / "a" / "2.jpg").write_bytes(encoded(0, "JPEG")[:80])
+    for name in ("a/1.txt", "a/2.txt"):
+        (folder / name).write_text(f"a caption of {name}")
     config = dataclasses.replace(CONFIG, data=str(folder), dim=3, thumbnails=8)
     facts = write(tmp_path / "out", open_part(config, 0, "all"), config)
     assert facts["unreadable"] == 1
     rows = Source(tmp_path / "out").take(np.arange(8))
     assert (rows.norm(dim=1) == 0).nonzero().flatten().tolist() == [2]
+    text = Source(tmp_path / "out", joint="text").take(np.arange(8))
+    assert text.any(dim=1).nonzero().flatten().tolist() == [1]
     assert np.load(tmp_path / "out" / "true_labels.npy").tolist() == [0, 0, -1, 0, 1, 1, 1, 1]
     line = (tmp_path / "out" / "metadata" / "metadata_0000.jsonl").read_text().splitlines()[2]
     found = json.loads(line)
@@ -237,6 +241,14 @@ def test_what_is_whole_is_not_made_again(tmp_path, monkeypatch):
         write(tmp_path, images_of(8))
 
 
+@pytest.mark.parametrize("name", ["img_emb/img_emb_0001.npy", "true_labels.npy", "encoder.pt"])
+def test_what_was_deleted_is_made_again(tmp_path, name):
+    facts, before = write(tmp_path), contents(tmp_path)
+    (tmp_path / name).unlink()
+    assert write(tmp_path) == facts
+    assert contents(tmp_path) == before
+
+
 def test_other_captions_are_other_features_where_they_are_used(tmp_path):
     images, changed = images_of(), images_of()
     changed.pictures._captions[3] = "PATTERN E"  # as long as it was
@@ -274,6 +286,20 @@ def test_other_contents_of_the_same_files_are_other_features(tmp_path, monkeypat
     assert found[0].keys() == found[1].keys() == {"encoder", "weights"}
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["encoder"] != found[1]["encoder"]
+
+
+def test_a_single_byte_of_weights_counts(tmp_path):
+    """Wherever it is: layers that were frozen stay as they are around it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights, content = folder / "model.safetensors", bytearray(1 << 20)
+    settings = {"encoder": f"hf:{folder}", "weights": str(weights)}
+    weights.write_bytes(content)
+    before = named.contents(settings)
+    content[300_000] = 1
+    weights.write_bytes(content)
+    after = named.contents(settings)
+    assert before["encoder"] != after["encoder"] and before["weights"] != after["weights"]
 
 
 def test_contents_of_folders_and_of_nothing(tmp_path):

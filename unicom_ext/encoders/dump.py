@@ -62,12 +62,17 @@ class Dump:
                     f"{self.output / FACTS}: is of other features ({'; '.join(found)}); overwrite "
                     "them, or name another directory"
                 )
-            if _read(self.new / FACTS) is None:
+            if _read(self.new / FACTS) is None and self._whole:
                 return there
         begun = _read(self.new / FACTS)
         if begun is None or _differences(begun, self.facts) or "files" not in begun:
             return None
         return self._move_in(begun)
+
+    @property
+    def _whole(self) -> bool:
+        """Whether all files are there: who deletes some wants them anew."""
+        return all((self.output / name).exists() for name in self.files)
 
     def begin(self) -> None:
         """Make room for new files, or keep those of a killed call for the same features."""
