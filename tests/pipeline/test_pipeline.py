@@ -293,6 +293,25 @@ def test_from_and_until(pictures, tmp_path):
     assert pipeline.final_run(output) == output / "pretrained"
 
 
+@pytest.mark.parametrize(
+    ("step", "changed"), [("train", {"train": {"m2": 0.2}}), ("cluster", {"cluster": {"clusters": 6}})]
+)
+def test_what_comes_after_a_changed_step_counts_no_more(output, pictures, step, changed):
+    """An encoder that was fine-tuned from other weights is not exported, a page of it not shown."""
+    assert pipeline.final_run(output) == output / "finetuned"
+    settings = tables(pictures, **changed)
+    assert done(run_pipeline(output, settings, until=step)[1]) == [step]
+    if step == "train":
+        assert pipeline.final_run(output) == output / "pretrained"
+    else:
+        with pytest.raises(ConfigError, match="has finished no training yet$"):
+            pipeline.final_run(output)
+    assert not (output / "report.html").exists()
+    assert not (output / "evaluation" / steps.FIGURES).exists()
+    later = STEPS[STEPS.index(step) + 1 :]
+    assert done(run_pipeline(output, settings)[1]) == later
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
