@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from unicom_ext.data.images.opening import open_images
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.pipeline.record import RECORD, Record
 from unicom_ext.pipeline.steps import (
@@ -27,6 +26,7 @@ from unicom_ext.pipeline.steps import (
     names_its_table,
     planned,
 )
+from unicom_ext.train.images import opened
 from unicom_ext.utils.files import only_writer, write_file
 from unicom_ext.utils.settings import ConfigError
 
@@ -71,7 +71,7 @@ def run(
     console = console or Console()
     output = Path(output).absolute()
     record = Record(output, _OWN_DIRECTORIES)
-    place = Place(config, open_images(config.data, config.data.seed), output)
+    place = Place(config, opened(config.data, config.data.seed), output)
     steps, without = planned(place), left_out(place)
     for argument, name in (("until", until), ("from", begin_at)):
         _check_step(argument, name, without)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import numpy as np
 
 from unicom_ext.cluster.outputs import CLUSTERS
 from unicom_ext.data.images.batches import AT_LEAST
+from unicom_ext.data.images.collection import shown
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
-from unicom_ext.data.images.opening import Parts
+from unicom_ext.data.images.opening import Parts, open_images
+from unicom_ext.data.images.settings import DataSettings
 from unicom_ext.data.labels import read_positives
 from unicom_ext.train.config import Config
+from unicom_ext.utils.files import natural_name_key
 from unicom_ext.utils.settings import ConfigError
 
 
@@ -68,6 +72,30 @@ def _check_clustered(config: Config, train_set: ImageSet) -> None:
         )
 
 
+def opened(settings: DataSettings, seed: int) -> Parts:
+    """The images that the settings name, to train and to evaluate on.
+
+    Raises what `open_images` raises, and ConfigError where parts share classes: results on those
+    that were trained on would pass for results on others.
+    """
+    parts = open_images(settings, seed)
+    sets = {"train": parts.train, "validation": parts.validation, "test": parts.query}
+    classes = {part: _classes_in(images) for part, images in sets.items() if images is not None}
+    for part, other in combinations(classes, 2):
+        if shared := sorted(classes[part] & classes[other], key=natural_name_key):
+            raise ConfigError(
+                f"data: {settings.data} has {len(shared)} of the classes both in {part} and in "
+                f"{other} ({shown(shared)}); must have each class in one of them alone"
+            )
+    return parts
+
+
+def _classes_in(images: ImageSet) -> set[str]:
+    """The names of the classes that its images have."""
+    labels = np.unique(images.labels[images.labels != NO_CLASS])
+    return {images.class_names[label] for label in labels.tolist()}
+
+
 def check_parts(config: Config, parts: Parts) -> None:
     """Raises ConfigError where there is no part of the images that the settings need."""
     if config.patience and parts.validation is None:
@@ -78,19 +106,20 @@ def _check_relevant(
     config: Config, part: str, query: ImageSet | None, gallery: ImageSet | None
 ) -> None:
     """Raises ConfigError where no image of a part has another one to be found."""
-    if query is None:
-        return
-    labels = query.labels[query.labels != NO_CLASS]
-    if gallery is None:
-        found = len(np.unique(labels)) < len(labels)
-    else:
-        found = bool(np.isin(labels, gallery.labels).any())
-    if not found:
+    if query is not None and not has_relevant(query, gallery):
         where = "the gallery" if gallery is not None else "the part"
         raise ConfigError(
             f"data: no {part} image of {config.data} has another one of its class in {where}, so "
             "that there is nothing to find"
         )
+
+
+def has_relevant(query: ImageSet, gallery: ImageSet | None) -> bool:
+    """Whether an image has another one of its class to be found."""
+    labels = query.labels[query.labels != NO_CLASS]
+    if gallery is None:
+        return len(np.unique(labels)) < len(labels)
+    return bool(np.isin(labels, gallery.labels).any())
 
 
 def facts_of(parts: Parts) -> dict[str, Any]:
