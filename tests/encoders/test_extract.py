@@ -137,6 +137,16 @@ def test_images_that_cannot_be_read_have_zero_rows_and_no_label(tmp_path):
         write(tmp_path / "none", open_part(config, 0, "all"), config)
 
 
+def test_labels_are_those_of_all_parts(tmp_path):
+    """So that a classifier of one part can be tested on another."""
+    folders = ("train/a", "train/b", "test/b", "test/c")
+    pictures(tmp_path, [f"pictures/{folder}/{i}.png" for folder in folders for i in range(2)])
+    config = dataclasses.replace(CONFIG, data=str(tmp_path / "pictures"), dim=2, thumbnails=0)
+    for part, labels in (("train", [0, 0, 1, 1]), ("query", [1, 1, 2, 2])):
+        write(tmp_path / part, open_part(config, 0, part), config)
+        assert np.load(tmp_path / part / "true_labels.npy").tolist() == labels
+
+
 def test_small_pictures_in_colour(tmp_path):
     array = np.full((6, 40, 40, 3), (250, 120, 3), np.uint8)
     array += np.random.default_rng(0).integers(0, 5, array.shape, dtype=np.uint8)

@@ -10,6 +10,7 @@
 
 Row i is image i. One that cannot be read has no label, and zero rows, which clustering leaves out;
 the text's row is zero where there is no caption, too.
+A class has the same number in all parts of the images.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class _Extraction:
 
     def finish(self) -> int:
         """Write true_labels.npy; returns how many images cannot be read."""
-        labels, at = self.images.labels.copy(), 0
+        labels, at = self.images.common_labels.copy(), 0
         unreadable = 0
         for path in list_files(self.directory / "metadata", ".jsonl"):
             with open(path, encoding="utf-8") as lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +62,15 @@ def open_images(settings: DataSettings, seed: int) -> Parts:
     optional is not installed that they need.
     """
     if settings.data == GLYPHS:
-        drawn = glyphs.split(glyphs.load(), seed, settings.test_fraction)
-        train, test = map(of_glyphs, drawn)
+        drawn = glyphs.load()
+        number = {point: i for i, point in enumerate(drawn.codepoints.tolist())}
+        train, test = (
+            replace(
+                of_glyphs(part),
+                numbers=np.array([number[point] for point in part.codepoints.tolist()]),
+            )
+            for part in glyphs.split(drawn, seed, settings.test_fraction)
+        )
         return _with_validation(train, None, test, None, settings, seed)
     found = _read(Path(settings.data).expanduser(), settings.layout)
     if found.parts is not None:
