@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from unicom_ext.encoders import contents as named
 from unicom_ext.encoders import dump, extract, registry
 from unicom_ext.encoders.extract import some_words
 from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.retrieval.files import evaluate_files, probe_files
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.settings import ConfigError
 
@@ -145,6 +147,29 @@ def test_labels_are_those_of_all_parts(tmp_path):
     for part, labels in (("train", [0, 0, 1, 1]), ("query", [1, 1, 2, 2])):
         write(tmp_path / part, open_part(config, 0, part), config)
         assert np.load(tmp_path / part / "true_labels.npy").tolist() == labels
+
+
+def test_features_of_different_encoders_are_not_compared_in_silence(tmp_path):
+    """As those of encoders that were fitted to each part by itself."""
+    a, b, again = (tmp_path / name for name in ("a", "b", "again"))
+    config = dataclasses.replace(CONFIG, weights=str(a / "encoder.pt"))
+    write(a, images_of(20))
+    write(b, images_of(11))
+    write(again, images_of(11), config)
+    message = exactly(
+        f"test: {b} has features of another encoder than {a} (weights): cosines between them say "
+        f"nothing. To have the same, extract them with --weights {a}/encoder.pt"
+    )
+    with pytest.warns(UserWarning, match=message):
+        probe_files(a, a / "true_labels.npy", b, b / "true_labels.npy")
+    with pytest.warns(UserWarning, match="^gallery: "):
+        evaluate_files(a, a / "true_labels.npy", b, b / "true_labels.npy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe_files(a, a / "true_labels.npy", again, again / "true_labels.npy")
+        # Where nothing says of which encoder they are, and where they are not of it.
+        probe_files(a, a / "true_labels.npy", b / "img_emb", b / "true_labels.npy")
+        probe_files(a, a / "true_labels.npy", b, b / "true_labels.npy", joint="text")
 
 
 def test_small_pictures_in_colour(tmp_path):

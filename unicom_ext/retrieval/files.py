@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -13,6 +14,7 @@ from torch import Tensor
 from unicom_ext.data.labels import read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.encoders.dump import ENCODER, encoder_of
 from unicom_ext.retrieval.arguments import check_counts, check_same_width
 from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
 from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
@@ -65,7 +67,7 @@ def evaluate_files(
     more `block_bytes` mean less reading.
 
     Raises ConfigError, SourceError, ValueError or TypeError; the message names the file or what is
-    wrong.
+    wrong. Warns where queries and gallery are of different encoders.
     """
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: give both or neither")
@@ -82,6 +84,7 @@ def evaluate_files(
     items = item_labels = item_groups = None
     if gallery is not None:
         source = Source(gallery, **which)
+        _check_same_encoder("gallery", gallery, features, which)
         zero = find_zero_rows("gallery", source, checked.block_bytes)
         item_labels = _integers("gallery_labels", gallery_labels, source, several=True)
         assert item_labels is not None
@@ -89,6 +92,24 @@ def evaluate_files(
         items, item_labels, item_groups = _readable(source, zero, item_labels, item_groups)
     task = checked_task(queries, query_labels, items, item_labels, query_groups, item_groups)
     return evaluate_task(task, checked, Ranks(None))
+
+
+def _check_same_encoder(
+    name: str, path: str | Path, other: str | Path, which: FeatureKwargs
+) -> None:
+    """Warns where image features that `unicom-ext extract` has written are of different encoders.
+    The same weights may lie in different files, so that this is no error."""
+    here, there = encoder_of(Path(path)), encoder_of(Path(other))
+    if here is None or there is None or which.get("joint") == "text":
+        return
+    if differ := [setting for setting in here if here[setting] != there[setting]]:
+        fitted = Path(other) / ENCODER
+        warnings.warn(
+            f"{name}: {path} has features of another encoder than {other} ({', '.join(differ)}): "
+            "cosines between them say nothing"
+            + (f". To have the same, extract them with --weights {fitted}" * fitted.exists()),
+            stacklevel=3,
+        )
 
 
 def _readable(
@@ -146,6 +167,7 @@ def probe_files(
         found = read_labels(names[1], of, source.rows, source.shards)
         numbers.append(torch.from_numpy(found))
     check_same_width("test", rows[1], "training rows", rows[0])
+    _check_same_encoder("test", test, train, which)
     width = rows[0].shape[1]
     results = []
     for dim in check_counts("dims", [width] if dims is None else dims, width):
