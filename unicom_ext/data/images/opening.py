@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from unicom_ext.data.images.collection import (
     Collection,
     shown,
 )
-from unicom_ext.data.images.folder import NoImages, read_folder
+from unicom_ext.data.images.folder import NoImages, first_image, read_folder
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS, DataSettings
 from unicom_ext.data.images.shards import find_shards, read_shards
@@ -159,7 +160,12 @@ def _auto(path: Path) -> Collection:
         known = standard.found(path)
         if known is not None:
             return LAYOUTS[known](path)
-        if find_shards(path):
+        if shards := find_shards(path):
+            if (image := first_image(path)) is not None:
+                raise SourceError(
+                    f"{path}: has shards ({next(iter(shards.values()))[0].name}) and images "
+                    f"({os.path.relpath(image, path)}); layout must say which: shards or folder"
+                )
             return read_shards(path)
         try:
             return read_folder(path)
