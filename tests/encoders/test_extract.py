@@ -19,6 +19,7 @@ from rich.console import Console
 from support.images import encoded, exactly, pictures
 
 from unicom_ext.cli.main import main
+from unicom_ext.cluster import ClusterConfig, cluster
 from unicom_ext.data import ngrams
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import open_part
@@ -170,6 +171,36 @@ def test_features_of_different_encoders_are_not_compared_in_silence(tmp_path):
         # Where nothing says of which encoder they are, and where they are not of it.
         probe_files(a, a / "true_labels.npy", b / "img_emb", b / "true_labels.npy")
         probe_files(a, a / "true_labels.npy", b, b / "true_labels.npy", joint="text")
+
+
+def test_labels_of_other_images_are_refused(tmp_path):
+    """Of as many: each row would get the label of another one."""
+    a, b, same = (tmp_path / name for name in ("a", "b", "same"))
+    write(a, images_of(20))
+    write(b, images_of(20, labels=np.arange(20) % 2))
+    write(same, images_of(20), dataclasses.replace(CONFIG, dim=3))
+    right, wrong = a / "true_labels.npy", b / "true_labels.npy"
+    config = ClusterConfig(clusters=2, passes=1)
+    for name, part, call in (
+        ("labels", "features", lambda y: evaluate_files(a, y)),
+        ("gallery_labels", "gallery", lambda y: evaluate_files(a, right, a, y)),
+        ("labels", "features", lambda y: probe_files(a, y, a, right)),
+        ("test_labels", "features", lambda y: probe_files(a, right, a, y)),
+        (
+            "true_labels", "features",
+            lambda y: cluster(config, a, tmp_path / "c", true_labels=y, overwrite=True),
+        ),
+    ):  # fmt: skip
+        with pytest.raises(SourceError, match=exactly(
+            f"{name}: {wrong}: are classes of other images (20 of 4 classes) than these (20 of 4 "
+            f"classes); must be those of the {part}"
+        )):  # fmt: skip
+            call(wrong)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a gallery that holds the queries
+            call(same / "true_labels.npy")
+    with pytest.raises(SourceError, match=r"^labels: .*: are clusters of other images "):
+        evaluate_files(b, tmp_path / "c")
 
 
 def test_small_pictures_in_colour(tmp_path):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unicom_ext.data.labels import TRUE_LABELS
 from unicom_ext.data.source import EXTRACTED
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.utils.arrays import SourceError
@@ -17,7 +18,7 @@ from unicom_ext.utils.settings import ConfigError
 
 SHARD_ROWS = 10_000
 FACTS = EXTRACTED
-LABELS, THUMBNAILS, ENCODER = "true_labels.npy", "images.npy", "encoder.pt"
+LABELS, THUMBNAILS, ENCODER = TRUE_LABELS, "images.npy", "encoder.pt"
 NEW = "extract.tmp"  # where files are until all are whole
 _NAME = (
     r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{4,}\.npy|metadata/metadata_[0-9]{4,}\.jsonl|"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicom_ext.data.labels import read_integers, read_labels
+from unicom_ext.data.labels import check_same_images, read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.encoders.dump import ENCODER, encoder_of
@@ -78,6 +78,7 @@ def evaluate_files(
     source = Source(features, **which)
     checked = checked_options(source.dim, **(options or {}))
     zero = find_zero_rows("features", source, checked.block_bytes)
+    check_same_images("labels", labels, source.images, "those of the features")
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     queries, query_labels, query_groups = _readable(source, zero, query_labels, query_groups)
@@ -85,6 +86,8 @@ def evaluate_files(
     if gallery is not None:
         source = Source(gallery, **which)
         _check_same_encoder("gallery", gallery, features, which)
+        assert gallery_labels is not None
+        check_same_images("gallery_labels", gallery_labels, source.images, "those of the gallery")
         zero = find_zero_rows("gallery", source, checked.block_bytes)
         item_labels = _integers("gallery_labels", gallery_labels, source, several=True)
         assert item_labels is not None
@@ -163,6 +166,7 @@ def probe_files(
     ):
         source = Source(path, **which)
         find_zero_rows(names[0], source, DEFAULT_BLOCK_BYTES)
+        check_same_images(names[1], of, source.images, "those of the features")
         rows.append(source.take(np.arange(source.rows)))
         found = read_labels(names[1], of, source.rows, source.shards)
         numbers.append(torch.from_numpy(found))

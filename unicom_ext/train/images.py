@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from unicom_ext.cluster.outputs import CLUSTERS
 from unicom_ext.data.images.batches import AT_LEAST
 from unicom_ext.data.images.collection import shown
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
 from unicom_ext.data.images.settings import DataSettings
-from unicom_ext.data.labels import LABELS, POSITIVES, read_positives
-from unicom_ext.encoders import dump
+from unicom_ext.data.labels import check_same_images, read_positives
 from unicom_ext.train.config import Config
 from unicom_ext.utils.files import natural_name_key
 from unicom_ext.utils.settings import ConfigError
@@ -36,7 +32,11 @@ def labelled(config: Config, parts: Parts) -> Parts:
     _check_relevant(config, "validation", parts.validation, None)
     _check_relevant(config, "test", parts.query, parts.gallery)
     if config.labels:
-        _check_of_these(config, train_set)
+        check_same_images(
+            "labels", config.labels, train_set.facts(),
+            "of features that were extracted with the same data, seed and fractions, and of the "
+            "part train",
+        )  # fmt: skip
         labels = read_positives("labels", config.labels, len(train_set), config.positives)
         train_set = train_set.relabelled(labels)
     elif (train_set.labels == NO_CLASS).any():
@@ -52,30 +52,6 @@ def labelled(config: Config, parts: Parts) -> Parts:
         )
     check_parts(config, parts)
     return replace(parts, train=train_set)
-
-
-def _check_of_these(config: Config, train_set: ImageSet) -> None:
-    """ConfigError where the labels are clusters or classes of other images, as `cluster` or
-    `extract` have written them: as many of them would be taken for these, each with another one's
-    label."""
-    path = Path(config.labels)
-    kind, file, name = "clusters", path / CLUSTERS, "images"
-    if path.name == dump.LABELS:
-        kind, file, name = "classes", path.with_name(dump.FACTS), "data"
-    elif path.suffix == ".npy" and path.name.startswith((LABELS, POSITIVES)):
-        file = path.with_name(CLUSTERS)
-    try:
-        there = json.loads(file.read_text())[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # nothing of these commands, or of features that say nothing of their images
-    here = train_set.facts()
-    if there is not None and there != here:
-        found, wanted = (f"{of['images']:,} of {of['classes']:,} classes" for of in (there, here))
-        raise ConfigError(
-            f"labels: {path}: are {kind} of other images ({found}) than these ({wanted}); must be "
-            "of features that were extracted with the same data, seed and fractions, and of the "
-            "part train"
-        )
 
 
 def opened(settings: DataSettings, seed: int) -> Parts:
