@@ -79,9 +79,15 @@ def _classes_in(images: ImageSet) -> set[str]:
 
 
 def check_parts(config: Config, parts: Parts) -> None:
-    """Raises ConfigError where there is no part of the images that the settings need."""
+    """Raises ConfigError where a part of the images that the settings need is not there, or small."""
     if config.patience and parts.validation is None:
         raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
+    size = min(config.batch_size, len(parts.train))
+    if size < AT_LEAST * config.accumulate:
+        raise ConfigError(
+            f"batch_size: got {size}, must be at least {AT_LEAST} for each of "
+            f"{config.accumulate} parts"
+        )
 
 
 def _check_relevant(
