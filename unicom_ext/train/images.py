@@ -79,7 +79,7 @@ def _classes_in(images: ImageSet) -> set[str]:
 
 
 def check_parts(config: Config, parts: Parts) -> None:
-    """Raises ConfigError where a part of the images that the settings need is not there, or small."""
+    """Raises ConfigError where a part that the settings need is not there, or too small."""
     if config.patience and parts.validation is None:
         raise ConfigError(f"patience: got {config.patience}, but there are no validation classes")
     size = min(config.batch_size, len(parts.train))
