@@ -34,7 +34,7 @@ TINY = [
 def tiny_glyphs(monkeypatch):
     """Some of the real pipeline's data, without drawing it."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "10000")  # which `train` sets, undone after the test
-    monkeypatch.setattr("unicom_ext.train.run.open_images", lambda *arguments: PARTS)
+    monkeypatch.setattr("unicom_ext.train.run.opened", lambda *arguments: PARTS)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_train_prints_a_table_and_writes_its_files(tmp_path, tiny_glyphs):
 def test_train_without_a_test(tmp_path, tiny_glyphs, monkeypatch):
     """There is a page, but no table."""
     parts = dataclasses.replace(PARTS, query=None)
-    monkeypatch.setattr("unicom_ext.train.run.open_images", lambda *arguments: parts)
+    monkeypatch.setattr("unicom_ext.train.run.opened", lambda *arguments: parts)
     result = invoke("train", "--output", tmp_path, *TINY, "--epochs=1")
     assert result.exit_code == 0, result.output
     assert "Recall@1" not in result.output

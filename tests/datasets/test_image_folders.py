@@ -14,7 +14,7 @@ from unicom_ext.data import glyphs
 from unicom_ext.data.glyphs import Glyphs
 from unicom_ext.data.images import opening
 from unicom_ext.data.images.imageset import ImageSet
-from unicom_ext.data.images.opening import open_images
+from unicom_ext.data.images.opening import open_images, open_part
 from unicom_ext.data.images.pictures import PictureError
 from unicom_ext.data.images.settings import LAYOUTS, DataSettings
 
@@ -261,12 +261,29 @@ def test_the_bundled_glyphs(monkeypatch):
         assert np.array_equal([part.read(i) for i in range(len(part))], cut.images)
         assert np.array_equal(part.labels, cut.labels)
         assert list(part.class_names) == cut.captions
+        assert [drawn.captions[number] for number in part.numbers] == cut.captions
         assert [part.caption(i) for i in range(len(part))] == [cut.captions[c] for c in cut.labels]
     assert whole.validation is whole.gallery is None
     cut = open_images(DataSettings(test_fraction=0.34, validation_fraction=0.25), 5)
     assert told(cut.query) == told(whole.query)
     assert (cut.train.num_classes, cut.validation.num_classes) == (3, 1)
     assert {*cut.train.class_names, *cut.validation.class_names} == {*whole.train.class_names}
+
+
+def test_a_class_has_one_number_in_all_parts(tmp_path):
+    folders = ("train/b", "train/a", "train/7", "query/b", "gallery/b", "gallery/x", "gallery/c")
+    pictures(tmp_path, [f"{folder}/1.png" for folder in folders])
+    settings = DataSettings(data=str(tmp_path))
+    for part, labels in (("train", [0, 1, 2]), ("query", [2]), ("gallery", [2, 3, 4])):
+        images = open_part(settings, 0, part)
+        assert images.common_labels.tolist() == labels
+        assert images.take(np.arange(1)).common_labels.tolist() == labels[:1]
+    assert open_part(settings, 0, "all").common_labels.tolist() == [2, 3, 4, 2, 0, 1, 2]
+    train = open_part(settings, 0, "train")
+    assert train.of_classes([0, 2]).of_classes([1]).common_labels.tolist() == [2]
+    assert train.relabelled(np.array([[5, -1], [9, 5], [-1, -1]])).common_labels.tolist() == [
+        [0, -1], [1, 0],
+    ]  # fmt: skip
 
 
 # ---- what is found when it is read ----

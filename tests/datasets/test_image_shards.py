@@ -212,6 +212,20 @@ def test_folders_and_files_that_are_no_shards(tmp_path):
     )
 
 
+def test_a_tar_beside_pictures(tmp_path):
+    """Such as a backup of some: neither would be all that was meant."""
+    root = tmp_path / "all"
+    tar(root / "backup.tar", {"1.jpg": encoded(1)})
+    write(root / ".thumbnails/1.png", encoded(3))
+    assert len(opened(root).train) == 1
+    write(root / "shoe/deeper/2.png", encoded(2))
+    refused(root, f"{root}: has shards (backup.tar) and images (shoe/deeper/2.png); layout must "
+                  "say which: shards or folder")  # fmt: skip
+    assert told(opened(root, layout="shards").train) == [("backup.tar/1.jpg", None, "")]
+    write(root / "hat/3.png", encoded(2))
+    assert len(opened(root, layout="folder").train) == 1
+
+
 def test_a_tar_that_changes_under_a_reader(tmp_path):
     path = tar(tmp_path / "0.tar", {"a.png": encoded(0), "a.json": '{"caption": "x"}'})
     train = opened(path).train

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from rich.console import Console
 from support.images import encoded, exactly, pictures
 
 from unicom_ext.cli.main import main
+from unicom_ext.cluster import ClusterConfig, cluster
 from unicom_ext.data import ngrams
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import open_part
@@ -26,6 +28,7 @@ from unicom_ext.encoders import contents as named
 from unicom_ext.encoders import dump, extract, registry
 from unicom_ext.encoders.extract import some_words
 from unicom_ext.encoders.extract_config import ExtractConfig
+from unicom_ext.retrieval.files import evaluate_files, probe_files
 from unicom_ext.utils.arrays import SourceError
 from unicom_ext.utils.settings import ConfigError
 
@@ -115,11 +118,15 @@ def test_images_that_cannot_be_read_have_zero_rows_and_no_label(tmp_path):
     folder = tmp_path / "pictures"
     pictures(folder, [f"{c}/{i}.jpg" for c in "ab" for i in range(4)])
     (folder / "a" / "2.jpg").write_bytes(encoded(0, "JPEG")[:80])
+    for name in ("a/1.txt", "a/2.txt"):
+        (folder / name).write_text(f"a caption of {name}")
     config = dataclasses.replace(CONFIG, data=str(folder), dim=3, thumbnails=8)
     facts = write(tmp_path / "out", open_part(config, 0, "all"), config)
     assert facts["unreadable"] == 1
     rows = Source(tmp_path / "out").take(np.arange(8))
     assert (rows.norm(dim=1) == 0).nonzero().flatten().tolist() == [2]
+    text = Source(tmp_path / "out", joint="text").take(np.arange(8))
+    assert text.any(dim=1).nonzero().flatten().tolist() == [1]
     assert np.load(tmp_path / "out" / "true_labels.npy").tolist() == [0, 0, -1, 0, 1, 1, 1, 1]
     line = (tmp_path / "out" / "metadata" / "metadata_0000.jsonl").read_text().splitlines()[2]
     found = json.loads(line)
@@ -131,6 +138,69 @@ def test_images_that_cannot_be_read_have_zero_rows_and_no_label(tmp_path):
         path.write_bytes(b"\xff\xd8nothing")
     with pytest.raises(ConfigError):
         write(tmp_path / "none", open_part(config, 0, "all"), config)
+
+
+def test_labels_are_those_of_all_parts(tmp_path):
+    """So that a classifier of one part can be tested on another."""
+    folders = ("train/a", "train/b", "test/b", "test/c")
+    pictures(tmp_path, [f"pictures/{folder}/{i}.png" for folder in folders for i in range(2)])
+    config = dataclasses.replace(CONFIG, data=str(tmp_path / "pictures"), dim=2, thumbnails=0)
+    for part, labels in (("train", [0, 0, 1, 1]), ("query", [1, 1, 2, 2])):
+        write(tmp_path / part, open_part(config, 0, part), config)
+        assert np.load(tmp_path / part / "true_labels.npy").tolist() == labels
+
+
+def test_features_of_different_encoders_are_not_compared_in_silence(tmp_path):
+    """As those of encoders that were fitted to each part by itself."""
+    a, b, again = (tmp_path / name for name in ("a", "b", "again"))
+    config = dataclasses.replace(CONFIG, weights=str(a / "encoder.pt"))
+    write(a, images_of(20))
+    write(b, images_of(11))
+    write(again, images_of(11), config)
+    message = exactly(
+        f"test: {b} has features of another encoder than {a} (weights): cosines between them say "
+        f"nothing. To have the same, extract them with --weights {a}/encoder.pt"
+    )
+    with pytest.warns(UserWarning, match=message):
+        probe_files(a, a / "true_labels.npy", b, b / "true_labels.npy")
+    with pytest.warns(UserWarning, match="^gallery: "):
+        evaluate_files(a, a / "true_labels.npy", b, b / "true_labels.npy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe_files(a, a / "true_labels.npy", again, again / "true_labels.npy")
+        # Where nothing says of which encoder they are, and where they are not of it.
+        probe_files(a, a / "true_labels.npy", b / "img_emb", b / "true_labels.npy")
+        probe_files(a, a / "true_labels.npy", b, b / "true_labels.npy", joint="text")
+
+
+def test_labels_of_other_images_are_refused(tmp_path):
+    """Of as many: each row would get the label of another one."""
+    a, b, same = (tmp_path / name for name in ("a", "b", "same"))
+    write(a, images_of(20))
+    write(b, images_of(20, labels=np.arange(20) % 2))
+    write(same, images_of(20), dataclasses.replace(CONFIG, dim=3))
+    right, wrong = a / "true_labels.npy", b / "true_labels.npy"
+    config = ClusterConfig(clusters=2, passes=1)
+    for name, part, call in (
+        ("labels", "features", lambda y: evaluate_files(a, y)),
+        ("gallery_labels", "gallery", lambda y: evaluate_files(a, right, a, y)),
+        ("labels", "features", lambda y: probe_files(a, y, a, right)),
+        ("test_labels", "features", lambda y: probe_files(a, right, a, y)),
+        (
+            "true_labels", "features",
+            lambda y: cluster(config, a, tmp_path / "c", true_labels=y, overwrite=True),
+        ),
+    ):  # fmt: skip
+        with pytest.raises(SourceError, match=exactly(
+            f"{name}: {wrong}: are classes of other images (20 of 4 classes) than these (20 of 4 "
+            f"classes); must be those of the {part}"
+        )):  # fmt: skip
+            call(wrong)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a gallery that holds the queries
+            call(same / "true_labels.npy")
+    with pytest.raises(SourceError, match=r"^labels: .*: are clusters of other images "):
+        evaluate_files(b, tmp_path / "c")
 
 
 def test_small_pictures_in_colour(tmp_path):
@@ -237,6 +307,14 @@ def test_what_is_whole_is_not_made_again(tmp_path, monkeypatch):
         write(tmp_path, images_of(8))
 
 
+@pytest.mark.parametrize("name", ["img_emb/img_emb_0001.npy", "true_labels.npy", "encoder.pt"])
+def test_what_was_deleted_is_made_again(tmp_path, name):
+    facts, before = write(tmp_path), contents(tmp_path)
+    (tmp_path / name).unlink()
+    assert write(tmp_path) == facts
+    assert contents(tmp_path) == before
+
+
 def test_other_captions_are_other_features_where_they_are_used(tmp_path):
     images, changed = images_of(), images_of()
     changed.pictures._captions[3] = "PATTERN E"  # as long as it was
@@ -274,6 +352,21 @@ def test_other_contents_of_the_same_files_are_other_features(tmp_path, monkeypat
     assert found[0].keys() == found[1].keys() == {"encoder", "weights"}
     assert found[0]["weights"] == found[1]["weights"]
     assert found[0]["encoder"] != found[1]["encoder"]
+
+
+def test_a_single_byte_of_weights_counts(tmp_path):
+    """Wherever it is: layers that were frozen stay as they are around it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights, content = folder / "model.safetensors", bytearray(1 << 20)
+    settings = {"encoder": f"hf:{folder}", "weights": str(weights)}
+    weights.write_bytes(content)
+    before = named.contents(settings)
+    content[300_000] = 1
+    weights.write_bytes(content)
+    after = named.contents(settings)
+    assert before["encoder"] != after["encoder"]
+    assert before["weights"] != after["weights"]
 
 
 def test_contents_of_folders_and_of_nothing(tmp_path):

@@ -275,6 +275,23 @@ def test_changed_captions_and_weights(tmp_path):
     assert done(run_pipeline(output, without, until="cluster")[1]) == []
 
 
+def test_renamed_classes_are_on_a_new_page(pictures, tmp_path):
+    """Where the data say which are for what, nothing else depends on the names."""
+
+    def named(name):
+        rows = (
+            f"{pictures}/class {c}/{i}.jpg,{name} {c},{'train' if c < 4 else 'test'}\n"
+            for c in range(6) for i in range(6)
+        )  # fmt: skip
+        (tmp_path / "table.csv").write_text("path,label,split\n" + "".join(rows))
+        return tables(tmp_path / "table.csv")
+
+    output = tmp_path / "output"
+    assert done(run_pipeline(output, named("colour"))[1]) == STEPS
+    assert done(run_pipeline(output, named("colour"))[1]) == []
+    assert done(run_pipeline(output, named("shade"))[1]) == ["report"]
+
+
 def test_from_and_until(pictures, tmp_path):
     output, settings = tmp_path / "output", tables(pictures)
     assert done(run_pipeline(output, settings, until="cluster")[1]) == ["extract", "cluster"]
@@ -293,6 +310,26 @@ def test_from_and_until(pictures, tmp_path):
     assert pipeline.final_run(output) == output / "pretrained"
 
 
+@pytest.mark.parametrize(
+    ("step", "changed"),
+    [("train", {"train": {"m2": 0.2}}), ("cluster", {"cluster": {"clusters": 6}})],
+)
+def test_what_comes_after_a_changed_step_counts_no_more(output, pictures, step, changed):
+    """An encoder that was fine-tuned from other weights is not exported, a page of it not shown."""
+    assert pipeline.final_run(output) == output / "finetuned"
+    settings = tables(pictures, **changed)
+    assert done(run_pipeline(output, settings, until=step)[1]) == [step]
+    if step == "train":
+        assert pipeline.final_run(output) == output / "pretrained"
+    else:
+        with pytest.raises(ConfigError, match=r": has finished no training yet$"):
+            pipeline.final_run(output)
+    assert not (output / "report.html").exists()
+    assert not (output / "evaluation" / steps.FIGURES).exists()
+    later = STEPS[STEPS.index(step) + 1 :]
+    assert done(run_pipeline(output, settings)[1]) == later
+
+
 # ---- errors --------------------------------------------------------------------------------------
 
 
@@ -305,6 +342,8 @@ def test_from_and_until(pictures, tmp_path):
          "cluster.clusters: got 25, but there are 24 images to train on"),
         ({"train": {"patience": 1, "evaluate_every": 1}}, {},
          "train.patience: got 1, but there are no validation classes"),
+        ({"finetune": {"accumulate": 7}}, {},
+         "finetune.batch_size: got 12, must be at least 2 for each of 7 parts"),
         ({"train": {"encoder": "smal"}}, {}, None),
         ({"data": {"test_fraction": 0.01}}, {},
          "test_fraction: got 0.01, which leaves one part of the 6 classes empty"),

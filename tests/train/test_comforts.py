@@ -8,11 +8,12 @@ import json
 import signal
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.images import exactly
+from support.images import exactly, pictures
 from support.training import (
     DATA,
     FLAT,
@@ -427,6 +428,58 @@ def test_parts_that_cannot_be_trained_on_or_searched(tmp_path):
         with pytest.raises(ConfigError, match=exactly(f"data: {message}")):
             run(tmp_path / "new", data=parts)
         assert not (tmp_path / "new").exists()
+
+
+class NoPictures(ArrayPictures):
+    def read(self, number):
+        raise PictureError(f"{number}: is no image")
+
+
+def test_parts_of_which_nothing_can_be_read(tmp_path):
+    train_set, test = (
+        dataclasses.replace(images, pictures=NoPictures(images.pictures.images)) for images in DATA
+    )
+    with pytest.raises(ConfigError, match=exactly(
+        "data: none of the 120 images to train on of glyphs can be read: 0: is no image"
+    )):  # fmt: skip
+        run(tmp_path / "train", data=Parts(train_set, None, DATA[1], None))
+    config = changed(patience=1)
+    with pytest.raises(ConfigError, match=exactly(
+        "data: 0 validation images of glyphs can be read, and none of them has another one of its "
+        "class to be found"
+    )):  # fmt: skip
+        run(tmp_path / "new", config=config, data=Parts(DATA[0], test, DATA[1], None))
+    # The encoder is not lost where it cannot be tested.
+    expected = run(tmp_path / "expected", data=Parts(DATA[0], None, None, None))
+    for gallery in (None, DATA[1]):
+        text = io.StringIO()
+        data = Parts(DATA[0], None, test, gallery)
+        metrics = run(tmp_path / "new", data=data, text=text, overwrite=True)
+        assert "data: 0 test images of glyphs can be read, and none of them has" in text.getvalue()
+        assert (metrics["evaluations"], metrics["loss"]) == ([], expected["loss"])
+        assert run(tmp_path / "new", data=data, resume=True) == metrics
+
+
+def test_parts_that_share_classes(tmp_path, monkeypatch):
+    """Results on classes that were trained on are none on others."""
+    monkeypatch.chdir(tmp_path)
+    for part, classes in (("train", "ab"), ("val", "cd"), ("test", "ae")):
+        pictures(Path("shared", part), [f"{c}/{i}.png" for c in classes for i in (1, 2)])
+    config = changed(data="shared")
+    with pytest.raises(ConfigError, match=exactly(
+        "data: shared has 1 of the classes both in train and in test (a); must have each class in "
+        "one of them alone"
+    )):  # fmt: skip
+        run("new", config=config, data=None)
+    Path("shared/train/a").rename("shared/train/d")
+    with pytest.raises(
+        ConfigError, match=r" 1 of the classes both in train and in validation .d.;"
+    ):
+        run("new", config=config, data=None)
+    assert not Path("new").exists()
+    Path("shared/train/d").rename("shared/train/f")
+    Path("shared/test/a").rename("shared/test/g")
+    assert run("new", config=config, data=None)["data"]["test_classes"] == 2
 
 
 def test_a_gallery_of_its_own(tmp_path):

@@ -110,6 +110,25 @@ def test_clusters_of_other_images_are_refused(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "file", "facts"),
+    [
+        ("labels_0000.npy", "clusters", "clusters.json", "images"),
+        ("true_labels.npy", "classes", "extract.json", "data"),
+    ],
+)
+def test_files_of_labels_of_other_images_are_refused(tmp_path, name, kind, file, facts):
+    for path in (tmp_path / name, tmp_path / "mine.npy"):
+        np.save(path, np.arange(len(TRAIN)) % 7)
+    other = TRAIN.take(np.arange(len(TRAIN))[::-1])
+    (tmp_path / file).write_text(json.dumps({facts: other.facts()}))
+    with pytest.raises(ConfigError, match=f"{name}: are {kind} of other images .120 of 20 classes"):
+        train_on(tmp_path / name, tmp_path / "run")
+    train_on(tmp_path / "mine.npy", tmp_path / "mine")
+    (tmp_path / file).write_text(json.dumps({facts: TRAIN.facts()}))
+    train_on(tmp_path / name, tmp_path / "run")
+
+
 def test_relabelled_with_several():
     labels = np.full((len(TRAIN), 3), -1)
     labels[0] = [7, -5, 3]

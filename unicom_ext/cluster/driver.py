@@ -35,6 +35,7 @@ from unicom_ext.cluster.positives import Several, write_positives
 from unicom_ext.cluster.progress import PassProgress
 from unicom_ext.cluster.pruning import LEAST_PRUNED, MOST_DIMENSIONS, PrunedSearch
 from unicom_ext.cluster.sums import UnitSums
+from unicom_ext.data.labels import check_same_images
 from unicom_ext.data.source import Block
 from unicom_ext.distributed.failures import agree
 from unicom_ext.distributed.ranks import Ranks, default_group
@@ -121,6 +122,10 @@ class _Run:
         self.device = device_of(config)
         self.engine = engine_of(config, self.device)
         self.source = inputs.open_source(self.input, config)
+        if true_labels is not None:
+            check_same_images(
+                "true_labels", true_labels, self.source.images, "those of the features"
+            )
         self.true_labels = inputs.open_true_labels(true_labels, self.source.rows)
         self.images = inputs.open_images(images, self.source.rows)
         init = Path(config.init) if config.init.lower().endswith(".npy") else None

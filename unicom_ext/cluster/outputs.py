@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from unicom_ext.cluster.pictures import PICTURES
-from unicom_ext.data.labels import LABELS, POSITIVES
+from unicom_ext.data.labels import CLUSTERED, LABELS, POSITIVES
 from unicom_ext.data.source import Source
 from unicom_ext.utils.settings import ConfigError
 
-CLUSTERS = "clusters.json"
+CLUSTERS = CLUSTERED
 STATE = "state"  # directory of what is needed to go on
 STATE_FILE, PASSES, FINAL = "state.pt", ("pass-0", "pass-1"), "final"
 PRUNING = "pruning"  # directory of what passes remember of each row, of use to their run only

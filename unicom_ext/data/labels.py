@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from unicom_ext.data.formats import by_number, numbered_files
-from unicom_ext.data.source import Shard
+from unicom_ext.data.source import EXTRACTED, Shard
 from unicom_ext.utils.arrays import SourceError, check_labels, check_some_label, open_array
 
 LABELS, POSITIVES = "labels_", "positives_"  # how the files of a directory begin
+CLUSTERED = "clusters.json"  # what `unicom-ext cluster` writes beside them
+TRUE_LABELS = "true_labels.npy"  # what `unicom-ext extract` writes beside features
+
+
+def check_same_images(
+    name: str, path: str | Path, images: Mapping[str, Any] | None, must: str
+) -> None:
+    """Raises SourceError where labels are clusters or classes of other images, as `cluster` or
+    `extract` have written them: as many of them would be taken for these, each with another one's
+    label.
+
+    Args:
+        name: what the SourceError calls the labels.
+        path: a file or a directory of them.
+        images: facts of those that are to have the labels, as `ImageSet.facts`; None: unknown.
+        must: what the end of the message says after "must be".
+    """
+    path = Path(path)
+    kind, file, key = "clusters", path / CLUSTERED, "images"
+    if path.name == TRUE_LABELS:
+        kind, file, key = "classes", path.with_name(EXTRACTED), "data"
+    elif path.suffix == ".npy" and path.name.startswith((LABELS, POSITIVES)):
+        file = path.with_name(CLUSTERED)
+    try:
+        there = json.loads(file.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # nothing of these commands, or of features that say nothing of their images
+    if there is not None and images is not None and there != images:
+        found, wanted = (f"{of['images']:,} of {of['classes']:,} classes" for of in (there, images))
+        raise SourceError(
+            f"{name}: {path}: are {kind} of other images ({found}) than these ({wanted}); must be "
+            + must
+        )
 
 
 def read_labels(

@@ -8,8 +8,9 @@
     encoder.pt                         of an encoder that was fitted to these images
     extract.json                       settings, facts, and a list of these files
 
-Row i is image i. One that cannot be read has a zero row and no label, which clustering leaves out;
-the text's row is zero where there is no caption.
+Row i is image i. One that cannot be read has no label, and zero rows, which clustering leaves out;
+the text's row is zero where there is no caption, too.
+A class has the same number in all parts of the images.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ class _Extraction:
 
     def finish(self) -> int:
         """Write true_labels.npy; returns how many images cannot be read."""
-        labels, at = self.images.labels.copy(), 0
+        labels, at = self.images.common_labels.copy(), 0
         unreadable = 0
         for path in list_files(self.directory / "metadata", ".jsonl"):
             with open(path, encoding="utf-8") as lines:
@@ -212,7 +213,7 @@ class _Extraction:
         write_file(self._path("metadata", number), lambda file: file.write(content))
         if self.text_encoder is not None:
             encoded = torch.zeros(len(captions), self.text_encoder.dim)
-            if there := [i for i, caption in enumerate(captions) if caption]:
+            if there := [i for i, text in enumerate(captions) if text and i not in unreadable]:
                 encoded[there] = self.text_encoder.encode([captions[i] for i in there])
             write_file(self._path("text_emb", number), partial(np.save, arr=encoded.half().numpy()))
         write_file(self._path("img_emb", number), partial(np.save, arr=features.numpy()))

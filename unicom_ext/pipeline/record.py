@@ -64,8 +64,11 @@ class Record:
 
     def is_begun(self, step: str, key: str) -> bool:
         """Whether what an unfinished step has left is of this key."""
-        entry = self._steps.get(step, {})
-        return entry.get("key") == key and "result" not in entry
+        return self.is_of(step, key) and "result" not in self._steps[step]
+
+    def is_of(self, step: str, key: str) -> bool:
+        """Whether the step was finished, or begun, with this key."""
+        return self._steps.get(step, {}).get("key") == key
 
     def last_whole(self, steps: Collection[str]) -> str | None:
         """The last of these steps that was finished."""

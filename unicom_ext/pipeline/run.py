@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.console import Console
 
-from unicom_ext.data.images.opening import open_images
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.pipeline.record import RECORD, Record
 from unicom_ext.pipeline.steps import (
@@ -20,12 +19,14 @@ from unicom_ext.pipeline.steps import (
     Evaluate,
     Finetune,
     Place,
+    Report,
     Step,
     Train,
     left_out,
     names_its_table,
     planned,
 )
+from unicom_ext.train.images import opened
 from unicom_ext.utils.files import only_writer, write_file
 from unicom_ext.utils.settings import ConfigError
 
@@ -70,7 +71,7 @@ def run(
     console = console or Console()
     output = Path(output).absolute()
     record = Record(output, _OWN_DIRECTORIES)
-    place = Place(config, open_images(config.data, config.data.seed), output)
+    place = Place(config, opened(config.data, config.data.seed), output)
     steps, without = planned(place), left_out(place)
     for argument, name in (("until", until), ("from", begin_at)):
         _check_step(argument, name, without)
@@ -101,7 +102,10 @@ def _do(step: Step, record: Record, console: Console) -> None:
         return
     _say(console, f"{step.name}: {step.purpose()}", style="bold")
     if not record.is_begun(step.name, step.key):
+        again = record.is_of(step.name, step.key)
         record.keep([name for name in NAMES if name != step.name])
+        if not again:
+            _forget_later(step, record)
         step.clear()
         record.begin(step.name, step.key)
     began = time.perf_counter()
@@ -110,6 +114,16 @@ def _do(step: Step, record: Record, console: Console) -> None:
     seconds = time.perf_counter() - began
     record.finish(step.name, result, seconds)
     _say(console, f"{step.name}: took {timedelta(seconds=round(seconds))}")
+
+
+def _forget_later(step: Step, record: Record) -> None:
+    """The steps after one that makes something else, of which theirs are no more: there is no
+    encoder of theirs to export, and no page to look at."""
+    at = NAMES.index(step.name)
+    record.keep(NAMES[:at])
+    for kind in STEPS[at + 1 :]:
+        if kind in (Evaluate, Report):
+            (step.place.output / kind.directory / kind.result).unlink(missing_ok=True)
 
 
 def _say(console: Console, text: str, style: str | None = None) -> None:

@@ -107,7 +107,7 @@ class Step:
         raise NotImplementedError
 
     def data(self) -> dict[str, str]:
-        """Digests of the images that decide it."""
+        """Digests of what decides it of the images."""
         return {}
 
     def purpose(self) -> str:
@@ -341,6 +341,12 @@ class Report(Step):
 
     def settings(self) -> dict[str, Any]:
         return {}
+
+    def data(self) -> dict[str, str]:
+        """Names of classes too: the page has them, and nothing before it depends on them."""
+        parts = (getattr(self.place.parts, part.name) for part in dataclasses.fields(Parts))
+        names = json.dumps([None if images is None else [*images.class_names] for images in parts])
+        return {"classes": hashlib.sha256(names.encode()).hexdigest()}
 
     def purpose(self) -> str:
         return "one page of what was found"

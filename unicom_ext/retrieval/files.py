@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, Unpack
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicom_ext.data.labels import read_integers, read_labels
+from unicom_ext.data.labels import check_same_images, read_integers, read_labels
 from unicom_ext.data.source import Source
 from unicom_ext.distributed.ranks import Ranks
+from unicom_ext.encoders.dump import ENCODER, encoder_of
 from unicom_ext.retrieval.arguments import check_counts, check_same_width
 from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
 from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
@@ -65,7 +67,7 @@ def evaluate_files(
     more `block_bytes` mean less reading.
 
     Raises ConfigError, SourceError, ValueError or TypeError; the message names the file or what is
-    wrong.
+    wrong. Warns where queries and gallery are of different encoders.
     """
     if (gallery is None) != (gallery_labels is None):
         raise ValueError("gallery and gallery_labels: give both or neither")
@@ -76,12 +78,16 @@ def evaluate_files(
     source = Source(features, **which)
     checked = checked_options(source.dim, **(options or {}))
     zero = find_zero_rows("features", source, checked.block_bytes)
+    check_same_images("labels", labels, source.images, "those of the features")
     query_labels = torch.from_numpy(read_labels("labels", labels, source.rows, source.shards))
     query_groups = _integers("groups", groups, source)
     queries, query_labels, query_groups = _readable(source, zero, query_labels, query_groups)
     items = item_labels = item_groups = None
     if gallery is not None:
         source = Source(gallery, **which)
+        _check_same_encoder("gallery", gallery, features, which)
+        assert gallery_labels is not None
+        check_same_images("gallery_labels", gallery_labels, source.images, "those of the gallery")
         zero = find_zero_rows("gallery", source, checked.block_bytes)
         item_labels = _integers("gallery_labels", gallery_labels, source, several=True)
         assert item_labels is not None
@@ -89,6 +95,24 @@ def evaluate_files(
         items, item_labels, item_groups = _readable(source, zero, item_labels, item_groups)
     task = checked_task(queries, query_labels, items, item_labels, query_groups, item_groups)
     return evaluate_task(task, checked, Ranks(None))
+
+
+def _check_same_encoder(
+    name: str, path: str | Path, other: str | Path, which: FeatureKwargs
+) -> None:
+    """Warns where image features that `unicom-ext extract` has written are of different encoders.
+    The same weights may lie in different files, so that this is no error."""
+    here, there = encoder_of(Path(path)), encoder_of(Path(other))
+    if here is None or there is None or which.get("joint") == "text":
+        return
+    if differ := [setting for setting in here if here[setting] != there[setting]]:
+        fitted = Path(other) / ENCODER
+        warnings.warn(
+            f"{name}: {path} has features of another encoder than {other} ({', '.join(differ)}): "
+            "cosines between them say nothing"
+            + (f". To have the same, extract them with --weights {fitted}" * fitted.exists()),
+            stacklevel=3,
+        )
 
 
 def _readable(
@@ -142,10 +166,12 @@ def probe_files(
     ):
         source = Source(path, **which)
         find_zero_rows(names[0], source, DEFAULT_BLOCK_BYTES)
+        check_same_images(names[1], of, source.images, "those of the features")
         rows.append(source.take(np.arange(source.rows)))
         found = read_labels(names[1], of, source.rows, source.shards)
         numbers.append(torch.from_numpy(found))
     check_same_width("test", rows[1], "training rows", rows[0])
+    _check_same_encoder("test", test, train, which)
     width = rows[0].shape[1]
     results = []
     for dim in check_counts("dims", [width] if dims is None else dims, width):

@@ -20,13 +20,13 @@ from rich.console import Console
 from unicom_ext import checkpoint
 from unicom_ext.data.images.batches import killed_workers_named
 from unicom_ext.data.images.embedded import Embedded
-from unicom_ext.data.images.opening import Parts, open_images
+from unicom_ext.data.images.opening import Parts
 from unicom_ext.distributed.failures import agree
 from unicom_ext.train import checkpoints, curves, report
 from unicom_ext.train.config import Config
 from unicom_ext.train.curves import Curves
 from unicom_ext.train.evaluation import RESAMPLES, evaluate, evaluate_baselines
-from unicom_ext.train.images import facts_of, labelled
+from unicom_ext.train.images import facts_of, has_relevant, labelled, opened
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
@@ -36,6 +36,7 @@ from unicom_ext.utils.files import (
     only_writer,
     write_atomically,
 )
+from unicom_ext.utils.settings import ConfigError
 from unicom_ext.utils.versions import cpu_model, versions
 
 
@@ -75,7 +76,7 @@ def train(
         saved = checkpoints.to_resume(output, config, resume, overwrite)
         if config.tensorboard:
             curves.check_installed()
-        parts = labelled(config, open_images(config, config.seed) if data is None else data)
+        parts = labelled(config, opened(config, config.seed) if data is None else data)
         facts = facts_of(parts)
     except Exception as error:
         failure = error
@@ -139,7 +140,7 @@ def train(
                 f"{output / checkpoints.UNREADABLE} says why.",
                 soft_wrap=True,
             )
-        query, gallery = (None, None) if parts.query is None else run.tested()
+        query, gallery = run.tested()
         if first:
             report.write(output, metrics, parts.train, query, gallery)
         return metrics
@@ -159,6 +160,9 @@ def _announce(config: Config, facts: dict[str, Any], parts: Parts, console: Cons
     )
 
 
+_Tested = tuple[Embedded | None, Embedded | None]  # queries, and a gallery of their own
+
+
 class _Run:
     """What `to_the_end` works on."""
 
@@ -173,7 +177,7 @@ class _Run:
         self.trainer, self.metrics, self.parts = trainer, metrics, parts
         self.output, self.console = output, console
         self.first = trainer.rank == 0
-        self._tested: tuple[Embedded, Embedded | None] | None = None
+        self._tested: _Tested | None = None
 
     def to_the_end(self, on_step: Callable[[int], object] | None) -> None:
         """Train up to the last step, with evaluations and checkpoints on the way."""
@@ -204,6 +208,8 @@ class _Run:
                 if on_step is not None:
                     on_step(trainer.step)
 
+                if trainer.step == trainer.steps_per_epoch:
+                    self._check_readable()
                 last = trainer.step == trainer.steps
                 began = time.perf_counter()
                 if last or (every and trainer.step % every == 0):
@@ -218,17 +224,38 @@ class _Run:
                 if stopping and not last:
                     raise Interrupted(trainer.step, trainer.steps, path)
 
-    def tested(self) -> tuple[Embedded, Embedded | None]:
+    def tested(self) -> _Tested:
         """The test images by the final encoder."""
         if self._tested is None:
             self._tested = self._embedded()
         return self._tested
 
-    def _embedded(self) -> tuple[Embedded, Embedded | None]:
-        """The test images by the encoder as it is."""
-        query, gallery = self.parts.query, self.parts.gallery
-        assert query is not None
-        return self.trainer.embed(query), None if gallery is None else self.trainer.embed(gallery)
+    def _embedded(self) -> _Tested:
+        """The test images by the encoder as it is; None where there is nothing to find among those
+        that can be read, which is no reason to lose the encoder."""
+        if self.parts.query is None:
+            return None, None
+        query = self.trainer.embed(self.parts.query)
+        gallery = None if self.parts.gallery is None else self.trainer.embed(self.parts.gallery)
+        if not has_relevant(query.images, None if gallery is None else gallery.images):
+            self.console.print(self._nothing_to_find("test", query), soft_wrap=True, markup=False)
+            return None, None
+        return query, gallery
+
+    def _nothing_to_find(self, part: str, found: Embedded) -> str:
+        return (
+            f"data: {len(found.images):,} {part} images of {self.trainer.config.data} can be read, "
+            "and none of them has another one of its class to be found"
+        )
+
+    def _check_readable(self) -> None:
+        """ConfigError where an epoch was spent on nothing."""
+        found, count = self._unreadable(), len(self.parts.train)
+        if len(found) == count:
+            raise ConfigError(
+                f"data: none of the {count:,} images to train on of {self.trainer.config.data} can "
+                f"be read: {next(iter(found.values()))}"
+            )
 
     def _evaluate_on_the_way(self, last: bool) -> bool:
         """Evaluate; returns whether training ends here because it does not get better.
@@ -238,18 +265,24 @@ class _Run:
         trainer, config = self.trainer, self.trainer.config
         if self.parts.validation is not None:
             found = trainer.embed(self.parts.validation)
+            if not has_relevant(found.images, None):
+                raise ConfigError(self._nothing_to_find("validation", found))
             recall = self._note("validation", found, None, config.dims[-1:])
             if config.patience:
                 last = self._compare(recall) or last
-        elif self.parts.query is not None and not last:
-            self._note("test", *self._embedded(), config.dims[-1:])
+        elif not last:
+            self._note_test(self._embedded(), config.dims[-1:])
         if last:
             if config.patience:
                 agree({}, None, trainer.group)  # the first has written it
                 trainer.load_encoder(checkpoints.read_best(self.output))
-            if self.parts.query is not None:
-                self._note("test", *self.tested(), config.dims, bootstrap=RESAMPLES)
+            self._note_test(self.tested(), config.dims, bootstrap=RESAMPLES)
         return last
+
+    def _note_test(self, tested: _Tested, dims: Sequence[int], bootstrap: int = 0) -> None:
+        query, gallery = tested
+        if query is not None:
+            self._note("test", query, gallery, dims, bootstrap)
 
     def _note(
         self,
@@ -294,11 +327,14 @@ class _Run:
 
     def _save(self) -> Path:
         trainer, metrics = self.trainer, self.metrics
-        # Those of before a run was resumed are not known to the trainer.
-        found = metrics["unreadable"] | trainer.all_unreadable()
-        unreadable = {name: found[name] for name in sorted(found, key=natural_name_key)}
-        metrics["unreadable"] = unreadable
+        metrics["unreadable"] = self._unreadable()
         return checkpoints.save(self.output, trainer, metrics)
+
+    def _unreadable(self) -> dict[str, str]:
+        """The training images that could not be read so far, by their names, and why."""
+        # Those of before a run was resumed are not known to the trainer.
+        found = self.metrics["unreadable"] | self.trainer.all_unreadable()
+        return {name: found[name] for name in sorted(found, key=natural_name_key)}
 
 
 def _device_name(device: torch.device) -> str:

@@ -137,18 +137,28 @@ def glimpse(path: Path) -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """SHA-256 of the `glimpse` of a file, or of the names and glimpses of the files in a directory,
-    at any depth; None where there is neither."""
+    """SHA-256 of what is in a file, or of names and contents of the files in a directory, at any
+    depth; None where there is neither.
+
+    Of a checkpoint, which a step of training changes everywhere, it is that of glimpses: beside the
+    encoder it may hold millions of prototypes.
+    """
     if path.is_file():
-        return glimpse(path)
+        return _digest_of_file(path)
     if not path.is_dir():
         return None
+    of_file = glimpse if (path / ".metadata").exists() else _digest_of_file
     digest = hashlib.sha256()
     for file in sorted(found for found in path.rglob("*") if found.is_file()):
         digest.update(
-            f"{file.relative_to(path)}\0{glimpse(file)}\n".encode(errors="surrogateescape")
+            f"{file.relative_to(path)}\0{of_file(file)}\n".encode(errors="surrogateescape")
         )
     return digest.hexdigest()
+
+
+def _digest_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def natural_key(path: Path) -> tuple[list[str | int], str]:

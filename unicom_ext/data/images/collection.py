@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,7 @@ class Collection:
         names = sorted(found, key=natural_name_key)
         number: dict[str | None, int] = {name: i for i, name in enumerate(names)}
         number[None] = NO_CLASS  # which rows of several are filled up with
+        common = np.array([self._numbers[name] for name in names], np.int64)
         sets = []
         for part, of_part in zip(rows, classes, strict=True):
             most = max(1, *map(len, of_part), 1)
@@ -67,8 +69,14 @@ class Collection:
             labels = np.array(numbers, np.int64)
             if most > 1:
                 labels = labels.reshape(len(part), most)
-            sets.append(ImageSet(self.pictures, part, labels, names))
+            sets.append(ImageSet(self.pictures, part, labels, names, common))
         return sets
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Of all classes, by their names."""
+        found = {name for row in range(len(self.classes)) for name in self._classes_of(row)}
+        return {name: number for number, name in enumerate(sorted(found, key=natural_name_key))}
 
     def _classes_of(self, row: int) -> tuple[str, ...]:
         found = self.classes[row]

@@ -96,6 +96,17 @@ def read_folder(root: Path) -> Collection:
     return _collection(root, images, rows)
 
 
+def first_image(root: Path) -> str | None:
+    """The path of an image below a folder, but not below links to others and what cannot be read;
+    None where there is none."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                return os.path.join(folder, name)
+    return None
+
+
 def _collection(
     root: Path, images: list[_Found], parts: dict[str, np.ndarray] | None
 ) -> Collection:

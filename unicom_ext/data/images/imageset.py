@@ -28,12 +28,14 @@ class ImageSet:
     labels       int64 [n], index into class_names, or NO_CLASS; [n, P], rows filled up with
                  NO_CLASS, after `relabelled` and where the data give some of a gallery several
     class_names  one for each class; labels run over 0 .. num_classes - 1
+    numbers      int64 [num_classes], of the classes among those of all parts; None: the same
     """
 
     pictures: Pictures
     rows: np.ndarray
     labels: np.ndarray
     class_names: Sequence[str]
+    numbers: np.ndarray | None = None
 
     @classmethod
     def of_arrays(
@@ -55,6 +57,13 @@ class ImageSet:
     def first_labels(self) -> np.ndarray:
         """int64 [n], one class of each image, for what takes no more."""
         return self.labels if self.labels.ndim == 1 else self.labels[:, 0]
+
+    @property
+    def common_labels(self) -> np.ndarray:
+        """As `labels`, with the numbers that classes have among those of all parts."""
+        if self.numbers is None:
+            return self.labels
+        return np.append(self.numbers, NO_CLASS)[self.labels]  # the last for NO_CLASS
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,11 +99,13 @@ class ImageSet:
         if unlabelled:
             new[NO_CLASS] = NO_CLASS
         indices = np.flatnonzero(new[self.labels] != left_out)
+        numbers = np.arange(self.num_classes) if self.numbers is None else self.numbers
         return ImageSet(
             self.pictures,
             self.rows[indices],
             new[self.labels[indices]],
             [self.class_names[c] for c in classes],
+            numbers[list(classes)],
         )
 
     def split(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from unicom_ext.data.images.collection import (
     Collection,
     shown,
 )
-from unicom_ext.data.images.folder import NoImages, read_folder
+from unicom_ext.data.images.folder import NoImages, first_image, read_folder
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS, DataSettings
 from unicom_ext.data.images.shards import find_shards, read_shards
@@ -62,8 +63,15 @@ def open_images(settings: DataSettings, seed: int) -> Parts:
     optional is not installed that they need.
     """
     if settings.data == GLYPHS:
-        drawn = glyphs.split(glyphs.load(), seed, settings.test_fraction)
-        train, test = map(of_glyphs, drawn)
+        drawn = glyphs.load()
+        number = {point: i for i, point in enumerate(drawn.codepoints.tolist())}
+        train, test = (
+            replace(
+                of_glyphs(part),
+                numbers=np.array([number[point] for point in part.codepoints.tolist()]),
+            )
+            for part in glyphs.split(drawn, seed, settings.test_fraction)
+        )
         return _with_validation(train, None, test, None, settings, seed)
     found = _read(Path(settings.data).expanduser(), settings.layout)
     if found.parts is not None:
@@ -152,7 +160,12 @@ def _auto(path: Path) -> Collection:
         known = standard.found(path)
         if known is not None:
             return LAYOUTS[known](path)
-        if find_shards(path):
+        if shards := find_shards(path):
+            if (image := first_image(path)) is not None:
+                raise SourceError(
+                    f"{path}: has shards ({next(iter(shards.values()))[0].name}) and images "
+                    f"({os.path.relpath(image, path)}); layout must say which: shards or folder"
+                )
             return read_shards(path)
         try:
             return read_folder(path)
