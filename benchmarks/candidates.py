@@ -290,6 +290,19 @@ CANDIDATES = [
         fragile=True,
     ),
     Candidate(
+        "partialfc-bf16",
+        "PartialFC v2 bf16",
+        "bf16 products under autocast, logits and the rest fp32, eager, AdamW(fused=True)",
+        partial_fc("fused", linear_dtype=torch.bfloat16),
+    ),
+    Candidate(
+        "compile-bf16",
+        "PartialFC v2 bf16, compiled",
+        "the same by torch.compile, AdamW(fused=True)",
+        compiled(linear_dtype=torch.bfloat16),
+        fragile=True,
+    ),
+    Candidate(
         "gemm",
         "bare GEMMs",
         "fp32 torch.mm into given memory: one forward, two backward, no update; the floor",

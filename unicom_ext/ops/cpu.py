@@ -12,8 +12,8 @@ def set_cpu_capability(name: str) -> None:
     """Use the kernels of instruction set `name` from now on, in the whole process.
 
     Args:
-        name: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` or ``"amx"``; those that this
-            CPU can run are in ``unicom_ext._engine.cpu_capabilities()``.
+        name: ``"portable"``, ``"avx2"``, ``"avx512"``, ``"avx512_bf16"`` or ``"amx"``; those that
+            this CPU can run are in ``unicom_ext._engine.cpu_capabilities()``.
 
     Raises:
         ValueError: this CPU cannot run it, or there is no such instruction set.
