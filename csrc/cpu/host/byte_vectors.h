@@ -72,13 +72,17 @@ inline void write_units(const uint8_t* bytes, int64_t units, ByteQuad* out, int6
   for (int64_t u = 0; u < units; ++u) std::memcpy(out + u * step, bytes + u * kValues, kValues);
 }
 
-// Bytes to a row of tiles as the kernels take them, and units of so many rows.
+// Bytes to a row of tiles as the kernels take them, with zeros to the end of the last run of units;
+// and units of so many rows.
 inline void write_row(const uint8_t* bytes, int64_t units, const TileLayout& layout, int64_t row,
                       ByteQuad* tiles) {
   ByteQuad* out = tiles + layout.at(row, 0, units);
   if (layout.units == 1) return write_units(bytes, units, out, layout.rows);
-  for (int64_t u = 0; u < units; u += layout.units, out += layout.rows * layout.units)
-    std::memcpy(out, bytes + u * kValues, std::min(layout.units, units - u) * kValues);
+  for (int64_t u = 0; u < units; u += layout.units, out += layout.rows * layout.units) {
+    const int64_t count = std::min(layout.units, units - u);
+    std::memcpy(out, bytes + u * kValues, count * kValues);
+    std::memset(out + count, 0, (layout.units - count) * kValues);
+  }
 }
 inline int64_t units_of_rows(int64_t rows, int64_t units, const TileLayout& layout) {
   return round_up(rows, layout.rows) * layout.padded(units);

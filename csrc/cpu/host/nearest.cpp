@@ -37,7 +37,7 @@ struct PackedCentroids {
     arrays.take(largest_norm, 1);
     arrays.take(largest_lost, 1);
     arrays.take(inverse_norm, lanes);
-    arrays.take(panels, lanes * units);
+    arrays.take(panels, lanes * units + kBehindPanels);
     arrays.take(bias, lanes);
     arrays.take(scale, lanes);
     arrays.take(start, lanes);

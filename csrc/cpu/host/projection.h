@@ -86,7 +86,7 @@ struct OrderedCentroids {
     arrays.take(largest_norm, 1);
     arrays.take(largest_lost, 1);
     arrays.take(inverse_norm, count);
-    arrays.take(panels, lanes * units);
+    arrays.take(panels, lanes * units + kBehindPanels);
     arrays.take(start, lanes);
     arrays.take(whole, count * bytes_each);
     arrays.take(whole_start, count);

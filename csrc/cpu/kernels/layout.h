@@ -25,6 +25,9 @@ namespace unicom::cpu {
 constexpr int64_t kLanes = 16;
 constexpr int64_t kTile = 6;
 
+// Units that may be read behind the last vector panel of bytes, whatever they are.
+constexpr int64_t kBehindPanels = 16 * kLanes;
+
 struct BfPair {
   uint16_t even, odd;
 };

@@ -19,11 +19,11 @@ static_assert(kSquare == kLanes);
 // One or two squares of rows beside each other times one or two panels.
 template <class Unit>
 struct Corner {
-  const Unit* rows[2];      // the first square of each
-  int64_t square_stride;    // from a square to that of the next units
-  const Unit* panels[2];    // the first line of each
-  int64_t squares;          // whole ones
-  const Unit* row_tail[2];  // and one more with zeros at its end; nullptr: none
+  const Unit* rows[2];    // the first square of each
+  int64_t square_stride;  // from a square to that of the next units
+  const Unit* panels[2];  // the first line of each
+  int64_t squares;
+  const Unit* row_tail[2];  // and one more; nullptr: none
   const Unit* panel_tail[2];
   bool accumulate;  // sums go on from what is in out; else from zero
 };
@@ -165,14 +165,22 @@ class Tail {
   alignas(64) Unit values_[kSquareUnits];
 };
 
+// Whether zeros times whatever lies behind a panel are nothing: then products may go on to whole
+// squares, and read up to kBehindPanels behind the last one. In floating point that may be NaN.
+template <class Unit>
+constexpr bool kMayReadOn = std::is_same_v<Unit, ByteQuad>;
+static_assert(kBehindPanels >= (kSquare - 1) * kLanes);
+
 // out[panel * out_panel + r * 16 + lane] (+)=, r < 16 row_squares: rows, whose squares lie row_stride
-// apart, times panels.
+// apart, times panels.  padded: the squares end with zeros past the units
 template <class Unit, class Step>
 void multiply_squares(const Unit* rows, int64_t row_stride, int64_t square_stride,
                       int64_t row_squares, const Unit* panels, int64_t panel_stride,
-                      int64_t panel_count, int64_t units, bool accumulate, SumOf<Unit>* out,
-                      int64_t out_panel, const Step& step) {
-  const int64_t squares = units / kSquare, rest = units % kSquare;
+                      int64_t panel_count, int64_t units, bool padded, bool accumulate,
+                      SumOf<Unit>* out, int64_t out_panel, const Step& step) {
+  const bool read_on = padded && kMayReadOn<Unit>;
+  const int64_t squares = read_on ? ceil_div(units, kSquare) : units / kSquare;
+  const int64_t rest = read_on ? 0 : units % kSquare;
   Tail<Unit> row_tail[2], panel_tail[2];
   for (int64_t p = 0; p < panel_count; p += 2) {
     const int panels_here = panel_count - p > 1 ? 2 : 1;
@@ -191,8 +199,10 @@ void multiply_squares(const Unit* rows, int64_t row_stride, int64_t square_strid
       CornerSums<Unit> sums{};
       for (int i = 0; i < rows_here; ++i) {
         corner.rows[i] = rows + (r + i) * row_stride;
-        if (rest > 0)
-          corner.row_tail[i] = row_tail[i].of_rows(corner.rows[i] + squares * square_stride, rest);
+        if (rest > 0) {
+          const Unit* last = corner.rows[i] + squares * square_stride;
+          corner.row_tail[i] = padded ? last : row_tail[i].of_rows(last, rest);
+        }
         for (int j = 0; j < panels_here; ++j)
           sums[i][j] = out + (p + j) * out_panel + (r + i) * kSquareUnits;
       }

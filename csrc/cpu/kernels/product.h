@@ -207,7 +207,7 @@ UNICOM_INLINE void multiply_together(const CosineBlock<Unit>& block, int64_t pan
   multiply_squares<Unit>(
       block.rows + tile * block.row_tile_stride, block.row_tile_stride / kTile * kSquare,
       kSquareUnits, ceil_div(tiles * kTile, kSquare), block.classes + panel * block.panel_stride,
-      block.panel_stride, P, block.units, false, out, kScratch<Unit>, step);
+      block.panel_stride, P, block.units, true, false, out, kScratch<Unit>, step);
 }
 
 // `product` in squares. Here sums go on from block to block: what they lose is little beside what
@@ -231,14 +231,14 @@ void product_of_squares(const Product<Unit>& args) {
       const Unit* b = args.b + p * args.b_panel_stride + begin * kLanes;
       Real* out = args.out + p * args.out_panel_stride;
       multiply_squares<Unit>(a, args.a_tile_stride, args.group_stride, whole, b,
-                             args.b_panel_stride, panels, units, accumulate, out,
+                             args.b_panel_stride, panels, units, false, accumulate, out,
                              args.out_panel_stride, ask);
       if (rest == 0) continue;
       out += whole * kSquareUnits;
       for (int64_t j = 0; j < panels && accumulate; ++j)
         std::memcpy(last + j * kSquareUnits, out + j * args.out_panel_stride, rest * sizeof(Real));
       multiply_squares<Unit>(a + whole * args.a_tile_stride, args.a_tile_stride, args.group_stride,
-                             1, b, args.b_panel_stride, panels, units, accumulate, last,
+                             1, b, args.b_panel_stride, panels, units, false, accumulate, last,
                              kSquareUnits, ask);
       for (int64_t j = 0; j < panels; ++j)
         std::memcpy(out + j * args.out_panel_stride, last + j * kSquareUnits, rest * sizeof(Real));
