@@ -6,6 +6,8 @@ import functools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.backends import EVERY_SET
 from support.problems import (
     check_fp32,
@@ -87,6 +89,34 @@ def test_rounding_does_not_grow_with_the_number_of_classes(name):
         outcome = solve(partial_margin_softmax, problem)
     for a, b in zip(outcome, truth(problem), strict=True):
         assert relative_error(a, b) <= 5e-7  # one sum in float32: 4e-5
+
+
+# Squares of 16 x 16 units, two by two, of a run of 96 rows and 256 classes, ends of all of them.
+@pytest.mark.parametrize("name", [name for name in EVERY_SET if "amx" in name])
+@given(
+    st.integers(1, 210), st.integers(1, 290), st.integers(1, 130), st.integers(1, 3),
+    st.booleans(), st.integers(0, 2**20),
+)  # fmt: skip
+@settings(max_examples=25)
+def test_squares_of_a_matrix_unit(name, batch, num_classes, dim, centers, running, seed):
+    problem = random_problem(
+        batch,
+        num_classes,
+        dim,
+        seed=seed,
+        precision="bf16",
+        num_centers=centers,
+        scale=300.0 if running else 30.0,
+        interclass_filter=0.4,
+        ignored=batch // 4,
+    )
+    outcomes = []
+    for kernels in ("portable", name):
+        with cpu_capability(kernels):
+            outcomes.append(solve(partial_margin_softmax, problem))
+    for expected, found in zip(*outcomes, strict=True):
+        # Sums in another order, which some roundings to bf16 come out otherwise after.
+        assert relative_error(found, expected) <= (2e-3 if running else 2e-4)
 
 
 @pytest.mark.parametrize("shape", [(7, 65, 17), (65, 151, 33), (129, 1134, 48)], ids=str)

@@ -19,10 +19,12 @@ from torch import Tensor
 from unicom_ext.data.formats import FeatureFile, find_files
 from unicom_ext.data.joint import check_joint, join
 from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.files import digest_of
 
 BLOCK_BYTES = 32 << 20  # of fp32 rows, of which three blocks are in memory at a time
 
-EXTRACTED = "extract.json"  # what `unicom-ext extract` writes beside features
+# What `unicom-ext extract` writes beside features.
+EXTRACTED, ENCODER = "extract.json", "encoder.pt"
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -183,6 +185,25 @@ class Source:
             "dim": self.dim,
             "shards": [{"name": s.name, "rows": s.rows} for s in self.shards],
         }
+
+
+def encoder_of(directory: Path) -> dict[str, Any] | None:
+    """What tells the image encoder of a dump from others, by setting; None where there is no dump,
+    or one that does not say.
+
+    One that was fitted has the tensors that it was fitted to for weights.
+    """
+    try:
+        facts = json.loads((directory / EXTRACTED).read_text())
+        config, named, files = facts["config"], facts["contents"], facts["files"]
+        fitted = digest_of(directory / ENCODER) if ENCODER in files else None
+        return {
+            "encoder": [config["encoder"], named.get("encoder")],
+            "image_size": config["image_size"],
+            "weights": named.get("weights", fitted),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _check_shapes(shards: list[Shard]) -> None:

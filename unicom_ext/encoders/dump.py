@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from unicom_ext.data.labels import TRUE_LABELS
-from unicom_ext.data.source import EXTRACTED
+from unicom_ext.data.source import ENCODER, EXTRACTED
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.utils.arrays import SourceError
-from unicom_ext.utils.files import digest_of, list_files, natural_key, write_file
+from unicom_ext.utils.files import list_files, natural_key, write_file
 from unicom_ext.utils.settings import ConfigError
 
 SHARD_ROWS = 10_000
 FACTS = EXTRACTED
-LABELS, THUMBNAILS, ENCODER = TRUE_LABELS, "images.npy", "encoder.pt"
+LABELS, THUMBNAILS = TRUE_LABELS, "images.npy"
 NEW = "extract.tmp"  # where files are until all are whole
 _NAME = (
     r"(img_emb/img_emb|text_emb/text_emb)_[0-9]{4,}\.npy|metadata/metadata_[0-9]{4,}\.jsonl|"
@@ -30,25 +30,6 @@ FREE_TO_CHANGE = ("device", "workers")  # which do not change the features
 def shard_name(kind: str, number: int) -> str:
     ending = "jsonl" if kind == "metadata" else "npy"
     return f"{kind}/{kind}_{number:04d}.{ending}"
-
-
-def encoder_of(directory: Path) -> dict[str, Any] | None:
-    """What tells the image encoder of a dump from others, by setting; None where there is no dump,
-    or one that does not say.
-
-    One that was fitted has the tensors that it was fitted to for weights.
-    """
-    try:
-        facts = json.loads((directory / FACTS).read_text())
-        config, named, files = facts["config"], facts["contents"], facts["files"]
-        fitted = digest_of(directory / ENCODER) if ENCODER in files else None
-        return {
-            "encoder": [config["encoder"], named.get("encoder")],
-            "image_size": config["image_size"],
-            "weights": named.get("weights", fitted),
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 class Dump:

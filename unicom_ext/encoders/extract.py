@@ -33,9 +33,10 @@ from torch import Tensor
 
 from unicom_ext.data.images.batches import ImageBatches, in_order, killed_workers_named
 from unicom_ext.data.images.imageset import NO_CLASS, ImageSet
+from unicom_ext.data.source import ENCODER
 from unicom_ext.encoders import registry, text
 from unicom_ext.encoders.contents import contents
-from unicom_ext.encoders.dump import ENCODER, LABELS, SHARD_ROWS, THUMBNAILS, Dump, shard_name
+from unicom_ext.encoders.dump import LABELS, SHARD_ROWS, THUMBNAILS, Dump, shard_name
 from unicom_ext.encoders.encoder import ImageEncoder
 from unicom_ext.encoders.extract_config import ExtractConfig
 from unicom_ext.encoders.text import TextEncoder

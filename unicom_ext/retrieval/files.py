@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from unicom_ext.data.labels import check_same_images, read_integers, read_labels
-from unicom_ext.data.source import Source
+from unicom_ext.data.source import ENCODER, Source, encoder_of
 from unicom_ext.distributed.ranks import Ranks
-from unicom_ext.encoders.dump import ENCODER, encoder_of
 from unicom_ext.retrieval.arguments import check_counts, check_same_width
 from unicom_ext.retrieval.classify import knn_accuracy, linear_probe
 from unicom_ext.retrieval.evaluation import checked_options, checked_task, evaluate_task
