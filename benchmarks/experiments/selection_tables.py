@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from methods import FULL, RATES, Method
+from methods import FULL, RATES, SMALL_SCALE, Method
 from picture_sets import LABELS
 from selection_numbers import MEASURES, PCA_ROW, PRIMARY, numbers
 from tables import Table
@@ -110,7 +110,7 @@ CURVES = {
     PCA_ROW: PCA_ROW,
     **{m.title: m.title for m in (
         Method("matryoshka"), Method("softmax"), Method("filter"), Method("partial", 0.3, 1.0),
-        Method("partial", 1.0, 0.5), Method("partial", 0.3, 0.5),
+        Method("partial", 1.0, 0.5), Method("partial", 0.3, 0.5), *SMALL_SCALE,
     )},
 }  # fmt: skip
 
