@@ -188,6 +188,8 @@ void multiply_squares(const Unit* rows, int64_t row_stride, int64_t square_strid
     corner.square_stride = square_stride;
     corner.accumulate = accumulate;
     corner.squares = squares;
+    corner.panels[1] = panels;  // some address, where there is one panel alone
+    corner.rows[1] = rows;
     for (int j = 0; j < panels_here; ++j) {
       corner.panels[j] = panels + (p + j) * panel_stride;
       if (rest > 0)
