@@ -18,6 +18,7 @@ import tomllib
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from support.processes import Process, fork, status
@@ -36,6 +37,7 @@ from support.training import (
 from unicom_ext import checkpoint
 from unicom_ext.checkpoint import CheckpointError
 from unicom_ext.data import baselines
+from unicom_ext.data.images import augment
 from unicom_ext.data.images.augment import distort
 from unicom_ext.data.images.batches import TrainingBatches, share
 from unicom_ext.data.images.embedded import Embedded
@@ -193,6 +195,19 @@ def test_distortion_depends_on_the_generator_alone_and_stays_in_range():
     assert first.min() >= 0
     assert first.max() <= 1 + 1e-6
     assert torch.equal(distort(images, 0.0, np.random.default_rng(3)), images)
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 32, 32), (5, 3, 9, 16), (2, 1, 1, 1)])
+def test_strokes_grow_and_shrink_by_the_pixels_around(shape, monkeypatch):
+    def pooled(images):
+        return F.max_pool2d(images, 3, stride=1, padding=1)
+
+    images = torch.rand(shape)
+    for laid_out in (images, images.contiguous(memory_format=torch.channels_last)):
+        found = distort(laid_out, 1.0, np.random.default_rng(3))
+        with monkeypatch.context() as patch:
+            patch.setattr(augment, "_brightest", pooled)
+            assert torch.equal(found, distort(laid_out, 1.0, np.random.default_rng(3)))
 
 
 def test_more_batch_than_images(tmp_path, no_report):

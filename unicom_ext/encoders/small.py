@@ -27,13 +27,24 @@ class Encoder(nn.Module):
             nn.MaxPool2d(2),  # 4 x 4
             *_convolution(4 * width, 8 * width),
             # In one, so that the names of what follows are those in checkpoints.
-            nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten()),
+            nn.Sequential(_ToFourByFour(), nn.Flatten()),
             nn.Linear(8 * width * 16, embedding_size, bias=False),
             nn.BatchNorm1d(embedding_size),  # no direction outweighs the others in a cosine
         )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)
+
+
+class _ToFourByFour(nn.AdaptiveAvgPool2d):
+    """Leaves a map alone that is 4 x 4: as a mean of single pixels its gradient takes as long as
+    the last product's."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images if images.shape[-2:] == (4, 4) else super().forward(images)
 
 
 def _convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:

@@ -50,10 +50,17 @@ def distort(
     images = F.grid_sample(images, grid, align_corners=False)
 
     weight = draw(0.5)[:, None, None, None]
-    brightest = F.max_pool2d(images, 3, stride=1, padding=1)
-    darkest = -F.max_pool2d(-images, 3, stride=1, padding=1)
+    brightest, darkest = _brightest(images), -_brightest(-images)
     bolder, thinner = weight.clamp(min=0), (-weight).clamp(min=0)
     return images + bolder * (brightest - images) + thinner * (darkest - images)
+
+
+def _brightest(images: Tensor) -> Tensor:
+    """The brightest of each pixel's 3 x 3 neighbourhood, of its row first. Max pooling, which also
+    notes where it stood, takes 20 times as long."""
+    x = F.pad(images, (1, 1, 1, 1), value=-math.inf)
+    x = torch.maximum(torch.maximum(x[..., :-2], x[..., 1:-1]), x[..., 2:])
+    return torch.maximum(torch.maximum(x[..., :-2, :], x[..., 1:-1, :]), x[..., 2:, :])
 
 
 def crop_and_light(
