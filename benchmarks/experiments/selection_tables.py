@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from methods import FULL, RATES, SMALL_SCALE, Method
+from methods import FULL, GRID, RATES, SMALL_SCALE, Method
 from picture_sets import LABELS
 from selection_numbers import MEASURES, PCA_ROW, PRIMARY, numbers
 from tables import Table
@@ -150,9 +150,13 @@ def _curves(tested: dict[str, Any]) -> plt.Figure:
 
 
 def _heat_maps(tested: dict[str, Any]) -> plt.Figure:
-    """Difference to full softmax over r1 and r2: rows of panels are dimensions, columns labels."""
+    """Difference to full softmax over r1 and r2: rows of panels are dimensions, columns labels. If
+    some kinds of labels have the whole grid, these alone."""
+    grid = {method.title for method in GRID}
+    whole = {labels: rows for labels, rows in tested.items() if grid <= rows.keys()}
+    tested = whole or tested
     figure, panels = plt.subplots(
-        len(HEAT_DIMS), len(tested), figsize=(0.8 + 3.4 * len(tested), 6), layout="constrained",
+        len(HEAT_DIMS), len(tested), figsize=(1.6 + 3.4 * len(tested), 6), layout="constrained",
         squeeze=False,
     )  # fmt: skip
     grids = {
