@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -121,6 +122,7 @@ def stage(name: str, seconds: float, *words: str, **environment: str) -> Stage:
     return Stage(name, seconds, (Command(words, environment),))
 
 
+@functools.cache
 def usable_tests() -> list[str]:
     """Test files that can be imported here, but for those that are a stage of their own; what the
     others lack is said."""

@@ -55,6 +55,8 @@ namespace emulation {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+// Stacks begin at as many places of the caches: at one they would drive each other out.
+constexpr size_t kStackStep = 320, kStackPlaces = 256;
 
 enum class State { kReady, kPaused, kWaiting, kInCollective, kDone };
 
@@ -159,7 +161,8 @@ void prepare(int index) {
   if (fibre.stack == nullptr)
     fibre.stack = static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  void** top = reinterpret_cast<void**>(fibre.stack + kStackBytes);
+  void** top = reinterpret_cast<void**>(fibre.stack + kStackBytes -
+                                        kStackStep * (static_cast<size_t>(index) % kStackPlaces));
 #if defined(__SANITIZE_ADDRESS__)
   // The frames in which the last fibre ended; those below them have returned.
   if (fibre.stack_pointer != nullptr)

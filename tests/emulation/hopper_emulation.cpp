@@ -384,10 +384,7 @@ void execute(const Product& product, int block) {
   read_operand(b, product.cols, {product.b, product.b_depth_inner}, product.widen, block);
   std::vector<float>& sums = product.sums->values;
   if (!product.add) std::fill(sums.begin(), sums.end(), 0.0f);
-  for (int row = 0; row < kRows; ++row)
-    for (int col = 0; col < product.cols; col += 2)
-      add_truncated(&sums[static_cast<size_t>(row * product.cols + col)], a + row, kRows, b + col,
-                    product.cols);
+  multiply_add(sums.data(), a, kRows, b, product.cols);
 }
 
 constexpr uint32_t kUnderWay = 0x7fc0bad0;  // NaN that sums are until they have been waited for

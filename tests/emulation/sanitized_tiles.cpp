@@ -30,12 +30,20 @@ Array<uint16_t> unit_rows(std::mt19937& random, int64_t rows, int64_t depth) {
   return out;
 }
 
+Array<double> as_doubles(const Array<uint16_t>& halves) {
+  Array<double> out(halves.size);
+  std::transform(halves.get(), halves.get() + halves.size, out.get(), emulation::half_to_float);
+  return out;
+}
+
 // Inputs of a case, and what comes of them in double precision.
 struct LogitInputs {
   const LogitCase& c;
   int64_t rows, classes;
   double log2_scale;
+  std::mt19937 random;
   Array<uint16_t> embeddings, prototypes;
+  Array<double> exact_embeddings, exact_prototypes;
   Array<int64_t> slots;
   Array<double> cosines;  // [batch][classes], kNoCosine where there is no negative below the filter
   Array<double> sums, largest;
@@ -46,17 +54,17 @@ struct LogitInputs {
         rows(cuda::round_up(c.batch, cuda::kRowGranule)),
         classes(cuda::round_up(c.bound, cuda::kClassGranule)),
         log2_scale(c.scale / std::log(2.0)),
-        embeddings(0),
-        prototypes(0),
+        random(static_cast<unsigned>(c.count)),
+        embeddings(unit_rows(random, rows, c.depth)),
+        prototypes(unit_rows(random, classes, c.depth)),
+        exact_embeddings(as_doubles(embeddings)),
+        exact_prototypes(as_doubles(prototypes)),
         slots(c.batch * c.width),
         cosines(c.batch * classes),
         sums(c.batch),
         largest(c.batch),
         scales(cuda::round_up(rows, cuda::kAttendedKeys)) {
     using cuda::kNoCosine;
-    std::mt19937 random(static_cast<unsigned>(c.count));
-    embeddings = unit_rows(random, rows, c.depth);
-    prototypes = unit_rows(random, classes, c.depth);
     for (int64_t i = 0; i < slots.size; ++i)
       slots.data[i] = static_cast<int64_t>(random() % (c.count + 9)) - 9;  // negative: none here
     // Rows without gradient have an exponent that no exponential overflows (PrepareBackward).
@@ -80,12 +88,8 @@ struct LogitInputs {
                         static_cast<float>(exponent)};
     }
   }
-  double embedding(int64_t i, int64_t k) const {
-    return emulation::half_to_float(embeddings.data[i * c.depth + k]);
-  }
-  double prototype(int64_t j, int64_t k) const {
-    return emulation::half_to_float(prototypes.data[j * c.depth + k]);
-  }
+  double embedding(int64_t i, int64_t k) const { return exact_embeddings.data[i * c.depth + k]; }
+  double prototype(int64_t j, int64_t k) const { return exact_prototypes.data[j * c.depth + k]; }
   // Of a class's exponential in its sample's sum.
   double share(int64_t i, int64_t j) const {
     const double cosine = cosines.data[i * classes + j];
@@ -242,12 +246,14 @@ void compare_attention(const LogitCase& c) {
   in.expect_sums(out.sums, name);
   Array<double> of_classes(c.count * c.depth), size_of_classes(c.count * c.depth);
   const double off = 1e-3 + in.off();
-  for (int64_t i = 0; i < c.batch; ++i)
+  Array<double> shares(c.count);
+  for (int64_t i = 0; i < c.batch; ++i) {
+    for (int64_t j = 0; j < c.count; ++j) shares.data[j] = in.share(i, j);
     for (int64_t k = 0; k < c.depth; ++k) {
       double right = 0, size = 0;
       for (int64_t j = 0; j < c.count; ++j) {
-        const double of_row = in.share(i, j) * in.prototype(j, k);
-        const double of_class = weight(i) * in.share(i, j) * in.embedding(i, k);
+        const double of_row = shares.data[j] * in.prototype(j, k);
+        const double of_class = weight(i) * shares.data[j] * in.embedding(i, k);
         right += of_row;
         size += std::fabs(of_row);
         of_classes.data[j * c.depth + k] += of_class;
@@ -259,6 +265,7 @@ void compare_attention(const LogitCase& c) {
         return expect(false, name + ", row " + std::to_string(i) + ": " + std::to_string(got) +
                                  " for " + std::to_string(right));
     }
+  }
   for (int64_t at = 0; at < of_classes.size; ++at) {
     const double got = out.of_classes.data[at] / UnitTraits<Half>::kProbabilityScale;
     if (!(std::fabs(got - of_classes.data[at]) <= off * size_of_classes.data[at] + 1e-10))
@@ -301,14 +308,12 @@ void compare_products(const ProductCase& c, cuda::ProductOf of) {
   Array<float> before(c.splits * out_rows * c.depth);
   for (int64_t i = 0; i < before.size; ++i) before.data[i] = c.accumulate ? uniform(random) : NAN;
   Array<double> right(sum_rows * c.depth), size(sum_rows * c.depth);
-  auto value = [](const Array<uint16_t>& a, int64_t i) {
-    return double(emulation::half_to_float(a.data[i]));
-  };
+  const Array<double> exact_p = as_doubles(p), exact_operand = as_doubles(operand);
   for (int64_t i = 0; i < right.size; ++i) {
     const int64_t row = i / c.depth, col = i % c.depth;
     for (int64_t k = 0; k < (of_embeddings ? valid : c.rows); ++k) {
-      const double term = value(p, of_embeddings ? row * c.chunk + k : k * c.chunk + row) *
-                          value(operand, k * c.depth + col);
+      const double term = exact_p.data[of_embeddings ? row * c.chunk + k : k * c.chunk + row] *
+                          exact_operand.data[k * c.depth + col];
       right.data[i] += term;
       size.data[i] += std::fabs(term);
     }

@@ -1,66 +1,94 @@
 #include "tensor_core.h"
 
-#include <emmintrin.h>
-
-#include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <vector>
 
 namespace emulation {
 
-void add_truncated(float* sums, const double* a, int a_stride, const double* b, int b_stride) {
-  const auto absolute = [](__m128d x) { return _mm_andnot_pd(_mm_set1_pd(-0.0), x); };
-  const __m128d start = _mm_set_pd(sums[1], sums[0]);
-  __m128d terms[kDepth], largest = absolute(start), exact = start;
-  for (int k = 0; k < kDepth; ++k) {
-    terms[k] = _mm_mul_pd(_mm_set1_pd(a[k * a_stride]), _mm_loadu_pd(b + k * b_stride));
-    largest = _mm_max_pd(largest, absolute(terms[k]));
-    exact = _mm_add_pd(exact, terms[k]);
-  }
-  // Where all is zero, any digit will do.
-  largest = _mm_max_pd(largest, _mm_set1_pd(0x1p-900));
-  const __m128i digit =
-      _mm_sub_epi64(_mm_slli_epi64(_mm_srli_epi64(_mm_castpd_si128(largest), 52), 52),
-                    _mm_set1_epi64x(int64_t{23} << 52));
-  const __m128d digits =
-      _mm_castsi128_pd(_mm_sub_epi64(_mm_set1_epi64x(int64_t{2046} << 52), digit));
-  __m128i sum = _mm_cvttpd_epi32(_mm_mul_pd(start, digits));
-  for (const __m128d& term : terms)
-    sum = _mm_add_epi32(sum, _mm_cvttpd_epi32(_mm_mul_pd(term, digits)));
-  // Clears the digits that a float does not hold: as many as |sum| has above 24 bits.
-  const __m128i sign = _mm_srai_epi32(sum, 31);
-  const __m128i size = _mm_sub_epi32(_mm_xor_si128(sum, sign), sign);
-  __m128i beyond = _mm_srli_epi32(size, 24);
-  for (int step : {1, 2, 4}) beyond = _mm_or_si128(beyond, _mm_srli_epi32(beyond, step));
-  sum = _mm_sub_epi32(_mm_xor_si128(_mm_andnot_si128(beyond, size), sign), sign);
-  const __m128d truncated = _mm_mul_pd(_mm_cvtepi32_pd(sum), _mm_castsi128_pd(digit));
-  for (int i = 0; i < 2; ++i)
-    sums[i] = static_cast<float>(std::isfinite(exact[i]) ? truncated[i] : exact[i]);
+namespace {
+
+// Four sums at once.
+template <class T>
+using Four [[gnu::vector_size(4 * sizeof(T))]] = T;
+using Doubles = Four<double>;
+using Floats = Four<float>;
+using Integers = Four<int32_t>;
+using Bits = Four<int64_t>;
+
+// Of any address.
+template <class T>
+struct [[gnu::packed, gnu::may_alias]] Unaligned {
+  Four<T> value;
+};
+template <class T>
+[[gnu::always_inline]] inline Four<T> load(const T* from) {
+  return reinterpret_cast<const Unaligned<T>*>(from)->value;
 }
 
-void multiply_add(float (&c)[4], int lane, const Fragments (&all)[32]) {
-  // Of this lane's rows and columns, two each.
-  double rows[2][kDepth], columns[kDepth][2];
-  for (int i : {0, 1})
-    for (int holder = 0; holder < 4; ++holder) {  // within a group of four lanes
-      const auto& left = all[lane / 4 * 4 + holder].of;
-      const auto& right = all[(lane % 4 * 2 + i) * 4 + holder].of;
-      for (int part : {0, 1})
-        for (int half : {0, 1}) {
-          const int k = part * 8 + holder * 2 + half;
-          rows[i][k] = left[2 * part + i][half];
-          columns[k][i] = right[4 + part][half];
-        }
+[[gnu::always_inline]] inline Doubles absolute(Doubles x) { return (Doubles)((Bits)x & INT64_MAX); }
+
+[[gnu::always_inline]] inline void add_truncated(float* sums, const Doubles (&terms)[kDepth]) {
+  const Doubles start = __builtin_convertvector(load(sums), Doubles);
+  // Where all is zero, any digit will do.
+  Doubles exact = start, largest = absolute(start) + 0x1p-900;
+  for (const Doubles& term : terms) {
+    exact += term;
+    largest = absolute(term) > largest ? absolute(term) : largest;
+  }
+  constexpr int kFraction = 52;  // bits of it
+  const Bits digit = ((Bits)largest >> kFraction << kFraction) - (int64_t{23} << kFraction);
+  const Doubles digits = (Doubles)((int64_t{2046} << kFraction) - digit);
+  Integers sum = __builtin_convertvector(start * digits, Integers);
+  for (const Doubles& term : terms) sum += __builtin_convertvector(term * digits, Integers);
+  // Clears the digits that a float does not hold: as many as |sum| has above 24 bits.
+  const Integers sign = sum >> 31, size = (sum ^ sign) - sign;
+  Integers beyond = size >> 24;
+  for (int step = 1; step <= 4; step *= 2) beyond |= beyond >> step;
+  sum = ((size & ~beyond) ^ sign) - sign;
+  const Doubles truncated = __builtin_convertvector(sum, Doubles) * (Doubles)digit;
+  const Bits finite = absolute(exact) <= 0x1.fffffffffffffp1023;
+  reinterpret_cast<Unaligned<float>*>(sums)->value =
+      __builtin_convertvector(finite ? truncated : exact, Floats);
+}
+
+}  // namespace
+
+// For the CPU at hand: most of the emulation's time is here.
+#define FOR_EACH_CPU [[gnu::target_clones("avx2", "default")]]
+
+FOR_EACH_CPU void multiply_add(float* sums, const double* a, int rows, const double* b, int cols) {
+  for (int row = 0; row < rows; ++row)
+    for (int col = 0; col < cols; col += 4) {
+      Doubles terms[kDepth];
+      for (int k = 0; k < kDepth; ++k) terms[k] = a[k * rows + row] * load(b + k * cols + col);
+      add_truncated(sums + row * cols + col, terms);
     }
-  for (int i : {0, 1}) add_truncated(&c[2 * i], rows[i], 1, columns[0], 2);
+}
+
+FOR_EACH_CPU void multiply_add(float (&c)[4], int lane, const Fragments (&all)[32]) {
+  // Of this lane's rows and columns, two each.
+  Doubles terms[kDepth];
+  for (int holder = 0; holder < 4; ++holder) {  // within a group of four lanes
+    const auto& rows = all[lane / 4 * 4 + holder].of;
+    const auto& first = all[lane % 4 * 8 + holder].of;
+    const auto& second = all[lane % 4 * 8 + 4 + holder].of;
+    for (int part = 0; part < 2; ++part)
+      for (int half = 0; half < 2; ++half) {
+        const double row[2] = {rows[2 * part][half], rows[2 * part + 1][half]};
+        const double col[2] = {first[4 + part][half], second[4 + part][half]};
+        terms[part * 8 + holder * 2 + half] =
+            Doubles{row[0], row[0], row[1], row[1]} * Doubles{col[0], col[1], col[0], col[1]};
+      }
+  }
+  add_truncated(c, terms);
 }
 
 float half_to_float(uint16_t bits) {
   // By table: the compiler's own conversion is a slow call.
   static const auto table = [] {
     std::vector<float> values(1 << 16);
-    for (size_t i = 0; i < values.size(); ++i)
+    for (std::size_t i = 0; i < values.size(); ++i)
       values[i] = static_cast<float>(__builtin_bit_cast(_Float16, static_cast<uint16_t>(i)));
     return values;
   }();

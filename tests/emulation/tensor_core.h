@@ -11,9 +11,9 @@ namespace emulation {
 
 constexpr int kDepth = 16;  // of one product
 
-// sums[i] += sum over k of a[k * a_stride] * b[k * b_stride + i], for i = 0 and 1. Values are those
-// of sixteen bits, so that products are exact.
-void add_truncated(float* sums, const double* a, int a_stride, const double* b, int b_stride);
+// sums[rows][cols] += the sum over k of a[k][rows] * b[k][cols]; `cols` is a multiple of 4. Values are
+// those of sixteen bits, so that products are exact.
+void multiply_add(float* sums, const double* a, int rows, const double* b, int cols);
 
 // What a lane holds of A and B in mma.m16n8k16, by register.
 struct Fragments {

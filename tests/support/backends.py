@@ -34,18 +34,17 @@ BUILD = ROOT / "build" / "emulation"
 @functools.cache
 def build_emulation(target: str) -> Path:
     """Builds one target of tests/emulation/CMakeLists.txt; test processes wait for each other."""
-    build = BUILD / target  # of its own, so that two targets are built at once
-    build.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
     configure = [
-        *("cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulation", "-B", build),
+        *("cmake", "-G", "Ninja", "-S", ROOT / "tests" / "emulation", "-B", BUILD),
         f"-DTORCH_DIR={torch.__path__[0]}",
         f"-DUNICOM_DIR={Path(unicom_ext.__file__).parent}",
     ]
-    with open(build / "lock", "w") as lock:
+    with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for command in (configure, ["cmake", "--build", build, "--target", target]):
+        for command in (configure, ["cmake", "--build", BUILD, "--target", target]):
             run_tool(command)
-    return build / target
+    return BUILD / target
 
 
 def run_tool(command: list) -> str:
