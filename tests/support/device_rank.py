@@ -1,16 +1,16 @@
 """One rank of a process group, in a process of its own: trains the loss on a device and saves what
-came out. Processes that use a GPU cannot be forked from one that does."""
+came out. It is forked from a server, as none can be that uses a GPU from one that does."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from support.processes import Process
 
 CLASSES, DIM, BATCH, STEPS = 301, 16, 24, 3
 
@@ -22,24 +22,12 @@ def run(folder: Path, world_size: int, **options) -> list[dict[str, torch.Tensor
     and backward are replayed from a CUDA graph.
     """
     folder.mkdir()
-    commands = [
-        [sys.executable, "-m", "support.device_rank", str(folder), str(rank), str(world_size),
-         json.dumps(options)]
+    ranks = [
+        Process(folder / f"{rank}.txt", partial(_serve, **options), folder, rank, world_size)
         for rank in range(world_size)
-    ]  # fmt: skip
-    root = Path(__file__).resolve().parents[1]
-    processes = [
-        subprocess.Popen(c, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for c in commands
     ]
-    try:
-        for rank, process in enumerate(processes):
-            said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, f"rank {rank}:\n{said[-4000:]}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    for rank, process in enumerate(ranks):
+        assert process.end() == 0, f"rank {rank}:\n{process.text()[-4000:]}"
     return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
 
 
@@ -106,22 +94,23 @@ def _captured(work, x, loss_fn):
     return replay
 
 
-def main() -> None:
-    folder, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    options = {"device": "cpu", "backend": None, "captured": False, **json.loads(sys.argv[4])}
-    torch.set_num_threads(1)
+def _serve(
+    folder: Path,
+    rank: int,
+    world_size: int,
+    *,
+    device: str,
+    backend: str | None = None,
+    captured: bool = False,
+) -> None:
     group = None
-    if options["backend"] is not None:
+    if backend is not None:
         dist.init_process_group(
-            options["backend"], init_method=f"file://{folder / 'store'}", rank=rank,
-            world_size=world_size, timeout=timedelta(seconds=120),
+            backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size,
+            timeout=timedelta(seconds=120),
         )  # fmt: skip
         group = dist.group.WORLD
-    torch.save(train(group, options["device"], options["captured"]), folder / f"{rank}.pt")
+    torch.save(train(group, device, captured), folder / f"{rank}.pt")
     if group is not None:
         dist.barrier()  # nobody leaves while another still asks
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

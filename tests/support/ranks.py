@@ -116,7 +116,8 @@ def _serve(pipe, rank: int, most: int, store: str) -> None:
         world_size=most,
         timeout=timeout,
     )
-    groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, most + 1)}
+    groups = {n: dist.new_group(list(range(n)), timeout=timeout) for n in range(1, most)}
+    groups[most] = dist.group.WORLD
     while True:
         try:
             world_size, function, arguments = pipe.recv()
