@@ -402,7 +402,6 @@ def test_the_command_joins_with_what_it_works_on(gpus, monkeypatch, features, tm
             {},
             "7.5, needed is 8.0",
         ),
-        (lambda patch: patch.setenv("LOCAL_RANK", "2"), {}, "LOCAL_RANK is 2, and there are 2"),
         (lambda patch: None, {"engine": "faiss"}, "engine faiss"),
     ],
 )

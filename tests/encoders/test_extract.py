@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from rich.console import Console
-from support.images import encoded, exactly, pictures
+from support.images import encoded, exactly, patterns, pictures
 
 from unicom_ext.cli.main import main
 from unicom_ext.cluster import ClusterConfig, cluster
@@ -42,18 +42,8 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(extract, "BATCH", 3)
 
 
-def images_of(n=12, captions=True, labels=None):
-    """Of 4 classes."""
-    rng = np.random.default_rng(0)
-    array = rng.integers(0, 256, (n, 32, 32), dtype=np.uint8)
-    names = [f"PATTERN {c}" for c in "ABCD"]
-    labels = np.arange(n) % 4 if labels is None else labels
-    texts = [names[i % 4] for i in range(n)] if captions else []
-    return ImageSet.of_arrays(array, labels, names, texts)
-
-
 def write(output, images=None, config=CONFIG, **options):
-    images = images_of() if images is None else images
+    images = patterns() if images is None else images
     return extract.extract(config, images, output, console=Console(file=io.StringIO()), **options)
 
 
@@ -70,7 +60,7 @@ NAMES += ["true_labels.npy", "images.npy", "encoder.pt"]
 
 
 def test_features_are_those_of_the_encoders(tmp_path):
-    images = images_of()
+    images = patterns()
     facts = write(tmp_path, images)
     assert facts == json.loads((tmp_path / "extract.json").read_text())
     assert facts["config"] == CONFIG.to_dict()
@@ -101,7 +91,7 @@ def test_features_are_those_of_the_encoders(tmp_path):
 
 
 def test_without_captions_labels_and_thumbnails(tmp_path):
-    images = images_of(captions=False, labels=np.full(12, -1))
+    images = patterns(captions=False, labels=np.full(12, -1))
     facts = write(tmp_path, images, dataclasses.replace(CONFIG, thumbnails=0))
     assert facts["text_dim"] is None
     assert not (tmp_path / "text_emb").exists()
@@ -154,9 +144,9 @@ def test_features_of_different_encoders_are_not_compared_in_silence(tmp_path):
     """As those of encoders that were fitted to each part by itself."""
     a, b, again = (tmp_path / name for name in ("a", "b", "again"))
     config = dataclasses.replace(CONFIG, weights=str(a / "encoder.pt"))
-    write(a, images_of(20))
-    write(b, images_of(11))
-    write(again, images_of(11), config)
+    write(a, patterns(20))
+    write(b, patterns(11))
+    write(again, patterns(11), config)
     message = exactly(
         f"test: {b} has features of another encoder than {a} (weights): cosines between them say "
         f"nothing. To have the same, extract them with --weights {a}/encoder.pt"
@@ -176,9 +166,9 @@ def test_features_of_different_encoders_are_not_compared_in_silence(tmp_path):
 def test_labels_of_other_images_are_refused(tmp_path):
     """Of as many: each row would get the label of another one."""
     a, b, same = (tmp_path / name for name in ("a", "b", "same"))
-    write(a, images_of(20))
-    write(b, images_of(20, labels=np.arange(20) % 2))
-    write(same, images_of(20), dataclasses.replace(CONFIG, dim=3))
+    write(a, patterns(20))
+    write(b, patterns(20, labels=np.arange(20) % 2))
+    write(same, patterns(20), dataclasses.replace(CONFIG, dim=3))
     right, wrong = a / "true_labels.npy", b / "true_labels.npy"
     config = ClusterConfig(clusters=2, passes=1)
     for name, part, call in (
@@ -270,7 +260,7 @@ def test_a_killed_extraction_goes_on(tmp_path, overwrite):
         number += 1
         output = tmp_path / f"{number}"
         if overwrite:  # another dump is there, with more shards
-            write(output, images_of(17), dataclasses.replace(CONFIG, dim=3))
+            write(output, patterns(17), dataclasses.replace(CONFIG, dim=3))
             before = contents(output)
         with pytest.MonkeyPatch.context() as patch:
             calls = [
@@ -304,7 +294,7 @@ def test_what_is_whole_is_not_made_again(tmp_path, monkeypatch):
         "name another directory"
     )
     with pytest.raises(SourceError, match=r"other images: .*'images': 8.* here, .*12.* there"):
-        write(tmp_path, images_of(8))
+        write(tmp_path, patterns(8))
 
 
 @pytest.mark.parametrize("name", ["img_emb/img_emb_0001.npy", "true_labels.npy", "encoder.pt"])
@@ -316,7 +306,7 @@ def test_what_was_deleted_is_made_again(tmp_path, name):
 
 
 def test_other_captions_are_other_features_where_they_are_used(tmp_path):
-    images, changed = images_of(), images_of()
+    images, changed = patterns(), patterns()
     changed.pictures._captions[3] = "PATTERN E"  # as long as it was
     write(tmp_path / "a", images)
     with pytest.raises(SourceError, match=r"is of other features .a caption has changed.; "):
@@ -400,7 +390,7 @@ def test_contents_of_folders_and_of_nothing(tmp_path):
 
 
 def test_an_empty_caption_has_no_features(tmp_path):
-    images = images_of()
+    images = patterns()
     for i in (1, 6):
         images.pictures._captions[i] = ""
     write(tmp_path, images)
@@ -441,8 +431,8 @@ def test_a_dump_takes_the_place_of_an_earlier_one(tmp_path):
     write(output)
     (output / "mine.txt").write_text("mine")
     (output / "img_emb" / "mine.txt").write_text("mine")
-    write(output, images_of(8), overwrite=True)
-    write(new, images_of(8))
+    write(output, patterns(8), overwrite=True)
+    write(new, patterns(8))
     left = contents(output)
     assert left.pop("mine.txt") == left.pop("img_emb/mine.txt") == b"mine"
     assert left == contents(new)
@@ -460,7 +450,7 @@ def test_an_earlier_dump_stays_where_the_disk_is_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError, match=r"true_labels\.npy cannot be written: 14778368 requested"):
-        write(tmp_path, images_of(8), overwrite=True)
+        write(tmp_path, patterns(8), overwrite=True)
     now = {k: v for k, v in contents(tmp_path).items() if not k.startswith("extract.tmp")}
     assert now == before
 
@@ -548,7 +538,7 @@ def test_a_full_disk_is_said_and_not_a_bus_error(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "pwrite", full)
     path = tmp_path / "a" / "extract.tmp" / "images.npy"
     with pytest.raises(OSError, match=exactly(
         f"[Errno 28] {path} cannot be written: No space left on device"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts, open_images
 from unicom_ext.data.images.settings import DataSettings
 from unicom_ext.utils.settings import ConfigError
@@ -26,6 +27,15 @@ def encoded(number: int = 0, kind: str = "PNG", **options) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels(number)).save(file, kind, **options)
     return file.getvalue()
+
+
+def patterns(n: int = 12, captions: bool = True, labels: np.ndarray | None = None) -> ImageSet:
+    """Images in memory, of 4 classes."""
+    images = np.random.default_rng(0).integers(0, 256, (n, 32, 32), dtype=np.uint8)
+    names = [f"PATTERN {c}" for c in "ABCD"]
+    labels = np.arange(n) % 4 if labels is None else labels
+    texts = [names[i % 4] for i in range(n)] if captions else []
+    return ImageSet.of_arrays(images, labels, names, texts)
 
 
 def write(path: Path, data: bytes | str) -> None:

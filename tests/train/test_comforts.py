@@ -308,7 +308,7 @@ def test_patience_needs_classes_to_look_at(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there():
-    with pytest.raises(ConfigError, match="device: got 'cuda', but torch finds no GPU"):
+    with pytest.raises(ConfigError, match="device: cuda cannot be used: torch finds no GPU"):
         Trainer(changed(device="cuda"), DATA[0])
 
 

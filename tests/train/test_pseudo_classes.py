@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -18,10 +19,12 @@ from unicom_ext import CombinedMargin, PartialMarginSoftmax, reference
 from unicom_ext.cli.main import main
 from unicom_ext.data.images.pictures import ArrayPictures
 from unicom_ext.data.labels import read_labels, read_positives
+from unicom_ext.encoders import registry
 from unicom_ext.train import report
 from unicom_ext.train.interrupt import Interrupted
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.arrays import SourceError
+from unicom_ext.utils.files import CheckpointError
 from unicom_ext.utils.settings import ConfigError
 
 TRAIN = DATA[0]
@@ -88,6 +91,55 @@ def test_training_on_pseudo_classes(tmp_path):
     assert both[0]["data"]["train_classes"] == 5
     assert both[0]["data"]["train_images"] == np.count_nonzero(labels >= 0)
     assert both[0]["loss"] == both[1]["loss"]
+
+
+def test_a_run_goes_on_where_labels_and_weights_have_moved(tmp_path, monkeypatch):
+    """What is in the files counts, and not where they lie."""
+    monkeypatch.setattr(report, "write", lambda *arguments: None)
+    labels, names = np.arange(len(TRAIN)) % 7, ("first", "second")
+    (folder, moved), other = (tmp_path / name for name in names), tmp_path / "other"
+    for path, state in ((folder, 0), (moved, 0), (other, 1)):
+        path.mkdir()
+        np.save(path / "labels.npy", labels + state * (np.arange(len(TRAIN)) == 5))
+        torch.manual_seed(state)
+        encoder = registry.create(TINY, TINY.embedding_size).module
+        torch.save(encoder.state_dict(), path / "encoder.pt")
+
+    def of(labels, weights):
+        files = {"labels": str(labels / "labels.npy"), "weights": str(weights / "encoder.pt")}
+        return replace(TINY, epochs=1, evaluate_every=0, **files)
+
+    def stop(step):
+        if step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    whole = run(tmp_path / "whole", config=of(folder, folder))
+    with pytest.raises(Interrupted):
+        run(tmp_path / "run", config=of(folder, folder), on_step=stop)
+    for config, words in (
+        (of(other, folder), "the checkpoint is of other data"),
+        (of(folder, other), "is of another config: weights: "),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run(tmp_path / "run", config=config, resume=True)
+    shutil.rmtree(folder)
+    assert run(tmp_path / "run", config=of(moved, moved), resume=True)["loss"] == whole["loss"]
+
+
+def test_the_page_shows_the_clusters_of_the_labels(tmp_path, monkeypatch):
+    labels, pages = np.arange(len(TRAIN)) // 6 % 4, []
+    several = np.full((len(TRAIN), 2), -1)
+    several[:, 1] = labels
+    several[::7] = -1
+    for name, array in (("one", np.where(several[:, 1] < 0, -1, labels)), ("several", several)):
+        np.save(tmp_path / f"{name}.npy", array)
+        train_on(tmp_path / f"{name}.npy", tmp_path / name)
+        pages.append((tmp_path / name / "report.html").read_text())
+    images = np.count_nonzero(several[:, 1] >= 0)
+    for page in pages:
+        assert f"4 clusters of {images} images. Against the true classes: purity 0." in page
+    run(tmp_path / "plain", config=replace(TINY, epochs=1))
+    assert 'id="clusters"' not in (tmp_path / "plain" / "report.html").read_text()
 
 
 def test_clusters_of_other_images_are_refused(tmp_path):

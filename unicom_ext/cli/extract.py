@@ -28,7 +28,8 @@ def extract(output: Path, config_file: Path | None, overwrite: bool, **given: An
     """Write features of images and captions, for `cluster` and `evaluate`.
 
     The images are the bundled characters, or those of --data: a folder, a table or tar shards. Kill
-    it and call it again: it goes on.
+    it and call it again: it goes on. Under torchrun the processes share the work, each on the GPU
+    of its LOCAL_RANK where there are GPUs.
     """
     try:
         settings = read_toml(config_file) if config_file else {}
@@ -39,15 +40,21 @@ def extract(output: Path, config_file: Path | None, overwrite: bool, **given: An
     try:
         with loading():
             from unicom_ext.data.images.opening import open_part
+            from unicom_ext.distributed import launch
+            from unicom_ext.distributed.failures import RankFailed
             from unicom_ext.encoders import extract as extraction
+            from unicom_ext.utils.devices import usable_device
             from unicom_ext.utils.files import CheckpointError
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     try:
-        images = open_part(config, config.seed, config.part)
-        facts = extraction.extract(config, images, output, overwrite=overwrite)
-    except (ValueError, OSError, ModuleNotFoundError, CheckpointError) as error:
+        with launch.joined(usable_device(config.device), timeout=launch.LONG) as group:
+            images = open_part(config, config.seed, config.part)
+            facts = extraction.extract(config, images, output, overwrite=overwrite, group=group)
+    except (ValueError, OSError, ModuleNotFoundError, CheckpointError, RankFailed) as error:
         raise click.ClickException(str(error)) from None
+    if not launch.is_first():
+        return
     data = facts["data"]
     click.echo(
         f"Features of {data['images']:,} images"

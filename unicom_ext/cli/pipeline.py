@@ -32,7 +32,8 @@ def pipeline(
 
     The steps are extract, cluster, train, finetune, evaluate and report. Each writes what the
     command of its name writes, to a directory of its own. Kill it and call it again: it goes on.
-    What is whole is left as it is, and a changed setting makes its step and later ones anew.
+    What is whole is left as it is, and a changed setting makes its step and later ones anew. Under
+    torchrun the processes share the work, each on the GPU of its LOCAL_RANK where there are GPUs.
     """
     try:
         config = PipelineConfig.read(_config_file(output, config_file))
@@ -42,8 +43,11 @@ def pipeline(
         with loading():
             from rich.console import Console
 
+            from unicom_ext.distributed import launch
+            from unicom_ext.distributed.failures import RankFailed
             from unicom_ext.pipeline import run, steps, table
             from unicom_ext.train.interrupt import Interrupted
+            from unicom_ext.utils.devices import usable_device
             from unicom_ext.utils.files import CheckpointError
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("unicom_ext"):
@@ -54,15 +58,20 @@ def pipeline(
     except (ImportError, OSError) as error:
         raise click.ClickException(broken(error)) from None
     console = Console()
+    device = usable_device("cpu" if config.devices == {"cpu"} else "auto")
     try:
-        figures = run.run(config, output, until=until, begin_at=begin_at, console=console)
+        with launch.joined(device, stops=(Interrupted,), timeout=launch.LONG):
+            figures = run.run(config, output, until=until, begin_at=begin_at, console=console)
     except CheckpointError as error:
         raise click.ClickException(f"{error}\n(--from STEP does that step anew)") from None
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, RankFailed) as error:
         raise click.ClickException(str(error)) from None
     except (Interrupted, KeyboardInterrupt):
-        click.echo(f"\nStopped. To go on:\n  {program()} pipeline --output {output}")
+        if launch.is_first():
+            click.echo(f"\nStopped. To go on:\n  {program()} pipeline --output {output}")
         sys.exit(INTERRUPTED)
+    if not launch.is_first():
+        return
     if figures is not None:
         console.print(table.table(figures))
     if until is None and (output / steps.REPORT).exists():

@@ -33,8 +33,8 @@ def train(
 
     The pictures are drawn from the fonts inside matplotlib; without options this is the demo. The
     output directory gets config.toml, checkpoints, metrics.json and report.html. Ctrl-C saves
-    first; --resume then goes on exactly there. Under torchrun the processes train together, and
-    another number of them can resume.
+    first; --resume then goes on exactly there. Under torchrun the processes train together, each on
+    the GPU of its LOCAL_RANK where there are GPUs, and another number of them can resume.
     """
     if resume and overwrite:
         raise click.UsageError("--resume and --overwrite exclude each other")
@@ -60,6 +60,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
             from unicom_ext.distributed.failures import RankFailed
             from unicom_ext.train import report, run
             from unicom_ext.train.interrupt import Interrupted
+            from unicom_ext.utils.devices import usable_device
             from unicom_ext.utils.files import CheckpointError
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("unicom_ext"):
@@ -72,7 +73,7 @@ def run_training(config: Config, output: Path, resume: bool, overwrite: bool = F
 
     console = Console()
     try:
-        with launch.joined(stops=(Interrupted,)) as group:
+        with launch.joined(usable_device(config.device), stops=(Interrupted,)) as group:
             metrics = run.train(
                 config, output, resume=resume, overwrite=overwrite, console=console, group=group
             )

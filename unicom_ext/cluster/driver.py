@@ -422,11 +422,7 @@ class _Run:
                         shutil.rmtree(used.directory)
                 if self.state.pop("earlier", ()):  # they have been removed, once
                     state.save(self.state_dir / outputs.STATE_FILE, self.state)
-        if self.ranks.world_size > 1:
-            shared = [result]
-            torch.distributed.broadcast_object_list(shared, 0)
-            result = shared[0]
-        return result
+        return self.ranks.of_first(result)
 
     def _find_positives(
         self, centroids: Tensor, numbers: np.ndarray, labels: LabelFiles

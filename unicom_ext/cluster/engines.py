@@ -9,7 +9,6 @@ where a guess of the index may save time and changes nothing else. Rows, guess a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -20,9 +19,7 @@ from torch import Tensor
 from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.cluster.nearest import Centroids
 from unicom_ext.ops import library
-from unicom_ext.utils.settings import ConfigError
-
-CPU = torch.device("cpu")
+from unicom_ext.utils import devices
 
 
 class Nearest(Protocol):
@@ -38,7 +35,7 @@ Engine = Callable[[Tensor], Nearest]
 class FaissCentroids:
     """faiss' exact inner product search, on its GPUs where it has any."""
 
-    device = CPU
+    device = devices.CPU
 
     def __init__(self, centroids: Tensor) -> None:
         import faiss
@@ -59,37 +56,24 @@ class FaissCentroids:
 
 
 def device_of(config: ClusterConfig) -> torch.device:
-    """Where this process searches and sums: under torchrun, each on the GPU of its LOCAL_RANK.
-
-    Raises ConfigError where CUDA is asked for and cannot be used.
-    """
-    problem = _problem_with_cuda(config)
-    if config.device == "cuda" and problem is not None:
-        raise ConfigError(f"device: cuda cannot be used: {problem}")
-    if config.device == "cpu" or problem is not None:
-        return CPU
-    return torch.device("cuda", _local_rank())
+    """Where this process searches and sums; raises what `utils.devices.device_of` raises."""
+    return devices.device_of(config.device, _problem_with_cuda(config))
 
 
 def usable_device(config: ClusterConfig) -> torch.device:
     """`device_of`, and the CPU where that raises: for ranks that must meet to say what is wrong."""
-    return CPU if _problem_with_cuda(config) else device_of(config)
-
-
-def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return devices.usable_device(config.device, _problem_with_cuda(config))
 
 
 def _problem_with_cuda(config: ClusterConfig) -> str | None:
+    """What no other command has."""
     if config.engine == "faiss":
         return "engine faiss chooses its GPUs itself"
     if not library.HAS_CUDA:
         return "this unicom_ext is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    rank, count = _local_rank(), torch.cuda.device_count()
-    if rank >= count:
-        return f"LOCAL_RANK is {rank}, and there are {count} GPUs"
+    rank = devices.local_rank()
+    if not torch.cuda.is_available() or rank >= torch.cuda.device_count():
+        return None
     major, minor = torch.cuda.get_device_capability(rank)
     if major < 8:
         return f"the GPU has compute capability {major}.{minor}, needed is 8.0 or newer"

@@ -24,6 +24,8 @@ import torch.distributed as dist
 from unicom_ext.distributed.failures import RankFailed
 
 PATIENCE = 10.0  # seconds to find out which rank has failed
+# For commands in which ranks wait for work of others, which may take hours.
+LONG = timedelta(days=1)
 _INTERVAL = 0.25  # seconds between two looks at the others
 _STORE = "unicom_ext"
 _LEFT = ""  # in place of a reason: the rank has done its work

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from unicom_ext.distributed.failures import RankFailed, exchange
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+Word = TypeVar("Word")
 
 
 def default_group() -> dist.ProcessGroup | None:
@@ -83,6 +86,13 @@ class Ranks:
         if self.group is not None:
             dist.broadcast(x, group=self.group, group_src=0)
         return x
+
+    def of_first(self, word: Word) -> Word:
+        """What the first rank has given, on all: anything that can be pickled."""
+        words = [word]
+        if self.group is not None:
+            dist.broadcast_object_list(words, group=self.group, group_src=0)
+        return words[0]
 
     def gather(self, rows: Tensor) -> Tensor:
         """[n, ...] of each rank, the same n everywhere -> [world_size * n, ...] in rank order."""

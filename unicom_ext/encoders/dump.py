@@ -87,7 +87,11 @@ class Dump:
 
     def end(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Put the new files, all of which are whole, in the place of the earlier ones. Returns what
-        extract.json holds: `facts`, and the names of the files."""
+        extract.json holds: `facts`, and the names of the files. Raises SourceError where one of
+        them is gone."""
+        for name in self.files:
+            if not (self.new / name).exists():
+                raise SourceError(f"{self.new / name}: is not there any more")
         whole = {**self.facts, **facts, "files": list(self.files), "earlier": self._earlier}
         _write(self.new / FACTS, whole)
         return self._move_in(whole)

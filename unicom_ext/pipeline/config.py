@@ -138,6 +138,13 @@ class PipelineConfig:
         """To evaluate at."""
         return self.evaluate.dims or self.train.dims
 
+    @property
+    def devices(self) -> set[str]:
+        """What the steps say of where they work."""
+        trainings = (self.train, self.finetune or self.train)
+        clustering = self.cluster(_MANY * IMAGES_PER_CLUSTER, captions=True)
+        return {step.device for step in (self.extract, clustering, *trainings)}
+
     def to_toml(self) -> str:
         """What `read` makes the same settings of."""
         text = ""

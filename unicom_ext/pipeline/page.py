@@ -33,15 +33,12 @@ def page(
     assert parts.query is not None
     query = _embedded(features / "query", parts.query)
     gallery = None if parts.gallery is None else _embedded(features / "gallery", parts.gallery)
-    of_run = page_of_run(metrics, parts.train, query, gallery)
+    labels = read_labels("clusters", clusters, len(parts.train))
+    found = report.Clusters(labels, parts.train)
+    of_run = page_of_run(metrics, parts.train, query, gallery, found)
     compared = rows(figures)
     *_, last = compared
-    labels = read_labels("clusters", clusters, len(parts.train))
-    return replace(
-        of_run,
-        methods=report.Methods(compared, last),
-        clusters=report.Clusters(labels, parts.train),
-    )
+    return replace(of_run, methods=report.Methods(compared, last))
 
 
 def _embedded(features: Path, images: ImageSet) -> Embedded:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from rich.console import Console
 
+from unicom_ext.distributed.failures import agree
+from unicom_ext.distributed.ranks import Ranks, default_group
 from unicom_ext.pipeline.config import PipelineConfig
 from unicom_ext.pipeline.record import RECORD, Record
 from unicom_ext.pipeline.steps import (
@@ -47,6 +50,10 @@ def run(
     Each step writes to a directory of its own in the output directory. What is whole there, and of
     the same settings and images, is left as it is; a step that was killed is gone on with.
 
+    Where torch.distributed is initialised every process calls this with the same arguments, on a
+    file system that they share. Features and clusters are those of one process bit for bit; in
+    training each has its part of the batches. An error on one process is raised on all.
+
     Args:
         config: what to do.
         output: the directory, made if need be.
@@ -63,56 +70,89 @@ def run(
         way; before anything is changed. And what the steps raise: CheckpointError, OSError
         (another process writes to the directory, for one), Interrupted.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if default_group() is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            "a pipeline runs in one process, without torchrun; `unicom-ext cluster` and "
-            "`unicom-ext train` take several"
+            "this is one of several processes, which work together only where torch.distributed is "
+            "initialised"
         )
-    console = console or Console()
-    output = Path(output).absolute()
-    record = Record(output, _OWN_DIRECTORIES)
-    place = Place(config, opened(config.data, config.data.seed), output)
-    steps, without = planned(place), left_out(place)
-    for argument, name in (("until", until), ("from", begin_at)):
-        _check_step(argument, name, without)
-    names = [step.name for step in steps]
-    kept = names if begin_at is None else names[: names.index(begin_at)]
-    last = names.index(until) if until is not None else len(steps) - 1
-    steps = steps[: last + 1]
-    for step in steps:
-        if step.name not in kept or not record.is_whole(step.name, step.key, _result(step)):
-            with names_its_table(type(step)):
-                step.check()
-    with only_writer(output):
-        record.keep(kept)
-        write_file(output / CONFIG, lambda file: file.write(config.to_toml().encode()))
-        for step in steps:
-            _do(step, record, console)
-    for name, why in without.items():
+    ranks, output = Ranks(default_group()), Path(output).absolute()
+    console = (console or Console()) if ranks.is_first else Console(quiet=True)
+    plan, failure = None, None
+    try:
+        plan = _Plan.of(config, output, until, begin_at)
+    except Exception as error:
+        failure = error
+    agree({"settings, images and output": plan and plan.keys()}, failure, ranks.group)
+    assert plan is not None
+    with ExitStack() as held:
+        with ranks.together():
+            if ranks.is_first:
+                held.enter_context(only_writer(output))
+                plan.record.keep(plan.kept)
+                write_file(output / CONFIG, lambda file: file.write(config.to_toml().encode()))
+        for step in plan.steps:
+            _do(step, plan.record, ranks, console)
+    for name, why in plan.without.items():
         if until is None:
             _say(console, f"{name}: left out, as {why}.")
-    done = Evaluate.name in [step.name for step in steps]
-    return json.loads((output / Evaluate.directory / Evaluate.result).read_text()) if done else None
+    figures = output / Evaluate.directory / Evaluate.result
+    evaluated = ranks.is_first and Evaluate.name in [step.name for step in plan.steps]
+    return ranks.of_first(json.loads(figures.read_text()) if evaluated else None)
 
 
-def _do(step: Step, record: Record, console: Console) -> None:
+class _Plan(NamedTuple):
+    record: Record
+    steps: list[Step]  # to do, or to find done
+    without: dict[str, str]  # steps that are left out, and why
+    kept: list[str]  # steps of which what is whole counts
+    output: Path
+
+    @classmethod
+    def of(
+        cls, config: PipelineConfig, output: Path, until: str | None, begin_at: str | None
+    ) -> Self:
+        record = Record(output, _OWN_DIRECTORIES)
+        place = Place(config, opened(config.data, config.data.seed), output)
+        steps, without = planned(place), left_out(place)
+        for argument, name in (("until", until), ("from", begin_at)):
+            _check_step(argument, name, without)
+        names = [step.name for step in steps]
+        kept = names if begin_at is None else names[: names.index(begin_at)]
+        last = names.index(until) if until is not None else len(steps) - 1
+        steps = steps[: last + 1]
+        for step in steps:
+            if step.name not in kept or not record.is_whole(step.name, step.key, _result(step)):
+                with names_its_table(type(step)):
+                    step.check()
+        return cls(record, steps, without, kept, output)
+
+    def keys(self) -> list[str]:
+        """What must be the same on all ranks."""
+        return [str(self.output), *(step.key for step in self.steps)]
+
+
+def _do(step: Step, record: Record, ranks: Ranks, console: Console) -> None:
+    """The first rank alone knows and writes what is done."""
     result = _result(step)
-    if record.is_whole(step.name, step.key, result):
+    if ranks.of_first(ranks.is_first and record.is_whole(step.name, step.key, result)):
         _say(console, f"{step.name}: is there already, {result}")
         return
     _say(console, f"{step.name}: {step.purpose()}", style="bold")
-    if not record.is_begun(step.name, step.key):
-        again = record.is_of(step.name, step.key)
-        record.keep([name for name in NAMES if name != step.name])
-        if not again:
-            _forget_later(step, record)
-        step.clear()
-        record.begin(step.name, step.key)
+    with ranks.together():
+        if ranks.is_first and not record.is_begun(step.name, step.key):
+            again = record.is_of(step.name, step.key)
+            record.keep([name for name in NAMES if name != step.name])
+            if not again:
+                _forget_later(step, record)
+            step.clear()
+            record.begin(step.name, step.key)
     began = time.perf_counter()
     with names_its_table(type(step)):
-        step.run(console)
+        step.run(console, ranks)
     seconds = time.perf_counter() - began
-    record.finish(step.name, result, seconds)
+    with ranks.together():
+        if ranks.is_first:
+            record.finish(step.name, result, seconds)
     _say(console, f"{step.name}: took {timedelta(seconds=round(seconds))}")
 
 

@@ -25,6 +25,7 @@ from unicom_ext.cluster.config import ClusterConfig
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.opening import Parts
 from unicom_ext.data.images.settings import DataSettings
+from unicom_ext.distributed.ranks import Ranks
 from unicom_ext.encoders import dump, registry
 from unicom_ext.encoders import extract as extraction
 from unicom_ext.encoders.extract_config import ExtractConfig
@@ -120,8 +121,8 @@ class Step:
     def clear(self) -> None:
         """Remove what it would go on from, and that other settings have left."""
 
-    def run(self, console: Console) -> None:
-        """Raises what the command raises."""
+    def run(self, console: Console, ranks: Ranks) -> None:
+        """All ranks call it. Raises what the command raises."""
         raise NotImplementedError
 
 
@@ -146,10 +147,10 @@ class Extract(Step):
     def clear(self) -> None:
         shutil.rmtree(self.output / dump.NEW, ignore_errors=True)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console, ranks: Ranks) -> None:
         facts = extraction.extract(
             self.config.extract, self.place.parts.train, self.output, overwrite=True,
-            console=console,
+            console=console, group=ranks.group,
         )  # fmt: skip
         if facts["unreadable"]:
             console.print(
@@ -188,10 +189,10 @@ class Cluster(Step):
     def clear(self) -> None:
         (self.output / outputs.STATE / outputs.STATE_FILE).unlink(missing_ok=True)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console, ranks: Ranks) -> None:
         features = self.place.output / Extract.directory
         labels, images = features / dump.LABELS, features / dump.THUMBNAILS
-        resume = (self.output / outputs.STATE / outputs.STATE_FILE).exists()
+        resume = ranks.of_first((self.output / outputs.STATE / outputs.STATE_FILE).exists())
         found = clustering.cluster(
             self.clustering,
             features,
@@ -232,11 +233,12 @@ class _Training(Step):
     def clear(self) -> None:
         checkpoints.remove_earlier(self.output)
 
-    def run(self, console: Console) -> None:
-        resume = checkpoint.latest(self.output / checkpoints.CHECKPOINTS) is not None
+    def run(self, console: Console, ranks: Ranks) -> None:
+        there = checkpoint.latest(self.output / checkpoints.CHECKPOINTS) is not None
+        resume = ranks.of_first(there)
         run.train(
             self.training(), self.output, data=self.place.parts, console=console, resume=resume,
-            overwrite=not resume,
+            overwrite=not resume, group=ranks.group,
         )  # fmt: skip
 
 
@@ -290,9 +292,28 @@ class Evaluate(Step):
         for directory in self.output.glob(f"*/*/{dump.NEW}"):
             shutil.rmtree(directory)
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console, ranks: Ranks) -> None:
         trained = [step for step in self.before if issubclass(step, _Training)]
-        figures = {step.directory: self._evaluated(step, console) for step in trained}
+        for step in trained:
+            self._extract(step, console, ranks)
+        with ranks.together():
+            if ranks.is_first:
+                self._evaluate(trained)
+
+    def _extract(self, step: type[_Training], console: Console, ranks: Ranks) -> None:
+        for part in ("query", "gallery"):
+            images = getattr(self.place.parts, part)
+            if images is not None:
+                extraction.extract(
+                    self._extraction(step, part), images, self._features(step, part),
+                    overwrite=True, console=console, group=ranks.group,
+                )  # fmt: skip
+
+    def _features(self, step: type[_Training], part: str) -> Path:
+        return self.output / step.directory / part
+
+    def _evaluate(self, trained: list[type[_Training]]) -> None:
+        figures = {step.directory: self._evaluated(step) for step in trained}
         baselines: dict[str, Any] = {}
         for step in trained:
             metrics = json.loads((self.place.output / step.directory / step.result).read_text())
@@ -303,20 +324,18 @@ class Evaluate(Step):
         text = json.dumps({"baselines": baselines, **figures}, indent=1)
         write_file(self.output / FIGURES, lambda file: file.write(text.encode()))
 
-    def _evaluated(self, step: type[_Training], console: Console) -> list[dict[str, Any]]:
-        files: dict[str, Path] = {}
-        for part in ("query", "gallery"):
-            images = getattr(self.place.parts, part)
-            if images is not None:
-                output = self.output / step.directory / part
-                config = self._extraction(step, part)
-                extraction.extract(config, images, output, overwrite=True, console=console)
-                files |= {part: output, f"{part}_labels": output / dump.LABELS}
-        several = self.place.parts.query is not None and self.place.parts.query.num_classes > 1
+    def _evaluated(self, step: type[_Training]) -> list[dict[str, Any]]:
+        parts, query = self.place.parts, self._features(step, "query")
+        gallery = None if parts.gallery is None else self._features(step, "gallery")
+        assert parts.query is not None
         results = evaluate_files(
-            files["query"], files["query_labels"],
-            files.get("gallery"), files.get("gallery_labels"),
-            options={"dims": self.config.dims, "ks": RECALL_AT, "bootstrap": RESAMPLES * several},
+            query, query / dump.LABELS,
+            gallery, None if gallery is None else gallery / dump.LABELS,
+            options={
+                "dims": self.config.dims,
+                "ks": RECALL_AT,
+                "bootstrap": RESAMPLES * (parts.query.num_classes > 1),
+            },
         )  # fmt: skip
         return [result._asdict() for result in results]
 
@@ -351,7 +370,12 @@ class Report(Step):
     def purpose(self) -> str:
         return "one page of what was found"
 
-    def run(self, console: Console) -> None:
+    def run(self, console: Console, ranks: Ranks) -> None:
+        with ranks.together():
+            if ranks.is_first:
+                self._write()
+
+    def _write(self) -> None:
         *_, last = (step for step in self.before if issubclass(step, _Training))
         output, evaluation = self.place.output, self.place.output / Evaluate.directory
         shown = page(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from unicom_ext import checkpoint
+from unicom_ext.encoders.contents import contents
 from unicom_ext.train.config import Config
 from unicom_ext.train.trainer import Trainer
 from unicom_ext.utils.files import CheckpointError, write_atomically
@@ -25,6 +26,7 @@ ON_THE_WAY = (BEST, UNREADABLE)  # of a run, which it may write before its first
 KEPT = ("baselines", "evaluations", "best", "stopped_early", "unreadable", "seconds", "step")
 # Settings that may differ when a run goes on: they do not change what it computes.
 FREE_TO_CHANGE = ("workers", "checkpoint_every", "tensorboard")
+OF_DATA = ("labels",)  # likewise: what they name is a part of the data, which must be the same
 
 
 def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
@@ -32,7 +34,8 @@ def save(output: Path, trainer: Trainer, metrics: dict[str, Any]) -> Path:
     metrics["step"] = trainer.step
     kept = {name: metrics[name] for name in KEPT}
     path = output / CHECKPOINTS / f"step-{trainer.step}"
-    trainer.save(path, {"config": metrics["config"], "data": metrics["data"], "metrics": kept})
+    facts = {name: metrics[name] for name in ("config", "data", "contents")}
+    trainer.save(path, {**facts, "metrics": kept})
     if trainer.rank == 0:
         write_beside(output, path, metrics)
     return path
@@ -104,7 +107,11 @@ def to_resume(output: Path, config: Config, resume: bool, overwrite: bool) -> Pa
     saved = checkpoint.read_about(path)["extra"]
     if "config" not in saved:
         raise CheckpointError(f"{path}: is not a checkpoint of this driver")
-    differences = config.differences(Config.from_mapping(saved["config"]), FREE_TO_CHANGE)
+    free = [*FREE_TO_CHANGE, *OF_DATA]
+    weights = saved.get("contents", {}).get("weights")
+    if weights is not None and weights == contents(config.to_dict()).get("weights"):
+        free.append("weights")  # the same ones, wherever they lie now
+    differences = config.differences(Config.from_mapping(saved["config"]), free)
     if differences:
         raise CheckpointError(f"{path}: is of another config: {'; '.join(differences)}")
     return path

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from unicom_ext import report
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.imageset import ImageSet
 from unicom_ext.data.images.settings import GLYPHS
+from unicom_ext.data.labels import read_positives
 from unicom_ext.report.methods import interval
+from unicom_ext.train.config import Config
 
 MODEL = "our model"
 PARTS = {"train": "training", "validation": "validation", "test": "test", "gallery": "gallery"}
@@ -52,11 +55,29 @@ def noun(metrics: dict[str, Any]) -> str:
     return "characters" if _is_glyphs(metrics) else "classes"
 
 
+def clusters(config: Config, images: ImageSet) -> report.Clusters | None:
+    """What the labels of `config` make of the images to train on; None where it names none.
+
+    Of several labels of an image the first counts.
+    """
+    if not config.labels:
+        return None
+    labels = read_positives("labels", config.labels, len(images), config.positives)
+    if labels.ndim == 2:
+        labels = np.take_along_axis(labels, (labels < 0).argsort(axis=1, kind="stable"), axis=1)
+        labels = labels[:, 0]
+    return report.Clusters(labels, images)
+
+
 def page(
-    metrics: dict[str, Any], train: ImageSet, query: Embedded | None, gallery: Embedded | None
+    metrics: dict[str, Any],
+    train: ImageSet,
+    query: Embedded | None,
+    gallery: Embedded | None,
+    clusters: report.Clusters | None = None,
 ) -> report.Page:
     """The page of a run, from its metrics.json (or that of an earlier version), the images that it
-    was trained on, and the embedded test images where there are any."""
+    was trained on, the embedded test images and the clusters where there are any."""
     config, data = metrics["config"], metrics["data"]
     evaluated = bool(metrics["evaluations"])
     return report.Page(
@@ -76,6 +97,7 @@ def page(
             len(metrics["loss"]) * min(config["batch_size"], data["train_images"]),
         ),
         queries=None if query is None else report.Queries(query, gallery),
+        clusters=clusters,
         examples=train,
         data=[
             (part, data[f"{name}_images"], data[f"{name}_classes"])
@@ -94,9 +116,10 @@ def write(
     train: ImageSet,
     query: Embedded | None,
     gallery: Embedded | None,
+    clusters: report.Clusters | None = None,
 ) -> None:
     """Write report.html to `output`."""
-    report.write(output / "report.html", page(metrics, train, query, gallery))
+    report.write(output / "report.html", page(metrics, train, query, gallery, clusters))
 
 
 def _is_glyphs(metrics: dict[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from unicom_ext.data.images.batches import killed_workers_named
 from unicom_ext.data.images.embedded import Embedded
 from unicom_ext.data.images.opening import Parts
 from unicom_ext.distributed.failures import agree
+from unicom_ext.encoders.contents import contents
 from unicom_ext.train import checkpoints, curves, report
 from unicom_ext.train.config import Config
 from unicom_ext.train.curves import Curves
@@ -30,6 +31,7 @@ from unicom_ext.train.images import facts_of, has_relevant, labelled, opened
 from unicom_ext.train.interrupt import Interrupted, StopRequest
 from unicom_ext.train.progress import TrainingProgress
 from unicom_ext.train.trainer import Trainer
+from unicom_ext.utils.devices import device_of
 from unicom_ext.utils.files import (
     CheckpointError,
     natural_name_key,
@@ -73,10 +75,12 @@ def train(
     began = time.perf_counter()
     saved, facts, failure = None, {}, None
     try:
+        device_of(config.device)
         saved = checkpoints.to_resume(output, config, resume, overwrite)
         if config.tensorboard:
             curves.check_installed()
-        parts = labelled(config, opened(config, config.seed) if data is None else data)
+        given = opened(config, config.seed) if data is None else data
+        parts = labelled(config, given)
         facts = facts_of(parts)
     except Exception as error:
         failure = error
@@ -88,6 +92,7 @@ def train(
     metrics: dict[str, Any] = {
         "config": config.to_dict(),
         "data": facts,
+        "contents": contents(config.to_dict()),
         "versions": versions(),
         "machine": {"cpu": cpu_model(), "threads": torch.get_num_threads(),
                     "device": _device_name(trainer.device)},
@@ -142,7 +147,8 @@ def train(
             )
         query, gallery = run.tested()
         if first:
-            report.write(output, metrics, parts.train, query, gallery)
+            clusters = report.clusters(config, given.train)
+            report.write(output, metrics, parts.train, query, gallery, clusters)
         return metrics
 
 
