@@ -30,7 +30,7 @@ from unicom_ext.cluster.pruning import (
     choose_projection,
     movement,
     principal_axes,
-    projection_of,
+    projections_of,
 )
 from unicom_ext.cluster.two_level import InMemory
 from unicom_ext.data import source
@@ -43,7 +43,8 @@ CPU_ONLY = True  # as the search is
 def along_axes(sample: Tensor, centroids: Tensor, count: int) -> Projection:
     """Along so many principal axes, all dimensions as they are where that is all of them."""
     whole = count == sample.shape[1]
-    return projection_of(sample, centroids, None if whole else principal_axes(sample)[:count])
+    (found,) = projections_of(sample, centroids, principal_axes(sample), [None if whole else count])
+    return found
 
 
 class Passes:

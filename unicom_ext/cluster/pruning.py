@@ -10,6 +10,7 @@ anew.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -93,8 +94,7 @@ def choose_projection(sample: Tensor, centroids: Tensor) -> Projection:
     order = torch.arange(len(centroids))
     dim = sample.shape[1]
     counts = [size - REST_BYTES for size in BYTES_TRIED if size < dim / 2]
-    choices = [projection_of(sample, centroids, axes[:count]) for count in counts]
-    choices.append(projection_of(sample, centroids, None))
+    choices = projections_of(sample, centroids, axes, [*counts, None])
 
     def cost(projection: Projection) -> float:
         packed = projection.order(centroids, order, None)
@@ -116,18 +116,26 @@ def principal_axes(sample: Tensor) -> Tensor:
     return torch.linalg.eigh(away.T @ away)[1].T.flip(0)
 
 
-def projection_of(sample: Tensor, centroids: Tensor, axes: Tensor | None) -> Projection:
-    """With orthonormal axes [m, d], and steps that suit the unit rows of a sample."""
+def projections_of(
+    sample: Tensor, centroids: Tensor, axes: Tensor, counts: Sequence[int | None]
+) -> list[Projection]:
+    """Along so many leading ones of the orthonormal axes [d, d] each, or with None all dimensions
+    as they are; with steps that suit the unit rows of a sample."""
     means = torch.stack([sample.mean(0), centroids.mean(0)])
-    along = away = (sample - means[0]).double()
-    if axes is not None:
-        axes = axes.float().contiguous()
-        norm = torch.linalg.matrix_norm(axes.double(), 2).item()
-        axes = axes / (norm * (1 + SLACK))  # 1 at most, whatever rounding has done
-        along = away @ axes.double().T
-    rest = (away.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
-    outermost = along.abs().amax(1).quantile(0.99)
-    return Projection(means, axes, float(outermost), float(rest.median()))
+    away, axes = sample - means[0], axes.float()
+    # Of norm 1 at most, any of them, whatever rounding has done: a norm is not above this one.
+    norm = torch.linalg.matrix_norm(axes.double() @ axes.double().T, torch.inf).sqrt().item()
+    axes = axes / (norm * (1 + SLACK))
+    along = away @ axes.T
+    beyond = away.double().square().sum(1)[:, None] - along.double().square().cumsum(1)
+    found = []
+    for count in counts:
+        of = away if count is None else along[:, :count]
+        outermost = of.abs().amax(1).quantile(0.99)
+        rest = 0.0 if count is None else float(beyond[:, count - 1].clamp(min=0).median().sqrt())
+        chosen = None if count is None else axes[:count].contiguous()
+        found.append(Projection(means, chosen, float(outermost), rest))
+    return found
 
 
 class PrunedSearch:
